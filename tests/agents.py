@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -130,3 +129,28 @@ def connected(path: Path | str, **config: object) -> Iterator[drivers.QemuGuestA
         yield driver
     finally:
         driver.close()
+
+
+@contextlib.contextmanager
+def stand_in(folder: Path, root: Path | None = None, boot_s: float = 0) -> Iterator[Agent]:
+    """Run the stand-in agent in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "agent.sock"
+    place = None if root is None else str(root)
+    call = f"drivers.serve_agent({str(path)!r}, {place!r}, boot_s={boot_s!r})"
+    with running(Agent(path, python_command(call))) as agent:
+        yield agent
+
+
+@contextlib.contextmanager
+def stand_ins(folder: Path, count: int) -> Iterator[Agent]:
+    """Run *count* stand-in agents in one process; the sockets are `<folder>/<n>.sock`."""
+    call = f"drivers.serve_agents({str(folder)!r}, {count})"
+    with running(Agent(folder / f"{count}.sock", python_command(call))) as agent:
+        yield agent
+
+
+def python_command(call: str) -> list[str]:
+    """Return the command that imports `drivers` from this checkout and makes *call*."""
+    setup = f"import sys; sys.path.insert(0, {str(HERE)!r}); import drivers; "
+    return [sys.executable, "-c", setup + call]
