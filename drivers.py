@@ -1815,7 +1815,7 @@ _NESTING_LIMIT = 1024
 _FIRST_HANDLE = 1000
 
 
-class _RefusedError(Exception):
+class RequestRefused(Exception):
     """A request that the stand-in answers with an error."""
 
     def __init__(self, desc: str, class_: str = "GenericError") -> None:
@@ -1846,7 +1846,7 @@ class RequestSplitter:
     def next_value(self) -> bytes | None:
         """Return the next complete value, or None if more bytes are needed.
 
-        Raises _RefusedError for what is no value; reading goes on behind it.
+        Raises RequestRefused for what is no value; reading goes on behind it.
         """
         if not self._depth and not self._begin():
             return None
@@ -1855,7 +1855,7 @@ class RequestSplitter:
                 return self._take(end + 1)
         if len(self._held) > _REQUEST_LIMIT:
             self._take(len(self._held))
-            raise _RefusedError("JSON token size limit exceeded")
+            raise RequestRefused("JSON token size limit exceeded")
         return None
 
     def _begin(self) -> bool:
@@ -1869,11 +1869,11 @@ class RequestSplitter:
             return False
         word = self._take(max(end, 1))
         if word in (b"}", b"]"):
-            raise _RefusedError("JSON parse error, expecting value")
+            raise RequestRefused("JSON parse error, expecting value")
         if not end:
-            raise _RefusedError("JSON parse error, stray '\ufffd'")
+            raise RequestRefused("JSON parse error, stray '\ufffd'")
         keyword = word[:40].decode(errors="replace")
-        raise _RefusedError(f"JSON parse error, invalid keyword '{keyword}'")
+        raise RequestRefused(f"JSON parse error, invalid keyword '{keyword}'")
 
     def _next_mark(self) -> int | None:
         """Return where the next byte of meaning is, or None if it has not come yet."""
@@ -1900,7 +1900,7 @@ class RequestSplitter:
             self._depth -= 1
         if byte not in (b'"', b"\\", b"{", b"[", b"}", b"]") or self._depth > _NESTING_LIMIT:
             self._take(at + 1)
-            raise _RefusedError("JSON parse error, stray '\ufffd'")
+            raise RequestRefused("JSON parse error, stray '\ufffd'")
         return self._depth == 0
 
     def _take(self, size: int) -> bytes:
@@ -2182,17 +2182,17 @@ class StandInAgent:
             request = self._parse(text)
             ident = {"id": request["id"]} if "id" in request else {}
             result = self._perform(request)
-        except _RefusedError as error:
+        except RequestRefused as error:
             return self.refusal(error, ident)
         except OSError as error:
-            return self.refusal(_RefusedError(error.strerror or str(error)), ident)
+            return self.refusal(RequestRefused(error.strerror or str(error)), ident)
         if result is None:
             return b""
         line = json.dumps({"return": result, **ident}).encode() + b"\n"
         return b"\xff" + line if request["execute"] == "guest-sync-delimited" else line
 
     @staticmethod
-    def refusal(error: _RefusedError, ident: Mapping[str, Any] | None = None) -> bytes:
+    def refusal(error: RequestRefused, ident: Mapping[str, Any] | None = None) -> bytes:
         """Return the error reply for *error*."""
         told = {"class": error.class_, "desc": str(error)}
         return json.dumps({**(ident or {}), "error": told}).encode() + b"\n"
@@ -2202,26 +2202,26 @@ class StandInAgent:
         try:
             request = json.loads(text.decode())
         except (ValueError, RecursionError):
-            raise _RefusedError("JSON parse error, expecting value") from None
+            raise RequestRefused("JSON parse error, expecting value") from None
         if not isinstance(request, dict):
-            raise _RefusedError("QMP input must be a JSON object")
+            raise RequestRefused("QMP input must be a JSON object")
         return request
 
     def _perform(self, request: dict[str, Any]) -> Any:
         for member in request:
             if member not in ("execute", "arguments", "id"):
-                raise _RefusedError(f"QMP input member '{member}' is unexpected")
+                raise RequestRefused(f"QMP input member '{member}' is unexpected")
         command = request.get("execute")
         arguments = request.get("arguments", {})
         if not isinstance(command, str):
-            raise _RefusedError("QMP input lacks member 'execute'")
+            raise RequestRefused("QMP input lacks member 'execute'")
         if not isinstance(arguments, dict):
-            raise _RefusedError("QMP input member 'arguments' must be an object")
+            raise RequestRefused("QMP input member 'arguments' must be an object")
         if command not in _COMMANDS:
-            raise _RefusedError(f"The command {command} has not been found", "CommandNotFound")
+            raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
         if self._frozen and command not in _ALLOWED_FROZEN:
             reason = "the command is not allowed while frozen"
-            raise _RefusedError(f"Command {command} has been disabled: {reason}", "CommandNotFound")
+            raise RequestRefused(f"Command {command} has been disabled: {reason}", "CommandNotFound")
         method, parameters = _COMMANDS[command]
         self._check_arguments(arguments, parameters)
         words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
@@ -2232,13 +2232,13 @@ class StandInAgent:
         """Check types; in *parameters* a type that ends with `?` is of an optional one."""
         for key, kind in parameters.items():
             if key not in arguments and not kind.endswith("?"):
-                raise _RefusedError(f"Parameter '{key}' is missing")
+                raise RequestRefused(f"Parameter '{key}' is missing")
         for key, value in arguments.items():
             if key not in parameters:
-                raise _RefusedError(f"Parameter '{key}' is unexpected")
+                raise RequestRefused(f"Parameter '{key}' is unexpected")
             kind = parameters[key].rstrip("?")
             if not _JSON_KINDS[kind](value):
-                raise _RefusedError(f"Invalid parameter type for '{key}', expected: {kind}")
+                raise RequestRefused(f"Invalid parameter type for '{key}', expected: {kind}")
 
     # --- commands: the agent and its system ---
 
@@ -2287,7 +2287,7 @@ class StandInAgent:
 
     def _shutdown(self, mode: str = "powerdown") -> None:
         if mode not in ("powerdown", "halt", "reboot"):
-            raise _RefusedError("Invalid parameter 'mode'")
+            raise RequestRefused("Invalid parameter 'mode'")
         self.end_boot()
         self.rebooted = mode == "reboot"
         self.halted = mode != "reboot"
@@ -2321,14 +2321,14 @@ class StandInAgent:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             failure = f"Failed to execute child process \u201c{path}\u201d ({reason})"
-            raise _RefusedError(f"Guest agent command failed, error was '{failure}'") from error
+            raise RequestRefused(f"Guest agent command failed, error was '{failure}'") from error
         self._programs[program.pid] = program
         self._groups.append(program)
         return {"pid": program.pid}
 
     def _exec_status(self, pid: int) -> dict[str, Any]:
         if pid not in self._programs:
-            raise _RefusedError("Invalid parameter 'pid'")
+            raise RequestRefused("Invalid parameter 'pid'")
         program = self._programs[pid]
         if program.exited:
             del self._programs[pid]
@@ -2342,19 +2342,19 @@ class StandInAgent:
     def _host_path(self, path: str) -> str:
         real = os.path.realpath(os.path.join("/", path))  # noqa: PTH118 - an absolute path wins
         if self.root is not None and not Path(real).is_relative_to(self.root):
-            raise _RefusedError(f"failed to open file '{path}': outside of the agent's root")
+            raise RequestRefused(f"failed to open file '{path}': outside of the agent's root")
         return real
 
     def _open(self, path: str, mode: str = "r") -> int:
         if mode not in _OPEN_FLAGS:
-            raise _RefusedError(f"invalid file open mode '{mode}'")
+            raise RequestRefused(f"invalid file open mode '{mode}'")
         if "\0" in path:
-            raise _RefusedError("failed to open file: it has a null character")
+            raise RequestRefused("failed to open file: it has a null character")
         try:
             fd = self._open_boot_id() if path == _BOOT_ID_PATH else self._open_file(path, mode)
         except OSError as error:
             reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
-            raise _RefusedError(reason) from error
+            raise RequestRefused(reason) from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._files[handle] = _GuestFile(fd)
         return handle
@@ -2376,13 +2376,13 @@ class StandInAgent:
 
     def _file(self, handle: int) -> _GuestFile:
         if handle not in self._files:
-            raise _RefusedError(f"handle '{handle}' has not been found")
+            raise RequestRefused(f"handle '{handle}' has not been found")
         return self._files[handle]
 
     def _read(self, handle: int, count: int = 4096) -> dict[str, Any]:
         file = self._file(handle)
         if not 0 <= count <= _READ_LIMIT:
-            raise _RefusedError(f"value '{count}' is invalid for argument count")
+            raise RequestRefused(f"value '{count}' is invalid for argument count")
         data, eof = file.read(count)
         return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
 
@@ -2391,7 +2391,7 @@ class StandInAgent:
         data = self._content(buf_b64)
         size = len(data) if count is None else count
         if not 0 <= size <= len(data):
-            raise _RefusedError(f"value '{count}' is invalid for argument count")
+            raise RequestRefused(f"value '{count}' is invalid for argument count")
         file.write(data[:size])
         return {"count": size, "eof": False}
 
@@ -2400,13 +2400,13 @@ class StandInAgent:
         try:
             return base64.b64decode(text.replace("\n", ""), validate=True)
         except ValueError:
-            raise _RefusedError("Base64 data contains invalid characters") from None
+            raise RequestRefused("Base64 data contains invalid characters") from None
 
     def _seek(self, handle: int, offset: int, whence: Any) -> dict[str, Any]:
         file = self._file(handle)
         names = {"0": 0, "1": 1, "2": 2, "set": 0, "cur": 1, "end": 2}
         if str(whence) not in names:
-            raise _RefusedError("Invalid parameter 'whence'")
+            raise RequestRefused("Invalid parameter 'whence'")
         return {"position": file.seek(offset, names[str(whence)]), "eof": False}
 
     def _flush(self, handle: int) -> dict[str, Any]:
@@ -2606,7 +2606,7 @@ class _Endpoint:
         try:
             value = self._requests.next_value()
             reply = self._agent.answer(value) if value is not None else b""
-        except _RefusedError as error:
+        except RequestRefused as error:
             value, reply = b"", self._agent.refusal(error)
         self._outgoing = memoryview(reply)
         if self._agent.halted:

@@ -7,14 +7,18 @@ The real one runs as a process of this host, so every command that could touch t
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -154,3 +158,63 @@ def python_command(call: str) -> list[str]:
     """Return the command that imports `drivers` from this checkout and makes *call*."""
     setup = f"import sys; sys.path.insert(0, {str(HERE)!r}); import drivers; "
     return [sys.executable, "-c", setup + call]
+
+
+class Scripted:
+    """An agent at the other end of a socket pair that answers each request as *script* says.
+
+    *script* takes the request and returns bytes to send, or None to close the connection.
+    """
+
+    def __init__(self, script: Callable[[dict[str, Any]], bytes | None]) -> None:
+        self.script = script
+        self.requests: list[dict[str, Any]] = []
+        self.raw = b""
+        self.near, self.far = socket.socketpair()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        splitter = drivers.RequestSplitter()
+        with self.far, contextlib.suppress(OSError):
+            while data := self.far.recv(65536):
+                self.raw += data
+                splitter.feed(data.lstrip(b"\xff"))
+                while (value := splitter.next_value()) is not None:
+                    self.requests.append(json.loads(value))
+                    answer = self.script(self.requests[-1])
+                    if answer is None:
+                        return
+                    self.far.sendall(answer)
+
+    def driver(self, **config: object) -> drivers.QemuGuestAgentDriver:
+        """Return a driver that is connected to this agent."""
+        driver = drivers.QemuGuestAgentDriver({"path": "/nowhere", "name": "vm", **config}, LOG)
+        self.near.setblocking(False)
+        driver.driver = drivers.Link(self.near, drivers.plain_wait, LOG)
+        return driver
+
+    def end(self) -> None:
+        """Close the connection and wait for the script to end."""
+        with contextlib.suppress(OSError):
+            self.near.shutdown(socket.SHUT_RDWR)
+        self.near.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def reply(request: dict[str, Any], value: object) -> bytes:
+    """Return the line that answers *request* with *value*."""
+    return json.dumps({"return": value, "id": request["id"]}).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def scripted(
+    script: Callable[[dict[str, Any]], bytes | None], **config: object
+) -> Iterator[tuple[drivers.QemuGuestAgentDriver, Scripted]]:
+    """Yield a driver connected to an agent that follows *script*, and that agent."""
+    agent = Scripted(script)
+    try:
+        yield agent.driver(**config), agent
+    finally:
+        agent.end()
