@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -511,21 +511,52 @@ class Guest:
         with self.agent() as agent:
             return agent.boot_id()
 
+    def reboot(self, timeout: float = BOOT_TIMEOUT_S) -> str:
+        """Reboot through the agent, within *timeout* seconds; return the new boot's id."""
+        with self.agent() as agent:
+            before = agent.boot_id()
+            agent.send("guest-shutdown", mode="reboot")
+            # A client that leaves at once may take its request along.
+            self._poll(lambda: not self.port_open(), timeout)
+        return self.wait_reboot(before, timeout)
+
+    def kill_agent(self, timeout: float = BOOT_TIMEOUT_S) -> None:
+        """Kill the agent as a crash would; return when its successor answers, in *timeout* s."""
+        with self.agent() as agent:
+            before = _agent_pid(agent)
+            # Not before the answer to this very call is out.
+            script = f"usleep 200000; kill -9 {before}"
+            agent.call("guest-exec", path="/bin/sh", arg=["-c", script])
+        self._wait(lambda agent: _agent_pid(agent) != before, timeout)
+
+    def port_open(self) -> bool:
+        """Ask QEMU whether a program in the guest has the agent's port open."""
+        ports = {port["label"]: port["frontend-open"] for port in self.qmp("query-chardev")}
+        return bool(ports["agent"])
+
     def agent(self, timeout: float = 30.0) -> RawAgent:
         """Open a bare connection to the agent; *timeout* is in seconds, for each answer."""
         return RawAgent(self.agent_path, timeout)
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _wait(self, ready: Any, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
+    def _wait(self, ready: Callable[[RawAgent], bool], timeout: float) -> None:
+        """Ask *ready* on one fresh connection after the other until it says so."""
+
+        def attempt() -> bool:
             try:
                 with self.agent(timeout=2.0) as agent:
-                    if ready(agent):
-                        return
+                    return ready(agent)
             except (OSError, GuestError, ValueError):
-                pass  # nobody there yet, or the guest went down under us
+                return False  # nobody there yet, or the guest went down under us
+
+        self._poll(attempt, timeout)
+
+    def _poll(self, ready: Callable[[], bool], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if ready():
+                return
             self._rest(0.1)
         console = self.console.read_text(errors="replace")[-2000:]
         raise GuestError(f"guest {self.name!r} not ready within {timeout} s; console:\n{console}")
@@ -602,6 +633,10 @@ def guests(count: int, directory: Path, **options: Any) -> Iterator[list[Guest]]
         for guest in group:
             guest.wait_agent()
         yield group
+
+
+def _agent_pid(agent: RawAgent) -> int:
+    return int(agent.run("/bin/pidof", "qemu-ga").out)
 
 
 def _make_disk(path: Path) -> None:
