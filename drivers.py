@@ -1,0 +1,1788 @@
+"""Talk to the agent inside a virtual machine, and play that agent where there is none.
+
+Bytes flow through four parts, each usable without the next:
+
+    socket  <->  Link  ->  FrameBuffer  ->  Session  ->  driver's methods
+               (waits)   (bytes to lines) (lines to replies)
+
+`FrameBuffer` and `Session` do no input or output. `Link` is one connection; whatever fails
+inside it closes it for good, so a socket is never left holding a request or out of step. The
+rule not to be broken: a request over 1 KiB travels alone, since two that together exceed one
+read of the agent lose a reply on virtio-serial (measured with qemu-ga 7.2).
+
+Errors say what is wrong, not where it was noticed:
+
+    DriverError (OSError)         message, hint
+    ├── ConnectError              address
+    │   ├── NoSocket              nothing listens at that address
+    │   └── NoAnswer              something listens and says nothing
+    ├── DriverTimeout             what, seconds (also a TimeoutError)
+    ├── LinkLost                  the peer closed or reset the connection
+    ├── ProtocolError             the peer broke the protocol
+    │   ├── FrameError            raw
+    │   └── ReplyError            reply, sent
+    ├── StateError                a call on a driver that is not connected
+    └── AgentError                class_, desc, sent: the agent answered with an error
+        ├── CommandDisabled       the agent's policy forbids the command
+        ├── CommandMissing        the agent does not know the command
+        ├── Frozen                disabled while the guest's file systems are frozen
+        └── UnknownPid            the agent knows no such program (any more)
+
+The guest is not trusted: every reply is checked for types, sizes and encoding before use.
+Facts about the protocol come from QEMU's qga/qapi-schema.json and from measurements with
+qemu-ga 7.2 and 10.2. This module needs the standard library alone.
+"""
+# Errors are named by what happened (NoAnswer, Frozen), as the caller reads them.
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
+
+# === errors =======================================================================================
+
+
+def _one_line(text: str) -> str:
+    """Return *text* as one printable line, whatever a guest put into it."""
+    flat = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flat)
+
+
+class DriverError(OSError):
+    """Any failure of a driver: `message` is one printable line, `hint` says what to do, if known.
+
+    It is an OSError because the reference documents that class for failing driver calls.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = _one_line(message)
+        self.hint = hint
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_error, (type(self), self.__dict__)
+
+
+def _rebuild_error(kind: type[DriverError], state: dict[str, Any]) -> DriverError:
+    """Unpickle an error without its own constructor, whose parameters differ by class."""
+    error = kind.__new__(kind)
+    DriverError.__init__(error, state["message"])
+    error.__dict__.update(state)
+    return error
+
+
+class ConnectError(DriverError):
+    """No connection to `address`."""
+
+    def __init__(self, address: str, reason: str, hint: str = "") -> None:
+        super().__init__(f"agent at {address!r} {reason}", hint)
+        self.address = address
+
+
+class NoSocket(ConnectError):
+    """Nothing listens at `address`."""
+
+
+class NoAnswer(ConnectError):
+    """Something accepts connections at `address`, but no agent answers."""
+
+
+class DriverTimeout(DriverError, TimeoutError):
+    """`what` was not done within `seconds`."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(f"{what} was not done within {seconds:g} s")
+        self.what = what
+        self.seconds = seconds
+
+
+class LinkLost(DriverError):
+    """The peer closed or reset the connection; what was under way may or may not have run."""
+
+
+class ProtocolError(DriverError):
+    """The peer sent something that the protocol does not allow."""
+
+
+class FrameError(ProtocolError):
+    """`raw` (its beginning) is not a frame."""
+
+    def __init__(self, reason: str, raw: bytes) -> None:
+        super().__init__(f"frame {reason}: {raw[:60]!r}")
+        self.raw = raw[:1000]
+
+
+class ReplyError(ProtocolError):
+    """`reply` does not fit the request `sent` (a command's name, or "" if none is known)."""
+
+    def __init__(self, reason: str, reply: Any, sent: str = "") -> None:
+        super().__init__(f"reply to {sent!r} {reason}: {repr(reply)[:120]}")
+        self.reply = repr(reply)[:1000]
+        self.sent = sent
+
+
+class StateError(DriverError):
+    """The driver is not connected, or not any more."""
+
+
+class AgentError(DriverError):
+    """The agent answered `sent` (a command's name) with an error of class `class_` and text `desc`.
+
+    Decide by class, never by text: texts differ between versions of the agent.
+    """
+
+    def __init__(self, class_: str, desc: str, sent: str, hint: str = "") -> None:
+        super().__init__(f"{sent} failed in the guest: {desc}", hint)
+        self.class_ = class_
+        self.desc = desc
+        self.sent = sent
+
+
+class CommandDisabled(AgentError):
+    """The agent knows the command, and its configuration forbids it."""
+
+
+class CommandMissing(AgentError):
+    """The agent does not know the command; it is too old, or built for another system."""
+
+
+class Frozen(AgentError):
+    """The guest's file systems are frozen; until they are thawed hardly any command is allowed."""
+
+
+class UnknownPid(AgentError):
+    """The agent knows no program of this pid: never started, already asked, or before a reboot."""
+
+
+# === deadline =====================================================================================
+
+
+class Deadline:
+    """A point in monotonic time, made once and passed down; None means never."""
+
+    __slots__ = ("_at", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = math.inf if seconds is None else seconds
+        self._at = time.monotonic() + self.seconds
+
+    def remaining(self) -> float:
+        """Return the seconds left, never negative; infinity if there is no end."""
+        return max(0.0, self._at - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        """Whether no time is left."""
+        return self.remaining() <= 0
+
+
+def _delays(longest: float) -> Iterator[float]:
+    """Yield seconds to wait between looks: short at first, growing to *longest*, without end."""
+    delay = min(0.0003, longest)
+    while True:
+        yield delay
+        delay = min(delay * 1.5, longest)
+
+
+def plain_wait(fd: int, events: int, seconds: float) -> bool:
+    """Wait until *fd* has one of poll's *events*; with fd -1 only let *seconds* pass.
+
+    Returns whether the descriptor is ready; False means that the time is up.
+    """
+    if fd < 0:
+        # Poll counts whole milliseconds, too coarse for the first looks at a program.
+        select.select((), (), (), seconds)
+        return False
+    poll = select.poll()
+    poll.register(fd, events)
+    return bool(poll.poll(None if seconds == math.inf else seconds * 1000))
+
+
+# === addresses ====================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an agent listens: a socket `family` and the `target` that connect() takes."""
+
+    family: int
+    target: str | tuple[str, int] | tuple[int, int]
+
+    def __str__(self) -> str:
+        if isinstance(self.target, str):
+            return self.target if self.target.startswith("/") else f"unix:{self.target}"
+        host, port = self.target
+        if self.family == socket.AF_VSOCK:
+            return f"vsock:{host}:{port}"
+        return f"tcp:[{host}]:{port}" if ":" in str(host) else f"tcp:{host}:{port}"
+
+
+def parse_address(text: str) -> Address:
+    """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`.
+
+    Raises ValueError for anything else.
+    """
+    scheme, colon, rest = text.partition(":")
+    if "\0" not in text:
+        if scheme == "tcp" and colon:
+            return Address(socket.AF_INET, _parse_tcp(text, rest))
+        if scheme == "vsock" and colon:
+            return Address(socket.AF_VSOCK, _parse_vsock(text, rest))
+        path = rest if scheme == "unix" and colon else text
+        if path and (path is rest or "/" in scheme or not colon):
+            return Address(socket.AF_UNIX, path)
+    raise ValueError(f"address {text!r} is not a path, unix:PATH, tcp:HOST:PORT or vsock:CID:PORT")
+
+
+def _parse_tcp(text: str, rest: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):(\d{1,5})", rest, re.ASCII)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise ValueError(f"address {text!r} is not tcp:HOST:PORT with a port from 1 to 65535")
+    return match[1] or match[2], int(match[3])
+
+
+def _parse_vsock(text: str, rest: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", rest, re.ASCII)
+    if match is None or max(int(match[1]), int(match[2])) >= 2**32 - 1:
+        raise ValueError(f"address {text!r} is not vsock:CID:PORT with numbers below 4294967295")
+    return int(match[1]), int(match[2])
+
+
+# A UNIX address ends at 107 bytes (unix(7)); longer paths go through a descriptor of the folder.
+_UNIX_PATH_BYTES = 107
+_NOTHING_THERE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,  # vsock: nobody listens on that port
+    errno.ENODEV,  # vsock: no such guest
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+}
+
+_BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
+
+WaitHook = Callable[[int, int, float], bool]
+
+
+def _refusal(address: Address, code: int) -> ConnectError:
+    """Return the error that says what *code* (an errno) means for connecting to *address*."""
+    if code in (errno.EAGAIN, errno.ETIMEDOUT):
+        return NoAnswer(str(address), "does not take the connection", _BUSY_HINT)
+    kind = NoSocket if code in _NOTHING_THERE else ConnectError
+    hint = "Start the VM or its agent, or correct the path"
+    return kind(str(address), f"cannot be reached: {os.strerror(code)}", hint)
+
+
+def _open_socket(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
+    """Return a connected, non-blocking socket.
+
+    Raises NoSocket, NoAnswer (the queue of a busy server is full, or time is up), ConnectError.
+    """
+    if address.family == socket.AF_INET:
+        return _connect_tcp(address, wait, deadline)
+    path = address.target
+    if not isinstance(path, str) or len(os.fsencode(path)) <= _UNIX_PATH_BYTES:
+        return _connect_one(address, address.family, path, wait, deadline)
+    folder, name = os.path.split(path)
+    try:
+        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _refusal(address, error.errno or 0) from error
+    try:
+        target = f"/proc/self/fd/{fd}/{name}"
+        return _connect_one(address, socket.AF_UNIX, target, wait, deadline)
+    finally:
+        os.close(fd)
+
+
+def _connect_tcp(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
+    """Try each address of the host in turn; the last failure is raised."""
+    host, port = str(address.target[0]), address.target[1]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise NoSocket(str(address), f"has no known host: {error.strerror}") from error
+    failure = _refusal(address, errno.EHOSTUNREACH)
+    for family, _, _, _, target in found:
+        try:
+            sock = _connect_one(address, family, target, wait, deadline)
+        except ConnectError as error:
+            failure = error
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    raise failure
+
+
+def _connect_one(
+    address: Address, family: int, target: Any, wait: WaitHook, deadline: Deadline
+) -> socket.socket:
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _refusal(address, error.errno or 0) from error
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(target)
+        if code == errno.EINPROGRESS:
+            ready = wait(sock.fileno(), select.POLLOUT, deadline.remaining())
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if ready else errno.ETIMEDOUT
+        if code:
+            raise _refusal(address, code)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+# === frame buffer =================================================================================
+
+# The largest honest reply is a read of 48 MiB (the agent's limit), 64 MiB as base64.
+FRAME_LIMIT = 72 * 2**20
+
+
+class FrameBuffer:
+    """Bytes in, lines out; no input or output of its own."""
+
+    def __init__(self, limit: int = FRAME_LIMIT) -> None:
+        self.limit = limit  # bytes held without completing a frame
+        self._held = bytearray()
+        self._scanned = 0  # bytes of _held known to hold no newline: big frames stay linear
+        self._skipping = False
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Take *data* in; while skipping, everything up to the mark is dropped at once."""
+        if self._skipping:
+            data = bytes(data)
+            mark = data.find(b"\xff")
+            if mark < 0:
+                return
+            self._skipping = False
+            data = data[mark + 1 :]
+        self._held += data
+
+    def skip_to_mark(self) -> None:
+        """Discard everything up to and including the next 0xFF, without holding it in memory."""
+        held = bytes(self._held)
+        self._held.clear()
+        self._scanned = 0
+        self._skipping = True
+        self.feed(held)
+
+    def next_frame(self) -> bytes | None:
+        """Return the next line that is not blank, or None if more bytes are needed.
+
+        Raises FrameError if more than `limit` bytes came without a newline.
+        """
+        while (end := self._held.find(b"\n", self._scanned)) >= 0:
+            frame = bytes(memoryview(self._held)[:end])
+            # Deleting in front only moves a pointer in CPython's bytearray.
+            del self._held[: end + 1]
+            self._scanned = 0
+            if frame and not frame.isspace():
+                return frame
+        self._scanned = len(self._held)
+        if self._scanned > self.limit:
+            raise FrameError(f"exceeds {self.limit} bytes", bytes(self._held[:1000]))
+        return None
+
+
+# === session ======================================================================================
+
+
+class Ticket:
+    """One request on its way; its reply is kept here until somebody asks for it."""
+
+    __slots__ = ("command", "done", "ident", "large", "reply")
+
+    def __init__(self, command: str, ident: int, large: bool) -> None:
+        self.command = command
+        self.ident = ident
+        self.large = large
+        self.done = False
+        self.reply: dict[str, Any] = {}
+
+    def result(self) -> Any:
+        """Return what the agent returned. Raises AgentError if it answered with an error."""
+        if "error" in self.reply:
+            told = self.reply["error"]
+            raise AgentError(told["class"], told["desc"], self.command)
+        return self.reply["return"]
+
+
+# Requests up to this size may overlap; measured safe on virtio-serial up to 2.1 kB in one write.
+_SMALL_REQUEST = 1024
+
+
+class Session:
+    """Requests and replies of one connection, matched by id; no input or output of its own.
+
+    qemu-ga echoes any id since 3.0. Ids begin at a random number, so that a late reply to an
+    earlier connection answers nothing here.
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.pending: dict[int, Ticket] = {}
+        self._log = log
+        self._idents = itertools.count(secrets.randbits(52))
+
+    def encode(self, command: str, arguments: Mapping[str, Any] | None) -> tuple[Ticket, bytes]:
+        """Return a ticket and the bytes to send for it; `expect` it when they are sent.
+
+        Raises ValueError or TypeError for arguments that JSON cannot carry.
+        """
+        request: dict[str, Any] = {"execute": command, "id": next(self._idents)}
+        if arguments:
+            request["arguments"] = arguments
+        data = json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
+        return Ticket(command, request["id"], len(data) > _SMALL_REQUEST), data
+
+    def expect(self, ticket: Ticket) -> None:
+        """Wait for the reply to *ticket* from now on."""
+        self.pending[ticket.ident] = ticket
+
+    @property
+    def large_pending(self) -> bool:
+        """Whether a large request is on its way, beside which nothing may be sent."""
+        return any(ticket.large for ticket in self.pending.values())
+
+    def accept(self, frame: bytes) -> None:
+        """Hand the reply in *frame* to its ticket; one that nobody waits for is dropped.
+
+        Raises FrameError or ReplyError; the session must then not be used any more.
+        """
+        reply = parse_reply(frame)
+        ident = reply.get("id")
+        if type(ident) is not int:
+            raise ReplyError("carries no id", reply)
+        ticket = self.pending.pop(ident, None)
+        if ticket is None:
+            self._log.debug("dropped a reply with id %d that nobody waits for", ident)
+            return
+        ticket.reply = reply
+        ticket.done = True
+
+
+def parse_reply(frame: bytes) -> dict[str, Any]:
+    """Return the reply in *frame*: an object with either `return` or a well-formed `error`.
+
+    Raises FrameError if it is not JSON, ReplyError if it is not a reply.
+    """
+    try:
+        reply = json.loads(frame.decode())
+    except (ValueError, RecursionError) as error:
+        raise FrameError("is not JSON", frame) from error
+    if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
+        raise ReplyError("has not exactly one of return and error", reply)
+    if "error" in reply:
+        told = reply["error"]
+        texts = [told.get("class"), told.get("desc")] if isinstance(told, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ReplyError("has a malformed error", reply)
+    return reply
+
+
+# === link =========================================================================================
+
+_RECEIVE_BYTES = 256 * 1024
+
+
+class Link:
+    """One connection to an agent. Any failure inside it closes it for good."""
+
+    def __init__(self, sock: socket.socket, wait: WaitHook, log: logging.Logger) -> None:
+        self.session = Session(log)
+        self._frames = FrameBuffer()
+        self._wait = wait
+        self._sock: socket.socket | None = sock
+        self._space = memoryview(bytearray(_RECEIVE_BYTES))
+
+    @property
+    def open(self) -> bool:
+        """Whether the link can still be used."""
+        return self._sock is not None
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor. Raises StateError on a closed link."""
+        return self._live().fileno()
+
+    def close(self) -> None:
+        """Close the socket; requests under way lose their replies."""
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = None
+
+    def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> None:
+        """Send a request, alone if it or one under way is large.
+
+        Raises DriverTimeout, LinkLost or ProtocolError, after which the link is closed.
+        """
+        self._live()
+        try:
+            if ticket.large or self.session.large_pending:
+                self.drain(deadline)
+            self.session.expect(ticket)
+            self._send(data, deadline, ticket.command)
+        except BaseException:
+            self.close()
+            raise
+
+    def collect(self, ticket: Ticket, deadline: Deadline) -> Any:
+        """Return the result of *ticket*, keeping the replies to others that come before it.
+
+        Raises AgentError (the link stays open), or what `post` raises.
+        """
+        if not ticket.done:
+            if self.session.pending.get(ticket.ident) is not ticket:
+                raise StateError(f"{ticket.command} was sent on a connection that is gone")
+            try:
+                while not ticket.done:
+                    self._receive(deadline, ticket.command)
+            except BaseException:
+                self.close()
+                raise
+        return ticket.result()
+
+    def sync(self, deadline: Deadline) -> int:
+        """Drop whatever is left of earlier clients and return the random id that proves it.
+
+        Raises DriverTimeout, LinkLost or FrameError, after which the link is closed.
+        """
+        ident = secrets.randbits(63)
+        self.session.pending.clear()
+        request = {"execute": "guest-sync-delimited", "arguments": {"id": ident}}
+        try:
+            # 0xFF resets the agent's lexer, should half a request of a former client be in it.
+            self._send(b"\xff" + json.dumps(request).encode(), deadline, "guest-sync-delimited")
+            self._frames.skip_to_mark()
+            while not self._is_sync_reply(ident):
+                self._receive(deadline, "guest-sync-delimited", accept=False)
+        except BaseException:
+            self.close()
+            raise
+        return ident
+
+    def _is_sync_reply(self, ident: int) -> bool:
+        """Look at the lines that follow a 0xFF; one that is not ours belongs to a former client."""
+        while (frame := self._frames.next_frame()) is not None:
+            try:
+                if parse_reply(frame.rpartition(b"\xff")[2]).get("return") == ident:
+                    return True
+            except ProtocolError:
+                pass
+            self._frames.skip_to_mark()
+        return False
+
+    def drain(self, deadline: Deadline) -> None:
+        """Take in and keep the replies to all requests under way. Raises as `post` does."""
+        try:
+            while self.session.pending:
+                self._receive(deadline, next(iter(self.session.pending.values())).command)
+        except BaseException:
+            self.close()
+            raise
+
+    def _live(self) -> socket.socket:
+        if self._sock is None:
+            raise StateError("driver is not connected", "Call connect() first")
+        return self._sock
+
+    def _send(self, data: bytes, deadline: Deadline, what: str) -> None:
+        sock, rest = self._live(), memoryview(data)
+        while rest:
+            try:
+                rest = rest[sock.send(rest) :]
+            except BlockingIOError:
+                if not self._wait(sock.fileno(), select.POLLOUT, deadline.remaining()):
+                    raise DriverTimeout(f"sending {what}", deadline.seconds) from None
+            except OSError as error:
+                raise LinkLost(f"connection was lost while sending {what}: {error}") from error
+
+    def _receive(self, deadline: Deadline, what: str, accept: bool = True) -> None:
+        """Wait for bytes, take them in and, unless a sync goes on, hand out what is complete."""
+        sock = self._live()
+        if not self._wait(sock.fileno(), select.POLLIN, deadline.remaining()):
+            raise DriverTimeout(what, deadline.seconds)
+        try:
+            size = sock.recv_into(self._space)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LinkLost(f"connection was lost while waiting for {what}: {error}") from error
+        if not size:
+            raise LinkLost(f"agent closed the connection before it answered {what}")
+        self._frames.feed(self._space[:size])
+        while accept and (frame := self._frames.next_frame()) is not None:
+            self.session.accept(frame)
+
+
+# === abstract driver ==============================================================================
+
+# Scripts get paths as arguments ("sh -c SCRIPT sh PATH"); no path is ever part of a script.
+# An empty IFS keeps spaces together while the shell still expands the wildcards in $1.
+_EXISTS_SH = '[ -e "$1" ] && exit 0; IFS=; for f in $1; do [ -e "$f" ] && exit 0; done; exit 1'
+_DELETE_SH = '[ -e "$1" ] || [ -L "$1" ] || exit 1; rm -f "$1"'
+_PRUNE_SH = (
+    'd=$1; while [ -n "$d" ] && rmdir "$d" 2>/dev/null; do '
+    'case $d in */*) d=${d%/*};; *) d=;; esac; done; [ ! -e "$1" ]'
+)
+# busybox's find has -newer but not -newermt, hence the reference file.
+_FIND_SH = (
+    '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
+    'ref=$(mktemp) && trap \'rm -f "$ref"\' EXIT && touch -d "$2" "$ref" || exit 3; '
+    'find "$1" -type f -newer "$ref" -print0'
+)
+_EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
+_MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
+_DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
+_PRUNE_PS = (
+    "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
+    "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
+)
+_FIND_PS = (
+    "$ErrorActionPreference = 'Stop'; [Console]::OutputEncoding = [Text.Encoding]::UTF8; "
+    "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
+    "Get-ChildItem -Recurse -File -Force -LiteralPath $w[0] | "
+    "Where-Object { $_.LastWriteTime -gt $after } | "
+    "ForEach-Object { [Console]::Write($_.FullName + [char]0) }"
+)
+
+
+def powershell(script: str, *words: str) -> list[str]:
+    """Return the argument list that runs *script* on Windows with *words* as its array `$w`.
+
+    An encoded command needs no quoting by the agent, whose rules differ from the shell's.
+    """
+    quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
+    encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
+    return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
+
+
+def _plain_path(path: str | PurePath) -> str:
+    """Return *path* as text that no program takes for an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _time_word(start_time: float) -> str:
+    """Return a start time as a schedule writes it: `-10`, `0.5`, `inf`."""
+    whole = math.isfinite(start_time) and start_time == int(start_time)
+    return str(int(start_time)) if whole else str(start_time)
+
+
+class AbstractDriver(ABC):
+    """What every driver for an agent inside a VM offers; the agent's protocol is for subclasses.
+
+    `config` needs "path" (see `parse_address`) and may have "name", "launch_dir", "timeout"
+    (seconds per call, 30) and "connect_timeout" (seconds, 20). `log` takes what is worth knowing.
+
+    Raises FileNotFoundError if no path was given, ValueError for one that is no address.
+    """
+
+    _EXEC_ERROR_MSG = "`execute` returned `None` indicating an error has occurred."
+
+    def __init__(self, config: Mapping[str, Any], log: logging.Logger) -> None:
+        path = config.get("path")
+        if not path:
+            raise FileNotFoundError(f"vm {config.get('name', '')!r} has no path to its agent")
+        self.address = parse_address(str(path))
+        self.config = config
+        self.log = log
+        self.driver: Link | None = None  # the connection
+        self.lock = threading.Condition()  # held while a request is sent and answered
+        self.target_os = ""  # pretty name of the guest's system, known once connected
+        self.is_windows = False
+        self.used_agent_paths: set[str] = set()
+        self.output_cache: dict[int, dict[str, Any]] = {}
+        self.timeout = float(config.get("timeout") or 30)
+        self.connect_timeout = float(config.get("connect_timeout") or 20)
+        self.wait: WaitHook = plain_wait  # replaceable; may raise, see QemuGuestAgentDriver
+
+    # --- what a subclass does ---
+
+    @abstractmethod
+    def connect(self) -> int:
+        """Connect to the agent and synchronise; return the token of that exchange."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def sync(self, timeout: float = 5) -> int | None:
+        """Synchronise with the agent within *timeout* seconds; return the token or None."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def ping(self, timeout: float = 10) -> bool:
+        """Tell whether the agent answers within *timeout* seconds."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def execute(
+        self,
+        path: str,
+        arg: str | Sequence[str] | None = None,
+        env: Sequence[str] | None = None,
+        input_data: str | bytes | None = None,
+        capture_output: bool = True,
+    ) -> int | None:
+        """Start a program in the guest; return its pid, or None if the agent refused."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def exec_status(self, pid: int) -> dict[str, Any]:
+        """Return what the agent knows of program *pid*, and pass it to `store_captured_output`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
+        """Keep what the agent told of program *pid* in `output_cache`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def file_flush(self, handle: int) -> None:
+        """Flush an open file of the guest."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
+        """Write *data* to a file of the guest; return whether the agent accepted it."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write_from_file(
+        self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
+    ) -> bool:
+        """Write a local file's content to a file of the guest."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def read_file(
+        self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
+    ) -> bool:
+        """Fetch a file of the guest to the local path *local_destination*."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def get_os(self) -> str:
+        """Return the pretty name of the guest's system."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def get_time(self) -> int:
+        """Return the guest's time in nanoseconds since 1970."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def set_time(self, now_ns: int | None = None) -> None:
+        """Set the guest's clock to *now_ns*, or to the host's present time."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def set_user_password(self, username: str, password: str) -> None:
+        """Set the password of a user of the guest."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def network_get_interfaces(self) -> list[dict[str, Any]]:
+        """Return the guest's network interfaces."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reboot(self) -> None:
+        """Make the guest reboot."""
+        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def get_engine() -> str:
+        """Return the name of the engine whose VMs this driver can talk to."""
+        raise NotImplementedError
+
+    def connected(self, timeout: float = 10) -> dict[str, Any]:
+        """Return {} if the agent answers within *timeout* seconds. Raises DriverTimeout if not."""
+        if not self.ping(timeout):
+            raise DriverTimeout("guest-ping", timeout)
+        return {}
+
+    # --- programs and their output ---
+
+    def _reset_cache(self) -> None:
+        """Forget all output; after a reboot the same pids are other programs."""
+        self.output_cache.clear()
+
+    def get_exitcode(self, pid: int) -> int | None:
+        """Return the exit code of *pid*, or None while it runs.
+
+        A program that a signal ended counts as 128 + its number, as in a shell; on Windows the
+        number of an unhandled exception stands for itself.
+        """
+        status = self._cached_status(pid)
+        if not status["exited"]:
+            return None
+        signal_number = status.get("signal")
+        if signal_number is None:
+            return int(status["exitcode"])
+        return int(signal_number) + (128 if signal_number < 128 else 0)
+
+    def wait_for_exitcode(self, pid: int, interval: float = 1) -> int:
+        """Return the exit code of *pid* once it has exited, looking every *interval* s or sooner.
+
+        The first looks follow each other quickly, so a short program costs milliseconds.
+        """
+        delays = _delays(interval)
+        while (code := self.get_exitcode(pid)) is None:
+            self.wait(-1, 0, next(delays))
+        return code
+
+    def evaluate_process_success(self, pid: int, interval: float = 1) -> bool:
+        """Wait for *pid* as `wait_for_exitcode` does; return whether its exit code is 0."""
+        return self.wait_for_exitcode(pid, interval) == 0
+
+    def get_stdout(self, pid: int) -> str | None:
+        """Return the standard output of *pid*, or None if there is none (yet)."""
+        return self._get_stream("stdout", pid)
+
+    def get_stderr(self, pid: int) -> str | None:
+        """Return the standard error output of *pid*, or None if there is none (yet)."""
+        return self._get_stream("stderr", pid)
+
+    def _get_stream(self, stream_name: str, pid: int) -> str | None:
+        text: str | None = self._cached_status(pid).get(stream_name)
+        return text
+
+    def _cached_status(self, pid: int) -> dict[str, Any]:
+        """Return the cache's entry for *pid*, asking the agent unless the end is known.
+
+        The agent forgets a program when it has told its end once.
+        """
+        if not self.output_cache.get(pid, {}).get("exited"):
+            self.exec_status(pid)
+        return self.output_cache[pid]
+
+    def _start_script(
+        self, posix: str, windows: str, *words: str, capture: bool = False
+    ) -> int | None:
+        """Start one of our scripts with *words* as its arguments; return its pid or None."""
+        if self.is_windows:
+            program, *arguments = powershell(windows, *words)
+        else:
+            program, arguments = "/bin/sh", ["-c", posix, "sh", *words]
+        pid = self.execute(program, arguments, capture_output=capture)
+        if pid is None:
+            self.log.error(self._EXEC_ERROR_MSG)
+        return pid
+
+    def _run_script(self, posix: str, windows: str, *words: str) -> bool | None:
+        pid = self._start_script(posix, windows, *words)
+        if pid is None:
+            return None
+        success = self.evaluate_process_success(pid)
+        self.output_cache.pop(pid, None)
+        return success
+
+    # --- files of the guest ---
+
+    def file_exists(self, path: str) -> bool | None:
+        """Tell whether *path* exists in the guest; None if the attempt to look failed.
+
+        The shell's wildcards `*`, `?` and `[…]` are expanded and one match is enough; no other
+        character means anything, but a backslash before a wildcard.
+        """
+        return self._run_script(_EXISTS_SH, _EXISTS_PS, _plain_path(path))
+
+    def create_directories(self, directory: str | PurePath) -> bool | None:
+        """Create *directory* and what is missing above it; None if the attempt failed."""
+        return self._run_script('mkdir -p "$1"', _MKDIR_PS, _plain_path(directory))
+
+    def delete_file(self, path: str | PurePath) -> bool | None:
+        """Delete the file *path*; False if there is none; None if the attempt failed."""
+        return self._run_script(_DELETE_SH, _DELETE_PS, _plain_path(path))
+
+    def _delete_parent_directories(self, directory: PurePath) -> bool | None:
+        """Delete *directory* and its parents up to the first that is not empty."""
+        return self._run_script(_PRUNE_SH, _PRUNE_PS, _plain_path(directory))
+
+    def make_file_executable(self, path: str | PurePath) -> bool | None:
+        """Let everybody run the file *path* (on Windows they may); None if the attempt failed."""
+        if self.is_windows:
+            return True
+        return self._run_script('chmod a+x "$1"', "", _plain_path(path))
+
+    def get_files(
+        self, path: str | PurePath, timestamp: str | float | None = None
+    ) -> list[str] | None:
+        """Return all files at or below *path*, or None if that fails.
+
+        *timestamp* limits it to files modified later: seconds since 1970, or a date in words that
+        the guest's `touch -d` understands (on Windows PowerShell's [datetime]).
+        """
+        after = "" if timestamp is None else str(timestamp)
+        if isinstance(timestamp, int | float):
+            after = f"@{timestamp}" if not self.is_windows else _windows_date(timestamp)
+        pid = self._start_script(_FIND_SH, _FIND_PS, _plain_path(path), after, capture=True)
+        if pid is None:
+            return None
+        code = self.wait_for_exitcode(pid)
+        entry = self.output_cache.pop(pid)
+        found = entry.get("stdout") or ""
+        if entry.get("stdout_trunc") or (code and not found):
+            reason = entry.get("stderr") or f"exit code {code}"
+            self.log.error("cannot list files at %r in the guest: %s", path, _one_line(reason))
+            return None
+        return [name for name in found.split("\0") if name]
+
+    def write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
+        """Write *data* to a file of the guest, creating the directories above it.
+
+        *mode* is "w" (replace) or "a" (append). Returns whether it succeeded.
+        """
+        flavour = PureWindowsPath if self.is_windows else PurePosixPath
+        parent = flavour(filename).parent
+        if parent != parent.parent and not self.create_directories(parent):
+            self.log.error("cannot create %r in the guest", str(parent))
+            return False
+        return self._write(filename, data, mode)
+
+    def append(self, filename: str, content: str | bytes) -> bool:
+        """Append *content* to a file of the guest. Returns whether it succeeded."""
+        return self.write(filename, content, mode="a")
+
+    # --- places of a schedule entry ---
+
+    def deconflict_agent_path(self, path: str | PurePath) -> PurePath:
+        """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before.
+
+        Case does not distinguish paths, as it does not on Windows. The same calls in the same
+        order give the same paths.
+        """
+        flavour = PureWindowsPath if self.is_windows else PurePosixPath
+        wanted = str(flavour(path))
+        unique = wanted
+        for number in itertools.count(2):
+            if unique.casefold() not in self.used_agent_paths:
+                break
+            unique = f"{wanted}-{number}"
+        self.used_agent_paths.add(unique.casefold())
+        return flavour(unique)
+
+    def create_paths(self, schedule_entry: Any) -> None:
+        """Choose the guest's places for *schedule_entry* and set them on it as text.
+
+        Sets `working_dir` (`<launch_dir>/<start_time>/<name>`), `call_arguments_filename` (the
+        script in it) and `reboot_filepath` (the file whose presence asks for a reboot).
+        """
+        default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
+        flavour = PureWindowsPath if self.is_windows else PurePosixPath
+        program = re.split(r"[/\\]", str(schedule_entry.executable or ""))[-1]
+        # Leading dots and dashes would hide the directory or look like an option.
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", program).lstrip(".-")[:64] or "files"
+        launch = flavour(str(self.config.get("launch_dir") or default))
+        wanted = launch / _time_word(schedule_entry.start_time) / name
+        place = self.deconflict_agent_path(wanted)
+        schedule_entry.working_dir = str(place)
+        schedule_entry.call_arguments_filename = str(place / f"call_arguments.{script}")
+        schedule_entry.reboot_filepath = str(place / "reboot")
+
+
+def _windows_date(seconds: float) -> str:
+    """Return *seconds* since 1970 as a date that PowerShell reads as an instant."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 10**6):06d}Z"
+
+
+# === qemu guest agent driver ======================================================================
+
+_PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
+_PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
+_OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
+_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+_BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStatus:
+    """What the agent knows of a program: once it exited, its exit code or signal and output."""
+
+    exited: bool
+    exitcode: int | None = None
+    signal: int | None = None  # on Windows the number of an unhandled exception
+    out: bytes = b""
+    err: bytes = b""
+    out_truncated: bool = False
+    err_truncated: bool = False
+
+
+def _field(reply: Any, key: str, kind: type, sent: str) -> Any:
+    """Return member *key* of *reply*. Raises ReplyError unless it is there and of type *kind*."""
+    value = reply.get(key) if isinstance(reply, dict) else None
+    if type(value) is not kind:
+        raise ReplyError(f"has no {key} of type {kind.__name__}", reply, sent)
+    return value
+
+
+def _number(reply: Any, key: str, low: int, high: int, sent: str) -> int:
+    """Return the integer *key* of *reply*. Raises ReplyError if it is not in *low* to *high*."""
+    value = _field(reply, key, int, sent)
+    if not low <= value <= high:
+        raise ReplyError(f"has a {key} out of range", reply, sent)
+    return int(value)
+
+
+def _decoded(text: str, sent: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:
+        raise ReplyError("has bad base64", text[:60], sent) from error
+
+
+def _encoded(data: bytes | bytearray | memoryview) -> str:
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def _as_bytes(data: str | bytes) -> bytes:
+    return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+
+
+def _no_nul(*words: str) -> None:
+    if any("\0" in word for word in words):
+        raise ValueError(f"argument has a null character: {words!r}")
+
+
+def _parse_status(reply: Any) -> ExecStatus:
+    """Return *reply* of guest-exec-status as a value. Raises ReplyError if it makes no sense."""
+    sent = "guest-exec-status"
+    if not _field(reply, "exited", bool, sent):
+        return ExecStatus(exited=False)
+    if ("exitcode" in reply) == ("signal" in reply):
+        raise ReplyError("has not exactly one of exitcode and signal", reply, sent)
+    end = "exitcode" if "exitcode" in reply else "signal"
+    number = _number(reply, end, -(2**31), 2**32 - 1, sent)
+    out, out_truncated = _parse_output(reply, "out")
+    err, err_truncated = _parse_output(reply, "err")
+    exitcode, signal_number = (number, None) if end == "exitcode" else (None, number)
+    return ExecStatus(True, exitcode, signal_number, out, err, out_truncated, err_truncated)
+
+
+def _parse_output(reply: dict[str, Any], stream: str) -> tuple[bytes, bool]:
+    """Return a stream's bytes and whether some are missing.
+
+    Agents before 10.2 set `…-truncated` to false exactly when output *was* cut (QEMU commit
+    28c5d27dd4), so its mere presence says nothing; the length does.
+    """
+    sent = "guest-exec-status"
+    key = f"{stream}-data"
+    data = _decoded(_field(reply, key, str, sent), sent) if key in reply else b""
+    return data, reply.get(f"{stream}-truncated") is True or len(data) == _OUTPUT_LIMIT
+
+
+class QemuGuestAgentDriver(AbstractDriver):
+    """Driver for the QEMU Guest Agent, over the host's end of its channel.
+
+    The methods up to "strict" keep the reference's returns; those below give a value or raise a
+    DriverError. Any exception inside a request (a timeout, a Ctrl-C, whatever `wait` raises)
+    closes the connection; then every call raises StateError until `connect`.
+
+    `wait(fd, events, seconds)` is how the driver waits, for poll *events* of *fd*, or with fd -1
+    for time to pass. It may be replaced, and may raise anything to end the call.
+    """
+
+    def __init__(self, config: Mapping[str, Any], log: logging.Logger) -> None:
+        super().__init__(config, log)
+        self._learned = False
+        self._info: dict[str, Any] | None = None
+
+    @staticmethod
+    def get_engine() -> str:
+        """Return "QemuVM", the engine whose VMs this driver can talk to."""
+        return "QemuVM"
+
+    # --- connection ---
+
+    def connect(self, timeout: float | None = None, retry: bool = True) -> int:
+        """Connect afresh, drop what earlier clients left, and return the synchronisation id.
+
+        Tries with a new connection and id each time for *timeout* seconds (default: the
+        "connect_timeout" of the config), since a channel opened while a guest boots may stay
+        mute for ever; with *retry* false only once. The first success also learns `target_os`
+        and `is_windows`, and empties the output cache.
+
+        Raises NoSocket, NoAnswer, LinkLost, or another ConnectError at once.
+        """
+        deadline = Deadline(self.connect_timeout if timeout is None else timeout)
+        pauses = iter([0.05, 0.1, 0.2, 0.5])
+        patience = 5.0 if retry else math.inf
+        while True:
+            try:
+                with self.lock:
+                    return self._connect_once(Deadline(min(patience, deadline.remaining())))
+            except (NoSocket, NoAnswer, LinkLost, DriverTimeout, ProtocolError) as error:
+                self.close()
+                pause = next(pauses, 1.0)
+                if not retry or deadline.remaining() <= pause:
+                    raise
+                self.log.debug("trying again to connect: %s", error)
+            patience *= 2
+            self.wait(-1, 0, pause)
+
+    def _connect_once(self, deadline: Deadline) -> int:
+        self.close()
+        sock = _open_socket(self.address, self._wait_now, deadline)
+        link = Link(sock, self._wait_now, self.log)
+        try:
+            ident = link.sync(deadline)
+        except DriverTimeout as error:
+            reason = "takes connections but does not answer"
+            raise NoAnswer(str(self.address), reason, _BUSY_HINT) from error
+        self.driver = link
+        if not self._learned:
+            self._reset_cache()
+            self._learn_system()
+        return ident
+
+    def _wait_now(self, fd: int, events: int, seconds: float) -> bool:
+        return self.wait(fd, events, seconds)
+
+    def _learn_system(self) -> None:
+        """Find out whether the guest is Windows, also if it may not say so itself."""
+        try:
+            osinfo = self.call("guest-get-osinfo")
+            self.target_os = self._pretty_name(osinfo)
+            self.is_windows = isinstance(osinfo, dict) and osinfo.get("id") == "mswindows"
+        except AgentError:
+            # Only agents for Windows offer this command (qga/qapi-schema.json).
+            self.is_windows = self.enabled("guest-get-devices") and not self.boot_id()
+            self.target_os = "Windows" if self.is_windows else "POSIX"
+        self._learned = True
+
+    def close(self) -> None:
+        """Close the connection; `connect` makes a new one."""
+        if self.driver is not None:
+            self.driver.close()
+        self.driver = None
+        self._info = None
+
+    @property
+    def connected_now(self) -> bool:
+        """Whether there is a connection, as far as known without asking the agent."""
+        return self.driver is not None and self.driver.open
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to be polled while no call runs. Raises StateError."""
+        return self._link().fileno()
+
+    def _link(self) -> Link:
+        link = self.driver
+        if link is None or not link.open:
+            raise StateError("driver is not connected", "Call connect() first")
+        return link
+
+    def sync(self, timeout: float = 5) -> int | None:
+        """Synchronise on the present connection; return the id, or None if that fails.
+
+        Raises StateError (an OSError) if there is no connection.
+        Afterwards, if it failed, there is none.
+        """
+        deadline = Deadline(timeout)
+        with self.lock:
+            link = self._link()
+            try:
+                link.drain(deadline)
+                return link.sync(deadline)
+            except (DriverTimeout, LinkLost, ProtocolError) as error:
+                self.log.warning("cannot synchronise with the agent: %s", error)
+                return None
+
+    def ping(self, timeout: float = 10) -> bool:
+        """Tell whether the agent answers within *timeout* seconds."""
+        try:
+            self.call("guest-ping", timeout=timeout)
+        except DriverError as error:
+            self.log.debug("no answer to a ping: %s", error)
+            return False
+        return True
+
+    def connected(self, timeout: float = 10) -> dict[str, Any]:
+        """Return {} if the agent answers within *timeout* seconds. Raises a DriverError if not."""
+        self.call("guest-ping", timeout=timeout)
+        return {}
+
+    # --- programs, as in the reference ---
+
+    def execute(
+        self,
+        path: str,
+        arg: str | Sequence[str] | None = None,
+        env: Sequence[str] | None = None,
+        input_data: str | bytes | None = None,
+        capture_output: bool = True,
+    ) -> int | None:
+        """Start program *path* in the guest; return its pid, or None if the agent refused.
+
+        *arg* is one argument as text or a list of them; *env* (a list of "KEY=value") replaces
+        the whole environment; *input_data* becomes the standard input. A daemon started with
+        *capture_output* counts as running until it closes its output.
+        """
+        return self._prep_async_exec(path, arg, env, input_data, capture_output)
+
+    def async_exec(
+        self,
+        path: str,
+        arg: str | Sequence[str] | None = None,
+        env: Sequence[str] | None = None,
+        input_data: str | bytes | None = None,
+        capture_output: bool = True,
+    ) -> int | None:
+        """Do what `execute` does; neither waits for the program."""
+        return self._prep_async_exec(path, arg, env, input_data, capture_output)
+
+    def _prep_async_exec(
+        self,
+        path: str,
+        arg: str | Sequence[str] | None = None,
+        env: Sequence[str] | None = None,
+        input_data: str | bytes | None = None,
+        capture_output: bool = True,
+    ) -> int | None:
+        if arg is not None and not isinstance(arg, str | list | tuple):
+            raise TypeError(f"arg must be a string or a list, not {type(arg).__name__}")
+        words = [arg] if isinstance(arg, str) else list(arg or [])
+        try:
+            return self.start(
+                [path, *words], env=env, input_data=input_data, capture=capture_output
+            )
+        except AgentError as error:
+            self.log.error("cannot start %r: %s", path, error)
+            return None
+
+    def exec_status(self, pid: int) -> dict[str, Any]:
+        """Return the agent's reply about program *pid* as it stands, and put it into the cache.
+
+        The agent tells the end of a program once; `get_exitcode`, `get_stdout` and `get_stderr`
+        tell it from the cache as often as asked.
+
+        Raises DriverTimeout (a TimeoutError); UnknownPid or another DriverError (all OSErrors).
+        """
+        reply = self._ask_status(pid, None)
+        _parse_status(reply)
+        self.store_captured_output(pid, reply)
+        return reply
+
+    def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
+        """Put the agent's reply *output* about program *pid* into `output_cache`, as text.
+
+        Bytes that are not UTF-8, such as a character cut in two, become U+FFFD.
+        """
+        status = _parse_status(output)
+        entry: dict[str, Any] = {"exited": status.exited}
+        if status.exitcode is not None:
+            entry["exitcode"] = status.exitcode
+        if status.signal is not None:
+            entry["signal"] = status.signal
+        for name, data, cut in (
+            ("stdout", status.out, status.out_truncated),
+            ("stderr", status.err, status.err_truncated),
+        ):
+            if data:
+                entry[name] = data.decode(errors="replace")
+                entry[f"{name}_trunc"] = cut
+        self.output_cache[pid] = entry
+
+    # --- files, as in the reference ---
+
+    def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
+        """Write *data* to the guest's file; return False (and log why) if the agent refused."""
+        return self._push_all(io.BytesIO(_as_bytes(data)), filename, mode)
+
+    def write_from_file(
+        self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
+    ) -> bool:
+        """Write the content of *local_filename* to the guest's file *filename*.
+
+        Returns False (and logs why) if the agent refused. Raises OSError for the local file.
+        """
+        with Path(local_filename).open("rb") as source:
+            return self._push_all(source, filename, mode)
+
+    def _push_all(self, source: BinaryIO, filename: str, mode: str) -> bool:
+        try:
+            for _ in self.push(source, filename, mode=mode):
+                pass
+        except AgentError as error:
+            self.log.error("cannot write %r in the guest: %s", filename, error)
+            return False
+        return True
+
+    def read_file(
+        self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
+    ) -> bool:
+        """Fetch the guest's file *filename* to *local_destination*, which appears when complete.
+
+        The end is what the agent calls the end (on Windows a read of no bytes), never guessed
+        from the content. Returns False (and logs why) if the agent refused.
+
+        Raises ValueError for a mode but "r" and "rb", OSError for the local file.
+        """
+        if mode not in ("r", "rb"):
+            raise ValueError(f"mode {mode!r} does not read")
+        target = Path(local_destination)
+        temporary = target.with_name(f".vmrm-{secrets.token_hex(8)}")
+        try:
+            with temporary.open("xb") as sink:
+                for _ in self.pull(filename, sink):
+                    pass
+            temporary.replace(target)
+        except AgentError as error:
+            self.log.error("cannot read %r in the guest: %s", filename, error)
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def file_flush(self, handle: int) -> None:
+        """Write what the agent still holds of an open file. Raises AgentError if that fails."""
+        self.flush(handle)
+
+    def file_write_content(self, handle: int, content: str | bytes) -> bool:
+        """Write *content* to an open file; return False (and log why) if the agent refused."""
+        return self._write_all(handle, io.BytesIO(_as_bytes(content)))
+
+    def file_write_from_file(self, handle: int, filename: str | os.PathLike[str]) -> bool:
+        """Write the local file *filename* to an open file; return as `file_write_content` does.
+
+        Raises OSError for the local file.
+        """
+        with Path(filename).open("rb") as source:
+            return self._write_all(handle, source)
+
+    def _write_all(self, handle: int, source: BinaryIO) -> bool:
+        try:
+            while data := source.read(_PUSH_BYTES):
+                self.write_chunk(handle, data)
+        except AgentError as error:
+            self.log.error("cannot write to handle %d in the guest: %s", handle, error)
+            return False
+        return True
+
+    # --- the guest's system, as in the reference ---
+
+    def get_os(self) -> str:
+        """Return the pretty name of the guest's system. Raises a DriverError, an OSError."""
+        return self._pretty_name(self.call("guest-get-osinfo"))
+
+    @staticmethod
+    def _pretty_name(osinfo: Any) -> str:
+        names = osinfo if isinstance(osinfo, dict) else {}
+        name = names.get("pretty-name") or names.get("name") or names.get("id")
+        if not isinstance(name, str):
+            raise ReplyError("names no system", osinfo, "guest-get-osinfo")
+        return _one_line(name)
+
+    def get_time(self) -> int:
+        """Return the guest's time in nanoseconds since 1970."""
+        reply = {"time": self.call("guest-get-time")}
+        return _number(reply, "time", -(2**63), 2**63 - 1, "guest-get-time")
+
+    def set_time(self, now_ns: int | None = None) -> None:
+        """Set the guest's clock to *now_ns*, nanoseconds since 1970 (default: the host's time).
+
+        Raises AgentError also if only the hardware clock could not be set.
+        """
+        self.call("guest-set-time", {"time": time.time_ns() if now_ns is None else now_ns})
+
+    def set_user_password(self, username: str, password: str, crypted: bool = False) -> None:
+        """Set the password of the guest's user; *crypted* says that it is one of crypt(3) already.
+
+        Raises AgentError if the guest refused.
+        """
+        arguments = {"username": username, "password": _encoded(_as_bytes(password))}
+        self.call("guest-set-user-password", {**arguments, "crypted": crypted})
+
+    def network_get_interfaces(self) -> list[dict[str, Any]]:
+        """Return the guest's network interfaces as the agent describes them."""
+        found = self.call("guest-network-get-interfaces")
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise ReplyError("is no list of objects", found, "guest-network-get-interfaces")
+        return found
+
+    def reboot(self, timeout: float = 2) -> None:
+        """Make the guest reboot; do not wait until it is back.
+
+        The agent answers a failure within milliseconds and a success never, so silence for
+        *timeout* seconds, or the end of the connection, means that it was accepted.
+
+        Raises AgentError if the guest refused, DriverTimeout or LinkLost if it was not even asked.
+        Afterwards the driver is not connected and the output cache is empty.
+        """
+        with self.lock:
+            link = self._link()
+            ticket, data = link.session.encode("guest-shutdown", {"mode": "reboot"})
+            link.post(ticket, data, Deadline(self.timeout))
+            try:
+                self._collect(link, ticket, Deadline(timeout))
+            except (DriverTimeout, LinkLost):
+                self.log.debug("the guest accepted the reboot silently")
+            self.close()
+            self._reset_cache()
+
+    # --- strict: calls ---
+
+    def call(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """Send one request and return what the agent returned, unchecked.
+
+        *timeout* (seconds, default: that of the config) covers sending and waiting.
+
+        Raises AgentError (also as CommandDisabled, CommandMissing or Frozen) with the connection
+        intact; DriverTimeout, LinkLost or ProtocolError with it closed; StateError without one.
+        """
+        return self._call(self._link(), command, arguments, timeout)
+
+    def _call(
+        self,
+        link: Link,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        timeout: float | None = None,
+    ) -> Any:
+        deadline = Deadline(self.timeout if timeout is None else timeout)
+        ticket, data = link.session.encode(command, arguments)
+        with self.lock:
+            link.post(ticket, data, deadline)
+            return self._collect(link, ticket, deadline)
+
+    def _collect(self, link: Link, ticket: Ticket, deadline: Deadline) -> Any:
+        try:
+            return link.collect(ticket, deadline)
+        except AgentError as error:
+            if error.class_ != "CommandNotFound":
+                raise
+            raise self._explained(link, error) from error
+
+    def _explained(self, link: Link, error: AgentError) -> AgentError:
+        """Return *error* as what it means: the class of a disabled and a missing command is one."""
+        if error.sent in ("guest-info", "guest-fsfreeze-status"):
+            return CommandDisabled(error.class_, error.desc, error.sent)
+        try:
+            self._info = None
+            known = self._commands(link)
+        except AgentError:
+            return error
+        if error.sent not in known:
+            hint = "Install a newer guest agent"
+            return CommandMissing(error.class_, error.desc, error.sent, hint)
+        if self._frozen(link):
+            hint = "Thaw the guest's file systems: guest-fsfreeze-thaw"
+            return Frozen(error.class_, error.desc, error.sent, hint)
+        hint = f"Allow {error.sent} in the configuration of the guest's agent"
+        return CommandDisabled(error.class_, error.desc, error.sent, hint)
+
+    def info(self) -> dict[str, Any]:
+        """Return the agent's description of itself (guest-info), asked once per connection."""
+        self._commands(self._link())
+        return dict(self._info or {})
+
+    def enabled(self, command: str) -> bool:
+        """Tell whether the agent knows *command* and its configuration allows it."""
+        return self._commands(self._link()).get(command, False)
+
+    def _commands(self, link: Link) -> dict[str, bool]:
+        """Return the agent's commands, and whether each is allowed."""
+        if self._info is None:
+            info = self._call(link, "guest-info", None)
+            for item in _field(info, "supported_commands", list, "guest-info"):
+                _field(item, "name", str, "guest-info")
+                _field(item, "enabled", bool, "guest-info")
+            self._info = info
+        return {item["name"]: item["enabled"] for item in self._info["supported_commands"]}
+
+    def _frozen(self, link: Link) -> bool:
+        try:
+            return bool(self._call(link, "guest-fsfreeze-status", None) == "frozen")
+        except AgentError:
+            return False
+
+    def health(self, timeout: float = 10) -> str:
+        """Return "ok", "frozen", "no-exec" (it answers, but runs no program) or "no-answer".
+
+        *timeout* (seconds) is for each of the two questions asked.
+        """
+        program = ["cmd.exe", "/c", "exit 0"] if self.is_windows else ["/bin/sh", "-c", "exit 0"]
+        try:
+            self.call("guest-ping", timeout=timeout)
+            if self._frozen(self._link()):
+                return "frozen"
+            return "ok" if self.run(program, timeout=timeout).exitcode == 0 else "no-exec"
+        except AgentError:
+            return "no-exec"
+        except DriverError:
+            return "no-answer"
+
+    def boot_id(self) -> str:
+        """Return a word that changes with each boot of the guest, or "" if none can be had."""
+        try:
+            if self.is_windows:
+                text = self.run(powershell(_BOOT_TIME_PS)).out
+            else:
+                text = self.read_bytes(_BOOT_ID_PATH, limit=64)
+        except AgentError as error:
+            self.log.debug("the guest has no boot id: %s", error)
+            return ""
+        match = re.fullmatch(rb"\s*([0-9A-Za-z-]+)\s*", text)
+        return match[1].decode() if match else ""
+
+    # --- strict: programs ---
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Sequence[str] | None = None,
+        input_data: bytes | str | None = None,
+        capture: bool = False,
+    ) -> int:
+        """Start a program and return its pid; *env*, if given, replaces the whole environment.
+
+        Raises AgentError if it cannot be started, else what `call` raises.
+        """
+        path, *arguments = argv
+        _no_nul(*argv, *(env or ()))
+        request: dict[str, Any] = {"path": path, "arg": arguments, "capture-output": capture}
+        if env is not None:
+            request["env"] = list(env)
+        if input_data is not None:
+            request["input-data"] = _encoded(_as_bytes(input_data))
+        pid = _number(self.call("guest-exec", request), "pid", 1, 2**63 - 1, "guest-exec")
+        # Pids come round; what an earlier program left is not this one's.
+        self.output_cache.pop(pid, None)
+        return pid
+
+    def status(self, pid: int) -> ExecStatus:
+        """Return what the agent knows of *pid*; it tells an end once, then forgets the program.
+
+        Raises UnknownPid, else what `call` raises.
+        """
+        return _parse_status(self._ask_status(pid, None))
+
+    def _ask_status(self, pid: int, timeout: float | None) -> dict[str, Any]:
+        try:
+            reply = self.call("guest-exec-status", {"pid": pid}, timeout=timeout)
+        except AgentError as error:
+            # Texts differ by version; an unknown pid is the only generic error of this command.
+            if type(error) is AgentError:
+                raise UnknownPid(error.class_, error.desc, error.sent) from error
+            raise
+        _field(reply, "exited", bool, "guest-exec-status")
+        return dict(reply)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Sequence[str] | None = None,
+        input_data: bytes | str | None = None,
+        timeout: float | None = None,
+    ) -> ExecStatus:
+        """Run a program to its end and return its exit and output.
+
+        Raises DriverTimeout after *timeout* seconds, with the connection intact and the program
+        still running; else what `start` and `status` raise.
+        """
+        deadline = Deadline(timeout)
+        pid = self.start(argv, env=env, input_data=input_data, capture=True)
+        for delay in _delays(0.1):
+            # A second of grace, so that the program's deadline does not cut a status in two.
+            patience = min(self.timeout, deadline.remaining() + 1)
+            status = _parse_status(self._ask_status(pid, patience))
+            if status.exited:
+                return status
+            if deadline.expired:
+                raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
+            self.wait(-1, 0, min(delay, deadline.remaining()))
+        raise AssertionError("delays never end")
+
+    # --- strict: files ---
+
+    def open(self, path: str, mode: str) -> int:
+        """Open a file of the guest in one of fopen's modes; return its handle."""
+        _no_nul(path)
+        reply = {"handle": self.call("guest-file-open", {"path": path, "mode": mode})}
+        return _number(reply, "handle", 0, 2**63 - 1, "guest-file-open")
+
+    def close_handle(self, handle: int) -> None:
+        """Close an open file. An AgentError means that what was written may be lost."""
+        self.call("guest-file-close", {"handle": handle})
+
+    def flush(self, handle: int) -> None:
+        """Write what the agent still holds of an open file. Raises AgentError if that fails."""
+        self.call("guest-file-flush", {"handle": handle})
+
+    def seek(self, handle: int, offset: int, whence: int = 0) -> tuple[int, bool]:
+        """Move in an open file as lseek(2) does; return the new position and whether it ended."""
+        arguments = {"handle": handle, "offset": offset, "whence": whence}
+        reply = self.call("guest-file-seek", arguments)
+        position = _number(reply, "position", 0, 2**63 - 1, "guest-file-seek")
+        return position, _field(reply, "eof", bool, "guest-file-seek")
+
+    def read(self, handle: int, count: int) -> tuple[bytes, bool]:
+        """Read up to *count* bytes (48 MiB at most); return them and whether the file ended.
+
+        A POSIX agent says so with the last bytes, a Windows one only with no bytes at all.
+        """
+        reply = self.call("guest-file-read", {"handle": handle, "count": count})
+        return self._parse_read(reply, count)
+
+    @staticmethod
+    def _parse_read(reply: Any, asked: int) -> tuple[bytes, bool]:
+        sent = "guest-file-read"
+        data = _decoded(_field(reply, "buf-b64", str, sent), sent)
+        if _number(reply, "count", 0, asked, sent) != len(data):
+            raise ReplyError(f"counts other than its {len(data)} bytes", reply["count"], sent)
+        return data, _field(reply, "eof", bool, sent)
+
+    def write_chunk(self, handle: int, data: bytes | memoryview) -> None:
+        """Write all of *data* (below 47 MiB) to an open file, however little the agent takes."""
+        rest = memoryview(data)
+        while rest:
+            reply = self.call("guest-file-write", {"handle": handle, "buf-b64": _encoded(rest)})
+            rest = rest[_number(reply, "count", 1, len(rest), "guest-file-write") :]
+
+    @contextmanager
+    def _opened(self, path: str, mode: str) -> Iterator[tuple[Link, int]]:
+        """Open a file and close it in the end, whatever happens while the connection lives.
+
+        A close that fails is an error: with a full disk it is the only sign of lost data.
+        """
+        link = self._link()
+        handle = self.open(path, mode)
+        try:
+            yield link, handle
+        except BaseException:
+            # On another connection the same number may be another file.
+            if link.open:
+                try:
+                    self._call(link, "guest-file-close", {"handle": handle}, 5)
+                except DriverError as error:
+                    self.log.debug("cannot close %r in the guest: %s", path, error)
+            raise
+        self._call(link, "guest-file-close", {"handle": handle})
+
+    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
+        """Return at most *limit* bytes of the guest's file from *offset* on. Raises AgentError."""
+        parts: list[bytes] = []
+        with self._opened(path, "r") as (_, handle):
+            if offset:
+                self.seek(handle, offset)
+            while limit > 0:
+                data, eof = self.read(handle, min(limit, _PULL_BYTES))
+                parts.append(data)
+                limit -= len(data)
+                if eof or not data:
+                    break
+        return b"".join(parts)
+
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Iterator[int]:
+        """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
+
+        One write is under way at a time, while the next chunk is prepared; between two yields
+        nothing is, so other calls may be made. *mode* is "w" (replace) or "a" (append).
+
+        Raises AgentError also if the final flush or close fails, since data is lost then.
+        """
+        sent = 0
+        with self._opened(path, mode) as (link, handle):
+            data, ticket, request = self._next_write(link, handle, source)
+            while data:
+                deadline = Deadline(self.timeout)
+                with self.lock:
+                    link.post(ticket, request, deadline)
+                    following = self._next_write(link, handle, source)
+                    reply = self._collect(link, ticket, deadline)
+                taken = _number(reply, "count", 1, len(data), "guest-file-write")
+                if taken < len(data):
+                    self.write_chunk(handle, memoryview(data)[taken:])
+                sent += len(data)
+                yield sent
+                data, ticket, request = following
+            self._call(link, "guest-file-flush", {"handle": handle})
+
+    @staticmethod
+    def _next_write(link: Link, handle: int, source: BinaryIO) -> tuple[bytes, Ticket, bytes]:
+        data = source.read(_PUSH_BYTES)
+        arguments = {"handle": handle, "buf-b64": _encoded(data)}
+        return data, *link.session.encode("guest-file-write", arguments)
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy the guest's file *path* from *offset* on to *sink*, yielding the bytes got so far.
+
+        It ends at the end of the file, as the agent tells it, or after *limit* bytes. One read
+        is kept ahead; other calls may be made between two yields.
+
+        Raises AgentError if the file cannot be read, and whatever *sink* raises.
+        """
+        got = 0
+        with self._opened(path, "r") as (link, handle):
+            if offset:
+                self.seek(handle, offset)
+            left = math.inf if limit is None else limit  # bytes not asked for yet
+            ahead: deque[tuple[Ticket, int]] = deque()
+            while True:
+                while left > 0 and len(ahead) < 2:
+                    count = int(min(left, _PULL_BYTES))
+                    ahead.append((self._post_read(link, handle, count), count))
+                    left -= count
+                if not ahead:
+                    return
+                ticket, count = ahead.popleft()
+                with self.lock:
+                    reply = self._collect(link, ticket, Deadline(self.timeout))
+                data, eof = self._parse_read(reply, count)
+                left += count - len(data)
+                sink.write(data)
+                got += len(data)
+                if data:
+                    yield got
+                if eof or not data:
+                    return
+
+    def _post_read(self, link: Link, handle: int, count: int) -> Ticket:
+        arguments = {"handle": handle, "count": count}
+        ticket, data = link.session.encode("guest-file-read", arguments)
+        with self.lock:
+            link.post(ticket, data, Deadline(self.timeout))
+        return ticket
