@@ -1,0 +1,6571 @@
+"""vmrm: a VM resource manager for one lab host, in one module and one SQLite file.
+
+An *experiment* takes every VM of a lab through its *schedule*: entries with a start time. Negative
+times configure a VM, in order, each a local barrier; at time 0 all VMs wait for each other;
+positive times are seconds after the common start. This file reads in the direction the data takes:
+
+    experiment file -> ScheduleDb, VMMapping (rows) -> supervisor -> one VMResourceHandler per VM
+        -> drivers.py -> guest agent -> a script of ours in the guest -> journal (rows) -> report
+
+Vocabulary: an *entry* is one item of a schedule, known by (VM, generation, ordinal). An *attempt*
+is one try at it, a journal row: armed, running, then done, failed or unknown. The *claim* is the
+directory by which a guest runs an attempt once at most. The *barrier* is the statement that sets
+the start time. A *wake* is a byte to a process that ought to look at the database again.
+
+The rule that must not be broken: rows are the truth and memory is a cache. Whoever dies at any
+instruction leaves rows from which the next process carries on. Every read-then-write is one
+statement or one transaction; inside a transaction there is no other I/O.
+
+`grep '^# ===' vmrm.py` prints the map of this file; schema.sql is the data model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import shlex
+import signal
+import socket
+import sqlite3
+import stat
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, cast
+
+import drivers
+
+if TYPE_CHECKING:
+    from queue import Queue
+
+__version__ = "0.1.0"
+
+# === errors ======================================================================================
+#
+#   VmrmError                  message, hint; exit code 1
+#   ├── UsageError             code 2: the request is wrong
+#   │   ├── NotFound           nothing of that name
+#   │   └── Conflict           held by, or already done by, someone else
+#   ├── Unavailable            code 75: fine later
+#   │   └── Busy               the database's writer lock was not free in time
+#   │       └── ScheduleDbTimeoutError
+#   ├── TimedOut               code 124
+#   └── SchemaError            code 3: the database file is not ours, damaged or of another version
+
+
+class VmrmError(Exception):
+    """What a user can understand and do something about: one line, and a hint what to do."""
+
+    code = 1
+
+    def __init__(self, message: str, hint: str = "", code: int | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+
+class UsageError(VmrmError):
+    """The request is wrong; nothing was changed."""
+
+    code = 2
+
+
+class NotFound(UsageError, LookupError):
+    """Nothing of that name is known."""
+
+
+class Conflict(UsageError):
+    """Somebody else holds it, or did it already."""
+
+
+class Unavailable(VmrmError):
+    """Nothing is wrong with the request; it may well succeed later."""
+
+    code = 75
+
+
+class Busy(Unavailable):
+    """The database's writer lock was not free in time."""
+
+
+class ScheduleDbTimeoutError(Busy):
+    """The schedule database did not answer in time."""
+
+
+class TimedOut(VmrmError):
+    """What was waited for did not happen in time."""
+
+    code = 124
+
+
+class SchemaError(VmrmError):
+    """The database file is not ours, damaged, or written by another version."""
+
+    code = 3
+
+
+# === vocabulary: states, moves, clock, bounds ====================================================
+
+
+class VMState(StrEnum):
+    """Where a VM of an experiment is on its way to time 0."""
+
+    UNINITIALIZED = "uninitialized"  # known, not contacted yet
+    CONFIGURING = "configuring"  # its handler works on negative times
+    CONFIGURED = "configured"  # ready for, or past, time 0
+    FAILED = "failed"  # could not be configured, or was lost
+    TESTING = "testing"  # taken out by a person
+    NOT_APPLICABLE = "n/a"  # not managed; ignored everywhere
+
+
+VM_MOVES: dict[VMState, frozenset[VMState]] = {
+    VMState.UNINITIALIZED: frozenset(
+        {VMState.CONFIGURING, VMState.NOT_APPLICABLE, VMState.FAILED, VMState.TESTING}
+    ),
+    VMState.CONFIGURING: frozenset({VMState.CONFIGURED, VMState.FAILED}),
+    VMState.CONFIGURED: frozenset({VMState.FAILED}),
+    # Configuring again is a retry before the start time, configured one after it.
+    VMState.FAILED: frozenset({VMState.CONFIGURING, VMState.CONFIGURED}),
+    VMState.TESTING: frozenset(VMState),
+    VMState.NOT_APPLICABLE: frozenset(),
+}
+
+
+class Outcome(StrEnum):
+    """How far an attempt of an entry has come."""
+
+    ARMED = "armed"  # recorded; its program is about to be sent, or was just sent
+    RUNNING = "running"  # the guest has started it
+    DONE = "done"
+    FAILED = "failed"
+    UNKNOWN = "unknown"  # it may have run: nobody can tell any more
+    SKIPPED = "skipped"  # passed over on purpose
+
+
+class OnFailure(StrEnum):
+    """What one failed VM means to the others before the start time."""
+
+    ABORT = "abort"  # finish what runs, start nothing further
+    DROP = "drop"  # go on without it
+    WAIT = "wait"  # wait until somebody retries it
+
+
+class Halt(StrEnum):
+    """What every handler of the experiment must do now, if the experiment's row says anything."""
+
+    ABORT = "abort"  # a VM failed: finish running entries, start no further time
+    STOP = "stop"  # leave at once; guest programs go on
+    KILL = "kill"  # end the guest programs, then leave
+    END = "end"  # all work is done: one last pass of repeating transfers, then leave
+
+
+def checked_move(old: str, new: str) -> VMState:
+    """Return `new` as a state if a VM may move there from `old`; staying put is no move.
+
+    Raises:
+        ValueError: the word is no state, or the move is not in `VM_MOVES`; both are named.
+    """
+    try:
+        target = VMState(new)
+    except ValueError:
+        known = ", ".join(VMState)
+        raise ValueError(f"unknown VM state {new!r} (from {old!r}); one of {known}") from None
+    if old != new and target not in VM_MOVES[VMState(old)]:
+        raise ValueError(f"a VM cannot move from {old!r} to {new!r}")
+    return target
+
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checked_name(kind: str, name: object) -> str:
+    """Return `name` if it may name a VM, group or stored file, else raise `ValueError`."""
+    if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
+        return name
+    raise ValueError(
+        f"{kind} name {name!r} is not usable: 1 to 64 of A-Z a-z 0-9 . _ - with a letter or "
+        "digit first"
+    )
+
+
+class Clock:
+    """Both clocks in one place: wall time for what is shared, monotonic time for waiting."""
+
+    def wall(self) -> float:
+        """Return seconds since the epoch, UTC."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds of a clock that never steps."""
+        return time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeouts:
+    """Every time-out and interval of the experiment side, in seconds; tests scale them."""
+
+    writer: float = 60.0  # for the database's writer lock
+    call: float = 30.0  # one guest-agent call
+    negative_entry: float = 3600.0  # an entry in negative time that names none
+    term_grace: float = 5.0  # between TERM and KILL of a guest's process group
+    claim_grace: float = 2.0  # for a started script to leave its first trace
+    poll_first: float = 0.02  # the first look at a running program; then ever more seldom …
+    poll_last: float = 1.0  # … up to this
+    look: float = 5.0  # the safety net: PRAGMA data_version, with jitter
+    reconnect: float = 5.0  # longest pause between two tries to reach a lost agent
+    reboot_start: float = 60.0  # for a guest to be seen going down after an accepted reboot
+    lock: float = 10.0  # for the agent's lock, held by a handler on its way out
+    leave: float = 10.0  # for handlers to leave before they are killed
+    recheck_start: float = 60.0  # between two looks for a step of the wall clock
+
+    @classmethod
+    def from_environment(cls) -> Timeouts:
+        """Return the defaults, all multiplied by `$VMRM_TIMEOUT_SCALE` if that is set."""
+        scale = float(os.environ.get("VMRM_TIMEOUT_SCALE", "1"))
+        fields = dataclasses.fields(cls)
+        return cls(**{field.name: cast(float, field.default) * scale for field in fields})
+
+
+CLOCK = Clock()
+MAX_REBOOTS = 10
+MAX_OUTPUT_BYTES = 256 << 20
+MAX_DEATHS = 10  # of one handler in a row without any progress
+REBOOT_EXIT_CODE = 10
+
+_crash_counts: dict[str, int] = {}
+
+
+def _crash(label: str) -> None:
+    """Die here, as by kill -9, if `VMRM_CRASH=label:n` names this point and its n-th passing.
+
+    `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
+    many processes one dies, once.
+    """
+    wanted, _, nth = os.environ.get("VMRM_CRASH", "").partition(":")
+    if wanted != label:
+        return
+    _crash_counts[label] = _crash_counts.get(label, 0) + 1
+    if _crash_counts[label] != int(nth or 1):
+        return
+    if once := os.environ.get("VMRM_CRASH_ONCE"):
+        try:
+            os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def boot_id() -> str:
+    """Return this host's boot id (Linux: /proc/sys/kernel/random/boot_id)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def process_started(pid: int) -> int | None:
+    """Return when a process started, in clock ticks after boot, or None if there is none.
+
+    A pid alone comes round; with the start time it names one process (proc(5), stat field 22).
+    A zombie has ended.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+# === database ====================================================================================
+
+# One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
+_thread_locks: dict[str, threading.Lock] = {}
+os.register_at_fork(after_in_child=_thread_locks.clear)
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "afs",
+        "ncpfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.ceph",
+        "virtiofs",
+        "gfs2",
+        "ocfs2",
+        "beegfs",
+        "orangefs",
+    ]
+)
+
+
+def default_database() -> Path:
+    """Return `$VMRM_DB`, else `vmrm/vmrm.db` in the user's state directory (XDG)."""
+    if named := os.environ.get("VMRM_DB"):
+        return Path(named)
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "vmrm" / "vmrm.db"
+
+
+def _file_system(path: Path) -> str:
+    """Return the type of the file system that `path` lies on, '' if the kernel does not say."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if left.split()[2] == wanted:
+            return right.split()[0]
+    return ""
+
+
+class WriterLock:
+    """The queue of writers: an exclusive flock on `locks/writer`, taken before BEGIN IMMEDIATE.
+
+    A threading lock comes first, since one descriptor's flock does not exclude threads. The
+    blocking flock runs in a helper thread on a descriptor of its own, so that a deadline is
+    possible; a helper that comes too late lets go at once.
+    """
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self.timeout_s = timeout_s
+        self._threads = _thread_locks.setdefault(str(path), threading.Lock())
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        """Close the lock's descriptor."""
+        os.close(self._fd)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock for the length of the block.
+
+        Raises:
+            Busy: it was not free within `timeout_s` seconds; the holder is named.
+        """
+        if not self._threads.acquire(timeout=self.timeout_s):
+            raise self._busy()
+        try:
+            fd = self._flock()
+            try:
+                yield
+            finally:
+                if fd == self._fd:
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+                else:
+                    os.close(fd)
+        finally:
+            self._threads.release()
+
+    def _flock(self) -> int:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self._flock_queued()
+        return self._fd
+
+    def _flock_queued(self) -> int:
+        fd, done, given_up = self._open(), threading.Event(), threading.Event()
+        handover = threading.Lock()
+
+        def wait() -> None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with handover:
+                done.set()
+                if given_up.is_set():
+                    os.close(fd)
+
+        threading.Thread(target=wait, daemon=True, name="vmrm-writer").start()
+        if not done.wait(self.timeout_s):
+            with handover:
+                if not done.is_set():
+                    given_up.set()
+                    raise self._busy()
+        return fd
+
+    def _busy(self) -> Busy:
+        holder = f"process {pid}" if (pid := lock_holder(self.path)) else "another process"
+        return Busy(
+            f"the database was kept busy for {self.timeout_s:g} s by {holder}",
+            "Try again, or look at what that process does",
+        )
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the pid that holds the flock on a file, from /proc/locks; None if nobody does."""
+    inode = str(path.stat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+            return int(fields[4])
+    return None
+
+
+def try_lock(path: Path) -> int | None:
+    """Return a descriptor that holds the exclusive lock on a file, or None if it is taken.
+
+    The file is created if need be and never removed: a lock on a removed file excludes nobody.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+class Database:
+    """One connection to the database file, and the state directory beside it.
+
+    Opened lazily and again after a fork, since no SQLite connection may cross one.
+
+    Args:
+        path: The file; None means `default_database()`. It is created with its directory.
+        timeouts: Supplies the bound for the writer lock.
+        checkpoint: Whether this connection may checkpoint the WAL by itself.
+        create: Whether a missing file is created; otherwise it is a `NotFound`.
+
+    Raises:
+        SchemaError: on first use, if the file is not ours or of another version.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeouts: Timeouts | None = None,
+        checkpoint: bool = True,
+        create: bool = True,
+    ) -> None:
+        self.path = Path(path or default_database()).absolute()
+        self.state_dir = self.path.with_name(self.path.name + ".d")
+        self.timeouts = timeouts or Timeouts.from_environment()
+        self._checkpoint, self._create = checkpoint, create
+        self._pid = 0
+        self._connection: sqlite3.Connection | None = None
+        self._inherited: list[object] = []  # kept, so that no destructor closes them in a child
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The open connection of this very process."""
+        if self._connection is None or self._pid != os.getpid():
+            self._inherited.append(self._connection)
+            self._open()
+        assert self._connection is not None
+        return self._connection
+
+    def directory(self, *parts: str) -> Path:
+        """Return a directory inside the state directory, made private to the user if missing."""
+        path = self.state_dir.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
+
+    def _open(self) -> None:
+        if not self._create and not self.path.exists():
+            raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if (kind := _file_system(self.path.parent)) in NETWORK_FILE_SYSTEMS:
+                raise UsageError(
+                    f"{str(self.path)!r} is on a network file system ({kind}), where SQLite's "
+                    "locks cannot be trusted",
+                    "Name a file on a local disk with --db",
+                )
+            for name in ("store", "logs", "transfers", "locks", "wake", "requests"):
+                self.directory(name)
+            self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
+            self._make_private()
+        except OSError as error:
+            raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
+        self._connect()
+
+    def _make_private(self) -> None:
+        # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+    def _connect(self) -> None:
+        try:
+            connection = sqlite3.connect(
+                self.path, isolation_level=None, timeout=self.timeouts.writer
+            )
+            connection.row_factory = sqlite3.Row
+            self._connection, self._pid = connection, os.getpid()
+            self._check_schema(connection)
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            if not self._checkpoint:
+                connection.execute("PRAGMA wal_autocheckpoint = 0")
+        except sqlite3.OperationalError as error:
+            self._connection = None
+            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+        except (sqlite3.DatabaseError, SchemaError) as error:
+            self._connection = None
+            raise SchemaError(
+                f"{str(self.path)!r} is not usable: {error}",
+                "Name another file with --db, or move this one away",
+            ) from error
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        script = Path(__file__).with_name("schema.sql").read_text()
+        wanted = tuple(
+            int(re.search(rf"PRAGMA {name} = (\d+)", script)[1])  # type: ignore[index]
+            for name in ("application_id", "user_version")
+        )
+        if self._identity(connection) == wanted:
+            return
+        with self._writer.held():
+            empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
+            if empty and self._identity(connection) == (0, 0):
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
+        found = self._identity(connection)
+        if found[0] != wanted[0]:
+            raise SchemaError("it is another program's database")
+        if found[1] != wanted[1]:
+            raise SchemaError(f"it has schema version {found[1]}, this vmrm wants {wanted[1]}")
+
+    @staticmethod
+    def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
+        names = ("application_id", "user_version")
+        first, second = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+        return first, second
+
+    def query(self, sql: str, **parameters: object) -> list[dict[str, Any]]:
+        """Return all rows of one reading statement, as dictionaries."""
+        return [dict(row) for row in self.connection.execute(sql, parameters).fetchall()]
+
+    def row(self, sql: str, **parameters: object) -> dict[str, Any] | None:
+        """Return the first row, or None if there is none."""
+        rows = self.query(sql, **parameters)
+        return rows[0] if rows else None
+
+    def value(self, sql: str, **parameters: object) -> Any:
+        """Return the first column of the first row, or None if there is none."""
+        row = self.connection.execute(sql, parameters).fetchone()
+        return row[0] if row else None
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[Self]:
+        """Run the block as one write transaction; leave nothing behind if it raises.
+
+        Args:
+            durable: Whether the commit must survive a power cut of the host, not just kill -9.
+
+        Raises:
+            Busy: other writers did not let us in within the writer time-out.
+        """
+        connection = self.connection
+        with self._writer.held():
+            if durable:
+                connection.execute("PRAGMA synchronous = FULL")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+            finally:
+                if durable:
+                    connection.execute("PRAGMA synchronous = NORMAL")
+
+    def write(self, sql: str, *, durable: bool = False, **parameters: object) -> list[sqlite3.Row]:
+        """Run one writing statement in a transaction of its own; return what it RETURNs."""
+        with self.transaction(durable=durable):
+            return self.connection.execute(sql, parameters).fetchall()
+
+    def data_version(self) -> int:
+        """Return a number that differs from the last one if another connection committed."""
+        return cast(int, self.value("PRAGMA data_version"))
+
+    def checkpoint(self, truncate: bool = False) -> None:
+        """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
+        if not truncate:
+            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            return
+        with self._writer.held():
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """Close the connection, if this process opened one."""
+        if self._connection is not None and self._pid == os.getpid():
+            self._connection.close()
+            self._writer.close()
+        self._connection = None
+
+
+def _database(db: Database | str | os.PathLike[str] | None) -> Database:
+    return db if isinstance(db, Database) else Database(db)
+
+
+class _Rows:
+    """What the reference's database classes share: one database, opened here or borrowed."""
+
+    def __init__(self, db: Database | str | os.PathLike[str] | None) -> None:
+        self._borrowed = isinstance(db, Database)
+        self.db = _database(db)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database connection, unless it was borrowed."""
+        if not self._borrowed:
+            self.db.close()
+
+
+# === waking up ===================================================================================
+
+SUPERVISOR = 0  # its place among the wake-up sockets; VMs use their ordinals
+
+
+class WakeSocket:
+    """A datagram socket `wake/<ordinal>`: a byte on it means "look at the database again".
+
+    It is reached through /proc/self/fd/<directory>/<name>, since a UNIX path ends at 107 bytes.
+    """
+
+    def __init__(self, db: Database, name: int | str) -> None:
+        self._path = db.directory("wake") / str(name)
+        self._path.unlink(missing_ok=True)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        _through_directory(self._path, self.socket.bind)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self.socket.fileno()
+
+    def drain(self) -> None:
+        """Forget all bytes that came; one look at the database answers them all."""
+        with contextlib.suppress(BlockingIOError):
+            while self.socket.recv(64):
+                pass
+
+    def close(self) -> None:
+        """Close the socket and remove its path."""
+        self.socket.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _through_directory(path: Path, use: Callable[[str], object]) -> None:
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        use(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
+def wake(db: Database, *names: int | str) -> None:
+    """Send a byte to each named wake-up socket; nobody listening is no error."""
+    if not names:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+        for name in names:
+            with contextlib.suppress(OSError):
+                _through_directory(
+                    db.state_dir / "wake" / str(name), lambda path: sender.sendto(b"w", path)
+                )
+
+
+def wake_all(db: Database) -> None:
+    """Wake the supervisor and every handler."""
+    ordinals = [row["ordinal"] for row in db.query("SELECT ordinal FROM vms")]
+    wake(db, SUPERVISOR, *ordinals)
+
+
+def wake_vm(db: Database, server_name: str) -> None:
+    """Wake one VM's handler, and the supervisor who may have to start it."""
+    sql = "SELECT ordinal FROM vms WHERE server_name = :name"
+    ordinal = db.value(sql, name=server_name)
+    wake(db, SUPERVISOR, *([] if ordinal is None else [ordinal]))
+
+
+# === the experiment, its barrier and its VMs =====================================================
+
+
+def _utc(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(int(seconds), UTC)
+
+
+def current_experiment(db: Database) -> dict[str, Any]:
+    """Return the current experiment's row, making one if there is none yet."""
+    sql = "SELECT * FROM current_experiment"
+    row = db.row(sql)
+    if row is None:
+        with db.transaction():
+            _begin_experiment(db)
+        row = db.row(sql)
+    assert row is not None
+    return row
+
+
+def _begin_experiment(db: Database, source: str = "", content_hash: str = "") -> None:
+    db.connection.execute(
+        """INSERT INTO experiments (created_at, source, content_hash)
+           SELECT :now, :source, :hash WHERE NOT EXISTS (SELECT 1 FROM current_experiment)""",
+        {"now": CLOCK.wall(), "source": source, "hash": content_hash},
+    )
+
+
+@contextlib.contextmanager
+def _changing_vms(db: Database) -> Iterator[sqlite3.Connection]:
+    """A durable transaction that ends with the barrier; everybody is woken if that decided."""
+    seen = "SELECT start_at, halt FROM current_experiment"
+    with db.transaction(durable=True):
+        _begin_experiment(db)
+        before = db.row(seen)
+        yield db.connection
+        _barrier(db.connection, CLOCK.wall())
+        decided = db.row(seen) != before
+    if decided:
+        wake_all(db)
+
+
+def _barrier(connection: sqlite3.Connection, now: float) -> None:
+    """Set the start time once everybody is ready, or tell everybody that a VM has failed.
+
+    Called at the end of every transaction that changes a VM's state, adds or removes a VM,
+    launches, or changes on_failure; so the two decisions can be neither missed nor made twice.
+    The start time is rounded up to a whole second, the reference's resolution.
+    """
+    connection.execute(
+        """UPDATE experiments
+           SET start_at = CAST(:now + start_buffer_s AS INTEGER)
+                          + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+           WHERE id = (SELECT id FROM barrier WHERE is_open AND start_at IS NULL)""",
+        {"now": now},
+    )
+    connection.execute(
+        """UPDATE experiments SET halt = 'abort'
+           WHERE destroyed_at IS NULL AND launched_at IS NOT NULL AND start_at IS NULL
+             AND halt IS NULL AND on_failure = 'abort'
+             AND EXISTS (SELECT 1 FROM vms WHERE state = 'failed')"""
+    )
+
+
+def live_handlers(db: Database) -> list[str]:
+    """Return the names of the VMs whose handler lives in this database's experiment."""
+    return [
+        row["server_name"]
+        for row in db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
+        if _is_locked(_handler_lock(db, row["ordinal"]))
+    ]
+
+
+def _handler_lock(db: Database, ordinal: int) -> Path:
+    return db.directory("locks") / f"handler.{ordinal}"
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    fd = try_lock(path)
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def _refuse_while_live(db: Database, what: str) -> None:
+    live = live_handlers(db)
+    if live:
+        raise Conflict(
+            f"{what} is refused while {len(live)} handlers live ({', '.join(live[:3])}"
+            f"{', …' if len(live) > 3 else ''})",
+            "Stop them first: vmrm stop",
+        )
+
+
+VM_COLUMNS = [
+    "server_uuid",
+    "server_name",
+    "state",
+    "current_time",
+    "control_ip",
+    "path",
+    "engine",
+    "launch_dir",
+]
+_VM_DEFAULTS: dict[str, Any] = {
+    "state": VMState.UNINITIALIZED.value,
+    "current_time": "",
+    "control_ip": "",
+    "path": "",
+    "engine": "QemuVM",
+    "launch_dir": "",
+    "agent_timeout_s": 300.0,
+    "set_time": True,
+}
+
+
+class VMMapping(_Rows):
+    """The VMs of the experiment: uuid, name, state, schedule time, address.
+
+    Args:
+        hostname: Accepted and ignored, as is `port`: there is no server.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
+
+    def __init__(
+        self,
+        hostname: str = "",
+        port: int = 50051,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(db)
+
+    def __del__(self) -> None:
+        """Close the database connection."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a complete entry, with defaults for what `entry` leaves out.
+
+        Args:
+            entry: server_uuid and server_name, and any of state, current_time, control_ip,
+                path, engine, launch_dir, agent_timeout_s (seconds), set_time.
+
+        Raises:
+            ValueError: server_uuid or server_name is missing or unusable, the state unknown,
+                or there is a key of another name.
+        """
+        for key in ("server_uuid", "server_name"):
+            if not entry.get(key):
+                raise ValueError(f"a VM needs a {key}: {dict(entry)!r}")
+        if unknown := entry.keys() - _VM_DEFAULTS.keys() - {"server_uuid", "server_name"}:
+            raise ValueError(f"unknown key {min(unknown)!r} of VM {entry['server_name']!r}")
+        checked_name("VM", entry["server_name"])
+        complete = {**_VM_DEFAULTS, **entry}
+        complete["state"] = checked_move(VMState.TESTING, complete["state"]).value
+        complete["current_time"] = str(complete["current_time"])
+        return complete
+
+    def put(
+        self,
+        server_uuid: str,
+        server_name: str,
+        state: str = "uninitialized",
+        current_time: str = "",
+        server_address: str = "",
+        *,
+        path: str = "",
+        engine: str = "QemuVM",
+        launch_dir: str = "",
+    ) -> None:
+        """Add a VM, or replace the one with this uuid.
+
+        Args:
+            server_uuid: The VM's uuid.
+            server_name: Its name.
+            state: The state it starts in.
+            current_time: The schedule time it has reached; '' if not contacted yet.
+            server_address: Its control IP.
+            path: The guest agent's address: a socket's path, tcp:HOST:PORT or vsock:CID:PORT.
+            engine: Which driver talks to it.
+            launch_dir: Where in the guest our files go; '' for the driver's default.
+
+        Raises:
+            ValueError: as `prepare_put`, or another VM has this name.
+        """
+        self.batch_put(
+            [
+                {
+                    "server_uuid": server_uuid,
+                    "server_name": server_name,
+                    "state": state,
+                    "current_time": current_time,
+                    "control_ip": server_address,
+                    "path": path,
+                    "engine": engine,
+                    "launch_dir": launch_dir,
+                }
+            ]
+        )
+
+    def batch_put(self, server_list: Iterable[Mapping[str, Any]]) -> None:
+        """Add many VMs in one transaction: all of them or, on any error, none.
+
+        Args:
+            server_list: Entries as `prepare_put` takes them.
+
+        Raises:
+            ValueError: as `prepare_put`, or another VM has one of the names.
+        """
+        entries = [self.prepare_put(entry) for entry in server_list]
+        with _changing_vms(self.db) as connection:
+            _insert_vms(connection, entries)
+
+    def get(self, server_uuid: str | None = None) -> dict[str, Any]:
+        """Return one VM as a dictionary.
+
+        Raises:
+            ValueError: no server_uuid is given.
+            NotFound: no VM has it.
+        """
+        if not server_uuid:
+            raise ValueError("server_uuid is required")
+        return _only_vm(self._rows("WHERE server_uuid = :uuid", uuid=server_uuid), server_uuid)
+
+    def get_all(
+        self,
+        filter_time: int | None = None,
+        filter_state: str | None = None,
+        project_dict: Mapping[str, object] | None = None,
+        length: bool = False,
+    ) -> list[dict[str, Any]] | int:
+        """Return the VMs, in the order they were added.
+
+        Args:
+            filter_time: Only those at this schedule time; None means all.
+            filter_state: Only those in this state; None means all.
+            project_dict: Only these keys of each VM (those whose value is true).
+            length: Whether to return the number of VMs instead of the list.
+        """
+        rows = self._rows(
+            """WHERE (:time IS NULL OR "current_time" = :time)
+               AND (:state IS NULL OR state = :state)""",
+            time=None if filter_time is None else str(filter_time),
+            state=filter_state,
+        )
+        if length:
+            return len(rows)
+        if project_dict is None:
+            return rows
+        wanted = {key for key, value in project_dict.items() if value}
+        return [{key: row[key] for key in row if key in wanted} for row in rows]
+
+    def get_count_vm_not_ready(self) -> int:
+        """Return how many VMs are in another state than configured and n/a."""
+        sql = "SELECT count(*) FROM vms WHERE state NOT IN ('configured', 'n/a')"
+        return cast(int, self.db.value(sql))
+
+    def set_vm_state_by_uuid(self, uuid: str, state: str, *, reason: str = "") -> dict[str, Any]:
+        """Move a VM to a state; the last one to be configured sets the start time by this.
+
+        Args:
+            uuid: The VM's uuid.
+            state: The new state; the present one again is no move and no error.
+            reason: Why it failed, for the report.
+
+        Returns:
+            The VM as `get` returns it.
+
+        Raises:
+            ValueError: the state is unknown, or `VM_MOVES` does not allow the move.
+            NotFound: no VM has this uuid.
+        """
+        with _changing_vms(self.db) as connection:
+            row = self.get(uuid)
+            move_vm(connection, row["server_name"], state, reason)
+            return self.get(uuid)
+
+    def set_vm_time_by_uuid(self, uuid: str, time: str) -> dict[str, Any]:
+        """Record the schedule time that a VM has reached; return the VM as `get` does."""
+        self.db.write(
+            'UPDATE vms SET "current_time" = :time WHERE server_uuid = :uuid',
+            time=str(time),
+            uuid=uuid,
+        )
+        return self.get(uuid)
+
+    def destroy_one(self, server_uuid: str) -> None:
+        """Remove one VM; one that is not there is no error.
+
+        Raises:
+            Conflict: its handler lives.
+        """
+        _refuse_while_live(self.db, "removing a VM")
+        with _changing_vms(self.db) as connection:
+            connection.execute("DELETE FROM vms WHERE server_uuid = ?", (server_uuid,))
+
+    def destroy_all(self) -> None:
+        """Remove all VMs.
+
+        Raises:
+            Conflict: handlers live.
+        """
+        _refuse_while_live(self.db, "removing all VMs")
+        self.db.write("DELETE FROM vms", durable=True)
+
+    def _rows(self, where: str, **parameters: object) -> list[dict[str, Any]]:
+        columns = ", ".join(f'"{column}"' for column in VM_COLUMNS)
+        sql = f"SELECT {columns} FROM vms {where} ORDER BY ordinal"  # noqa: S608 (our own text)
+        return self.db.query(sql, **parameters)
+
+
+def _only_vm(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    if not rows:
+        raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
+    return rows[0]
+
+
+def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        try:
+            connection.execute(
+                """INSERT INTO vms (server_uuid, server_name, state, state_at, "current_time",
+                       control_ip, path, engine, launch_dir, agent_timeout_s, set_time)
+                   VALUES (:server_uuid, :server_name, :state, :now, :current_time,
+                       :control_ip, :path, :engine, :launch_dir, :agent_timeout_s, :set_time)
+                   ON CONFLICT (server_uuid) DO UPDATE SET
+                       server_name = excluded.server_name, state = excluded.state,
+                       state_at = excluded.state_at, reason = '',
+                       "current_time" = excluded."current_time",
+                       control_ip = excluded.control_ip, path = excluded.path,
+                       engine = excluded.engine, launch_dir = excluded.launch_dir,
+                       agent_timeout_s = excluded.agent_timeout_s,
+                       set_time = excluded.set_time""",
+                {**entry, "now": CLOCK.wall()},
+            )
+        except sqlite3.IntegrityError as error:
+            name = entry["server_name"]
+            raise ValueError(f"VM {name!r} cannot be added, is the name taken? {error}") from error
+
+
+def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason: str) -> None:
+    """Move one VM inside the caller's transaction (which `_changing_vms` opened).
+
+    Raises:
+        ValueError: as `checked_move`.
+    """
+    found = connection.execute("SELECT state FROM vms WHERE server_name = ?", (server_name,))
+    old = found.fetchone()
+    if old is None:
+        raise NotFound(f"no VM {server_name!r}")
+    connection.execute(
+        """UPDATE vms SET state = :state, state_at = :now, reason = :reason
+           WHERE server_name = :name""",
+        {
+            "state": checked_move(old[0], state).value,
+            "now": CLOCK.wall(),
+            "reason": reason,
+            "name": server_name,
+        },
+    )
+
+
+class ExperimentStart(_Rows):
+    """When the experiment was launched and when its time 0 is.
+
+    Args:
+        hostname: Accepted and ignored, as is `port`: there is no server.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
+
+    def __init__(
+        self,
+        hostname: str = "",
+        port: int = 50051,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(db)
+
+    def __del__(self) -> None:
+        """Close the database connection."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def add_start_time(self) -> datetime:
+        """Set time 0 to now plus the start buffer, unless it is set already; the first stands.
+
+        Returns:
+            The start time that stands: UTC, whole seconds (rounded up).
+        """
+        with self.db.transaction(durable=True) as db:
+            _begin_experiment(db)
+            db.connection.execute(
+                """UPDATE experiments
+                   SET start_at = CAST(:now + start_buffer_s AS INTEGER)
+                       + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+                   WHERE destroyed_at IS NULL AND start_at IS NULL""",
+                {"now": CLOCK.wall()},
+            )
+        wake_all(self.db)
+        return cast(datetime, self.get_start_time())
+
+    def clear_start_time(self) -> dict[str, Any]:
+        """Forget time 0; `get_start_time` returns None until one is added again.
+
+        Returns:
+            `{"start_time": None}`.
+
+        Raises:
+            Conflict: handlers live, which have planned with it.
+        """
+        _refuse_while_live(self.db, "clearing the start time")
+        self.db.write(
+            "UPDATE experiments SET start_at = NULL WHERE destroyed_at IS NULL", durable=True
+        )
+        return {"start_time": None}
+
+    def get_start_time(self) -> datetime | None:
+        """Return time 0 in UTC, or None if it is not set yet."""
+        return _utc(self.db.value("SELECT start_at FROM current_experiment"))
+
+    def set_launch_time(self) -> datetime:
+        """Set the experiment's launch time to now; return it in UTC, whole seconds."""
+        with _changing_vms(self.db) as connection:
+            connection.execute(
+                "UPDATE experiments SET launched_at = ? WHERE destroyed_at IS NULL",
+                (math.floor(CLOCK.wall()),),
+            )
+        return cast(datetime, self.get_launch_time())
+
+    def get_launch_time(self) -> datetime | None:
+        """Return when the experiment was launched, in UTC, or None if it was not."""
+        return _utc(self.db.value("SELECT launched_at FROM current_experiment"))
+
+    def get_time_since_start(self) -> int | None:
+        """Return whole seconds since time 0, or None if time 0 has not come yet."""
+        start = self.db.value("SELECT start_at FROM current_experiment")
+        now = CLOCK.wall()
+        return None if start is None or start > now else int(now - start)
+
+    def get_time_to_start(self) -> int | None:
+        """Return whole seconds from launch to time 0, or None if time 0 is not set yet."""
+        row = self.db.row("SELECT start_at, launched_at FROM current_experiment")
+        if row is None or row["start_at"] is None or row["launched_at"] is None:
+            return None
+        return int(row["start_at"] - int(row["launched_at"]))
+
+
+# === schedule entries ============================================================================
+
+
+class ScheduleEventType(Enum):
+    """What `ScheduleUpdater` can tell the handler."""
+
+    EXPERIMENT_START_TIME_SET = 0
+    EMPTY_SCHEDULE = 1
+    NEW_ITEM = 2
+    TRANSFER = 3
+    EXIT = 4
+    PAUSE = 5
+    RESUME = 6
+    UNKNOWN = 7
+
+
+class ScheduleEvent:
+    """One piece of news for the handler.
+
+    Args:
+        event_type: What kind of news.
+        data: What it is about: an entry, or the start time.
+    """
+
+    def __init__(self, event_type: ScheduleEventType, data: object) -> None:
+        self.event_type = event_type
+        self.data = data
+
+    def __lt__(self, other: object) -> bool:
+        """Return True: events of one priority may come in any order."""
+        return True
+
+    def get_data(self) -> Any:
+        """Return what the event is about."""
+        return self.data
+
+    def get_type(self) -> ScheduleEventType:
+        """Return the kind of event."""
+        return self.event_type
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _is_number(value: object) -> bool:
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return usable and not math.isnan(cast(float, value))
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and cast(float, value) > 0
+
+
+def _is_arguments(value: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and "\0" not in item for item in items)
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and isinstance(item, str) and "\0" not in item
+        for key, item in value.items()
+    )
+
+
+def _is_user(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9._-]*", value))
+
+
+_Keys = dict[str, tuple[Callable[[object], bool], str]]
+
+# What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
+ENTRY_KEYS: _Keys = {
+    "start_time": (_is_number, "a number of seconds"),
+    "executable": (_is_text, "a program's name"),
+    "arguments": (_is_arguments, "a list of strings, or one string for the guest's shell"),
+    "env": (_is_environment, "a table of NAME = string"),
+    "cwd": (_is_text, "a directory in the guest"),
+    "user": (_is_user, "a user's name"),
+    "timeout": (_is_positive, "a positive number of seconds"),
+    "wait": (_is_switch, "true or false"),
+    "ignore_failure": (_is_switch, "true or false"),
+    "rerun": (_is_switch, "true or false"),
+    "on_host": (_is_switch, "true or false"),
+    "pause": (_is_positive, "a positive number of seconds, or inf"),
+    "resume": (_is_switch, "true or false"),
+}
+DATA_KEYS: dict[str, _Keys] = {
+    "file": {
+        "location": (_is_text, "a path in the guest"),
+        "filename": (_is_text, "a file's name"),
+        "executable": (_is_switch, "true or false"),
+        "sha256": (lambda value: isinstance(value, str) and len(value) == 64, "a SHA-256"),
+    },
+    "content": {
+        "location": (_is_text, "a path in the guest"),
+        "content": (lambda value: isinstance(value, str), "a string"),
+        "executable": (_is_switch, "true or false"),
+    },
+    "transfer": {
+        "location": (_is_text, "a path in the guest"),
+        "interval": (_is_positive, "a positive number of seconds"),
+        "destination": (_is_text, "a directory on the host"),
+    },
+}
+_NEEDED = {"file": ("location", "filename"), "content": ("location", "content")}
+
+
+def unknown_key(key: object, known: Iterable[str]) -> str:
+    """Return one line about an unknown key, with the nearest known one."""
+    import difflib
+
+    near = difflib.get_close_matches(str(key), list(known), 1)
+    return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ()) -> list[str]:
+    if not isinstance(item, dict):
+        return [f"{where}: {item!r} is not a table of key = value"]
+    faults = []
+    for key, value in item.items():
+        if key in more:
+            continue
+        if key not in keys:
+            faults.append(f"{where}: {unknown_key(key, [*keys, *more])}")
+        elif not keys[key][0](value):
+            faults.append(f"{where}: {key} is {value!r}, but must be {keys[key][1]}")
+    return faults
+
+
+def entry_faults(item: object, where: str) -> list[str]:
+    """Return everything that is wrong with an entry as a table, one line each.
+
+    Args:
+        item: The entry as an experiment file or JSON text has it, infinities as floats.
+        where: The entry's place, put before each line.
+    """
+    faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
+    if not isinstance(item, dict):
+        return faults
+    for kind, keys in DATA_KEYS.items():
+        parts = item.get(kind, [])
+        if not isinstance(parts, list):
+            faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
+            continue
+        for part in parts:
+            faults += _key_faults(part, keys, f"{where}, {kind}")
+            missing = set(_NEEDED.get(kind, ("location",))) - set(
+                part if isinstance(part, dict) else ()
+            )
+            faults += [f"{where}, {kind}: {key} is missing" for key in sorted(missing)]
+    return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
+
+
+def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with an entry whose keys and types are right."""
+    if "start_time" not in item:
+        yield "start_time is missing"
+        return
+    at, pause = item["start_time"], "pause" in item
+    if math.isinf(at) and not (pause and at < 0):
+        yield f"start_time {at} is only for a pause, and only negative"
+    if at == 0 and not pause:
+        yield "start_time 0 is the barrier itself; use a negative or a positive time"
+    if pause and at < 0 and not math.isinf(at):
+        yield "a pause in negative time must be at -inf, before the first entry"
+    work = [key for key in ("executable", *DATA_KEYS) if item.get(key)]
+    if (pause or item.get("resume")) and work:
+        yield f"a pause or resume cannot also have {work[0]!r}"
+    if not work and not pause and not item.get("resume"):
+        yield "it does nothing: give executable, file, content, transfer, pause or resume"
+    if item.get("resume") and at < 0:
+        yield "a resume must be at a positive time"
+    if "executable" not in item:
+        for key in ("arguments", "env", "cwd", "user", "timeout"):
+            if key in item:
+                yield f"{key} needs an executable"
+    if item.get("on_host"):
+        yield "on_host entries are not supported by this version"
+
+
+def _from_json(value: Any) -> Any:
+    """Return a start time or pause as a number; JSON has the infinities as strings."""
+    return float(value) if value in ("inf", "-inf") else value
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+class ScheduleEntry:
+    """One item of a VM's schedule: what happens in the VM at one start time.
+
+    Args:
+        start_time: Seconds: negative configures the VM, positive is after the common start.
+        ignore_failure: Whether the VM goes on if this entry fails.
+        pause: Seconds by which all later entries are shifted; `math.inf` is a break. Only a
+            pause may have start time 0 or -inf.
+
+    Attributes:
+        executable: Name of the program to run, or None.
+        arguments: A list (each arrives as it is) or a string (goes through the guest's shell).
+        data: A list of dictionaries: what to place (`location` with `content` or `filename`,
+            and `executable`), transfer (`location`, `interval`, `destination`), or `pause`.
+        options: env, cwd, user, timeout, wait, rerun, on_host, resume, where given.
+        ordinal: Its place in the schedule, from 1, once it is part of one.
+
+    Raises:
+        ValueError: start_time is 0 (and this is no pause), or NaN.
+    """
+
+    def __init__(
+        self, start_time: float, ignore_failure: bool = False, *, pause: float | None = None
+    ) -> None:
+        if not _is_number(start_time):
+            raise ValueError(f"start_time {start_time!r} is not a number")
+        if start_time == 0 and pause is None:
+            raise ValueError("start_time 0 is the barrier itself; use a negative or positive time")
+        self.start_time = start_time
+        self.ignore_failure = ignore_failure
+        self.executable: str | None = None
+        self.arguments: str | list[str] | None = None
+        self.data: list[dict[str, Any]] = []
+        self.options: dict[str, Any] = {}
+        self.ordinal = 0
+        # Where its files go in the guest: set by the driver's create_paths.
+        self.working_dir: PurePath = PurePosixPath()
+        self.call_arguments_filename: PurePath = PurePosixPath()
+        self.reboot_filepath: PurePath = PurePosixPath()
+        if pause is not None:
+            self.add_pause(pause)
+
+    def __str__(self) -> str:
+        return f"{self.start_time:g} {self.label}"
+
+    @property
+    def label(self) -> str:
+        """A few words for people: the program's name, or what the entry does instead."""
+        if self.executable:
+            return PurePosixPath(self.executable.replace("\\", "/")).name
+        if self.pause is not None:
+            return "break" if math.isinf(self.pause) else f"pause {self.pause:g}"
+        kinds = [kind for kind in DATA_KEYS if self.items(kind)]
+        return kinds[0] if kinds else "resume"
+
+    @property
+    def pause(self) -> float | None:
+        """The pause's seconds, or None if this is no pause."""
+        return next((item["pause"] for item in self.data if "pause" in item), None)
+
+    def items(self, kind: str) -> list[dict[str, Any]]:
+        """Return what of `data` is of one kind: file, content or transfer."""
+        mark = {"file": "filename", "content": "content", "transfer": "interval"}[kind]
+        return [item for item in self.data if mark in item]
+
+    @property
+    def runs_script(self) -> bool:
+        """Whether our script runs in the guest for it: it places files or runs a program."""
+        return bool(self.executable or self.items("file") or self.items("content"))
+
+    def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
+        """Say which program runs in the VM.
+
+        Args:
+            path: Absolute, or on the guest's PATH, or the location of a file of this entry.
+            arguments: As `append_arguments`.
+
+        Raises:
+            RuntimeError: path is not a string.
+        """
+        if not isinstance(path, str):
+            raise RuntimeError(f"executable {path!r} is not a string")
+        self.executable = path
+        if arguments is not None:
+            self.append_arguments(arguments)
+
+    def append_arguments(self, arguments: str | Sequence[str]) -> None:
+        """Append to the program's arguments.
+
+        Args:
+            arguments: A list reaches the program as it is; a string is split by the guest's
+                shell. Of a string and a list together, the list's items are quoted.
+
+        Raises:
+            TypeError: it is neither a string nor a list of strings.
+        """
+        if not _is_arguments(list(arguments) if isinstance(arguments, tuple) else arguments):
+            raise TypeError(f"arguments {arguments!r} are neither a string nor a list of strings")
+        new: str | list[str] = arguments if isinstance(arguments, str) else list(arguments)
+        if self.arguments is None:
+            self.arguments = new
+        elif isinstance(self.arguments, list) and isinstance(new, list):
+            self.arguments = self.arguments + new
+        else:
+            both = (self.arguments, new)
+            texts = (part if isinstance(part, str) else shlex.join(part) for part in both)
+            self.arguments = " ".join(texts)
+
+    def add_content(
+        self, location: str, content: str | Callable[[], str], executable: bool = False
+    ) -> None:
+        """Place a text in the VM when the entry starts.
+
+        Args:
+            location: Path in the VM with the file's name; relative to the entry's directory.
+            content: The text, or a function that returns it, called when the schedule is stored.
+            executable: Whether to set the file's executable flag.
+        """
+        item = {"location": location, "content": content, "executable": executable}
+        self.data.append(item)
+
+    def add_file(self, location: str, filename: str, executable: bool = False) -> None:
+        """Place a file of the `VmResourceStore` in the VM when the entry starts.
+
+        Args:
+            location: Path in the VM with the file's name; relative to the entry's directory.
+            filename: The file's name in the store.
+            executable: Whether to set the file's executable flag.
+        """
+        item = {"location": location, "filename": filename, "executable": executable}
+        self.data.append(item)
+
+    def add_file_transfer(
+        self, location: str, interval: float | None = 30, destination: str | None = None
+    ) -> None:
+        """Pull a file, directory or glob out of the VM.
+
+        Args:
+            location: Path in the VM.
+            interval: Seconds between two looks for changed files; None means once.
+            destination: Directory on the host; files go to <destination>/<vm_name>/<location>.
+                None means `transfers` in the state directory.
+        """
+        item = {"location": location, "interval": interval, "destination": destination}
+        self.data.append(item)
+
+    def add_pause(self, duration: float) -> None:
+        """Make this entry a pause: all later entries are shifted by it.
+
+        Args:
+            duration: Seconds; `math.inf` is a break, which lasts until a resume.
+
+        Raises:
+            ValueError: the duration is not positive.
+        """
+        if not _is_positive(duration):
+            raise ValueError(f"pause of {duration!r} s is not positive")
+        self.data.append({"pause": duration})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as an experiment file writes it, ready for JSON."""
+        item: dict[str, Any] = {"start_time": _to_json(self.start_time)}
+        if self.executable:
+            item["executable"] = self.executable
+        if self.arguments is not None:
+            item["arguments"] = self.arguments
+        if self.ignore_failure:
+            item["ignore_failure"] = True
+        for kind in DATA_KEYS:
+            if parts := [_plain(part) for part in self.items(kind)]:
+                item[kind] = parts
+        if self.pause is not None:
+            item["pause"] = _to_json(self.pause)
+        return {**item, **self.options}
+
+    @classmethod
+    def from_dict(cls, item: Mapping[str, Any], ordinal: int = 0) -> ScheduleEntry:
+        """Return the entry that `to_dict`, an experiment file or JSON describes.
+
+        Raises:
+            ValueError: the first thing that is wrong with it.
+        """
+        known = dict(item)
+        for key in ("start_time", "pause"):
+            if key in known:
+                known[key] = _from_json(known[key])
+        if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
+            raise ValueError(faults[0])
+        entry = cls(
+            known.pop("start_time"),
+            known.pop("ignore_failure", False),
+            pause=known.pop("pause", None),
+        )
+        entry.ordinal = ordinal
+        if "executable" in known:
+            entry.set_executable(known.pop("executable"), known.pop("arguments", None))
+        for part in [*known.pop("file", []), *known.pop("content", [])]:
+            entry.data.append({"executable": False, **part})
+        for part in known.pop("transfer", []):
+            entry.data.append({"interval": None, "destination": None, **part})
+        entry.options = known
+        return entry
+
+
+def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
+    called = {key: value() if callable(value) else value for key, value in part.items()}
+    return {key: value for key, value in called.items() if value not in (None, False)}
+
+
+def schedule_text(entries: Iterable[ScheduleEntry]) -> str:
+    """Return entries as the JSON text that `ScheduleDb.put` takes."""
+    return json.dumps([entry.to_dict() for entry in entries], ensure_ascii=False, allow_nan=False)
+
+
+def parse_schedule(text: str) -> list[ScheduleEntry]:
+    """Return the entries of a schedule's JSON text.
+
+    Raises:
+        ValueError: it is not JSON, not a list, or one of its entries is wrong; which, and how.
+    """
+    try:
+        items = json.loads(text, parse_constant=_refuse_constant)
+    except (json.JSONDecodeError, TypeError, RecursionError) as error:
+        raise ValueError(f"a schedule must be a JSON list: {error}") from error
+    if not isinstance(items, list):
+        raise ValueError("a schedule must be a JSON list of entries")
+    return [ScheduleEntry.from_dict(item, ordinal) for ordinal, item in enumerate(items, 1)]
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f'{name} is not JSON; write infinity as "inf" or "-inf"')
+
+
+def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
+    """Return entries in the order they happen: by time, pauses last within a time, then as written.
+
+    The reference adds the smallest float to a pause's time for this; a rank changes no time.
+    """
+    return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
+
+
+def effective_times(
+    entries: Sequence[ScheduleEntry], resumes: Sequence[float] = ()
+) -> dict[int, float]:
+    """Return when each entry really happens, by ordinal: its time plus all shifts before it.
+
+    A pause shifts what comes after it by its duration. A break holds it until a resume, and shifts
+    by (time of the resume - effective time of the break); a resume before the break is none of
+    its business. Pauses at -inf delay negative time only and shift nothing here.
+
+    Args:
+        entries: The whole schedule.
+        resumes: Experiment times in seconds at which resumes were given, in any order.
+
+    Returns:
+        Seconds of experiment time; inf for what a break holds.
+    """
+    times: dict[int, float] = {}
+    shift = 0.0
+    for entry in in_order(entries):
+        times[entry.ordinal] = at = entry.start_time + (shift if entry.start_time >= 0 else 0.0)
+        if entry.pause is None or entry.start_time < 0:
+            continue
+        if not math.isinf(entry.pause):
+            shift += entry.pause
+            continue
+        planned = [
+            later.start_time + shift
+            for later in entries
+            if later.options.get("resume") and later.start_time >= entry.start_time
+        ]
+        ends = [resume for resume in (*resumes, *planned) if resume >= at]
+        shift += min(ends, default=math.inf) - at if not math.isinf(at) else 0.0
+    return times
+
+
+class ScheduleDb(_Rows):
+    """The schedules of the experiment's VMs, as JSON texts.
+
+    Args:
+        cache_name: Accepted for the reference's sake; only its type is looked at.
+        log: Where to report; None means the module's logger.
+        db: The database's path, an open `Database`, or None for the default database.
+
+    Raises:
+        RuntimeError: cache_name is not a text.
+    """
+
+    def __init__(
+        self,
+        cache_name: str = "schedules",
+        log: logging.Logger | None = None,
+        *,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not isinstance(cache_name, str) or not cache_name:
+            raise RuntimeError(f"cache_name {cache_name!r} is not a name")
+        super().__init__(db)
+        self.log = log or logging.getLogger("vmrm")
+
+    def put(
+        self, server_name: str, text: str, vm_resources_ip: str = "", broadcast: bool = True
+    ) -> None:
+        """Store a VM's schedule.
+
+        While nothing of the stored schedule has run, it is replaced. Afterwards the new one must
+        begin with the stored entries (compared as JSON) and may only add more.
+
+        Args:
+            server_name: The VM; it need not exist yet.
+            text: A JSON list of entries, kept as it is.
+            vm_resources_ip: The VM's address, kept beside it.
+            broadcast: Accepted and ignored: there is one database.
+
+        Raises:
+            ValueError: the text is no schedule, or differs from what has begun to run.
+            ScheduleDbTimeoutError: the database was kept busy.
+        """
+        self._put([(server_name, text, vm_resources_ip)])
+
+    def batch_put(self, sched_list: Iterable[Mapping[str, str]], broadcast: bool = False) -> None:
+        """Store many schedules in one transaction: all, or on any error none.
+
+        Args:
+            sched_list: Dictionaries with `server_name` and `text`.
+            broadcast: Accepted and ignored: there is one database.
+
+        Raises:
+            ValueError: as `put`.
+        """
+        self._put([(item["server_name"], item["text"], "") for item in sched_list])
+
+    def _put(self, schedules: Sequence[tuple[str, str, str]]) -> None:
+        for name, text, _ in schedules:
+            checked_name("VM", name)
+            parse_schedule(text)
+        try:
+            with self.db.transaction():
+                for schedule in schedules:
+                    _put_schedule(self.db, *schedule)
+        except Busy as error:
+            raise ScheduleDbTimeoutError(str(error), error.hint) from error
+        for name, _, _ in schedules:
+            wake_vm(self.db, name)
+
+    def get(self, server_name: str) -> str | None:
+        """Return a VM's schedule as the text that was put, or None if it has none."""
+        sql = "SELECT text FROM schedules WHERE server_name = :name"
+        return cast("str | None", self.db.value(sql, name=server_name))
+
+    def list_all(self, pattern: str | None = None) -> list[dict[str, str]]:
+        """Return the schedules as dictionaries with `server_name` and `text`.
+
+        Args:
+            pattern: Only of VMs whose name matches it, with shell wildcards; None means all.
+        """
+        sql = "SELECT server_name, text FROM schedules WHERE text IS NOT NULL ORDER BY server_name"
+        return [
+            row
+            for row in self.db.query(sql)
+            if pattern is None or fnmatch.fnmatchcase(row["server_name"], pattern)
+        ]
+
+    def destroy_one(self, server_name: str) -> None:
+        """Remove one VM's schedule and begin a new generation; one without is no error.
+
+        Raises:
+            Conflict: handlers live.
+        """
+        self._destroy("server_name = :name", name=server_name)
+
+    def destroy_all(self) -> None:
+        """Remove all schedules and begin new generations.
+
+        Raises:
+            Conflict: handlers live.
+        """
+        self._destroy("TRUE")
+
+    def _destroy(self, where: str, **parameters: object) -> None:
+        _refuse_while_live(self.db, "removing a schedule")
+        sql = f"UPDATE schedules SET text = NULL, generation = generation + 1 WHERE {where}"  # noqa: S608
+        self.db.write(sql, durable=True, **parameters)
+
+
+def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> None:
+    """Write one schedule inside the caller's transaction, if it keeps what has begun to run."""
+    begun = db.row(
+        """SELECT text FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL
+           AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
+               AND a.experiment_id = (SELECT id FROM current_experiment)
+               AND a.server_name = s.server_name)""",
+        name=name,
+    )
+    if begun:
+        new = json.loads(text)
+        for ordinal, entry in enumerate(json.loads(begun["text"]), 1):
+            if new[ordinal - 1 : ordinal] != [entry]:
+                raise ValueError(
+                    f"the schedule of VM {name!r} has begun to run, and entry {ordinal} of "
+                    "the new one differs; entries can only be added at the end"
+                )
+    db.connection.execute(
+        """INSERT INTO schedules (server_name, text, vm_resources_ip, put_at)
+           VALUES (:name, :text, :ip, :now)
+           ON CONFLICT (server_name) DO UPDATE SET text = excluded.text,
+               vm_resources_ip = excluded.vm_resources_ip, put_at = excluded.put_at""",
+        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()},
+    )
+
+
+# === journal =====================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One row of the journal: one try at one entry."""
+
+    id: int
+    ordinal: int
+    attempt: int
+    outcome: Outcome
+    planned_at: float | None
+    sent_at: float | None
+    boot_id: str
+    pid: int | None
+    exit_code: int | None
+    reboot: bool
+    retried: bool
+    error: str
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its end is still to come."""
+        return self.outcome in (Outcome.ARMED, Outcome.RUNNING)
+
+
+class Journal:
+    """The attempts of one VM's schedule, written by that VM's handler alone.
+
+    Args:
+        db: The handler's database.
+        server_name: The VM.
+    """
+
+    def __init__(self, db: Database, server_name: str) -> None:
+        self.db, self.server_name = db, server_name
+        self._key = {
+            "experiment": current_experiment(db)["id"],
+            "name": server_name,
+            "generation": db.value(
+                "SELECT generation FROM schedules WHERE server_name = :name", name=server_name
+            )
+            or 1,
+        }
+
+    @property
+    def token(self) -> str:
+        """A word that tells this generation of this experiment from all others of the database."""
+        return f"{self._key['experiment']}.{self._key['generation']}"
+
+    def latest(self) -> dict[int, Attempt]:
+        """Return the latest attempt of each entry that has one, by ordinal."""
+        rows = self.db.query(
+            """SELECT id, ordinal, attempt, outcome, planned_at, sent_at, boot_id, pid, exit_code,
+                      reboot, retried, error
+               FROM attempts WHERE experiment_id = :experiment AND server_name = :name
+               AND generation = :generation ORDER BY ordinal, attempt""",
+            **self._key,
+        )
+        return {row["ordinal"]: _attempt(row) for row in rows}
+
+    def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
+        """Record that these entries are about to be sent, each as a new attempt.
+
+        Args:
+            planned: Planned wall time by ordinal; None in negative time.
+            boot: The guest's boot id.
+        """
+        armed = {}
+        with self.db.transaction():
+            for ordinal, planned_at in planned.items():
+                row = self.db.connection.execute(
+                    """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
+                           attempt, outcome, planned_at, armed_at, boot_id)
+                       SELECT :experiment, :name, :generation, :ordinal, 1 + coalesce((
+                           SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment
+                           AND server_name = :name AND generation = :generation
+                           AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
+                       RETURNING *""",
+                    self._key
+                    | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
+                    | {"now": CLOCK.wall()},
+                ).fetchall()[0]
+                armed[ordinal] = _attempt(dict(row))
+        return armed
+
+    def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
+        """Record that the guest has started an attempt, and that the VM has reached time `at`."""
+        with self.db.transaction():
+            self.db.connection.execute(
+                """UPDATE attempts SET outcome = 'running', sent_at = :sent, answered_at = :now,
+                       pid = :pid WHERE id = :id AND outcome IN ('armed', 'running')""",
+                {"sent": sent_at, "now": CLOCK.wall(), "pid": pid, "id": attempt.id},
+            )
+            self.db.connection.execute(
+                'UPDATE vms SET "current_time" = :at WHERE server_name = :name',
+                {"at": _plain_time(at), "name": self.server_name},
+            )
+
+    def ended(
+        self,
+        attempt: Attempt,
+        outcome: Outcome,
+        *,
+        exit_code: int | None = None,
+        reboot: bool = False,
+        error: str = "",
+    ) -> None:
+        """Record how an attempt ended; the first word about it stands."""
+        self.db.write(
+            """UPDATE attempts SET outcome = :outcome, ended_at = :now, exit_code = :code,
+                   reboot = :reboot, error = :error
+               WHERE id = :id AND outcome IN ('armed', 'running')""",
+            outcome=outcome.value,
+            now=CLOCK.wall(),
+            code=exit_code,
+            reboot=reboot,
+            error=error,
+            id=attempt.id,
+        )
+
+
+def _attempt(row: Mapping[str, Any]) -> Attempt:
+    values = {field.name: row[field.name] for field in dataclasses.fields(Attempt)}
+    values["outcome"] = Outcome(row["outcome"])
+    values["reboot"], values["retried"] = bool(row["reboot"]), bool(row["retried"])
+    return Attempt(**values)
+
+
+def _plain_time(at: float) -> str:
+    """Return a schedule time as people write it: 5, not 5.0."""
+    return str(int(at)) if float(at).is_integer() else str(at)
+
+
+def retry_failed(db: Database, server_name: str | None = None, ordinal: int | None = None) -> int:
+    """Give failed and unknown entries another attempt, and failed VMs another chance.
+
+    Args:
+        db: The database.
+        server_name: Only of this VM; None means of all.
+        ordinal: Only this entry of it.
+
+    Returns:
+        How many entries and VMs that is.
+    """
+    with _changing_vms(db):
+        return retry_in(db, server_name, ordinal)
+
+
+def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
+    """Do what `retry_failed` says, inside the caller's transaction."""
+    changed = db.connection.execute(
+        """UPDATE attempts SET retried = 1
+           WHERE id IN (SELECT attempt_id FROM entry_status
+               WHERE outcome IN ('failed', 'unknown') AND NOT ignore_failure
+                 AND (:name IS NULL OR server_name = :name COLLATE NOCASE)
+                 AND (:ordinal IS NULL OR ordinal = :ordinal))
+             AND NOT retried""",
+        {"name": server_name, "ordinal": ordinal},
+    ).rowcount
+    started = db.value("SELECT start_at FROM current_experiment") is not None
+    failed = db.query(
+        """SELECT server_name FROM vms
+           WHERE state = 'failed' AND (:name IS NULL OR server_name = :name)""",
+        name=server_name,
+    )
+    for row in failed:
+        target = VMState.CONFIGURED if started else VMState.CONFIGURING
+        move_vm(db.connection, row["server_name"], target, "")
+    return changed + len(failed)
+
+
+# === file store ==================================================================================
+
+MAX_UNPACKED_BYTES = 64 << 30
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+
+
+def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
+    """Copy a stream into the store under its SHA-256; return that and its size in bytes.
+
+    The file is complete under its final name before any row names it: a crash may leave a file
+    without a row (`check` finds it), never a row without its file.
+    """
+    directory, digest, size = db.directory("store"), hashlib.sha256(), 0
+    temporary = directory / f".new-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as target:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                size += target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.chmod(0o600)
+        _crash("store-before-rename")
+        temporary.rename(directory / digest.hexdigest())
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest.hexdigest(), size
+
+
+def content_path(db: Database, sha256: str) -> Path:
+    """Return where the store keeps the content with this SHA-256."""
+    return db.state_dir / "store" / sha256
+
+
+class VmResourceStore(_Rows):
+    """Files for VMs, by name: each content is kept once, whatever its names.
+
+    Args:
+        store: The store's name; several stores share one database.
+        decompress: Whether added archives are replaced by the files in them, and compressed
+            files by their contents.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
+
+    def __init__(
+        self,
+        store: str = "vm_resources",
+        decompress: bool = False,
+        *,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(db)
+        self.store = checked_name("store", store)
+        self.decompress = decompress
+
+    def add_file(self, path: str | os.PathLike[str], force: bool = True) -> None:
+        """Add a file under its own name; with `decompress`, what it unpacks to.
+
+        Args:
+            path: The file on this host.
+            force: Whether to replace a file of that name.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileExistsError: the name is taken and `force` is false.
+            ValueError: a name is unusable, or an archive holds more than plain files.
+        """
+        source = Path(path)
+        if source.is_dir():
+            raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
+        with source.open("rb") as stream:
+            if self.decompress:
+                self._add_all(_unpacked(source, stream), force)
+            else:
+                self._add_all([(source.name, stream)], force)
+
+    def add_file_from_content(
+        self, content: str | bytes, filename: str, force: bool = True
+    ) -> None:
+        """Add a file with the given content (text as UTF-8); errors as `add_file`."""
+        import io
+
+        data = content.encode() if isinstance(content, str) else content
+        self._add_all([(filename, io.BytesIO(data))], force)
+
+    def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
+        stored: dict[str, tuple[str, int]] = {}
+        for name, stream in files:
+            checked_name("file", name)
+            if name in stored:
+                raise ValueError(f"the archive holds two files named {name!r}")
+            if not force and self.check_path(name):
+                raise FileExistsError(errno.EEXIST, "the store has such a file", name)
+            stored[name] = put_content(self.db, stream)
+        with self.db.transaction():
+            for name, (sha256, size) in stored.items():
+                self.db.connection.execute(
+                    """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
+                       VALUES (?, ?, ?, ?, ?)
+                       ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
+                           size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
+                    (self.store, name, sha256, size, CLOCK.wall()),
+                )
+
+    def remove_file(self, pattern: str) -> int:
+        """Remove the files whose name matches a shell pattern; return how many there were.
+
+        The rows go first, then the contents that neither a file nor a schedule names any more.
+        """
+        names = self.list_distinct_contents(pattern)
+        with self.db.transaction():
+            for name in names:
+                self.db.connection.execute(
+                    "DELETE FROM files WHERE store = ? AND name = ?", (self.store, name)
+                )
+        for sha256 in unused_contents(self.db):
+            content_path(self.db, sha256).unlink(missing_ok=True)
+        return len(names)
+
+    def list_contents(self, pattern: str = "*") -> list[tuple[int, str, datetime]]:
+        """Return (size in bytes, name, upload time in UTC) of the files that match a pattern."""
+        rows = self.db.query(
+            "SELECT * FROM files WHERE store = :store ORDER BY name", store=self.store
+        )
+        return [
+            (row["size_bytes"], row["name"], datetime.fromtimestamp(row["uploaded_at"], UTC))
+            for row in rows
+            if fnmatch.fnmatchcase(row["name"], pattern)
+        ]
+
+    def list_distinct_contents(self, pattern: str = "*") -> list[str]:
+        """Return the names that match a shell pattern, each once."""
+        return [name for _, name, _ in self.list_contents(pattern)]
+
+    def check_path(self, filename: str) -> bool:
+        """Return whether the store has a file of this name."""
+        return self._row(filename) is not None
+
+    def get_path(self, filename: str) -> str:
+        """Return the host's path of a file's content.
+
+        Raises:
+            FileNotFoundError: the store has no such file, or its content was lost.
+        """
+        row = self._row(filename)
+        if row is None:
+            raise FileNotFoundError(errno.ENOENT, "the store has no such file", filename)
+        path = content_path(self.db, row["sha256"])
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "the store has lost its content", filename)
+        return str(path)
+
+    def get_file(self, filename: str) -> BinaryIO:
+        """Return a file's content opened for reading, to be used in a `with`.
+
+        Raises:
+            FileNotFoundError: as `get_path`.
+        """
+        return cast(BinaryIO, Path(self.get_path(filename)).open("rb"))
+
+    def get_file_size(self, filename: str) -> int:
+        """Return a file's size in bytes; FileNotFoundError if there is none."""
+        return Path(self.get_path(filename)).stat().st_size
+
+    def get_file_hash(self, filename: str) -> str:
+        """Return a file's SHA-256 in hexadecimal, '' if the store has none of that name."""
+        row = self._row(filename)
+        return row["sha256"] if row else ""
+
+    def get_file_upload_date(self, filename: str) -> datetime | None:
+        """Return when a file was added, in UTC; None if the store has none of that name."""
+        row = self._row(filename)
+        return datetime.fromtimestamp(row["uploaded_at"], UTC) if row else None
+
+    def _row(self, name: str) -> dict[str, Any] | None:
+        sql = "SELECT * FROM files WHERE store = :store AND name = :name"
+        return self.db.row(sql, store=self.store, name=name)
+
+
+def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the plain files of an archive, or the content of a compressed file.
+
+    Only names and contents are taken, so links, devices and paths that leave the archive have
+    nowhere to lead; an archive that holds them is refused all the same.
+    """
+    import importlib
+    import tarfile
+    import zipfile
+
+    budget = MAX_UNPACKED_BYTES
+    if tarfile.is_tarfile(source):
+        with tarfile.open(fileobj=stream) as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                opened = tar.extractfile(member) if member.isreg() else None
+                budget -= member.size
+                yield _member(source, member.name, opened, budget)
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(stream) as archive:
+            for info in archive.infolist():
+                if info.is_dir():
+                    continue
+                kind = stat.S_IFMT(info.external_attr >> 16)
+                opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
+                budget -= info.file_size
+                yield _member(source, info.filename, opened, budget)
+    elif source.suffix in _COMPRESSED:
+        with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
+            yield source.stem, opened
+    else:
+        yield source.name, stream
+
+
+def _member(source: Path, name: str, opened: IO[bytes] | None, budget: int) -> tuple[str, BinaryIO]:
+    parts = PurePosixPath(name).parts
+    if opened is None or ".." in parts or name.startswith("/"):
+        raise ValueError(f"archive {source.name!r}: {name!r} is not a plain file inside it")
+    if budget < 0:
+        raise ValueError(f"archive {source.name!r} unpacks to over {MAX_UNPACKED_BYTES} bytes")
+    return parts[-1], cast(BinaryIO, opened)
+
+
+def unused_contents(db: Database) -> list[str]:
+    """Return the SHA-256 of each stored content that no file and no schedule names."""
+    named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
+    texts = [row["text"] for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL")]
+    return [
+        path.name
+        for path in sorted(db.directory("store").iterdir())
+        if len(path.name) == 64 and path.name not in named
+        if not any(path.name in text for text in texts)
+    ]
+
+
+# === the reference's functions ===================================================================
+
+_log = logging.getLogger("vmrm")
+
+
+def add_vm(
+    server_uuid: str,
+    server_name: str,
+    control_ip: str,
+    use_vm_manager: bool = True,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+    *,
+    path: str = "",
+    engine: str = "QemuVM",
+    launch_dir: str = "",
+) -> None:
+    """Add a VM to the experiment, in state uninitialized.
+
+    Args:
+        server_uuid: The VM's uuid.
+        server_name: Its name.
+        control_ip: Its address on the control network.
+        use_vm_manager: False puts it in state n/a: it is ignored for the start time.
+        mapping: Use this mapping instead of the default database.
+        log: Where to report.
+        path: The guest agent's address; without one a managed VM cannot be run.
+        engine: Which driver talks to it.
+        launch_dir: Where in the guest our files go; '' for the driver's default.
+    """
+    state = VMState.UNINITIALIZED if use_vm_manager else VMState.NOT_APPLICABLE
+    with _default(mapping, VMMapping) as target:
+        target.put(
+            server_uuid,
+            server_name,
+            state=state.value,
+            server_address=control_ip,
+            path=path,
+            engine=engine,
+            launch_dir=launch_dir,
+        )
+    (log or _log).debug("added VM %s (%s)", server_name, state)
+
+
+@contextlib.contextmanager
+def _default(given: Any, cls: Callable[[], Any]) -> Iterator[Any]:
+    """Yield what the caller gave, or a fresh one on the default database, closed afterwards."""
+    if given is not None:
+        yield given
+        return
+    with cls() as fresh:
+        yield fresh
+
+
+def add_vm_resource_file(
+    filename: str, store: VmResourceStore | None = None, log: logging.Logger | None = None
+) -> None:
+    """Add a file of this host to the file store.
+
+    Args:
+        filename: The file's path.
+        store: Use this store instead of the default database's.
+        log: Where to report.
+    """
+    with _default(store, VmResourceStore) as target:
+        target.add_file(filename)
+    (log or _log).debug("stored %s", filename)
+
+
+def vm_resource_list(
+    store: VmResourceStore | None = None, log: logging.Logger | None = None
+) -> list[str]:
+    """Return the names in the file store, each once."""
+    with _default(store, VmResourceStore) as target:
+        return cast("list[str]", target.list_distinct_contents())
+
+
+def get_vm_states(
+    filter_state: str | None = None,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> dict[str, str]:
+    """Return the state of each VM by name; with `filter_state`, of those in that state."""
+    with _default(mapping, VMMapping) as source:
+        rows = source.get_all(filter_state=filter_state)
+    return {row["server_name"]: row["state"] for row in rows}
+
+
+def get_vm_times(
+    filter_time: int | None = None,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> dict[str, str]:
+    """Return the schedule time of each VM by name; with `filter_time`, of those at that time."""
+    with _default(mapping, VMMapping) as source:
+        rows = source.get_all(filter_time=filter_time)
+    return {row["server_name"]: row["current_time"] for row in rows}
+
+
+def add_experiment_start_time(start: ExperimentStart | None = None) -> datetime:
+    """Set the experiment's start time unless it stands already; return it, UTC."""
+    with _default(start, ExperimentStart) as times:
+        return cast(datetime, times.add_start_time())
+
+
+def get_experiment_start_time(start: ExperimentStart | None = None) -> datetime | None:
+    """Return the experiment's start time in UTC, or None if it is not set yet."""
+    with _default(start, ExperimentStart) as times:
+        return cast("datetime | None", times.get_start_time())
+
+
+def set_experiment_launch_time(start: ExperimentStart | None = None) -> datetime:
+    """Set the experiment's launch time to now; return it, UTC."""
+    with _default(start, ExperimentStart) as times:
+        return cast(datetime, times.set_launch_time())
+
+
+def get_experiment_launch_time(start: ExperimentStart | None = None) -> datetime | None:
+    """Return the experiment's launch time in UTC, or None if it was not launched."""
+    with _default(start, ExperimentStart) as times:
+        return cast("datetime | None", times.get_launch_time())
+
+
+def get_experiment_time_since_start(start: ExperimentStart | None = None) -> int | None:
+    """Return whole seconds since time 0, or None if it has not come yet."""
+    with _default(start, ExperimentStart) as times:
+        return cast("int | None", times.get_time_since_start())
+
+
+def get_experiment_time_to_start(start: ExperimentStart | None = None) -> int | None:
+    """Return whole seconds from launch to time 0, or None if time 0 is not set yet."""
+    with _default(start, ExperimentStart) as times:
+        return cast("int | None", times.get_time_to_start())
+
+
+def destroy_all(
+    mapping: VMMapping | None = None,
+    schedule: ScheduleDb | None = None,
+    start: ExperimentStart | None = None,
+    log: logging.Logger | None = None,
+    ignore_grpc_connection_errors: bool = False,
+) -> None:
+    """Clear the experiment's VMs, schedules and times.
+
+    Args:
+        mapping: Clear this mapping instead of the default database's.
+        schedule: Clear these schedules.
+        start: Clear these times.
+        log: Where to report.
+        ignore_grpc_connection_errors: Whether a database that cannot be opened is no error.
+
+    Raises:
+        ConnectionError: the database cannot be opened, and that is not to be ignored.
+        Conflict: handlers live.
+    """
+    given = next((item for item in (mapping, schedule, start) if item is not None), None)
+    with contextlib.ExitStack() as stack:
+        db = given.db if given is not None else stack.enter_context(Database())
+        try:
+            destroy_experiment(db)
+        except (SchemaError, Busy) as error:
+            if not ignore_grpc_connection_errors:
+                raise ConnectionError(str(error)) from error
+            (log or _log).warning("nothing destroyed: %s", error)
+
+
+def destroy_experiment(db: Database, *, purge: bool = False) -> None:
+    """End the current experiment: VMs, schedules, times and requests go.
+
+    The journal stays under the old experiment's id, as do logs and transfers, in directories
+    named after it. The pool is never touched.
+
+    Args:
+        db: The database.
+        purge: Whether journal, logs and transfers go too.
+
+    Raises:
+        Conflict: handlers live.
+    """
+    _refuse_while_live(db, "destroying the experiment")
+    old = current_experiment(db)["id"]
+    with db.transaction(durable=True):
+        run = db.connection.execute
+        run("DELETE FROM vms")
+        run("DELETE FROM requests")
+        run("UPDATE schedules SET text = NULL, generation = generation + 1")
+        run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
+        if purge:
+            run("DELETE FROM attempts WHERE experiment_id = ?", (old,))
+            run("DELETE FROM resumes WHERE experiment_id = ?", (old,))
+            run("DELETE FROM history WHERE experiment_id = ?", (old,))
+    import shutil
+
+    for name in ("logs", "transfers"):
+        kept = db.state_dir / f"{name}.{old}"
+        with contextlib.suppress(FileNotFoundError):
+            (db.state_dir / name).rename(kept)
+        if purge:
+            shutil.rmtree(kept, ignore_errors=True)
+
+
+def get_vm_count_not_ready(
+    mapping: VMMapping | None = None, log: logging.Logger | None = None
+) -> int:
+    """Return how many VMs are neither configured nor n/a."""
+    with _default(mapping, VMMapping) as source:
+        return cast(int, source.get_count_vm_not_ready())
+
+
+def set_vm_state(
+    vm_uuid: str,
+    new_state: str,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> None:
+    """Move a VM to a state, as `VMMapping.set_vm_state_by_uuid`.
+
+    Raises:
+        RuntimeError: the database cannot be opened.
+        ValueError: the state is unknown or the move is not allowed.
+    """
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_state_by_uuid(vm_uuid, new_state)
+
+
+def set_vm_time(
+    vm_uuid: str,
+    new_time: str,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> None:
+    """Record the schedule time that a VM has reached.
+
+    Raises:
+        RuntimeError: the database cannot be opened.
+    """
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_time_by_uuid(vm_uuid, new_time)
+
+
+@contextlib.contextmanager
+def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
+    with _default(mapping, VMMapping) as target:
+        try:
+            _ = target.db.connection
+        except VmrmError as error:
+            raise RuntimeError(str(error)) from error
+        yield target
+
+
+# === the scripts that run in the guest ===========================================================
+#
+# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
+# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+
+CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
+PLACE_FAILED = 126  # a file could not be put in its place
+
+_CALL_SCRIPT = """\
+#!/bin/sh
+# vmrm: {title}
+umask 022
+if [ "$2" != {token} ]; then
+    echo "this launch directory is used by another VM or experiment" >&2
+    exit {claim_failed}
+fi
+attempt=$1
+read -r line < /proc/$$/stat
+set -f; set -- ${{line##*) }}; set +f
+group=$3 started=${{20}}
+if [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
+    exec setsid /bin/sh {script} "$attempt" {token}
+fi
+cd {working_dir} || exit {claim_failed}
+mkdir "attempt.$attempt" || exit {claim_failed}
+here={working_dir}/attempt.$attempt
+keep() {{ {{ echo "$2" > "$here/$1.new" && mv -f "$here/$1.new" "$here/$1"; }} 2>/dev/null; }}
+keep pid "$$ $started"
+if (true > "$here/out" && true > "$here/err") 2>/dev/null; then
+    exec > "$here/out" 2> "$here/err" < /dev/null
+else
+    exec > /dev/null 2>&1 < /dev/null
+fi
+place() {{
+    if [ -d "$2" ]; then echo "$2 is a directory" >&2; return 1; fi
+    folder=${{2%/*}}
+    [ -n "$folder" ] && {{ mkdir -p "$folder" || return 1; }}
+    cp {stage}/"$1" "$folder/.vmrm-$$" && chmod "$3" "$folder/.vmrm-$$" &&
+        mv -f "$folder/.vmrm-$$" "$2"
+}}
+code=0
+{placing}
+if [ "$code" = 0 ]; then
+    {running}
+    code=$?
+fi
+reboot=0; [ -e {reboot} ] && reboot=1
+keep exit "$code $reboot"
+exit "$code"
+"""
+
+_PREPARE_SCRIPT = """\
+stage=$1 old=$2 fresh=$3; shift 3
+mkdir -p "$stage" || exit 1
+cd "$stage/.." || exit 1
+if [ "$fresh" = fresh ]; then
+    for folder; do
+        [ -e "./$folder" ] || continue
+        mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
+    done
+fi
+cd "$stage" && ls
+"""
+
+# Verifies each "<sha256> <size>" and, for scripts, puts "<sha256>" as "<path>" owned by "<user>".
+_LAYOUT_HEAD = """\
+cd {stage} || exit 1
+keep() {{
+    if command -v sha256sum >/dev/null 2>&1; then sum=$(sha256sum < "$1.part"); else sum=$1; fi
+    if [ "${{sum%% *}}" != "$1" ] || [ "$(($(wc -c < "$1.part")))" != "$2" ]; then
+        echo "$1 arrived damaged" >&2; rm -f "$1.part"; exit 1
+    fi
+    chmod 644 "$1.part" && mv -f "$1.part" "$1" || exit 1
+}}
+script() {{
+    mkdir -p "${{2%/*}}" && cp "$1" "$2.new" && chmod 500 "$2.new" || exit 1
+    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$2.new" || exit 1; fi
+    mv -f "$2.new" "$2" || exit 1
+}}
+"""
+
+_PROBE_SCRIPT = """\
+for here; do
+    if [ ! -d "$here" ]; then echo none; continue; fi
+    code= pid= life=gone
+    [ -f "$here/exit" ] && read -r code < "$here/exit"
+    [ -f "$here/pid" ] && read -r pid < "$here/pid"
+    if [ -n "$pid" ]; then
+        line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
+        [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+    fi
+    echo "claim:$code:$pid:$life"
+done
+"""
+
+_KILL_SCRIPT = 'kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A content that must lie in the guest's stage before the first entry runs."""
+
+    sha256: str
+    size: int
+    source: Callable[[], BinaryIO]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What an attempt has left in the guest."""
+
+    claimed: bool
+    exit_code: int | None = None
+    reboot: bool = False
+    pid: int | None = None
+    alive: bool = False
+
+
+def text_content(text: str) -> Staged:
+    """Return a text as content for the stage."""
+    import io
+
+    data = text.encode()
+    return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
+
+
+def guest_path(entry: ScheduleEntry, location: str) -> str:
+    """Return a location as an absolute path: relative ones lie in the entry's directory."""
+    return str(PurePosixPath(entry.working_dir) / location)
+
+
+def call_script(
+    entry: ScheduleEntry, *, title: str, token: str, stage: str, placed: Sequence[tuple[str, str]]
+) -> str:
+    """Return the script that claims an attempt, places the entry's files and runs its program.
+
+    Args:
+        entry: With the paths that the driver's `create_paths` set.
+        title: What people read at the script's head.
+        token: The script refuses to run for a caller with another one.
+        stage: The directory where contents lie under their SHA-256.
+        placed: (SHA-256, file mode) of each file of `entry_files`, in that order.
+    """
+    locations = [item["location"] for item in entry_files(entry)]
+    placing = [
+        f"place {sha256} {shlex.quote(guest_path(entry, location))} {mode}"
+        for location, (sha256, mode) in zip(locations, placed, strict=True)
+    ]
+    return _CALL_SCRIPT.format(
+        title=re.sub(r"[^ -~]", "?", title),
+        token=shlex.quote(token),
+        claim_failed=CLAIM_FAILED,
+        script=shlex.quote(str(entry.call_arguments_filename)),
+        working_dir=shlex.quote(str(entry.working_dir)),
+        stage=shlex.quote(stage),
+        placing="\n".join(
+            f"[ $code = 0 ] && {{ {line} || code={PLACE_FAILED}; }}" for line in placing
+        ),
+        running=_running(entry),
+        reboot=shlex.quote(str(entry.reboot_filepath)),
+    )
+
+
+def _running(entry: ScheduleEntry) -> str:
+    if not entry.executable:
+        return ":"
+    if user := entry.options.get("user"):
+        return f"su -s /bin/sh {shlex.quote(user)} {shlex.quote(str(_run_script_path(entry)))}"
+    return f"(\n{run_commands(entry)}\n)"
+
+
+def _run_script_path(entry: ScheduleEntry) -> PurePosixPath:
+    return PurePosixPath(entry.working_dir) / "run.sh"
+
+
+def run_commands(entry: ScheduleEntry) -> str:
+    """Return the shell commands that become the entry's program: directory, environment, exec.
+
+    A list of arguments arrives as written; a string is the guest's shell's to take apart.
+    """
+    assert entry.executable is not None
+    own = {item["location"] for item in entry_files(entry)}
+    name = entry.executable
+    program = guest_path(entry, name) if name in own else name
+    cwd = guest_path(entry, entry.options.get("cwd", "."))
+    lines = [f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
+    for key, value in entry.options.get("env", {}).items():
+        lines.append(f"export {key}={shlex.quote(value)}")
+    if isinstance(entry.arguments, str):
+        command = f"{shlex.quote(program)} {entry.arguments}"
+        lines.append(f"exec /bin/sh -c {shlex.quote(command)}")
+    else:
+        lines.append(f"exec {shlex.join([program, *(entry.arguments or [])])}")
+    return "\n".join(lines)
+
+
+def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
+    """Return what the entry places in the guest: files, then contents."""
+    return entry.items("file") + entry.items("content")
+
+
+def parse_found(line: str) -> Found:
+    """Return what one line of the probe says; the guest wrote it, so nothing of it is trusted.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    if line == "none":
+        return Found(claimed=False)
+    mark, code, process, life = line.split(":")
+    if mark != "claim" or life not in ("alive", "gone"):
+        raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
+    exit_code, reboot = parse_exit(code) if code else (None, False)
+    pid = int(process.split()[0]) if process else None
+    return Found(True, exit_code, reboot, pid, life == "alive")
+
+
+def parse_exit(text: str) -> tuple[int, bool]:
+    """Return exit code and reboot wish from an attempt's `exit` file.
+
+    Raises:
+        ValueError: the guest wrote something else.
+    """
+    match = re.fullmatch(r"(\d{1,3}) ([01])\n?", text)
+    if match is None:
+        raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
+    return int(match[1]), match[2] == "1"
+
+
+# === agenda ======================================================================================
+
+Steps = Generator["float | Sequence[Task]", None, Any]
+
+
+class Task:
+    """A generator on the agenda: it yields seconds to sleep (inf: until woken), or who to await."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.done = False
+        self.waiting: list[Task] = []  # who awaits this one
+        self.when = math.inf
+        self.awaited = 0  # how many others this one awaits
+
+    def __repr__(self) -> str:
+        return f"<task {self.steps}{' done' if self.done else ''}>"
+
+
+class Agenda:
+    """A heap of due tasks. Moved ones are left in the heap and skipped when they surface.
+
+    Args:
+        clock: Says what time it is; only its monotonic time is used.
+    """
+
+    def __init__(self, clock: Clock = CLOCK) -> None:
+        self.clock = clock
+        self._heap: list[tuple[float, int, Task]] = []
+        self._count = itertools.count()
+
+    def spawn(self, steps: Steps, at: float | None = None) -> Task:
+        """Put a generator on the agenda, due at monotonic time `at` (None: now)."""
+        task = Task(steps)
+        self._push(task, self.clock.monotonic() if at is None else at)
+        return task
+
+    def wake(self, task: Task) -> None:
+        """Make a task due now, if it sleeps; one that awaits others goes on awaiting them."""
+        if not task.done and not self._awaits(task):
+            self._push(task, self.clock.monotonic())
+
+    def next_due(self) -> float:
+        """Return the monotonic time at which something is due, inf if nothing ever is."""
+        while self._heap and (self._heap[0][2].done or self._heap[0][0] != self._heap[0][2].when):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def run_next(self) -> None:
+        """Run the step that is due first; what it raises is raised."""
+        if self.next_due() > self.clock.monotonic():
+            return
+        task = heapq.heappop(self._heap)[2]
+        try:
+            wish = next(task.steps)
+        except StopIteration:
+            self._finish(task)
+        else:
+            self._obey(task, wish)
+
+    def _obey(self, task: Task, wish: float | Sequence[Task]) -> None:
+        if isinstance(wish, int | float):
+            self._push(task, self.clock.monotonic() + wish)
+            return
+        open_tasks = [other for other in wish if not other.done]
+        if not open_tasks:
+            self._push(task, self.clock.monotonic())
+            return
+        task.when = math.nan  # awaits: neither due nor to be woken
+        task.awaited = len(open_tasks)
+        for other in open_tasks:
+            other.waiting.append(task)
+
+    def _finish(self, task: Task) -> None:
+        task.done = True
+        for waiting in task.waiting:
+            waiting.awaited -= 1
+            if waiting.awaited == 0:
+                self._push(waiting, self.clock.monotonic())
+
+    def _awaits(self, task: Task) -> bool:
+        return math.isnan(task.when)
+
+    def _push(self, task: Task, when: float) -> None:
+        task.when = when
+        heapq.heappush(self._heap, (when, next(self._count), task))
+
+
+# === schedule updater ============================================================================
+
+
+class ScheduleUpdater(threading.Thread):
+    """Looks for changes of one VM's schedule and puts them on a queue as `ScheduleEvent`s.
+
+    A script may `start` it as a thread; a handler calls `check` itself and needs no thread.
+
+    Args:
+        config: The VM: `vm_name`, and `db` unless schedule_db brings its own.
+        priority_queue: Where events go, as (time, event).
+        condition: Guards the queue and is notified of every event.
+        vm_resource_store: Kept for the reference's sake; files are read by the handler.
+        schedule_db: Where the schedule is.
+        repository_db: Accepted and ignored, as is load_balance_factor.
+        log: Where to report.
+        log_filename: Kept for the reference's sake; `log` decides where reports go.
+        interval_time: Seconds between two looks of the thread.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        priority_queue: Queue[tuple[float, ScheduleEvent]],
+        condition: threading.Condition,
+        vm_resource_store: VmResourceStore | None,
+        schedule_db: ScheduleDb,
+        repository_db: object,
+        log: logging.Logger,
+        log_filename: str | os.PathLike[str] | None,
+        load_balance_factor: float = 1.0,
+        interval_time: float = 5,
+    ) -> None:
+        super().__init__(daemon=True, name=f"updater-{config['vm_name']}")
+        self.config = dict(config)
+        self.priority_queue, self.condition = priority_queue, condition
+        self.vm_resource_store, self.schedule_db = vm_resource_store, schedule_db
+        self.log, self.log_filename = log, log_filename
+        self.interval_time = interval_time
+        self._stop_asked = threading.Event()
+        self._seen = 0  # entries told so far
+        self._resumes_seen = 0
+        self._start_told = False
+        self._empty_told = False
+
+    def run(self) -> None:
+        """Look for changes until `stop_thread`; an error is logged and the next look comes."""
+        while not self._stop_asked.is_set():
+            try:
+                self._run()
+            except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                self.log.error("cannot look at the schedule: %s", error)
+            self._stop_asked.wait(self.interval_time)
+
+    def _run(self) -> None:
+        """Look once; the thread's loop is in `run`."""
+        self.check()
+
+    def check(self) -> int:
+        """Look once for what is new and enqueue it; return how many events that made."""
+        name = self.config["vm_name"]
+        events = [*self._new_entries(self.get_schedule(name)), *self._new_times()]
+        for priority, event in events:
+            self.enqueue_event(priority, event)
+        return len(events)
+
+    def _new_entries(self, schedule: Sequence[ScheduleEntry]) -> list[tuple[float, ScheduleEvent]]:
+        if not schedule and not self._empty_told:
+            self._empty_told = True
+            return [(-math.inf, ScheduleEvent(ScheduleEventType.EMPTY_SCHEDULE, None))]
+        new, self._seen = schedule[self._seen :], max(self._seen, len(schedule))
+        return [(entry.start_time, ScheduleEvent(_event_type(entry), entry)) for entry in new]
+
+    def _new_times(self) -> list[tuple[float, ScheduleEvent]]:
+        events: list[tuple[float, ScheduleEvent]] = []
+        start = self.get_start_time()
+        if start is not None and not self._start_told:
+            self._start_told = True
+            kind = ScheduleEventType.EXPERIMENT_START_TIME_SET
+            events.append((0, ScheduleEvent(kind, start)))
+        resumes = self.schedule_db.db.query(
+            """SELECT experiment_time FROM resumes WHERE server_name = :name
+               AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
+            name=self.config["vm_name"],
+        )
+        for row in resumes[self._resumes_seen :]:
+            at = row["experiment_time"]
+            event = ScheduleEvent(ScheduleEventType.RESUME, at)
+            events.append((-math.inf if at is None else at, event))
+        self._resumes_seen = len(resumes)
+        return events
+
+    def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
+        """Put one event on the queue and notify who waits for it.
+
+        Args:
+            priority: Its schedule time, in seconds.
+            event: The event.
+        """
+        with self.condition:
+            self.priority_queue.put((priority, event))
+            self.condition.notify_all()
+
+    def get_schedule(self, name: str) -> list[ScheduleEntry]:
+        """Return a VM's entries, an empty list if it has none.
+
+        Raises:
+            RuntimeError: the stored schedule cannot be read.
+        """
+        try:
+            text = self.schedule_db.get(name)
+            return [] if text is None else parse_schedule(text)
+        except (ValueError, sqlite3.Error) as error:
+            raise RuntimeError(f"the schedule of VM {name!r} cannot be read: {error}") from error
+
+    def get_start_time(self) -> int | None:
+        """Return time 0 in whole seconds since the epoch, or None if it is not set yet."""
+        start = self.schedule_db.db.value("SELECT start_at FROM current_experiment")
+        return None if start is None else int(start)
+
+    def stop_thread(self) -> None:
+        """Make the thread end at once."""
+        self._stop_asked.set()
+
+
+def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
+    if entry.pause is not None:
+        return ScheduleEventType.PAUSE
+    if entry.options.get("resume"):
+        return ScheduleEventType.RESUME
+    return ScheduleEventType.NEW_ITEM if entry.runs_script else ScheduleEventType.TRANSFER
+
+
+# === handler =====================================================================================
+
+
+class _Leave(Exception):
+    """The handler must end now; guest programs go on, unless it says kill."""
+
+    def __init__(self, why: str, halt: Halt | None = None) -> None:
+        super().__init__(why)
+        self.halt = halt
+
+
+class VMFailed(VmrmError):
+    """The VM cannot go on: it becomes `failed` with this reason."""
+
+
+class _EntryFailed(Exception):
+    """This attempt failed; the message goes to the journal."""
+
+
+class _Unknown(Exception):
+    """This attempt may or may not have run to its end; nobody can tell any more."""
+
+
+class NextStep(Enum):
+    """What an entry needs next."""
+
+    RUN = 1
+    WATCH = 2  # an attempt is open
+    REBOOT = 3  # it ran, and asks to run again after a reboot
+    NOTHING = 4
+    FAILED = 5
+
+
+def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextStep:
+    """Return what an entry needs next; the one place that decides whether something runs again.
+
+    Args:
+        entry: The entry.
+        latest: Its latest attempt, if there is one.
+        boot: The guest's present boot id.
+    """
+    if latest is None or latest.retried:
+        return NextStep.RUN
+    if latest.is_open:
+        return NextStep.WATCH
+    if latest.outcome is Outcome.DONE and latest.reboot:
+        return NextStep.REBOOT if latest.boot_id == boot else NextStep.RUN
+    if latest.outcome in (Outcome.DONE, Outcome.SKIPPED):
+        return NextStep.NOTHING
+    if latest.outcome is Outcome.UNKNOWN and entry.options.get("rerun"):
+        return NextStep.RUN if latest.attempt <= MAX_REBOOTS else NextStep.FAILED
+    return NextStep.NOTHING if entry.ignore_failure else NextStep.FAILED
+
+
+@contextlib.contextmanager
+def agent_lock(
+    path: str, database: Path, wait: Callable[[float], object], seconds: float
+) -> Iterator[None]:
+    """Hold the host-wide lock of an agent's address: a second client would hang, not fail.
+
+    The lock lies beside a UNIX socket (by its real path), or in /run/lock/vmrm or
+    /tmp/vmrm-locks where that cannot be written. It names pid and database of its holder.
+
+    Args:
+        path: The agent's address.
+        database: Named to whoever comes second.
+        wait: Sleeps that many seconds between two tries.
+        seconds: How long to try.
+
+    Raises:
+        Conflict: somebody else holds it.
+    """
+    lock, deadline = _agent_lock_path(path), CLOCK.monotonic() + seconds
+    while (fd := try_lock(lock)) is None:
+        if CLOCK.monotonic() >= deadline:
+            raise Conflict(
+                f"agent {path!r} is held by {_holder_of(lock)}",
+                "One client at a time can talk to a guest agent; stop that one first",
+            )
+        wait(0.1)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _holder_of(lock: Path) -> str:
+    pid, _, database = lock.read_text(errors="replace").strip().partition(" ")
+    return f"process {pid} of database {database!r}"
+
+
+def _agent_lock_path(path: str) -> Path:
+    address = path.removeprefix("unix:")
+    if not address.startswith(("tcp:", "vsock:")):
+        real = Path(os.path.realpath(address))
+        if os.access(real.parent, os.W_OK):
+            return real.with_name(real.name + ".vmrm-lock")
+        address = str(real)
+    name = hashlib.sha256(address.encode()).hexdigest()[:32]
+    for directory in (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks")):  # noqa: S108
+        with contextlib.suppress(OSError):
+            directory.mkdir(mode=0o1777, exist_ok=True)
+        if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
+            return directory / name
+    raise UsageError(f"no directory for the lock of agent {path!r} can be written")
+
+
+def plug_ins() -> set[type[drivers.AbstractDriver]]:
+    """Return every usable driver class of the drivers module."""
+    return {item for item in vars(drivers).values() if VMResourceHandler._check_driver(item)}
+
+
+def handler_config(db: Database, server_name: str) -> dict[str, Any]:
+    """Return a VM's row as the configuration that `VMResourceHandler` takes.
+
+    Raises:
+        NotFound: there is no such VM.
+        UsageError: it is not managed, or has no path to an agent.
+    """
+    row = db.row("SELECT * FROM vms WHERE server_name = :name", name=server_name)
+    if row is None:
+        raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
+    if not row["path"]:
+        raise UsageError(
+            f"VM {server_name!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
+        )
+    return {
+        "vm_name": row["server_name"],
+        "vm_uuid": row["server_uuid"],
+        "ordinal": row["ordinal"],
+        "path": row["path"],
+        "engine": row["engine"],
+        "control_ip": row["control_ip"],
+        "launch_dir": row["launch_dir"],
+        "agent_timeout": row["agent_timeout_s"],
+        "set_time": bool(row["set_time"]),
+        "db": db,
+    }
+
+
+class VMResourceHandler:
+    """Takes one VM through its schedule: one process, one thread, one wait.
+
+    Everything that takes time is a generator on the agenda. All waiting, also inside driver calls,
+    is in `_wait`, which sees the agent's socket, our wake-up socket and the lifeline. After any
+    trouble with the link everything in memory is dropped and rebuilt from rows and from what the
+    guest's own files say: the same code that a fresh handler runs.
+
+    Args:
+        config: As `handler_config` returns it: vm_name, vm_uuid, path, engine, db, and optionally
+            launch_dir, agent_timeout (seconds), set_time, lifeline (a descriptor whose end of
+            file means: leave), alone (True: no supervisor will say when all is done).
+        check_interval: Seconds between two looks at the database without being woken.
+    """
+
+    def __init__(self, config: Mapping[str, Any], check_interval: float = 10) -> None:
+        from queue import PriorityQueue
+
+        self.config = dict(config)
+        self.vm_name: str = config["vm_name"]
+        self.check_interval = check_interval
+        self.db = _database(config.get("db"))
+        self.timeouts = self.db.timeouts
+        self.log = logging.getLogger(f"vmrm.{self.vm_name}")
+        self.mapping = VMMapping(db=self.db)
+        self.store = VmResourceStore(db=self.db)
+        self.condition = threading.Condition()
+        self.priority_queue: Queue[tuple[float, ScheduleEvent]] = PriorityQueue()
+        self.updater = ScheduleUpdater(
+            self.config,
+            self.priority_queue,
+            self.condition,
+            self.store,
+            ScheduleDb(db=self.db),
+            None,
+            self.log,
+            None,
+            interval_time=check_interval,
+        )
+        self.output = OutputLog(self.db, self.vm_name, self.log)
+        self.agenda = Agenda()
+        self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self.schedule: list[ScheduleEntry] = []
+        self.start_at: float | None = None  # time 0 on the wall clock
+        self._start_monotonic = math.inf  # the same instant on the other one
+        self._resumes: list[float] = []
+        self._halt: Halt | None = None
+        self._boot = ""
+        self._prepared_boot: str | None = None
+        self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
+        self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
+        self._ending = False  # they make their last pass
+        self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
+        self._life: Task | None = None
+        self._wake: WakeSocket | None = None
+        self._woken = True
+        self._leaving = False  # told so already
+        self._seen = (-1, -1)  # data version, revision
+        self._look_at = 0.0
+        self._trouble_at: float | None = None
+
+    # --- drivers
+
+    @staticmethod
+    def _check_driver(obj: object) -> bool:
+        """Return whether an object is a driver class that can be instantiated."""
+        import inspect
+
+        is_driver = isinstance(obj, type) and issubclass(obj, drivers.AbstractDriver)
+        return is_driver and not inspect.isabstract(obj)
+
+    def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
+        """Return the set of available driver classes."""
+        return plug_ins()
+
+    def import_driver(self) -> type[drivers.AbstractDriver]:
+        """Return the driver class whose engine is this VM's.
+
+        Raises:
+            VMFailed: there is none.
+        """
+        engine = self.config.get("engine") or "QemuVM"
+        found = {driver.get_engine(): driver for driver in self._import_drivers()}
+        if engine not in found:
+            known = ", ".join(sorted(found))
+            raise VMFailed(f"no driver for engine {engine!r}; there are: {known}")
+        return found[engine]
+
+    def connect_to_driver(self) -> bool:
+        """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
+        try:
+            self._connect()
+        except (drivers.DriverError, VMFailed) as error:
+            self.log.error("%s", error)
+            return False
+        return True
+
+    def _connect(self) -> None:
+        if self.driver is None:
+            chosen = self.import_driver()
+            settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
+            self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            self.driver.wait = self._wait
+        self.driver.connect(timeout=float(self.config.get("agent_timeout") or 300))
+        self._boot = self.driver.boot_id()
+
+    # --- life
+
+    def run(self) -> int:
+        """Take the VM through its schedule; return 0 once rows say how far it came.
+
+        Raises:
+            Conflict: another handler has this VM, or another client its agent.
+        """
+        lock = try_lock(_handler_lock(self.db, self.config["ordinal"]))
+        if lock is None:
+            raise Conflict(f"VM {self.vm_name!r} has a handler already")
+        self._wake = WakeSocket(self.db, self.config["ordinal"])
+        try:
+            self.db.write(
+                "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+                pid=os.getpid(),
+                name=self.vm_name,
+            )
+            self._answer_lost_requests()
+            nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
+            with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
+                self._run()
+        except _Leave as leave:
+            self.log.info("leaving: %s", leave)
+            if leave.halt is Halt.KILL:
+                self._kill_all()
+        finally:
+            if self.driver is not None:
+                self.driver.close()
+            self._wake.close()
+            os.close(lock)
+            wake(self.db, SUPERVISOR)
+        return 0
+
+    def _run(self) -> None:
+        """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
+        try:
+            while True:
+                try:
+                    self._connect()
+                    self._loop()
+                    return
+                except drivers.AgentError as error:
+                    raise VMFailed(str(error)) from error
+                except drivers.ConnectError as error:
+                    raise VMFailed(str(error)) from error
+                except drivers.DriverError as error:
+                    self._link_trouble(error)
+        except VMFailed as failed:
+            self._fail(str(failed))
+
+    def _link_trouble(self, error: drivers.DriverError) -> None:
+        now = CLOCK.monotonic()
+        self._trouble_at = now if self._trouble_at is None else self._trouble_at
+        self.log.warning("trouble with the agent, connecting anew: %s", error)
+        self.driver.close()
+        self._answer_lost_requests()
+        if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
+            raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
+        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 + (now - self._trouble_at) / 4))
+
+    def _progress(self) -> None:
+        """Note that the agent does what it is asked, so that past trouble is forgiven."""
+        self._trouble_at = None
+
+    def _fail(self, reason: str) -> None:
+        self.log.error("the VM failed: %s", reason)
+        self.mapping.set_vm_state_by_uuid(self.config["vm_uuid"], VMState.FAILED, reason=reason)
+        _crash("vm-failed")
+
+    def _loop(self) -> None:
+        """Do what is due and wait for what is next, until the life of the VM is over."""
+        self.agenda = Agenda()
+        self._tasks, self._repeating, self._ending = {}, {}, False
+        self._prepared_boot = None if self._prepared_boot != self._boot else self._prepared_boot
+        self._woken = True
+        self._refresh()
+        self._life = self.agenda.spawn(self._life_steps())
+        while not self._life.done:
+            self._refresh()
+            pause = self.agenda.next_due() - CLOCK.monotonic()
+            if pause > 0:
+                self._idle(pause)
+            self.agenda.run_next()
+
+    def _idle(self, seconds: float) -> None:
+        """Wait for the next due step, a wake or the look; the agent must not speak now."""
+        seconds = min(seconds, self._look_at - CLOCK.monotonic(), self.timeouts.recheck_start)
+        if self._woken or seconds <= 0:
+            return
+        fd = self.driver.fileno()
+        if fd in self._poll(fd, select.POLLIN, seconds):
+            raise drivers.LinkLost("the agent hung up, or spoke without being asked")
+
+    def _wait(self, fd: int, events: int, seconds: float) -> bool:
+        """Wait for a descriptor (-1: just wait) inside a driver call; return whether it is ready.
+
+        Raises:
+            _Leave: the supervisor is gone, or everybody is told to leave at once.
+        """
+        deadline = CLOCK.monotonic() + seconds
+        while True:
+            if fd in self._poll(fd, events, deadline - CLOCK.monotonic()) and fd >= 0:
+                return True
+            if CLOCK.monotonic() >= deadline:
+                return False
+
+    def _poll(self, fd: int, events: int, seconds: float) -> set[int]:
+        """The one place where a handler waits."""
+        poll = select.poll()
+        lifeline = self.config.get("lifeline", -1)
+        own = self._wake.fileno() if self._wake else -1
+        for descriptor, mask in ((fd, events), (lifeline, select.POLLIN), (own, select.POLLIN)):
+            if descriptor >= 0:
+                poll.register(descriptor, mask)
+        timeout = None if math.isinf(seconds) else math.ceil(max(0.0, seconds) * 1000)
+        ready = {descriptor for descriptor, _ in poll.poll(timeout)}
+        if lifeline in ready and lifeline >= 0:
+            raise _Leave("the supervisor is gone")
+        if own in ready and self._wake:
+            self._wake.drain()
+            self._woken = True
+            self._leave_if_told()
+        return ready
+
+    def _leave_if_told(self) -> None:
+        if self._leaving:
+            return
+        halt = self.db.value("SELECT halt FROM current_experiment")
+        if halt in (Halt.STOP, Halt.KILL):
+            raise _Leave(f"told to {halt}", Halt(halt))
+
+    def _refresh(self) -> None:
+        """Look at the database if woken, or by and by anyway; read more only if something moved."""
+        now = CLOCK.monotonic()
+        if not self._woken and now < self._look_at:
+            return
+        self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        woken, self._woken = self._woken, False
+        version = self.db.data_version()  # does not move by commits of our own, so a wake counts
+        if version == self._seen[0] and not woken:
+            return
+        revision = self.db.value(
+            "SELECT revision FROM vms WHERE server_name = :name", name=self.vm_name
+        )
+        moved, self._seen = revision != self._seen[1], (version, revision)
+        if moved:
+            self._leave_if_told()
+            self._take_news()
+
+    def _take_news(self) -> None:
+        """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        self.updater.check()
+        for event in self.get_events():
+            kind, data = event.get_type(), event.get_data()
+            if kind is ScheduleEventType.EXPERIMENT_START_TIME_SET:
+                self._plan_start(float(data))
+            elif kind is ScheduleEventType.RESUME and not isinstance(data, ScheduleEntry):
+                self._resumes.append(-math.inf if data is None else data)
+            elif isinstance(data, ScheduleEntry):
+                self._add_entry(data)
+        self.schedule.sort(key=lambda entry: entry.ordinal)
+        halt = self.db.value("SELECT halt FROM current_experiment")
+        self._halt = Halt(halt) if halt else None
+        for row in self._open_requests():
+            self.agenda.spawn(self._request_steps(row))
+        for task in [self._life, *self._tasks.values()]:
+            if task is not None:
+                self.agenda.wake(task)
+
+    def get_events(self) -> list[ScheduleEvent]:
+        """Take all events off the queue, in the order of their times."""
+        events = []
+        with self.condition:
+            while not self.priority_queue.empty():
+                events.append(self.priority_queue.get_nowait()[1])
+        return events
+
+    def _add_entry(self, entry: ScheduleEntry) -> None:
+        self.schedule.append(entry)
+        self._prepared_boot = None
+        self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
+
+    def _plan_start(self, start_at: float) -> None:
+        """Convert the common start to monotonic time, once: the plan stands whatever the clock."""
+        self.start_at = start_at
+        self._start_monotonic = CLOCK.monotonic() + (start_at - CLOCK.wall())
+        self.log.info("the experiment starts at %s", _iso(start_at))
+
+    def _check_wall_clock(self) -> None:
+        if self.start_at is None:
+            return
+        step = (CLOCK.wall() - self.start_at) - (CLOCK.monotonic() - self._start_monotonic)
+        if abs(step) > 1:
+            self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
+            self.start_at += step  # so that the same step is told once
+
+    def _life_steps(self) -> Steps:
+        """The VM's way: prepare, negative times, configured, wait for time 0, positive times."""
+        yield from self._prepare_steps()
+        self._recover()
+        yield from self._clock_steps()
+        if self._state() in (VMState.UNINITIALIZED, VMState.TESTING):
+            self.set_state(VMState.CONFIGURING)
+        if self._state() == VMState.CONFIGURING:
+            yield from self._configure_steps()
+        if self._halt is Halt.ABORT:
+            return
+        while self.start_at is None:
+            yield math.inf
+            if self._halt in (Halt.ABORT, Halt.END):
+                return
+        yield from self._positive_steps()
+
+    def _state(self) -> str:
+        return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
+
+    # --- preparing the guest
+
+    @property
+    def _stage(self) -> str:
+        return f"{self.config.get('launch_dir') or '/var/launch'}/.stage"
+
+    @functools.cached_property
+    def _token(self) -> str:
+        return f"{self.config['vm_uuid']}.{self._journal.token}"
+
+    @functools.cached_property
+    def _journal(self) -> Journal:
+        return Journal(self.db, self.vm_name)
+
+    def _prepare_steps(self) -> Steps:
+        """Bring all contents and scripts into the guest, unless this very boot has them already."""
+        self.driver.used_agent_paths.clear()
+        for entry in self.schedule:
+            self.driver.create_paths(entry)
+        work = [entry for entry in self.schedule if entry.runs_script]
+        if self._prepared_boot == self._boot or not work:
+            return
+        if self.driver.is_windows:
+            raise VMFailed("Windows guests are not supported by this version")
+        present = self._list_stage(work)
+        layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
+        for entry in work:
+            yield from self._load_steps(entry, present, layout)
+            _crash("files-loaded")
+        yield from self._lay_out(layout)
+        self._prepared_boot = self._boot
+        self._progress()
+
+    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
+        """Make the stage and return what lies there; move an older experiment's folders aside."""
+        fresh = "keep" if self._journal.latest() else "fresh"
+        folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
+        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *folders)
+        if status.exitcode != 0:
+            raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
+        return set(status.out.decode(errors="replace").split("\n"))
+
+    def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
+        argv = ["/bin/sh", "-c", script, "sh", *words]
+        return self.driver.run(argv, timeout=self.timeouts.call)
+
+    def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
+        """Return what an entry places, each with its file mode.
+
+        Raises:
+            FileNotFoundError: the store does not have a file.
+        """
+        placed = []
+        own_program = entry.executable
+        for item in entry_files(entry):
+            staged = text_content(item["content"]) if "content" in item else self._stored(item)
+            is_program = item.get("executable") or item["location"] == own_program
+            placed.append((staged, "755" if is_program else "644"))
+        return placed
+
+    def _stored(self, item: Mapping[str, Any]) -> Staged:
+        sha256 = item.get("sha256") or self.store.get_file_hash(item["filename"])
+        path = content_path(self.db, sha256 or "-")
+        if not path.is_file():
+            raise FileNotFoundError(
+                errno.ENOENT, "the file store has no such file", item["filename"]
+            )
+        return Staged(sha256, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
+
+    def _load_steps(self, entry: ScheduleEntry, present: set[str], layout: list[str]) -> Steps:
+        """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
+        try:
+            placed = self._contents(entry)
+        except FileNotFoundError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            return
+        script = text_content(
+            call_script(
+                entry,
+                title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+                token=self._token,
+                stage=self._stage,
+                placed=[(staged.sha256, mode) for staged, mode in placed],
+            )
+        )
+        scripts = [(script, str(entry.call_arguments_filename), "")]
+        if entry.executable and (user := entry.options.get("user")):
+            commands = text_content(run_commands(entry) + "\n")
+            scripts.append((commands, str(_run_script_path(entry)), user))
+        for staged in [*(staged for staged, _ in placed), *(item[0] for item in scripts)]:
+            if staged.sha256 not in present:
+                yield from self._push_steps(staged)
+                present.add(staged.sha256)
+                layout.append(f"keep {staged.sha256} {staged.size}")
+        for staged, path, user in scripts:
+            layout.append(f"script {staged.sha256} {shlex.quote(path)} {shlex.quote(user)}")
+
+    def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
+        if entry.start_time < 0 and not entry.ignore_failure:
+            raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
+        if next_step(entry, self._journal.latest().get(entry.ordinal), self._boot) is NextStep.RUN:
+            attempt = self._journal.arm({entry.ordinal: None}, self._boot)[entry.ordinal]
+            self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
+        yield 0
+
+    def _push_steps(self, staged: Staged) -> Steps:
+        with staged.source() as source:
+            for _ in self.driver.push(source, f"{self._stage}/{staged.sha256}.part"):
+                yield 0
+
+    def _lay_out(self, layout: Sequence[str]) -> Steps:
+        script = text_content("\n".join(layout) + "\n")
+        yield from self._push_steps(script)
+        status = self.driver.run(
+            ["/bin/sh", f"{self._stage}/{script.sha256}.part"], timeout=10 * self.timeouts.call
+        )
+        if status.exitcode != 0:
+            raise VMFailed(f"cannot lay out files in the guest: {_words(status.err)}")
+
+    def load_files_in_target(self, schedule_entry: ScheduleEntry) -> bool:
+        """Bring what one entry needs into the guest's stage; return whether that worked."""
+        return self._quietly(self._load_one_steps([schedule_entry]))
+
+    def preload_files(self) -> bool:
+        """Bring everything all entries need into the guest before the first one runs.
+
+        So nothing is written to the guest's disk by us right after a reboot, which Windows does
+        not take well. Returns whether that worked.
+        """
+        self._prepared_boot = None
+        return self._quietly(self._prepare_steps())
+
+    def _load_one_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
+        everything, self.schedule = self.schedule, list(entries)
+        try:
+            self._prepared_boot = None
+            yield from self._prepare_steps()
+        finally:
+            self.schedule = everything
+            self._prepared_boot = None
+
+    def _quietly(self, steps: Steps) -> bool:
+        """Run steps to their end; log a failure and return false instead of raising it."""
+        try:
+            self._drain(steps)
+        except (drivers.DriverError, VMFailed, _EntryFailed, OSError) as error:
+            self.log.error("%s", error)
+            return False
+        return True
+
+    def _drain(self, steps: Steps) -> None:
+        """Run steps to their end, here and now: for scripts, which have no agenda of their own."""
+        agenda, self.agenda = self.agenda, Agenda()
+        try:
+            task = self.agenda.spawn(steps)
+            while not task.done:
+                pause = self.agenda.next_due() - CLOCK.monotonic()
+                if pause > 0:
+                    self._wait(-1, 0, pause)
+                self.agenda.run_next()
+        finally:
+            self.agenda = agenda
+
+    # --- negative time
+
+    def _configure_steps(self) -> Steps:
+        yield from self._delay_steps()
+        while (at := self._next_negative()) is not None:
+            if self._halt is Halt.ABORT:
+                return
+            self.set_current_time(int(at) if float(at).is_integer() else at)
+            yield from self._negative_steps(at)
+        _crash("before-configured")
+        self.set_state(VMState.CONFIGURED)
+        _crash("configured")
+
+    def _delay_steps(self) -> Steps:
+        """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
+        pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
+        launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
+        delay = sum(pause for pause in pauses if not math.isinf(pause))
+        while (left := launched + delay - CLOCK.wall()) > 0:
+            yield left
+        breaks = sum(math.isinf(pause) for pause in pauses)
+        while breaks > len(self._resumes) and self._next_negative() is not None:
+            yield math.inf
+
+    def _at(self, at: float) -> list[ScheduleEntry]:
+        return [e for e in self.schedule if e.start_time == at and e.pause is None]
+
+    def _needs(self, entries: Iterable[ScheduleEntry]) -> dict[NextStep, list[ScheduleEntry]]:
+        latest = self._journal.latest()
+        needs: dict[NextStep, list[ScheduleEntry]] = {step: [] for step in NextStep}
+        for entry in entries:
+            needs[next_step(entry, latest.get(entry.ordinal), self._boot)].append(entry)
+        return needs
+
+    def _next_negative(self) -> float | None:
+        entries = [e for e in self.schedule if e.start_time < 0 and e.pause is None]
+        needs = self._needs(entries)
+        todo = [e.start_time for e in entries if e not in needs[NextStep.NOTHING]]
+        return min(todo, default=None)
+
+    def _negative_steps(self, at: float) -> Steps:
+        """One negative time: start all its entries together, go on when the last has ended."""
+        while True:
+            needs = self._needs(self._at(at))
+            if run := needs[NextStep.RUN]:
+                armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
+                _crash("armed")
+                for entry in run:
+                    self._spawn_attempt(entry, armed[entry.ordinal])
+            if tasks := [self._tasks[e.ordinal] for e in run + needs[NextStep.WATCH]]:
+                yield tasks
+                continue
+            if failed := needs[NextStep.FAILED]:
+                raise VMFailed(self._failure(failed[0]))
+            if not (again := needs[NextStep.REBOOT]):
+                return
+            yield from self._rerun_steps(again)
+
+    def _failure(self, entry: ScheduleEntry) -> str:
+        attempt = self._journal.latest()[entry.ordinal]
+        return f"entry {entry.ordinal} ({entry}): {attempt.error or attempt.outcome}"
+
+    def _rerun_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
+        """Reboot once for all entries that asked for it; they run again afterwards."""
+        latest = self._journal.latest()
+        for entry in entries:
+            if latest[entry.ordinal].attempt > MAX_REBOOTS:
+                raise VMFailed(
+                    f"entry {entry.ordinal} ({entry}) asks for over {MAX_REBOOTS} reboots"
+                )
+            if self.check_for_reboot(str(entry.reboot_filepath)):
+                self.driver.delete_file(str(entry.reboot_filepath))
+        _crash("before-reboot")
+        yield from self._reboot_steps()
+        yield from self._prepare_steps()
+        yield from self._clock_steps()
+
+    def _spawn_attempt(
+        self,
+        entry: ScheduleEntry,
+        attempt: Attempt,
+        found: Found | None = None,
+        at: float | None = None,
+    ) -> None:
+        steps = self._attempt_steps(entry, attempt, found)
+        self._tasks[entry.ordinal] = self.agenda.spawn(steps, at)
+
+    def check_for_reboot(self, reboot_filepath: str) -> bool:
+        """Return whether the guest has a reboot file at this path, which asks for a reboot."""
+        return bool(self.driver.file_exists(reboot_filepath))
+
+    def reboot(self) -> None:
+        """Reboot the VM; return when its agent answers again after it.
+
+        Raises:
+            VMFailed: it did not come back, or did not go down, within the agent time-out.
+        """
+        self._drain(self._reboot_steps())
+
+    def _reboot_steps(self) -> Steps:
+        old, limit = self._boot, float(self.config.get("agent_timeout") or 300)
+        self.log.info("rebooting the VM")
+        self.driver.reboot()
+        _crash("rebooted")
+        deadline = CLOCK.monotonic() + limit
+        going_down = CLOCK.monotonic() + min(limit, self.timeouts.reboot_start)
+        while True:
+            try:
+                self.driver.connect(timeout=max(0.1, deadline - CLOCK.monotonic()))
+                self._boot = self.driver.boot_id()
+            except drivers.ConnectError as error:
+                raise VMFailed(f"the VM did not come back from its reboot: {error}") from error
+            except drivers.DriverError as error:  # it went down while we were asking
+                self.log.debug("still going down: %s", error)
+                self._boot = old
+            if self._boot != old:
+                break
+            if CLOCK.monotonic() > going_down:
+                raise VMFailed("the VM accepted a reboot but does not go down")
+            self.driver.close()
+            yield 0.2
+        self.log.info("the VM is back (boot %s)", self._boot)
+
+    def _clock_steps(self) -> Steps:
+        """Set the guest's clock, in negative time only, and measure by how much it is off."""
+        if self.start_at is None and self.config.get("set_time", True):
+            try:
+                self.driver.set_time()
+            except drivers.AgentError as error:
+                self.log.info("setting the guest's clock: %s", error)
+        try:
+            before = CLOCK.wall()
+            guest = self.driver.get_time() / 1e9
+        except drivers.AgentError as error:
+            self.log.warning("the guest's clock cannot be read: %s", error)
+            return
+        skew = guest - (before + CLOCK.wall()) / 2
+        if abs(skew) > 1:
+            self.log.warning("the guest's clock is off by %+.1f s", skew)
+        self.db.write(
+            "UPDATE vms SET skew_s = :skew WHERE server_name = :name", skew=skew, name=self.vm_name
+        )
+        yield 0
+
+    # --- one attempt
+
+    def run_vm_resource(
+        self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
+    ) -> None:
+        """Run one entry now and wait for its end; errors go to the log.
+
+        Args:
+            schedule_entry: The entry, part of this VM's stored schedule.
+            queue: Gets the entry if it asks for a reboot.
+        """
+        self._quietly(self._run_vm_resource(schedule_entry, queue))
+
+    def _run_vm_resource(
+        self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
+    ) -> Steps:
+        """Arm one attempt of an entry and take it to its end."""
+        ordinal = schedule_entry.ordinal
+        attempt = self._journal.arm({ordinal: None}, self._boot)[ordinal]
+        yield from self._attempt_steps(schedule_entry, attempt, None)
+        if queue is not None and self._journal.latest()[ordinal].reboot:
+            queue.put(schedule_entry)
+
+    def _attempt_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found | None) -> Steps:
+        """Take one armed attempt to its end: send, watch, transfer, close the journal.
+
+        Args:
+            entry: The entry.
+            attempt: Its open attempt.
+            found: What the guest already shows of it, after a recovery; None: send it now.
+        """
+        exit_code, reboot, outcome = None, False, Outcome.FAILED
+        repeating = self._repeat(entry)
+        try:
+            if entry.runs_script:
+                if found is None:
+                    found = yield from self._send_steps(entry, attempt)
+                exit_code, reboot = yield from self._watch_steps(entry, attempt, found)
+            else:
+                self._journal.started(attempt, CLOCK.wall(), None, entry.start_time)
+            yield from self._transfer_once_steps(entry)
+            if not entry.runs_script:
+                yield repeating
+            error = self._judge(entry, exit_code)
+            outcome = Outcome.FAILED if error else Outcome.DONE
+        except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
+            error = str(failed)
+        except _Unknown as unknown:
+            error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
+        self.output.end(entry, attempt)
+        _crash("before-journal")
+        again = entry.start_time < 0 and not error and (reboot or exit_code == REBOOT_EXIT_CODE)
+        self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
+        self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
+        self._progress()
+        _crash("journal-closed")
+        if self._life:
+            self.agenda.wake(self._life)
+
+    @staticmethod
+    def _judge(entry: ScheduleEntry, exit_code: int | None) -> str:
+        """Return what is wrong with an exit code, '' if nothing is."""
+        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
+        return "" if not exit_code or reboots else f"exit code {exit_code}"
+
+    def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        return f"{entry.working_dir}/attempt.{attempt.attempt}"
+
+    def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
+        """Start the entry's script. Nothing is committed between here and guest-exec."""
+        script = str(entry.call_arguments_filename)
+        sent = CLOCK.wall()
+        pid = self.driver.start(
+            ["/bin/sh", script, str(attempt.attempt), self._token], capture=True
+        )
+        _crash("exec-answered")
+        yield 0  # what else is due goes first
+        self._journal.started(attempt, sent, pid, entry.start_time)
+        _crash("running-recorded")
+        self.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
+        self._progress()
+        return Found(claimed=True, pid=pid)
+
+    def _watch_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
+        """Follow a started program to its end; return its exit code and its wish for a reboot."""
+        limit = entry.options.get("timeout") or (
+            self.timeouts.negative_entry if entry.start_time < 0 else math.inf
+        )
+        if found.pid is None and found.exit_code is None:
+            found = yield from self._claim_steps(entry, attempt)
+        deadline = CLOCK.monotonic() + limit
+        if attempt.sent_at is not None:
+            deadline -= CLOCK.wall() - attempt.sent_at
+        interval, fetch_at = self.timeouts.poll_first, 0.0
+        while True:
+            yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
+            interval = min(interval * 1.5, self.timeouts.poll_last)
+            ended = self._ended(entry, attempt, found)
+            if ended is not None:
+                self._fetch_output(entry, attempt, final=True)
+                return ended
+            if CLOCK.monotonic() >= fetch_at:
+                self._fetch_output(entry, attempt)
+                fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
+            if CLOCK.monotonic() >= deadline:
+                yield from self._kill_steps(found.pid)
+                self._fetch_output(entry, attempt, final=True)
+                raise _EntryFailed(f"timed out after {limit:g} s and was killed")
+
+    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
+        """Give a script that has claimed a moment to say who it is; return what it says."""
+        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
+        while True:
+            found = self._probe([self._attempt_dir(entry, attempt)])[0]
+            if found.exit_code is not None or found.alive:
+                return found
+            if found.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it began, and nobody saw its end")
+            yield self.timeouts.claim_grace / 10
+
+    def _ended(
+        self, entry: ScheduleEntry, attempt: Attempt, found: Found
+    ) -> tuple[int | None, bool] | None:
+        """Return exit code and reboot wish if the program has ended, else None.
+
+        The guest's own file is asked first, then the agent; an agent that does not know the pid
+        (it was restarted) leaves the probe of the process itself.
+
+        Raises:
+            _EntryFailed: it was never begun, or died by a signal.
+        """
+        if found.exit_code is not None:
+            return found.exit_code, found.reboot
+        try:
+            status = self.driver.status(cast(int, found.pid))
+        except drivers.UnknownPid:
+            return self._ended_by_probe(entry, attempt)
+        self._progress()
+        if not status.exited:
+            return None
+        here = self._attempt_dir(entry, attempt)
+        with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
+            return parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
+        return self._ended_without_file(entry, attempt, status, found)
+
+    def _ended_without_file(
+        self, entry: ScheduleEntry, attempt: Attempt, status: drivers.ExecStatus, found: Found
+    ) -> tuple[int | None, bool] | None:
+        left = self._probe([self._attempt_dir(entry, attempt)])[0]
+        if not left.claimed:
+            raise _EntryFailed(
+                f"the guest did not begin it: {_words(status.err) or 'no reason given'}"
+            )
+        if left.exit_code is not None:
+            return left.exit_code, left.reboot
+        if left.pid not in (None, found.pid):  # another start of this attempt has the claim
+            return None if left.alive else self._ended_by_probe(entry, attempt)
+        if status.exitcode is None:
+            raise _EntryFailed(f"killed by signal {status.signal}")
+        return status.exitcode, self.check_for_reboot(str(entry.reboot_filepath))
+
+    def _ended_by_probe(
+        self, entry: ScheduleEntry, attempt: Attempt
+    ) -> tuple[int | None, bool] | None:
+        left = self._probe([self._attempt_dir(entry, attempt)])[0]
+        if left.exit_code is not None:
+            return left.exit_code, left.reboot
+        if left.alive:
+            return None
+        if not left.claimed:  # recovery knows what to do with what never began
+            raise drivers.LinkLost("the agent was restarted")
+        raise _Unknown("it ended, and nobody saw how")
+
+    def _kill_steps(self, pid: int | None) -> Steps:
+        """End a program's process group in the guest: TERM, a moment of grace, KILL."""
+        if pid is None:
+            return
+        for name in ("TERM", "KILL"):
+            self._sh(_KILL_SCRIPT, name, str(pid))
+            yield self.timeouts.term_grace if name == "TERM" else 0
+
+    def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
+        """Write a program's output, as the agent has it, to the VM's log.
+
+        Args:
+            schedule_entry: Named in the log.
+            pid: The program's pid in the guest.
+        """
+        for name, output in (
+            ("out", self.driver.get_stdout(pid)),
+            ("err", self.driver.get_stderr(pid)),
+        ):
+            self._print_stream(output, str(schedule_entry), name)
+
+    def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
+        """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
+        for line in (output or "").splitlines():
+            self.output.line(stream, stream_name, line)
+
+    def log_json(self, content: str | Mapping[str, Any]) -> None:
+        """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
+        self.output.json_lines(content)
+
+    def _fetch_output(self, entry: ScheduleEntry, attempt: Attempt, final: bool = False) -> None:
+        """Append what the program has written since the last time to the host's logs."""
+        here = self._attempt_dir(entry, attempt)
+        for stream in ("out", "err"):
+            while (room := self.output.room(entry, attempt)) > 0:
+                offset = self.output.size(entry, attempt, stream)
+                try:
+                    data = self.driver.read_bytes(
+                        f"{here}/{stream}", limit=min(room, 1 << 20), offset=offset
+                    )
+                except drivers.AgentError:  # there is no output file, on a full disk for example
+                    break
+                if not data or not self.output.append(entry, attempt, stream, data):
+                    break
+                if not final:
+                    break
+
+    # --- recovery
+
+    def _probe(self, directories: Sequence[str]) -> list[Found]:
+        """Ask the guest what attempts have left behind; the agent is serial, so all earlier
+        requests have run by the time it answers."""
+        if not directories:
+            return []
+        status = self._sh(_PROBE_SCRIPT, *directories)
+        lines = status.out.decode(errors="replace").splitlines()
+        try:
+            return [parse_found(lines[index]) for index in range(len(directories))]
+        except (ValueError, IndexError) as error:
+            raise VMFailed(f"the guest cannot say what has run: {error}") from error
+
+    def _recover(self) -> None:
+        """Find every open attempt again: by rows, then by what the guest's files say."""
+        latest = self._journal.latest()
+        opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
+        scripts = [e for e in opened if e.runs_script]
+        probed = self._probe([self._attempt_dir(e, latest[e.ordinal]) for e in scripts])
+        for entry, found in zip(scripts, probed, strict=True):
+            self._recover_attempt(entry, latest[entry.ordinal], found)
+        for entry in opened:
+            if not entry.runs_script:  # a transfer: pulling again does no harm
+                self._spawn_attempt(entry, latest[entry.ordinal])
+        for entry in self.schedule:
+            if entry.ordinal in latest and not latest[entry.ordinal].is_open:
+                self._repeat(entry)
+        _crash("recovered")
+
+    def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
+        same_boot = attempt.boot_id == self._boot
+        not_due = (attempt.planned_at or 0) > CLOCK.wall()
+        if not found.claimed and (same_boot or not_due):
+            self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
+            self._spawn_attempt(entry, attempt, at=self._due(attempt))
+        elif (found.claimed and (found.exit_code is not None or (same_boot and found.alive))) or (
+            found.claimed and same_boot and found.pid is None
+        ):
+            self._spawn_attempt(entry, attempt, found)
+        else:
+            why = "nobody saw its end" if same_boot else "the guest was rebooted"
+            self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
+
+    def _due(self, attempt: Attempt) -> float:
+        """Return the monotonic time at which an armed attempt is due."""
+        if attempt.planned_at is None:
+            return CLOCK.monotonic()
+        return CLOCK.monotonic() + max(0.0, attempt.planned_at - CLOCK.wall())
+
+    # --- positive time
+
+    def _positive_steps(self) -> Steps:
+        """Arm entries shortly before they are due, and see the VM to the end of its work."""
+        _crash("start-seen")
+        while True:
+            yield from self._prepare_steps()
+            self._check_wall_clock()
+            next_arming = self._arm_due()
+            if math.isinf(next_arming) and self._is_finished():
+                if (yield from self._end_steps()):
+                    return
+                continue
+            yield max(0.0, next_arming - CLOCK.monotonic())
+
+    def _arm_due(self) -> float:
+        """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
+        times = effective_times(self.schedule, self._resumes)
+        entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
+        now, soon, later = CLOCK.monotonic(), {}, math.inf
+        for entry in self._needs(entries)[NextStep.RUN]:
+            due = self._start_monotonic + times[entry.ordinal]
+            if due - self._lead[entry.ordinal] <= now:
+                soon[entry] = due
+            else:
+                later = min(later, due - self._lead[entry.ordinal])
+        if soon:
+            self._arm(soon)
+        return later
+
+    def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
+        wall = CLOCK.wall() - CLOCK.monotonic()
+        armed = self._journal.arm({e.ordinal: due + wall for e, due in soon.items()}, self._boot)
+        _crash("armed")
+        for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
+            self._spawn_attempt(entry, armed[entry.ordinal], at=soon[entry])
+
+    def _is_finished(self) -> bool:
+        """Whether nothing finite is left; what repeats or need not be waited for is not."""
+        times = effective_times(self.schedule, self._resumes)
+        for ordinal, task in self._tasks.items():
+            entry = self._entry(ordinal)
+            if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
+                return False
+        held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
+        return not any(e.pause is None and not self._repeats(e) for e in held)
+
+    def _entry(self, ordinal: int) -> ScheduleEntry:
+        return next(entry for entry in self.schedule if entry.ordinal == ordinal)
+
+    @staticmethod
+    def _repeats(entry: ScheduleEntry) -> bool:
+        return not entry.executable and any(item["interval"] for item in entry.items("transfer"))
+
+    def _end_steps(self) -> Steps:
+        """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
+
+        Returns whether the end has come; false means that there is new work.
+        """
+        self.db.write(
+            """UPDATE vms SET finished_at = :now
+               WHERE server_name = :name AND finished_at IS NULL AND revision = :revision""",
+            now=CLOCK.wall(),
+            name=self.vm_name,
+            revision=self._seen[1],
+        )
+        _crash("finished")
+        wake(self.db, SUPERVISOR)
+        if not (self._halt is Halt.END or self.config.get("alone")):
+            yield math.inf
+        if not (self._halt is Halt.END or self.config.get("alone")):
+            return False
+        self._ending = True
+        repeating = [task for tasks in self._repeating.values() for task in tasks]
+        for task in repeating:
+            self.agenda.wake(task)
+        yield [*repeating, *(self._tasks[ordinal] for ordinal in self._repeating)]
+        return True
+
+    def set_current_time(self, cur_time: float) -> None:
+        """Record the schedule time that the VM has reached.
+
+        Args:
+            cur_time: Schedule time in seconds.
+        """
+        self.mapping.set_vm_time_by_uuid(self.config["vm_uuid"], _plain_time(cur_time))
+
+    def set_state(self, state: str) -> None:
+        """Record the VM's state; if it was the last to be configured, this sets the start time.
+
+        Args:
+            state: One of `VMState`.
+
+        Raises:
+            ValueError: the state is unknown or the move is not allowed.
+        """
+        self.mapping.set_vm_state_by_uuid(self.config["vm_uuid"], state)
+        self.log.info("the VM is %s", state)
+
+    def stop(self, exitcode: int) -> NoReturn:
+        """End this process at once; guest programs go on.
+
+        Args:
+            exitcode: The process's exit code.
+        """
+        if self.driver is not None:
+            self.driver.close()
+        sys.exit(exitcode)
+
+    def _kill_all(self) -> None:
+        """End the guest programs of all open attempts, on the way out."""
+        self._leaving = True
+        latest = self._journal.latest()
+        opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
+        try:
+            self.driver.connect(timeout=self.timeouts.lock)
+            for entry in opened:
+                self._drain(self._kill_steps(latest[entry.ordinal].pid))
+        except (drivers.DriverError, _Leave) as error:
+            self.log.error("could not kill everything: %s", error)
+            return
+        for entry in opened:
+            self._journal.ended(
+                latest[entry.ordinal], Outcome.FAILED, error="killed by stop --kill"
+            )
+
+    # --- transfers out of the guest
+
+    def _repeat(self, entry: ScheduleEntry) -> list[Task]:
+        """Return the tasks of an entry's repeating transfers, started by the first call."""
+        if entry.ordinal not in self._repeating:
+            items = [item for item in entry.items("transfer") if item["interval"]]
+            self._repeating[entry.ordinal] = [
+                self.agenda.spawn(self._repeat_steps(entry, item)) for item in items
+            ]
+        return self._repeating[entry.ordinal]
+
+    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        location = guest_path(entry, item["location"])
+        while True:
+            last = self._ending
+            try:
+                yield from self._transfer_data(str(entry), location, None, item["destination"])
+            except (RuntimeError, drivers.AgentError) as error:
+                self.log.warning("transfer of %s: %s", location, error)
+            if last:
+                return
+            if not self._ending:
+                yield item["interval"]
+
+    def _transfer_once_steps(self, entry: ScheduleEntry) -> Steps:
+        for item in entry.items("transfer"):
+            if not item["interval"]:
+                location = guest_path(entry, item["location"])
+                yield from self._transfer_data(str(entry), location, None, item["destination"])
+
+    def transfer_data(
+        self,
+        name: str,
+        location: str,
+        interval: float | None = None,
+        destination: str | None = None,
+    ) -> None:
+        """Pull a file, directory or glob out of the VM; with an interval, again and again.
+
+        Args:
+            name: What the log calls it.
+            location: Absolute path in the VM.
+            interval: Seconds between two looks for changed files; None: once.
+            destination: Directory on the host; None: `transfers` in the state directory.
+
+        Raises:
+            RuntimeError: the location is not absolute, or the VM cannot list it.
+        """
+        self._drain(self._transfer_data(name, location, interval, destination))
+
+    def _transfer_data(
+        self,
+        name: str,
+        location: str,
+        interval: float | None = None,
+        destination: str | None = None,
+    ) -> Steps:
+        """The steps of `transfer_data`; the same parameters and errors."""
+        if not location.startswith("/"):
+            raise RuntimeError(f"transfer path {location!r} is not absolute")
+        root = Path(destination) if destination else self.db.directory("transfers")
+        while True:
+            faults: list[str] = []
+            for listed in self._list_files(location):
+                try:
+                    yield from self._pull_steps(listed, root)
+                except (OSError, ValueError) as error:
+                    if isinstance(error, drivers.DriverError) and not isinstance(
+                        error, drivers.AgentError
+                    ):
+                        raise
+                    faults.append(f"{listed.path!r}: {error}")
+            if faults and not interval:
+                raise RuntimeError("; ".join(faults[:5]))
+            if not interval or self._ending:
+                return
+            for fault in faults:
+                self.log.warning("transfer of %s: %s", name, fault)
+            yield interval
+
+    def _list_files(self, location: str) -> list[Listed]:
+        """Return the files and directories at a guest's path or glob.
+
+        Raises:
+            RuntimeError: there are none, or the guest's list cannot be read.
+        """
+        status = self._sh(_LIST_SCRIPT, location)
+        if status.out_truncated:
+            raise RuntimeError(f"too many files at {location!r} to list")
+        listed = [parse_listed(record) for record in status.out.split(b"\0") if record]
+        if not listed:
+            raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
+        return listed
+
+    def _pull_steps(self, listed: Listed, root: Path) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is."""
+        parts = (self.vm_name, *safe_parts(listed.path))
+        with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
+            if listed.is_dir or _is_unchanged(folder, parts[-1], listed):
+                return
+            free = os.fstatvfs(folder)
+            if listed.size > free.f_bavail * free.f_frsize - (64 << 20):
+                raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
+            temporary = f".vmrm-{secrets.token_hex(8)}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                fd = os.open(temporary, flags, 0o644, dir_fd=folder)
+                with os.fdopen(fd, "wb") as sink:
+                    for _ in self.driver.pull(listed.path, sink, limit=listed.size):
+                        yield 0
+                os.utime(temporary, (listed.mtime, listed.mtime), dir_fd=folder)
+                _crash("transfer-before-rename")
+                os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
+
+    # --- requests of commands
+
+    def _open_requests(self) -> list[dict[str, Any]]:
+        """Claim the requests still wanted, each by one UPDATE that checks client and time."""
+        rows = self.db.query(
+            """SELECT * FROM requests WHERE server_name = :name AND answered_at IS NULL
+               AND claimed_by IS NULL AND NOT withdrawn""",
+            name=self.vm_name,
+        )
+        claimed = []
+        for row in rows:
+            if row["client_boot"] != boot_id():
+                continue
+            claimed += self.db.write(
+                """UPDATE requests SET claimed_by = :pid WHERE id = :id AND claimed_by IS NULL
+                   AND NOT withdrawn AND deadline_at > :now AND client_started = :started
+                   RETURNING *""",
+                pid=os.getpid(),
+                id=row["id"],
+                now=CLOCK.wall(),
+                started=process_started(row["client_pid"]) or -1,
+            )
+        return [dict(row) for row in claimed]
+
+    def _request_steps(self, row: Mapping[str, Any]) -> Steps:
+        _crash("request-claimed")
+        folder = self.db.directory("requests", row["id"])
+        try:
+            if row["operation"] == "reboot":
+                yield from self._reboot_steps()
+                answer: dict[str, Any] = {"boot": self._boot}
+            else:
+                arguments = json.loads(row["arguments"])
+                answer = yield from operation_steps(
+                    self.driver, row["operation"], arguments, folder
+                )
+        except (drivers.AgentError, VmrmError, OSError) as error:
+            if isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError):
+                raise
+            answer = {"error": _one_line(error)}
+        self._answer(row["id"], answer)
+
+    def _answer(self, request: str, answer: Mapping[str, Any]) -> None:
+        self.db.write(
+            """UPDATE requests SET answered_at = :now, answer = :answer
+               WHERE id = :id AND answered_at IS NULL""",
+            now=CLOCK.wall(),
+            answer=json.dumps(answer),
+            id=request,
+        )
+        wake(self.db, f"c-{request}")
+
+    def _answer_lost_requests(self) -> None:
+        """Answer what a dead handler, or a lost connection, left claimed: it may have run."""
+        lost = self.db.query(
+            """SELECT id FROM requests WHERE server_name = :name AND claimed_by IS NOT NULL
+               AND answered_at IS NULL""",
+            name=self.vm_name,
+        )
+        for row in lost:
+            self._answer(row["id"], {"unknown": "it may have run: the connection was lost"})
+
+
+# --- what a guest lists, and where it may go on the host
+
+_LIST_SCRIPT = """\
+IFS=
+for top in $1; do
+    [ -e "$top" ] || continue
+    find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        for path; do
+            kind=f; [ -d "$path" ] && kind=d
+            printf "%s %s %s\\0" "$kind" "$(stat -L -c "%s %Y" "$path")" "$path"
+        done' sh {} +
+done
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One file or directory as a guest lists it."""
+
+    is_dir: bool
+    size: int  # bytes
+    mtime: int  # seconds since the epoch
+    path: str
+
+
+def parse_listed(record: bytes) -> Listed:
+    """Return one record of the guest's list.
+
+    Raises:
+        RuntimeError: it is no such record, or its path is not text that an agent could be sent.
+    """
+    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
+    try:
+        if match is None:
+            raise ValueError("not in the expected form")
+        kind, size, mtime, path = match.groups()
+        return Listed(kind == b"d", int(size), int(mtime), path.decode())
+    except ValueError as error:
+        raise RuntimeError(f"the VM lists {record[:200]!r}: {error}") from error
+
+
+def safe_parts(path: str) -> list[str]:
+    """Return the components of a guest's absolute path, none of which leads elsewhere.
+
+    Raises:
+        ValueError: one of them does.
+    """
+    parts = [part for part in path.split("/") if part]
+    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
+        raise ValueError("its path leads out of the destination")
+    return parts
+
+
+@contextlib.contextmanager
+def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
+    """Open a directory below `root`, making what is missing and following no link on the way."""
+    root.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(root, flags)
+    try:
+        for part in parts:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=fd)
+            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
+    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
+    try:
+        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
+    return stat.S_ISREG(present.st_mode) and same
+
+
+# --- output of programs, on the host
+
+
+class OutputLog:
+    """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
+
+    A full disk on the host loses output, never an outcome: it is told once and then left.
+
+    Args:
+        db: Its state directory holds the logs.
+        vm_name: The VM.
+        log: The VM's text log.
+    """
+
+    def __init__(self, db: Database, vm_name: str, log: logging.Logger) -> None:
+        self.db, self.vm_name, self.log = db, vm_name, log
+        self._partial: dict[tuple[int, str], str] = {}
+        self._decoders: dict[tuple[int, str], Any] = {}
+        self._lost: set[tuple[int, int]] = set()
+
+    def path(self, ordinal: int, attempt: int, stream: str) -> Path:
+        """Return the file with the raw output of one attempt; `stream` is out or err."""
+        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
+
+    def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
+        """Return how many bytes of a stream are here: the offset to go on from."""
+        path = self.path(entry.ordinal, attempt.attempt, stream)
+        return path.stat().st_size if path.exists() else 0
+
+    def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
+        """Return how many more bytes may be fetched of an attempt."""
+        if (entry.ordinal, attempt.attempt) in self._lost:
+            return 0
+        used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
+        if used >= MAX_OUTPUT_BYTES:
+            self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
+        return MAX_OUTPUT_BYTES - used
+
+    def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
+        self._lost.add((entry.ordinal, attempt.attempt))
+        self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
+
+    def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
+        """Append raw output; return whether the host could keep it."""
+        path = self.path(entry.ordinal, attempt.attempt, stream)
+        try:
+            with path.open("ab") as target:
+                target.write(data)
+        except OSError as error:
+            self._lose(entry, attempt, str(error))
+            return False
+        self._add_text(entry, stream, data)
+        return True
+
+    def _add_text(
+        self, entry: ScheduleEntry, stream: str, data: bytes, final: bool = False
+    ) -> None:
+        import codecs
+
+        key = (entry.ordinal, stream)
+        if key not in self._decoders:
+            self._decoders[key] = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = self._partial.pop(key, "") + self._decoders[key].decode(data, final)
+        *lines, rest = text.split("\n")
+        if rest and not final and len(rest) < 1 << 16:
+            self._partial[key] = rest
+        elif rest:
+            lines.append(rest)
+        for line in lines:
+            self.line(str(entry), stream, line)
+
+    def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Write what is left of a last line without an end."""
+        for stream in ("out", "err"):
+            if (entry.ordinal, stream) in self._decoders:
+                self._add_text(entry, stream, b"", final=True)
+                del self._decoders[entry.ordinal, stream]
+
+    def line(self, entry: str, stream: str, line: str) -> None:
+        """Write one line of a program's output."""
+        self.log.info("[%s %s] %s", entry, stream, line)
+        if line.lstrip().startswith("{"):
+            self.json_lines(line)
+
+    def json_lines(self, content: str | Mapping[str, Any]) -> None:
+        """Write every line that is a JSON object to <vm>.json, with time and VM."""
+        lines = [content] if isinstance(content, Mapping) else content.splitlines()
+        path = self.db.directory("logs") / f"{self.vm_name}.json"
+        for line in lines:
+            try:
+                item = json.loads(line) if isinstance(line, str) else dict(line)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(item, dict):
+                continue
+            record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+                target.write(json.dumps(record, default=str) + "\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one record as one line."""
+        text = "".join(
+            c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in record.getMessage()
+        )
+        line = f"{_iso(record.created)} {record.levelname.lower():7} {text}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def log_to(logger: logging.Logger, path: Path) -> None:
+    """Make a logger write to a file, and nowhere else."""
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(LogFormatter())
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _iso(seconds: float) -> str:
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _words(data: bytes) -> str:
+    """Return a guest's error output as a few printable words."""
+    text = " ".join(data.decode(errors="replace").split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# === commands on a VM at once ====================================================================
+
+COPY_REPORT_BYTES = 1 << 20  # how often a copy through a handler tells how far it is
+
+
+def operation_steps(
+    driver: drivers.QemuGuestAgentDriver, operation: str, arguments: Mapping[str, Any], folder: Path
+) -> Steps:
+    """Do what a command asks of a VM, by its handler or without one; return the answer.
+
+    Args:
+        driver: Connected.
+        operation: exec, push, pull or info.
+        arguments: argv (exec) or remote (push, pull) and mode (push).
+        folder: Holds bulk data: `data` for push and pull, `out` and `err` of exec, `progress`.
+    """
+    operations = {"exec": _exec_steps, "push": _push_file, "pull": _pull_file, "info": _info_steps}
+    return (yield from operations[operation](driver, arguments, folder))
+
+
+def _exec_steps(
+    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+) -> Steps:
+    pid, interval = driver.start(arguments["argv"], capture=True), 0.002
+    while not (status := driver.status(pid)).exited:
+        yield interval
+        interval = min(interval * 1.5, 0.5)
+    (folder / "out").write_bytes(status.out)
+    (folder / "err").write_bytes(status.err)
+    cut = [name for name in ("out", "err") if getattr(status, f"{name}_truncated")]
+    return {"exit_code": status.exitcode, "signal": status.signal, "truncated": cut}
+
+
+def _push_file(
+    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+) -> Steps:
+    """Copy `data` into the guest under a temporary name, then put it in its place."""
+    remote = arguments["remote"]
+    temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
+    if not driver.create_directories(str(PurePosixPath(remote).parent)):
+        raise VmrmError(f"the directory of {remote!r} cannot be made in the VM")
+    with (folder / "data").open("rb") as source:
+        yield from _report_steps(driver.push(source, temporary), folder)
+    script = 'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
+    script += 'chmod "$3" "$1" && mv -f "$1" "$2"'
+    argv = ["/bin/sh", "-c", script, "sh", temporary, remote, arguments["mode"]]
+    status = driver.run(argv)
+    if status.exitcode != 0:
+        raise VmrmError(f"cannot put {remote!r} in its place: {_words(status.err)}")
+    return {"bytes": (folder / "data").stat().st_size}
+
+
+def _pull_file(
+    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+) -> Steps:
+    with (folder / "data").open("wb") as sink:
+        yield from _report_steps(driver.pull(arguments["remote"], sink), folder)
+    return {"bytes": (folder / "data").stat().st_size}
+
+
+def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
+    told = 0
+    for moved in copy:
+        if moved - told >= COPY_REPORT_BYTES:
+            told = moved
+            (folder / "progress").write_text(str(moved))
+        yield 0
+
+
+def _info_steps(
+    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+) -> Steps:
+    yield 0
+    info = driver.info()
+    disabled = [c["name"] for c in info["supported_commands"] if not c["enabled"]]
+    facts: dict[str, Any] = {"agent": info.get("version", ""), "health": driver.health()}
+    asked: dict[str, Callable[[], Any]] = {
+        "os": driver.get_os,
+        "host_name": lambda: driver.call("guest-get-host-name")["host-name"],
+        "boot_id": driver.boot_id,
+        "time": lambda: _iso(driver.get_time() / 1e9),
+        "addresses": lambda: _addresses(driver.network_get_interfaces()),
+    }
+    for name, ask in asked.items():
+        try:
+            facts[name] = ask()
+        except (drivers.AgentError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError):
+                raise
+            facts[name] = f"unknown: {_one_line(error)}"
+    return {**facts, "disabled": disabled}
+
+
+def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{interface['name']} {address['ip-address']}/{address['prefix']}"
+        for interface in interfaces
+        for address in interface.get("ip-addresses", [])
+    ]
+
+
+def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:
+    """Run steps that only ever sleep to their end; return what they return."""
+    while True:
+        try:
+            pause = next(steps)
+        except StopIteration as end:
+            return end.value
+        if isinstance(pause, int | float) and pause > 0:
+            wait(pause)
+
+
+class Remote:
+    """Does things on one VM at once: through its handler if one lives, else by itself.
+
+    Args:
+        db: The database.
+        server_name: The VM.
+        timeout: Seconds within which the VM, or its handler, must begin to answer.
+
+    Raises:
+        NotFound: there is no such VM.
+        UsageError: it has no agent to talk to.
+    """
+
+    def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
+        self.db, self.timeout = db, timeout
+        self.config = handler_config(db, server_name)
+        self.name: str = self.config["vm_name"]
+        self.id = uuid.uuid4().hex
+        self.folder = db.directory("requests", self.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import shutil
+
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
+            self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+
+    def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Have an operation done; return its answer.
+
+        Raises:
+            VmrmError: it failed in the VM (code 1), could not be begun (255 for exec, else 1),
+                or may have been done and nobody knows (255).
+        """
+        if _is_locked(_handler_lock(self.db, self.config["ordinal"])):
+            answer = self._by_handler(operation, arguments)
+        else:
+            answer = self._directly(operation, arguments)
+        if "unknown" in answer:
+            raise VmrmError(f"VM {self.name!r}: {answer['unknown']}", code=255)
+        if "error" in answer:
+            raise VmrmError(f"VM {self.name!r}: {answer['error']}")
+        return answer
+
+    def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
+        begun = False
+        try:
+            with agent_lock(self.config["path"], self.db.path, time_to_wait, 0):
+                handler._connect()
+                begun = True
+                if operation == "reboot":
+                    handler.reboot()
+                    return {"boot": handler._boot}
+                steps = operation_steps(handler.driver, operation, arguments, self.folder)
+                return cast("dict[str, Any]", run_steps(steps, time_to_wait))
+        except drivers.AgentError as error:
+            return {"error": str(error)}
+        except drivers.DriverError as error:
+            what = "it may have run: " if begun and operation == "exec" else ""
+            raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
+        finally:
+            if handler.driver is not None:
+                handler.driver.close()
+
+    def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        answered = WakeSocket(self.db, f"c-{self.id}")
+        try:
+            self.db.write(
+                """INSERT INTO requests (id, server_name, operation, arguments, client_pid,
+                       client_started, client_boot, created_at, deadline_at)
+                   VALUES (:id, :name, :operation, :arguments, :pid, :started, :boot, :now,
+                       :deadline)""",
+                id=self.id,
+                name=self.name,
+                operation=operation,
+                arguments=json.dumps(arguments),
+                pid=os.getpid(),
+                started=process_started(os.getpid()),
+                boot=boot_id(),
+                now=CLOCK.wall(),
+                deadline=CLOCK.wall() + self.timeout,
+            )
+            wake_vm(self.db, self.name)
+            return self._await_answer(answered)
+        finally:
+            answered.close()
+
+    def _await_answer(self, answered: WakeSocket) -> dict[str, Any]:
+        poll, deadline = select.poll(), CLOCK.monotonic() + self.timeout
+        poll.register(answered.fileno(), select.POLLIN)
+        while True:
+            row = self.db.row("SELECT * FROM requests WHERE id = :id", id=self.id)
+            assert row is not None
+            if row["answer"] is not None:
+                return cast("dict[str, Any]", json.loads(row["answer"]))
+            if row["claimed_by"] is None and CLOCK.monotonic() >= deadline and self._withdraw():
+                raise VmrmError(
+                    f"VM {self.name!r}: its handler did not take the request in {self.timeout:g} s",
+                    f"See what it does: vmrm logs {self.name}",
+                    code=255,
+                )
+            if row["claimed_by"] is not None and process_started(row["claimed_by"]) is None:
+                return {"unknown": "it may have run: the handler died"}
+            poll.poll(500)
+            answered.drain()
+
+    def _withdraw(self) -> bool:
+        sql = "UPDATE requests SET withdrawn = 1 WHERE id = :id AND claimed_by IS NULL RETURNING id"
+        return bool(self.db.write(sql, id=self.id))
+
+
+def time_to_wait(seconds: float) -> None:
+    """Sleep, in commands that have nothing else to attend to."""
+    select.poll().poll(math.ceil(max(0.0, seconds) * 1000))
+
+
+# === supervisor ==================================================================================
+
+
+class Supervisor:
+    """Forks one handler per VM, starts those that died again, and decides when all is done.
+
+    It runs in a fresh interpreter with one thread, so that a fork is safe and a thousand handlers
+    share its memory. It alone holds the write end of the lifeline.
+
+    Args:
+        db: The database.
+        stay: Whether to go on when all work is done, for schedules that will be added to.
+    """
+
+    def __init__(self, db: Database, stay: bool = False) -> None:
+        self.db, self.stay = db, stay
+        self.timeouts = db.timeouts
+        self.log = logging.getLogger("vmrm")
+        self._children: dict[int, str] = {}  # pid: VM
+        self._deaths: dict[str, int] = {}  # in a row, without progress
+        self._progress: dict[str, object] = {}
+        self._not_before: dict[str, float] = {}  # when a dead handler may be started again
+        self._leave_by = math.inf
+        self._told_to_stop = False
+
+    def run(self) -> int:
+        """Supervise until the experiment is over; return 0.
+
+        Raises:
+            Conflict: another supervisor runs; it is named.
+        """
+        path = self.db.directory("locks") / "supervisor"
+        lock = try_lock(path)
+        if lock is None:
+            raise Conflict(
+                f"the experiment is being run already, by process {lock_holder(path)}",
+                "Watch it: vmrm run, or end it: vmrm stop",
+            )
+        self._prepare()
+        try:
+            while not self._step():
+                self._pause()
+            self._end()
+        finally:
+            os.close(lock)
+        return 0
+
+    def _prepare(self) -> None:
+        import gc
+        import inspect
+        import queue
+        import resource
+
+        assert inspect and queue  # imported here, so that handlers share them
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.wake = WakeSocket(self.db, SUPERVISOR)
+        self._lifeline, self._held = os.pipe()
+        signals, sent = socket.socketpair()
+        signals.setblocking(False)
+        sent.setblocking(False)
+        self._signals, self._signals_sent = signals, sent
+        signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.db.close()  # no connection crosses a fork
+        gc.collect()
+        gc.freeze()
+
+    def _terminate(self, *_: object) -> None:
+        self._told_to_stop = True  # acted upon in the loop, never in the middle of a transaction
+
+    def _pause(self) -> None:
+        poll = select.poll()
+        for descriptor in (self.wake.fileno(), self._signals.fileno()):
+            poll.register(descriptor, select.POLLIN)
+        dues = [self._leave_by, *self._not_before.values()]
+        wait = min([1.0, *(due - CLOCK.monotonic() for due in dues)])
+        poll.poll(math.ceil(max(0.01, wait) * 1000))
+        self.wake.drain()
+        with contextlib.suppress(BlockingIOError):
+            while self._signals.recv(4096):
+                pass
+
+    def _step(self) -> bool:
+        """Look at everything once; return whether the experiment is over."""
+        self._reap()
+        if self._told_to_stop:
+            self._told_to_stop = False
+            halt_experiment(self.db, Halt.STOP)
+        halt = self.db.value("SELECT halt FROM current_experiment")
+        if halt is None and not self.stay and self._is_over():
+            halt = Halt.END
+            halt_experiment(self.db, Halt.END)
+            _crash("end-set")
+        if halt is None:
+            self._start_handlers()
+        elif not self._children:
+            return True
+        elif halt in (Halt.STOP, Halt.KILL):
+            self._hurry()
+        self._checkpoint()
+        return False
+
+    def _is_over(self) -> bool:
+        """Whether no VM has anything left to do, or none is left that could."""
+        row = self.db.row(
+            """SELECT e.start_at, e.on_failure,
+                   (SELECT count(*) FROM vms WHERE state NOT IN ('n/a', 'failed')) AS alive,
+                   (SELECT count(*) FROM vms WHERE state NOT IN ('n/a', 'failed')
+                    AND finished_at IS NULL) AS busy,
+                   (SELECT count(*) FROM vms WHERE state = 'failed') AS failed
+               FROM current_experiment AS e"""
+        )
+        if row is None:
+            return True
+        if row["start_at"] is None:
+            waits = row["failed"] and row["on_failure"] == OnFailure.WAIT
+            return row["alive"] == 0 and not waits
+        return cast(int, row["busy"]) == 0
+
+    def _start_handlers(self) -> None:
+        wanted = self.db.query(
+            """SELECT server_name FROM vms WHERE state IN
+                   ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
+        )
+        present, now = set(self._children.values()), CLOCK.monotonic()
+        absent = [row["server_name"] for row in wanted if row["server_name"] not in present]
+        due = [name for name in absent if self._not_before.get(name, 0) <= now]
+        if due:
+            self.db.close()
+        for name in due:
+            self._not_before.pop(name, None)
+            self._fork(name)
+
+    def _fork(self, name: str) -> None:
+        _crash("before-fork")
+        pid = os.fork()
+        if pid == 0:
+            handler_process(self.db.path, name, self._lifeline)
+        self._children[pid] = name
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            name = self._children.pop(pid, "")
+            code = os.waitstatus_to_exitcode(status)
+            if name and code != 0:
+                self._died(name, code)
+            elif name:
+                self._left(name)
+
+    def _left(self, name: str) -> None:
+        """A handler that left in good order comes again only if its VM still has work."""
+        self._deaths[name] = 0
+        self._not_before[name] = CLOCK.monotonic() + 0.5
+
+    def _died(self, name: str, code: int) -> None:
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        progress = self.db.row(
+            """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
+                   (SELECT state FROM vms WHERE server_name = :name) AS state
+               FROM attempts WHERE server_name = :name""",
+            name=name,
+        )
+        again = progress == self._progress.get(name)
+        self._progress[name] = progress
+        self._deaths[name] = deaths = self._deaths.get(name, 0) + 1 if again else 1
+        if deaths >= MAX_DEATHS:
+            sql = "SELECT reason FROM vms WHERE server_name = :name"
+            last = self.db.value(sql, name=name) or how
+            self._give_up(name, f"its handler died {deaths} times in a row: {last}")
+            return
+        pause = min(0.05 * 2**deaths, 10.0)
+        self._not_before[name] = CLOCK.monotonic() + pause
+        self.log.warning("the handler of %s died (%s); again in %.1f s", name, how, pause)
+
+    def _give_up(self, name: str, reason: str) -> None:
+        self.log.error("%s: %s", name, reason)
+        with _changing_vms(self.db) as connection:
+            move_vm(connection, name, VMState.FAILED, reason)
+
+    def _hurry(self) -> None:
+        """Give handlers a while to leave, then kill them."""
+        now = CLOCK.monotonic()
+        self._leave_by = min(self._leave_by, now + self.timeouts.leave)
+        if now >= self._leave_by:
+            for pid in self._children:
+                os.kill(pid, signal.SIGKILL)
+            self._leave_by = math.inf
+
+    def _checkpoint(self) -> None:
+        wal = Path(f"{self.db.path}-wal")
+        big = wal.exists() and wal.stat().st_size > 16 << 20
+        start = self.db.value("SELECT start_at FROM current_experiment")
+        near = start is not None and abs(start - CLOCK.wall()) < 2
+        self.db.checkpoint(truncate=big and not near)
+
+    def _end(self) -> None:
+        self.db.write(
+            "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
+        )
+        self.log.info("the experiment has ended")
+        self.db.checkpoint(truncate=True)
+        self.wake.close()
+        self.db.close()
+
+
+def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
+    """Be the handler of one VM, in a process just forked; never returns."""
+    code, logger = 1, logging.getLogger(f"vmrm.{name}")
+    inherited = logging.getLogger("vmrm").handlers[:]  # kept: closing one would close a stranger
+    try:
+        logging.getLogger("vmrm").handlers.clear()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(lifeline, 3)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        with Database(path, checkpoint=False) as db:
+            try:
+                code = handle(db, name, lifeline=3)
+            except Conflict as conflict:
+                code = conflict.code
+                logger.error("%s", conflict)
+                sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
+                db.write(sql, reason=str(conflict), name=name)
+    except BaseException:
+        logger.exception("the handler broke")
+    finally:
+        assert inherited is not None
+        os._exit(code)
+
+
+def handle(db: Database, name: str, **more: Any) -> int:
+    """Run one VM's handler in this process; a VM that cannot be run becomes `failed`.
+
+    Raises:
+        Conflict: the VM has a handler already, or its agent another client.
+    """
+    config = handler_config(db, name)
+    logger = logging.getLogger(f"vmrm.{config['vm_name']}")
+    log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
+    try:
+        return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
+    except Conflict:
+        raise
+    except VmrmError as error:
+        logger.error("%s", error)
+        with _changing_vms(db) as connection:
+            move_vm(connection, name, VMState.FAILED, str(error))
+        return 0
+
+
+def halt_experiment(db: Database, halt: Halt) -> None:
+    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
+    db.write(
+        """UPDATE experiments SET halt = :halt WHERE destroyed_at IS NULL
+           AND (halt IS NULL OR halt IN ('end', 'abort') AND :halt IN ('stop', 'kill')
+                OR halt = 'stop' AND :halt = 'kill')""",
+        halt=halt.value,
+    )
+    wake_all(db)
+
+
+def launch(
+    db: Database, *, start_buffer: float | None = None, on_failure: str | None = None
+) -> None:
+    """Make the experiment ready to be supervised: launch time, settings, failed entries again.
+
+    Args:
+        db: The database.
+        start_buffer: Seconds from the last VM configured to time 0; None leaves it.
+        on_failure: abort, drop or wait; None leaves it.
+
+    Raises:
+        UsageError: there are no VMs, or a managed one has no path.
+    """
+    rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
+    if not rows:
+        raise UsageError("there is no VM to run", "Load an experiment: vmrm load FILE")
+    if pathless := [row["server_name"] for row in rows if not row["path"]]:
+        raise UsageError(
+            f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
+        )
+    with _changing_vms(db) as connection:
+        connection.execute(
+            """UPDATE experiments SET halt = NULL, ended_at = NULL,
+                   launched_at = coalesce(launched_at, :now),
+                   start_buffer_s = coalesce(:buffer, start_buffer_s),
+                   on_failure = coalesce(:policy, on_failure)
+               WHERE destroyed_at IS NULL""",
+            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure},
+        )
+        connection.execute("UPDATE vms SET finished_at = NULL")
+        # Failed VMs get another chance before the barrier looks, else it would abort at once.
+        retry_in(db, None, None)
+
+
+def supervisor_pid(db: Database) -> int | None:
+    """Return the pid of the live supervisor, or None."""
+    path = db.directory("locks") / "supervisor"
+    return lock_holder(path) if _is_locked(path) else None
+
+
+def spawn_supervisor(db: Database, stay: bool = False) -> Any:
+    """Start the supervisor in a session of its own; return the process."""
+    import subprocess
+
+    argv = [sys.executable, str(Path(__file__).absolute()), "_supervise", str(db.path)]
+    with (db.directory("logs") / "supervisor.log").open("ab") as log:
+        return subprocess.Popen(
+            [*argv, *(["--stay"] if stay else [])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _supervise(words: Sequence[str]) -> int:
+    """The supervisor's main: `_supervise DATABASE [--stay]`."""
+    with Database(words[0]) as db:
+        log_to(logging.getLogger("vmrm"), db.directory("logs") / "supervisor.log")
+        return Supervisor(db, stay="--stay" in words).run()
+
+
+# === experiment files ============================================================================
+
+EXPERIMENT_KEYS: _Keys = {
+    "start_buffer": (
+        lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
+        "seconds, 0 or more",
+    ),
+    "on_failure": (lambda v: v in set(OnFailure), "abort, drop or wait"),
+}
+VM_KEYS: _Keys = {
+    "name": (_is_text, "a name"),
+    "path": (_is_text, "an agent's address"),
+    "engine": (_is_text, "a driver's engine"),
+    "uuid": (_is_text, "a uuid"),
+    "control_ip": (lambda v: isinstance(v, str), "an address"),
+    "use_vm_manager": (_is_switch, "true or false"),
+    "launch_dir": (_is_text, "a directory in the guest"),
+    "agent_timeout": (_is_positive, "a positive number of seconds"),
+    "set_time": (_is_switch, "true or false"),
+    "count": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number"),
+    "schedule": (lambda v: isinstance(v, list), "a list of entries"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked experiment file: everything that `load` would write."""
+
+    source: Path
+    settings: dict[str, Any]
+    vms: list[dict[str, Any]]  # as VMMapping.prepare_put returns them
+    schedules: dict[str, str]  # JSON text by VM
+    files: dict[str, Path]  # what goes into the store: host path by SHA-256
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over all of it, the contents of files included."""
+        parts = [self.settings, self.vms, self.schedules]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_experiment(path: str | os.PathLike[str]) -> Experiment:
+    """Read and check an experiment file (TOML, or JSON of the same structure); write nothing.
+
+    Raises:
+        UsageError: it cannot be read, or is faulty; all faults are told, a line each.
+    """
+    source = Path(path)
+    reader = _ExperimentReader(source)
+    experiment = reader.read(_parse_file(source))
+    if reader.faults:
+        count = len(reader.faults)
+        lines = [f"{source}: {count} fault{'s' if count > 1 else ''}"]
+        raise UsageError("\n".join([*lines, *(f"  {fault}" for fault in reader.faults)]))
+    return experiment
+
+
+def _parse_file(source: Path) -> Any:
+    import tomllib
+
+    try:
+        text = source.read_bytes().decode()
+    except OSError as error:
+        raise UsageError(f"cannot read {str(source)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{str(source)!r} is not UTF-8 text (byte {error.start})") from error
+    try:
+        if source.suffix == ".json":
+            return json.loads(text, parse_constant=_refuse_constant)
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        kind = "JSON" if source.suffix == ".json" else "TOML"
+        raise UsageError(f"{str(source)!r} is not {kind}: {error}") from error
+
+
+class _ExperimentReader:
+    """Turns a parsed experiment file into an `Experiment`, collecting faults instead of raising."""
+
+    def __init__(self, source: Path) -> None:
+        self.source, self.faults = source, list[str]()
+        self.base = source.absolute().parent
+        self.files: dict[str, Path] = {}
+        self._hashes: dict[Path, str] = {}
+
+    def read(self, document: Any) -> Experiment:
+        """Return the experiment; it is usable only if `faults` is empty afterwards."""
+        if not isinstance(document, dict):
+            document = {}
+            self.faults.append("the file must be a table with [experiment] and [[vm]]")
+        for key in document.keys() - {"experiment", "vm"}:
+            self.faults.append(unknown_key(key, ["experiment", "vm"]))
+        settings = document.get("experiment", {})
+        self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
+        tables = document.get("vm", [])
+        if not isinstance(tables, list) or not tables:
+            self.faults.append("there is no [[vm]]")
+            tables = []
+        vms: list[dict[str, Any]] = []
+        schedules: dict[str, str] = {}
+        for number, table in enumerate(tables, 1):
+            self._read_vm(table, f"vm {number}", vms, schedules)
+        self._check_unique(vms)
+        return Experiment(self.source, settings, vms, schedules, self.files)
+
+    def _read_vm(
+        self, table: Any, where: str, vms: list[dict[str, Any]], schedules: dict[str, str]
+    ) -> None:
+        if isinstance(table, dict) and isinstance(table.get("name"), str):
+            where = f"vm {table['name']!r}"
+        faults = _key_faults(table, VM_KEYS, where)
+        if isinstance(table, dict) and "name" not in table:
+            faults.append(f"{where}: name is missing")
+        self.faults += faults
+        if not isinstance(table, dict) or not isinstance(table.get("schedule", []), list):
+            return
+        entries = self._read_schedule(table.get("schedule", []), where)
+        if faults:
+            return
+        for complete in self._expand(table, where):
+            vms.append(complete)
+            if entries:
+                schedules[complete["server_name"]] = entries
+
+    def _expand(self, table: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+        """Yield the VMs of one table: one, or `count` with {n} in name and path."""
+        count = table.get("count")
+        if count is not None and "{n}" not in table["name"]:
+            self.faults.append(f"{where}: with count, the name needs {{n}}")
+            return
+        for n in range(1, (count or 1) + 1):
+            try:
+                yield self._complete(table if count is None else _numbered(table, n))
+            except ValueError as error:
+                self.faults.append(f"{where}: {error}")
+                return
+
+    def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        managed = table.get("use_vm_manager", True)
+        entry: dict[str, Any] = {
+            "server_uuid": table.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, table["name"])),
+            "server_name": table["name"],
+            "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
+        }
+        if "path" in table:
+            entry["path"] = self._address(table["path"])
+        elif managed:
+            raise ValueError("path to the guest agent is missing")
+        for key in ("control_ip", "engine", "launch_dir", "set_time"):
+            if key in table:
+                entry[key] = table[key]
+        if "agent_timeout" in table:
+            entry["agent_timeout_s"] = float(table["agent_timeout"])
+        engines = sorted(driver.get_engine() for driver in plug_ins())
+        if entry.get("engine", "QemuVM") not in engines:
+            raise ValueError(f"unknown engine {entry['engine']!r}; one of {', '.join(engines)}")
+        return VMMapping.prepare_put(cast(VMMapping, None), entry)
+
+    def _address(self, text: str) -> str:
+        drivers.parse_address(text)
+        if text.startswith(("tcp:", "vsock:")):
+            return text
+        return str(self.base / text.removeprefix("unix:"))
+
+    def _read_schedule(self, items: list[Any], where: str) -> str:
+        entries = []
+        for number, item in enumerate(items, 1):
+            place = f"{where}, entry {number}"
+            faults = entry_faults(item, place)
+            self.faults += faults
+            if not faults:
+                entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
+        return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """Return an entry with host paths made absolute and files pinned by their content."""
+        resolved = dict(item)
+        if "file" in item:
+            resolved["file"] = [self._pinned(part, place) for part in item["file"]]
+        if "transfer" in item:
+            resolved["transfer"] = [
+                {**part, "destination": str(self.base / part["destination"])}
+                if "destination" in part
+                else part
+                for part in item["transfer"]
+            ]
+        return resolved
+
+    def _pinned(self, part: Mapping[str, Any], place: str) -> dict[str, Any]:
+        path = self.base / part["filename"]
+        try:
+            if path not in self._hashes:
+                if not path.is_file():
+                    raise FileNotFoundError(errno.ENOENT, "there is no such file")
+                with path.open("rb") as stream:
+                    self._hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            self.faults.append(f"{place}, file {part['filename']!r}: {error.strerror}")
+            return {**part}
+        self.files[self._hashes[path]] = path
+        return {**part, "sha256": self._hashes[path]}
+
+    def _check_unique(self, vms: Sequence[Mapping[str, Any]]) -> None:
+        for key, what in (("server_name", "name"), ("server_uuid", "uuid"), ("path", "path")):
+            seen: dict[str, str] = {}
+            for vm in vms:
+                value = vm[key].lower() if key == "server_name" else vm[key]
+                if value and value in seen:
+                    self.faults.append(
+                        f"vm {vm['server_name']!r}: {what} {vm[key]!r} is already that of "
+                        f"vm {seen[value]!r}"
+                    )
+                seen.setdefault(value, vm["server_name"])
+
+
+def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Return a VM's table with {n} replaced in its texts, but not in its schedule."""
+    return {
+        key: value.replace("{n}", str(n)) if isinstance(value, str) else value
+        for key, value in table.items()
+    }
+
+
+def load_experiment(db: Database, experiment: Experiment) -> bool:
+    """Write a checked experiment, all or nothing; return whether it is new.
+
+    The same content again changes nothing, so that `run FILE` continues.
+
+    Raises:
+        Conflict: the database holds another experiment.
+    """
+    if _is_same(db, experiment):
+        return False
+    for sha256, path in experiment.files.items():
+        with path.open("rb") as stream:
+            if put_content(db, stream)[0] != sha256:
+                raise UsageError(f"{str(path)!r} changed while it was being read")
+    with _changing_vms(db) as connection:
+        if _is_same(db, experiment):
+            return False
+        connection.execute(
+            """UPDATE experiments SET source = :source, content_hash = :hash,
+                   start_buffer_s = :buffer, on_failure = :policy WHERE destroyed_at IS NULL""",
+            {
+                "source": str(experiment.source),
+                "hash": experiment.content_hash,
+                "buffer": experiment.settings.get("start_buffer", 60),
+                "policy": experiment.settings.get("on_failure", "abort"),
+            },
+        )
+        _insert_vms(connection, experiment.vms)
+        for name, text in experiment.schedules.items():
+            _put_schedule(db, name, text, "")
+    return True
+
+
+def _is_same(db: Database, experiment: Experiment) -> bool:
+    """Whether the database holds this very experiment; false if it holds none."""
+    row = current_experiment(db) if not db.connection.in_transaction else None
+    row = row or cast("dict[str, Any]", db.row("SELECT * FROM current_experiment"))
+    if row["content_hash"] == experiment.content_hash:
+        return True
+    if row["content_hash"] or db.value("SELECT count(*) FROM vms"):
+        name = row["source"] or "one made by hand"
+        raise Conflict(
+            f"the database holds another experiment ({name}), or this file has changed since",
+            "End the old one: vmrm destroy --yes, or add to it: vmrm schedule add VM FILE",
+        )
+    return False
+
+
+# === what there is to see ========================================================================
+
+
+def vm_rows(db: Database) -> list[dict[str, Any]]:
+    """Return one row per VM for `status`: name, state, time, counts of entries, reason."""
+    return [
+        {
+            "vm": row["server_name"],
+            "state": row["state"],
+            "time": row["current_time"],
+            "entries": row["entries"],
+            "done": row["done"],
+            "failed": row["failed"],
+            "unknown": row["unknown"],
+            "running": row["running"],
+            "reason": row["reason"],
+        }
+        for row in db.query("SELECT * FROM vm_status")
+    ]
+
+
+def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
+    """Return one row per entry of a VM: what was planned, and what happened."""
+    start = db.value("SELECT start_at FROM current_experiment")
+    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
+    entries = parse_schedule(text) if text else []
+    resumes = db.query(
+        """SELECT experiment_time FROM resumes WHERE server_name = :name
+           AND experiment_id = (SELECT id FROM current_experiment)""",
+        name=server_name,
+    )
+    times = effective_times(
+        entries, [r["experiment_time"] for r in resumes if r["experiment_time"]]
+    )
+    sql = "SELECT * FROM entry_status WHERE server_name = :name"
+    status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
+    return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
+
+
+def _entry_row(
+    entry: ScheduleEntry, times: Mapping[int, float], row: Mapping[str, Any], start: float | None
+) -> dict[str, Any]:
+    at, sent = times[entry.ordinal], row["sent_at"]
+    planned = row["planned_at"]
+    if planned is None and start is not None and 0 < at < math.inf:
+        planned = start + at
+    return {
+        "entry": entry.ordinal,
+        "time": _to_json(entry.start_time),
+        "at": _to_json(at),
+        "what": entry.label,
+        "outcome": row["outcome"] or "",
+        "attempt": row["attempt"],
+        "exit_code": row["exit_code"],
+        "planned": _iso(planned) if planned else None,
+        "sent": _iso(sent) if sent else None,
+        "ended": _iso(row["ended_at"]) if row["ended_at"] else None,
+        "late_s": round(sent - planned, 3) if sent and planned and entry.start_time > 0 else None,
+        "error": row["error"] or "",
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """How an experiment went: one row per VM, what went wrong, and whether all is well."""
+
+    rows: list[dict[str, Any]]
+    faults: list[str]
+    summary: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every VM did all of its work."""
+        return not self.faults
+
+
+def report(db: Database) -> Report:
+    """Return how the current experiment went, from rows alone."""
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    experiment = current_experiment(db)
+    for vm in db.query("SELECT * FROM vm_status"):
+        name = vm["server_name"]
+        entries = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+        late = sorted(
+            row["sent_at"] - row["planned_at"]
+            for row in entries
+            if row["sent_at"] and row["planned_at"]
+        )
+        rows.append(
+            {
+                "vm": name,
+                "state": vm["state"],
+                "entries": vm["entries"],
+                "done": vm["done"],
+                "failed": vm["failed"],
+                "unknown": vm["unknown"],
+                "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
+                "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
+            }
+        )
+        faults += _vm_faults(vm, entries)
+    loose = db.query(
+        """SELECT server_name FROM schedules WHERE text IS NOT NULL
+           AND server_name NOT IN (SELECT server_name FROM vms)"""
+    )
+    faults += [f"{row['server_name']}: there is a schedule, but no such VM" for row in loose]
+    if experiment["start_at"] is None:
+        faults.append("the experiment did not reach its start time")
+    return Report(rows, faults, _summary(experiment, rows))
+
+
+def _vm_faults(vm: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    name = vm["server_name"]
+    if vm["state"] == VMState.FAILED:
+        yield f"{name}: failed: {vm['reason']}"
+    for row in entries:
+        where = f"{name}, entry {row['ordinal']} ({row['start_time']} {_row_label(row)})"
+        if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN):
+            ignored = " (ignored)" if row["ignore_failure"] else ""
+            if not ignored:
+                yield f"{where}: {row['outcome']}: {row['error']}"
+        elif row["outcome"] is None and row["pause"] is None and vm["state"] != "n/a":
+            yield f"{where}: did not run"
+
+
+def _row_label(row: Mapping[str, Any]) -> str:
+    return ScheduleEntry.from_dict(json.loads(row["entry"])).label
+
+
+def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
+    words = [f"{len(rows)} VMs", f"{done} of {entries} entries done"]
+    launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
+    if launched and start:
+        words.append(f"time 0 {start - launched:.0f} s after launch")
+    if launched and ended:
+        words.append(f"{ended - launched:.1f} s in all")
+    return ", ".join(words)
+
+
+def check(db: Database, fix: bool = False) -> list[str]:
+    """Return what is wrong with the database, the store and the processes; repair what is safe.
+
+    Args:
+        db: The database.
+        fix: Whether to remove unused contents, left-over requests and dead handlers' sockets.
+    """
+    faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
+    faults = [f"database: {fault}" for fault in faults if fault != "ok"]
+    for row in db.query("SELECT store, name, sha256 FROM files"):
+        faults += _content_faults(
+            db, row["sha256"], f"file {row['name']!r} of store {row['store']!r}"
+        )
+    for row in db.query("SELECT server_name, text FROM schedules WHERE text IS NOT NULL"):
+        for entry in parse_schedule(row["text"]):
+            for item in entry.items("file"):
+                where = f"file {item['filename']!r} of VM {row['server_name']!r}"
+                faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
+    leftovers = [content_path(db, sha256) for sha256 in unused_contents(db)]
+    leftovers += sorted(db.directory("store").glob(".new-*"))
+    faults += [f"store: nothing names {path.name}" for path in leftovers]
+    dead = [
+        row
+        for row in db.query("SELECT id, client_pid, client_started FROM requests")
+        if process_started(row["client_pid"]) != row["client_started"]
+    ]
+    faults += [f"request {row['id']}: its client is gone" for row in dead]
+    if fix:
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+        for row in dead:
+            db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
+    return faults
+
+
+def _content_faults(db: Database, sha256: str, where: str) -> list[str]:
+    path = content_path(db, sha256)
+    if not path.is_file():
+        return [f"{where}: its content is missing"]
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    return [] if found == sha256 else [f"{where}: its content is damaged"]
+
+
+# === output ======================================================================================
+
+
+class Screen:
+    """Results on stdout, everything else on stderr; a table on a terminal, else tab-separated.
+
+    Args:
+        as_json: Print results as one JSON document.
+        quiet: Keep stderr for errors.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+
+    def show(self, result: object) -> None:
+        """Print what a command returned: rows, one row, a text, or nothing."""
+        if self.as_json:
+            print(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+        elif isinstance(result, list):
+            self._rows(result)
+        elif isinstance(result, Mapping):
+            for key, value in result.items():
+                print(f"{key}\t{_cell(value)}")
+        elif result is not None:
+            print(result)
+
+    def _rows(self, rows: Sequence[Mapping[str, Any] | str]) -> None:
+        if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(_table(cast("Sequence[Mapping[str, Any]]", rows)))
+            return
+        for row in rows:
+            cells = row.values() if isinstance(row, Mapping) else [row]
+            print("\t".join(_cell(cell) for cell in cells))
+
+    def tell(self, text: str) -> None:
+        """Print a remark for people on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def error(self, error: VmrmError) -> None:
+        """Print an error and its hint on stderr."""
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for key in rows[0]:
+        right = all(isinstance(row[key], int | float | None) for row in rows)
+        table.add_column(
+            key.replace("_", " "), justify="right" if right else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(_cell(value), style=_style(value)) for value in row.values()))
+    return table
+
+
+def _style(value: object) -> str:
+    styles = {
+        "failed": "red",
+        "unknown": "red",
+        "configured": "green",
+        "done": "green",
+        "configuring": "yellow",
+        "running": "yellow",
+        "uninitialized": "dim",
+    }
+    return styles.get(value, "") if isinstance(value, str) else ""
+
+
+class Viewer:
+    """Watches a running experiment until it has ended: a live table, or lines on a pipe.
+
+    Args:
+        db: The database.
+        screen: Where to.
+        timeout: Seconds after which the experiment is stopped.
+    """
+
+    def __init__(self, db: Database, screen: Screen, timeout: float | None = None) -> None:
+        self.db, self.screen = db, screen
+        self._deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
+        self._told: dict[str, tuple[object, ...]] = {}
+        self._start_told = False
+
+    def watch(self, process: Any = None) -> None:
+        """Return once the experiment has ended.
+
+        Args:
+            process: The supervisor, if it is our child.
+
+        Raises:
+            TimedOut: the time-out came first; the experiment was stopped.
+            VmrmError: the supervisor died.
+            KeyboardInterrupt: at the second Ctrl-C; after the first the experiment is stopped.
+        """
+        try:
+            with self._live() as update:
+                self._until_end(process, update)
+        except KeyboardInterrupt:
+            self.screen.tell("stopping; the programs in the VMs go on (again: at once)")
+            self._stop(process)
+            raise
+        if process is not None:
+            process.wait()
+        if current_experiment(self.db)["ended_at"] is None:
+            raise VmrmError(
+                "the supervisor died; nothing is lost",
+                f"Continue: vmrm run. Its log: {self.db.state_dir / 'logs' / 'supervisor.log'}",
+            )
+
+    def _until_end(self, process: Any, update: Callable[[], None]) -> None:
+        while self._is_running(process):
+            update()
+            if CLOCK.monotonic() >= self._deadline:
+                self._stop(process)
+                raise TimedOut("the experiment was stopped at its time-out", "Continue: vmrm run")
+            time_to_wait(0.1)
+        update()
+
+    def _is_running(self, process: Any) -> bool:
+        if process is not None:
+            return process.poll() is None
+        return supervisor_pid(self.db) is not None
+
+    def _stop(self, process: Any) -> None:
+        halt_experiment(self.db, Halt.STOP)
+        try:
+            while self._is_running(process):
+                time_to_wait(0.05)
+        except KeyboardInterrupt:
+            if pid := supervisor_pid(self.db):
+                os.kill(pid, signal.SIGKILL)
+            if process is not None:
+                process.wait()
+
+    @contextlib.contextmanager
+    def _live(self) -> Iterator[Callable[[], None]]:
+        if self.screen.quiet or not sys.stderr.isatty():
+            yield self._lines
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            yield lambda: live.update(self._picture(console.height - 4), refresh=True)
+
+    def _lines(self) -> None:
+        """Tell what changed since the last look, one line per VM."""
+        if self.screen.quiet:
+            return
+        experiment = current_experiment(self.db)
+        for row in vm_rows(self.db):
+            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"])
+            if self._told.get(row["vm"]) != news:
+                self._told[row["vm"]] = news
+                self.screen.tell(_progress_line(row))
+        if experiment["start_at"] and not self._start_told:
+            self._start_told = True
+            self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
+
+    def _picture(self, height: int) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        rows = vm_rows(self.db)
+        rows.sort(key=lambda row: row["state"] == "configured" and row["done"] == row["entries"])
+        shown = rows[: max(1, height - 3)]
+        lines = [
+            {
+                "vm": row["vm"],
+                "state": row["state"],
+                "time": row["time"],
+                "progress": _bar(row["done"], row["entries"]),
+                "done": f"{row['done']}/{row['entries']}",
+                "failed": row["failed"] + row["unknown"] or None,
+                "now": row["reason"] or self._present_entry(row),
+            }
+            for row in shown
+        ]
+        rest = f"… and {len(rows) - len(shown)} more\n" if len(rows) > len(shown) else ""
+        return Group(_table(lines), Text(rest + self._time_line()))
+
+    def _present_entry(self, row: Mapping[str, Any]) -> str:
+        if not row["running"]:
+            return ""
+        entry = self.db.row(
+            """SELECT * FROM entry_status WHERE server_name = :name AND outcome = 'running'
+               ORDER BY sent_at DESC LIMIT 1""",
+            name=row["vm"],
+        )
+        return _row_label(entry) if entry else ""
+
+    def _time_line(self) -> str:
+        start = current_experiment(self.db)["start_at"]
+        if start is None:
+            return "waiting for all VMs to be configured"
+        return f"time {CLOCK.wall() - start:+.0f} s"
+
+
+def _progress_line(row: Mapping[str, Any]) -> str:
+    words = [f"{row['vm']}: {row['state']}"]
+    if row["time"]:
+        words.append(f"at {row['time']}")
+    words.append(f"{row['done']}/{row['entries']} done")
+    words += [f"{row[key]} {key}" for key in ("failed", "unknown") if row[key]]
+    return ", ".join(words) + (f" ({row['reason']})" if row["reason"] else "")
+
+
+def _bar(done: int, of: int, width: int = 20) -> str:
+    full = width if of == 0 else width * done // of
+    return "█" * full + "·" * (width - full)
+
+
+# === commands ====================================================================================
+
+
+class Pending:
+    """A command that was understood but has not run: it runs once every word was consumed."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._run = run
+
+
+def command(method: Callable[..., object]) -> Callable[..., Any]:
+    """Make a method a command: calling it checks nothing and changes nothing, but says what to do.
+
+    fire calls a function before it notices left-over words; so what it calls is harmless.
+    """
+
+    @functools.wraps(method)
+    def pending(*args: Any, **kwargs: Any) -> Pending:
+        return Pending(lambda: method(*args, **kwargs))
+
+    return pending
+
+
+class _Group:
+    """Commands of one kind, with what all of them need."""
+
+    def __init__(self, main: Commands) -> None:
+        self._main = main
+
+
+class ScheduleCommands(_Group):
+    """See a VM's schedule, or add to it."""
+
+    @command
+    def show(self, vm: str) -> object:
+        """Show a VM's entries with planned and real times.
+
+        Args:
+            vm: The VM's name.
+        """
+        db = self._main._open()
+        return entry_rows(db, self._main._vm(vm))
+
+    @command
+    def add(self, vm: str, file: str) -> object:
+        """Append entries to a VM's schedule; a running handler takes them up at once.
+
+        Args:
+            vm: The VM's name.
+            file: A TOML file with [[schedule]] tables, or a JSON list of entries.
+        """
+        name = self._main._vm(vm)
+        return append_entries(self._main._open(), name, Path(file))
+
+
+class StoreCommands(_Group):
+    """Files for VMs, by name."""
+
+    @command
+    def add(self, *files: str, unpack: bool = False) -> object:
+        """Add files to the store under their own names.
+
+        Args:
+            files: Paths on this host.
+            unpack: Add what archives hold, and compressed files contain, instead.
+        """
+        if not files:
+            raise UsageError("no file is named", "Name at least one: vmrm store add FILE")
+        with VmResourceStore(decompress=unpack, db=self._main._db()) as store:
+            for file in files:
+                store.add_file(file)
+        return None
+
+    @command
+    def list(self, pattern: str = "*") -> object:
+        """List stored files.
+
+        Args:
+            pattern: Only names that match it, with shell wildcards.
+        """
+        store = VmResourceStore(db=self._main._open())
+        return [
+            {"size": size, "name": name, "added": _iso(added.timestamp())}
+            for size, name, added in store.list_contents(pattern)
+        ]
+
+    @command
+    def remove(self, pattern: str) -> object:
+        """Remove stored files.
+
+        Args:
+            pattern: Those whose names match it, with shell wildcards.
+        """
+        removed = VmResourceStore(db=self._main._open()).remove_file(pattern)
+        if not removed:
+            raise NotFound(f"no stored file matches {pattern!r}", "See them: vmrm store list")
+        return {"removed": removed}
+
+
+class Commands:
+    """vmrm takes a lab of virtual machines through an experiment.
+
+    Before any command: --db PATH (the database; default $VMRM_DB, else in ~/.local/state/vmrm).
+    With any command: --json (results as JSON), --quiet (nothing but results and errors).
+    Begin with: vmrm demo
+    """
+
+    def __init__(self, db: str | None, screen: Screen, tail: Sequence[str] = ()) -> None:
+        self._path, self._screen, self._tail = db, screen, list(tail)
+        self._database: Database | None = None
+        self.schedule = ScheduleCommands(self)
+        self.store = StoreCommands(self)
+
+    def _db(self) -> Database:
+        if self._database is None:
+            self._database = Database(self._path)
+        return self._database
+
+    def _open(self) -> Database:
+        """Return the database if there is one: reading makes none."""
+        path = Path(self._path or default_database())
+        if not path.exists():
+            raise NotFound(f"no database at {str(path)!r}", "Load an experiment: vmrm load FILE")
+        return self._db()
+
+    def _vm(self, name: str) -> str:
+        """Return a VM's name as it is written in the database."""
+        sql = "SELECT server_name FROM vms WHERE server_name = :name"
+        found = self._open().value(sql, name=name)
+        if found is None:
+            raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
+        return cast(str, found)
+
+    @command
+    def demo(self) -> object:
+        """Run a complete small experiment on three stand-in agents, in a temporary directory.
+
+        Needs no VM and leaves nothing behind. Takes about ten seconds.
+        """
+        return demo(self._screen)
+
+    @command
+    def load(self, file: str) -> object:
+        """Check an experiment file and store it.
+
+        Args:
+            file: TOML, or JSON of the same structure.
+        """
+        experiment = read_experiment(file)
+        new = load_experiment(self._db(), experiment)
+        entries = sum(len(json.loads(text)) for text in experiment.schedules.values())
+        return {
+            "loaded": len(experiment.vms) if new else 0,
+            "vms": len(experiment.vms),
+            "entries": entries,
+        }
+
+    @command
+    def run(
+        self,
+        file: str | None = None,
+        detach: bool = False,
+        timeout: float | None = None,
+        start_buffer: float | None = None,
+        on_failure: str | None = None,
+        stay: bool = False,
+    ) -> object:
+        """Run the experiment, or continue it, and watch it to its end.
+
+        Ctrl-C stops it: handlers leave, the programs in the VMs go on, and run continues it.
+
+        Args:
+            file: The experiment file; without it, what is loaded.
+            detach: Return at once; watch it later by another run.
+            timeout: Seconds after which the experiment is stopped (exit code 124).
+            start_buffer: Seconds from the last VM configured to time 0.
+            on_failure: What a failed VM means before time 0: abort, drop or wait.
+            stay: Go on when all work is done, for entries that will be added.
+        """
+        if on_failure is not None and on_failure not in set(OnFailure):
+            raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
+        for name, value in (("timeout", timeout), ("start_buffer", start_buffer)):
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}, but must be 0 or more seconds")
+        experiment = read_experiment(file) if file is not None else None
+        db = self._db() if experiment else self._open()
+        if experiment is not None:
+            load_experiment(db, experiment)
+        process = None
+        if pid := supervisor_pid(db):
+            self._screen.tell(f"the experiment is running already (process {pid}); watching")
+        else:
+            launch(db, start_buffer=start_buffer, on_failure=on_failure)
+            process = spawn_supervisor(db, stay)
+        if detach:
+            return {"supervisor": pid if process is None else process.pid}
+        Viewer(db, self._screen, timeout).watch(process)
+        return self._report(report(db))
+
+    def _report(self, outcome: Report) -> object:
+        if self._screen.as_json:
+            self._screen.show(
+                {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
+                | {"faults": outcome.faults}
+            )
+        else:
+            self._screen.show(outcome.rows)
+            self._screen.tell(outcome.summary)
+        if not outcome.ok:
+            raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]))
+        return _SHOWN
+
+    @command
+    def status(self) -> object:
+        """Show where every VM is: state, time, entries done, failed, unknown and running."""
+        return vm_rows(self._open())
+
+    @command
+    def logs(self, vm: str, follow: bool = False) -> object:
+        """Print a VM's log: what its handler did, and the output of its programs.
+
+        Args:
+            vm: The VM's name.
+            follow: Go on printing until the experiment has ended, or Ctrl-C.
+        """
+        db = self._open()
+        path = db.directory("logs") / f"{self._vm(vm)}.log"
+        print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
+        return _SHOWN
+
+    @command
+    def wait(
+        self, vm: str | None = None, state: str = "configured", timeout: float | None = None
+    ) -> object:
+        """Wait until a VM, or every managed one, is in a state.
+
+        Args:
+            vm: The VM's name; without it, all.
+            state: The state to wait for.
+            timeout: Seconds to wait at most (exit code 124).
+        """
+        if state not in set(VMState):
+            raise UsageError(f"unknown state {state!r}", f"One of {', '.join(VMState)}")
+        db, name = self._open(), None if vm is None else self._vm(vm)
+        deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
+        while late := self._not_in(db, name, state):
+            if CLOCK.monotonic() >= deadline:
+                raise TimedOut(f"VM {late[0]!r} is not {state} after {timeout:g} s")
+            time_to_wait(0.05)
+        return _SHOWN
+
+    @staticmethod
+    def _not_in(db: Database, name: str | None, state: str) -> list[str]:
+        rows = db.query(
+            """SELECT server_name FROM vms WHERE state <> :state AND state <> 'n/a'
+               AND (:name IS NULL OR server_name = :name)""",
+            state=state,
+            name=name,
+        )
+        return [row["server_name"] for row in rows]
+
+    @command
+    def exec(self, vm: str, timeout: float = 30.0) -> object:
+        """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...].
+
+        Its output and exit code are passed through; 255 if the VM could not be reached or nobody
+        knows how it ended. Options go before VM; all words after it are the program's.
+
+        Args:
+            vm: The VM's name.
+            timeout: Seconds within which the VM must begin to answer.
+        """
+        if not self._tail:
+            raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
+        with Remote(self._open(), self._vm(vm), timeout) as remote:
+            answer = remote.do("exec", argv=self._tail)
+            for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
+                stream.write((remote.folder / name).read_bytes())
+                stream.flush()
+        for name in answer["truncated"]:
+            self._screen.tell(f"vmrm: std{name} was cut at 16 MiB, the guest agent's limit")
+        raise SystemExit(
+            answer["exit_code"] if answer["exit_code"] is not None else 128 + answer["signal"]
+        )
+
+    @command
+    def push(self, vm: str, local: str, remote: str, timeout: float = 30.0) -> object:
+        """Copy a file into a VM.
+
+        Args:
+            vm: The VM's name.
+            local: The file on this host.
+            remote: Its absolute path in the VM; directories are made.
+            timeout: Seconds within which the VM must begin to answer.
+        """
+        source, name = Path(local), self._vm(vm)
+        if not source.is_file():
+            raise UsageError(f"there is no file {local!r}")
+        if not remote.startswith("/"):
+            raise UsageError(f"remote path {remote!r} is not absolute")
+        target = remote + source.name if remote.endswith("/") else remote
+        mode = f"{source.stat().st_mode & 0o755:o}"
+        import shutil
+
+        with Remote(self._open(), name, timeout) as access:
+            shutil.copyfile(source, access.folder / "data")
+            with self._progress(access.folder, source.stat().st_size):
+                return access.do("push", remote=target, mode=mode)
+
+    @command
+    def pull(self, vm: str, remote: str, local: str = ".", timeout: float = 30.0) -> object:
+        """Copy a file out of a VM.
+
+        Args:
+            vm: The VM's name.
+            remote: Its absolute path in the VM.
+            local: The file, or an existing directory, on this host.
+            timeout: Seconds within which the VM must begin to answer.
+        """
+        if not remote.startswith("/"):
+            raise UsageError(f"remote path {remote!r} is not absolute")
+        target = Path(local)
+        if target.is_dir():
+            target = target / PurePosixPath(remote).name
+        if not target.parent.is_dir():
+            raise UsageError(f"there is no directory {str(target.parent)!r}")
+        import shutil
+
+        with Remote(self._open(), self._vm(vm), timeout) as access:
+            with self._progress(access.folder, None):
+                answer = access.do("pull", remote=remote)
+            temporary = target.with_name(f".vmrm-{secrets.token_hex(4)}")
+            try:
+                shutil.copyfile(access.folder / "data", temporary)
+                temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return answer
+
+    @contextlib.contextmanager
+    def _progress(self, folder: Path, total: int | None) -> Iterator[None]:
+        """Show how far a copy is, on a terminal; the copying side writes it to a small file."""
+        if self._screen.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        done = threading.Event()
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+
+            def follow() -> None:
+                while not done.wait(0.1):
+                    with contextlib.suppress(OSError, ValueError):
+                        bar.update(task, completed=int((folder / "progress").read_text()))
+
+            thread = threading.Thread(target=follow, daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+
+    @command
+    def info(self, vm: str, timeout: float = 30.0) -> object:
+        """Ask a VM's guest agent who it is: version, OS, host name, time, addresses, health.
+
+        Args:
+            vm: The VM's name.
+            timeout: Seconds within which the VM must begin to answer.
+        """
+        with Remote(self._open(), self._vm(vm), timeout) as remote:
+            return remote.do("info")
+
+    @command
+    def reboot(self, vm: str, timeout: float = 300.0) -> object:
+        """Reboot a VM and wait until its agent answers again.
+
+        Args:
+            vm: The VM's name.
+            timeout: Seconds it may take.
+        """
+        with Remote(self._open(), self._vm(vm), timeout) as remote:
+            return remote.do("reboot")
+
+    @command
+    def retry(self, vm: str, entry: int | None = None) -> object:
+        """Give a VM's failed and unknown entries another attempt.
+
+        Args:
+            vm: The VM's name.
+            entry: Only this entry, by its number in `schedule show`.
+        """
+        count = retry_failed(self._open(), self._vm(vm), entry)
+        if not count:
+            raise UsageError(f"nothing of VM {vm!r} has failed")
+        return {"retried": count}
+
+    @command
+    def stop(self, kill: bool = False, timeout: float = 60.0) -> object:
+        """Stop the experiment: handlers leave, guest programs go on; run continues it.
+
+        Args:
+            kill: End the running guest programs, too.
+            timeout: Seconds to wait for the handlers (exit code 124).
+        """
+        db = self._open()
+        if supervisor_pid(db) is None and not live_handlers(db):
+            raise UsageError("the experiment is not running")
+        halt_experiment(db, Halt.KILL if kill else Halt.STOP)
+        deadline = CLOCK.monotonic() + timeout
+        while supervisor_pid(db) is not None or live_handlers(db):
+            if CLOCK.monotonic() >= deadline:
+                raise TimedOut(f"not all handlers have left after {timeout:g} s")
+            time_to_wait(0.05)
+        return _SHOWN
+
+    @command
+    def destroy(self, yes: bool = False, purge: bool = False) -> object:
+        """End the experiment: its VMs, schedules and times go, journal and logs stay.
+
+        Args:
+            yes: Really do it.
+            purge: Remove journal, logs and transfers, too.
+        """
+        db = self._open()
+        if not yes:
+            raise UsageError("this removes the experiment", "Say so: vmrm destroy --yes")
+        destroy_experiment(db, purge=purge)
+        return None
+
+    @command
+    def handle(self, vm: str) -> object:
+        """Run one VM's handler in the foreground, without a supervisor.
+
+        Args:
+            vm: The VM's name.
+        """
+        db = self._open()
+        name = self._vm(vm)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        handle(db, name, alone=True)
+        return [row for row in vm_rows(db) if row["vm"] == name]
+
+    @command
+    def agent(self, socket: str, root: str | None = None, count: int | None = None) -> object:
+        """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
+
+        For trying a schedule without a VM, for containers, and for tests. Programs run on this
+        host, with your rights.
+
+        Args:
+            socket: The socket's path; with --count, a directory for N of them.
+            root: File commands outside this directory are refused.
+            count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
+        """
+        say = functools.partial(print, "listening", flush=True)
+        try:
+            if count is None:
+                drivers.serve_agent(socket, root, ready=say)
+            else:
+                drivers.serve_agents(socket, count, ready=say)
+        except OSError as error:
+            raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
+        return _SHOWN
+
+    @command
+    def check(self, fix: bool = False) -> object:
+        """Check database, file store and requests; exit code 1 if something is wrong.
+
+        Args:
+            fix: Remove what nothing needs any more.
+        """
+        faults = check(self._open(), fix)
+        self._screen.show(faults)
+        if faults and not fix:
+            raise VmrmError(f"{len(faults)} faults", "Remove what is unused: vmrm check --fix")
+        return _SHOWN
+
+    @command
+    def backup(self, file: str) -> object:
+        """Copy the database to a new file while it is in use; the file store is not part of it.
+
+        Args:
+            file: The copy, which must not exist.
+        """
+        if Path(file).exists():
+            raise UsageError(f"{file!r} exists already")
+        with contextlib.closing(sqlite3.connect(file)) as target:
+            self._open().connection.backup(target)
+        return None
+
+
+_SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+
+
+def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
+    """Append the entries of a file to a VM's schedule; return how many that is.
+
+    Args:
+        db: The database.
+        server_name: The VM.
+        file: TOML with [[schedule]] tables, or a JSON list of entries.
+
+    Raises:
+        UsageError: the file is faulty; all faults are told.
+    """
+    reader = _ExperimentReader(file)
+    document = _parse_file(file)
+    items = document.get("schedule") if isinstance(document, dict) else document
+    if not isinstance(items, list) or not items:
+        raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
+    text = reader._read_schedule(items, f"vm {server_name!r}")
+    if reader.faults:
+        raise UsageError("\n  ".join([f"{file}: {len(reader.faults)} faults", *reader.faults]))
+    for path in reader.files.values():
+        with path.open("rb") as stream:
+            put_content(db, stream)
+    with db.transaction():
+        sql = "SELECT text FROM schedules WHERE server_name = :name"
+        present = json.loads(db.value(sql, name=server_name) or "[]")
+        both = json.dumps(present + json.loads(text), ensure_ascii=False)
+        _put_schedule(db, server_name, both, "")
+    wake_vm(db, server_name)
+    return {"added": len(items)}
+
+
+def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
+    """Print a log file, and what is added to it for as long as it goes on."""
+    offset = 0
+    while True:
+        last = not goes_on()
+        if path.exists():
+            with path.open("rb") as log:
+                log.seek(offset)
+                while chunk := log.read(1 << 16):
+                    sys.stdout.buffer.write(chunk)
+                    offset += len(chunk)
+            sys.stdout.buffer.flush()
+        if last:
+            return
+        time_to_wait(0.2)
+
+
+# --- the demo
+
+DEMO = """\
+[experiment]
+start_buffer = 1                          # seconds from "all configured" to time 0
+
+[[vm]]
+name = "server"
+path = "agents/1.sock"                    # a guest agent's socket
+launch_dir = "{root}/agents/1/launch"
+
+[[vm.schedule]]                           # negative times configure the VM, in order
+start_time = -20
+executable = "install.sh"
+arguments = ["--greeting", "hello, it's $HOME"]
+file = [{{ location = "install.sh", filename = "install.sh" }}]
+
+[[vm.schedule]]
+start_time = -10                          # exit code 10: reboot, then run me again
+executable = "sh"
+arguments = ["-c", "[ -e ../done ] && exit 0; touch ../done; echo rebooting; exit 10"]
+
+[[vm.schedule]]
+start_time = 1                            # positive times are seconds after the common start
+executable = "sh"
+arguments = ["-c", "date +%T.%N >> {root}/agents/1/served; echo serving"]
+
+[[vm.schedule]]
+start_time = 2                            # bring files out of the VM
+transfer = [{{ location = "{root}/agents/1/served", destination = "out" }}]
+
+[[vm]]
+name = "client{{n}}"
+count = 2
+path = "agents/{{n}}c.sock"
+launch_dir = "{root}/agents/{{n}}c/launch"
+
+[[vm.schedule]]
+start_time = -5
+executable = "sleep"
+arguments = ["1"]
+
+[[vm.schedule]]
+start_time = 1.5
+executable = "sh"
+arguments = ["-c", "echo asking the server"]
+"""
+
+DEMO_INSTALL = """\
+#!/bin/sh
+echo "installing in $PWD with $# arguments: $2"
+"""
+
+
+def demo(screen: Screen) -> object:
+    """Run the demo experiment in a temporary directory; return its report's rows."""
+    import tempfile
+
+    with (
+        tempfile.TemporaryDirectory(prefix="vmrm-demo-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        root = Path(folder)
+        (root / "lab.toml").write_text(DEMO.format(root=root))
+        (root / "install.sh").write_text(DEMO_INSTALL)
+        for name in ("1", "1c", "2c"):
+            (root / "agents" / name).mkdir(parents=True)
+            stack.enter_context(_demo_agent(root / "agents" / name))
+        screen.tell("Three stand-in agents play VMs. The experiment, lab.toml:\n")
+        screen.tell("    " + DEMO.format(root="…").replace("\n", "\n    "))
+        screen.tell("$ vmrm run lab.toml")
+        with Database(root / "lab.db") as db:
+            load_experiment(db, read_experiment(root / "lab.toml"))
+            launch(db)
+            process = spawn_supervisor(db)
+            Viewer(db, screen).watch(process)
+            outcome = report(db)
+            screen.show(outcome.rows)
+            screen.tell(f"{outcome.summary}\n\n$ vmrm schedule show server")
+            screen.show(entry_rows(db, "server"))
+            screen.tell("\nThe transfer brought out out/server/…/served:")
+            served = next((root / "out" / "server").rglob("served"))
+            screen.tell(f"    {served.read_text().strip()}")
+    if not outcome.ok:
+        raise VmrmError("\n  ".join(["the demo failed", *outcome.faults]))
+    screen.tell(
+        "\nThat was it; nothing is left behind. Now write a lab.toml of your own: README.md"
+    )
+    return _SHOWN
+
+
+@contextlib.contextmanager
+def _demo_agent(root: Path) -> Iterator[None]:
+    """Play one agent at <root>.sock in a process of its own."""
+    import subprocess
+
+    argv = [
+        sys.executable,
+        str(Path(__file__).absolute()),
+        "agent",
+        f"{root}.sock",
+        "--root",
+        str(root),
+    ]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise VmrmError("the stand-in agent did not start")
+            yield
+        finally:
+            process.terminate()
+
+
+# === main ========================================================================================
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _switch(value: str) -> bool:
+    if value not in ("True", "False"):
+        raise _fire_error(f"{value!r} was given to a switch, which takes no value")
+    return value == "True"
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise _fire_error(f"{value!r} is not a number") from None
+
+
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise _fire_error(f"{value!r} is not a whole number") from None
+
+
+def _fire_error(message: str) -> Exception:
+    from fire.core import FireError
+
+    return cast(Exception, FireError(message))
+
+
+_PARSERS = {"str": _text, "bool": _switch, "float": _number, "int": _whole}
+
+
+def _teach_fire(commands: type) -> None:
+    """Give every command parsers by annotation: fire by itself guesses types from the words."""
+    import inspect
+
+    from fire import decorators
+
+    for name, method in vars(commands).items():
+        if name.startswith("_") or not inspect.isfunction(method):
+            continue
+        parsers = {
+            parameter.name: _PARSERS[str(parameter.annotation).removesuffix(" | None")]
+            for parameter in inspect.signature(method).parameters.values()
+            if parameter.name != "self"
+        }
+        setattr(
+            commands, name, decorators.SetParseFns(**parsers)(decorators.SetParseFn(_text)(method))
+        )
+
+
+def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
+    """Return the command that the words mean; None if fire has printed help instead.
+
+    Raises:
+        UsageError: a word is not understood; nothing was run.
+    """
+    if len(words) == 1 and isinstance(vars(Commands).get(words[0]), type(_understand)):
+        with contextlib.suppress(TypeError):  # a command that needs words: fire says so nicely
+            return (
+                cast(Pending, getattr(commands, words[0])()) if _takes_nothing(words[0]) else None
+            )
+    import io
+
+    import fire
+
+    fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
+    fire.decorators.FIRE_METADATA = "_fire_metadata"
+    for group in (Commands, ScheduleCommands, StoreCommands):
+        _teach_fire(group)
+    understood: list[Pending] = []
+
+    def keep(result: object) -> object:
+        if isinstance(result, Pending):
+            understood.append(result)
+            return None
+        return result
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(commands, command=list(words), name="vmrm", serialize=keep)
+    except fire.core.FireExit as end:
+        if end.code:
+            raise _usage_error(said.getvalue(), words) from None
+        print(said.getvalue())
+        return None
+    return understood[0] if understood else None
+
+
+def _takes_nothing(name: str) -> bool:
+    import inspect
+
+    parameters = list(inspect.signature(vars(Commands)[name]).parameters.values())[1:]
+    return all(parameter.default is not parameter.empty for parameter in parameters)
+
+
+def _usage_error(said: str, words: Sequence[str]) -> UsageError:
+    """Return fire's complaint as one line of ours."""
+    line = next((line for line in said.splitlines() if line.startswith("ERROR: ")), "ERROR: usage")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", line).removeprefix("ERROR: ").strip()
+    text = text.replace("Could not consume arg:", "not understood:")
+    text = text.replace("Cannot find key:", "no such command:")
+    named = [word for word in words[:2] if not word.startswith("-")]
+    known = [*vars(Commands), "schedule", "store"]
+    at = " ".join(named[: 2 if named[:1] in (["schedule"], ["store"]) else 1])
+    hint = f"See: vmrm {at} --help" if named and named[0] in known else "See: vmrm --help"
+    return UsageError(text[0].lower() + text[1:], hint)
+
+
+@dataclasses.dataclass
+class _Line:
+    """A command line, taken apart before fire sees it."""
+
+    db: str | None = None
+    as_json: bool = False
+    quiet: bool = False
+    words: list[str] = dataclasses.field(default_factory=list)
+    tail: list[str] = dataclasses.field(default_factory=list)
+
+
+def _take_apart(argv: Sequence[str]) -> _Line:
+    """Peel off our own options, and a program's words, which fire would take for its own."""
+    line, rest = _Line(), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
+            line.tail = rest if word == "--" else [word, *rest]
+            break
+        if word == "--db" or word.startswith("--db="):
+            line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")
+            if not line.db:
+                raise UsageError("--db needs a path")
+        elif word == "--json":
+            line.as_json = True
+        elif word == "--quiet":
+            line.quiet = True
+        else:
+            line.words.append(word)
+    return line
+
+
+def _plain_words(words: Sequence[str]) -> list[str]:
+    """Return the words that are neither options nor an option's value."""
+    plain, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word.startswith("--"):
+            skip = "=" not in word
+        else:
+            plain.append(word)
+    return plain
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code.
+
+    Args:
+        argv: The words after the program's name; None takes this process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    screen = Screen()
+    try:
+        if words[:1] == ["_supervise"]:
+            return _supervise(words[1:])
+        line = _take_apart(words)
+        screen = Screen(line.as_json, line.quiet)
+        if line.words and line.words[0].startswith("_"):
+            raise UsageError(f"no such command: {line.words[0]}", "See: vmrm --help")
+        commands = Commands(line.db, screen, line.tail)
+        pending = _understand(commands, line.words)
+        result = pending._run() if pending else _SHOWN
+        if result is not _SHOWN:
+            screen.show(result)
+        return 0
+    except VmrmError as error:
+        screen.error(error)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        screen.error(UsageError(_one_line(error)))
+        return 2
+    except sqlite3.DatabaseError as error:
+        screen.error(SchemaError(f"the database failed: {error}", "Look closer: vmrm check"))
+        return 3
+
+
+def console() -> NoReturn:
+    """Be the `vmrm` console command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()
