@@ -2033,7 +2033,6 @@ class VmResourceStore(_Rows):
         self, content: str | bytes, filename: str, force: bool = True
     ) -> None:
         """Add a file with the given content (text as UTF-8); errors as `add_file`."""
-
         data = content.encode() if isinstance(content, str) else content
         self._add_all([(filename, io.BytesIO(data))], force)
 
@@ -2557,7 +2556,6 @@ class Found:
 
 def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
-
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
 
@@ -5882,6 +5880,7 @@ class Commands(_Public):
     def run(
         self,
         file: str | None = None,
+        *,
         detach: bool = False,
         timeout: float | None = None,
         start_buffer: float | None = None,
@@ -5936,7 +5935,7 @@ class Commands(_Public):
         return vm_rows(self._open())
 
     @command
-    def logs(self, vm: str, follow: bool = False) -> object:
+    def logs(self, vm: str, *, follow: bool = False) -> object:
         """Print a VM's log: what its handler did, and the output of its programs.
 
         Args:
@@ -6120,7 +6119,7 @@ class Commands(_Public):
         return {"retried": count}
 
     @command
-    def stop(self, kill: bool = False, timeout: float = 60.0) -> object:
+    def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
         """Stop the experiment: handlers leave, guest programs go on; run continues it.
 
         Args:
@@ -6139,7 +6138,7 @@ class Commands(_Public):
         return _SHOWN
 
     @command
-    def destroy(self, yes: bool = False, purge: bool = False) -> object:
+    def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
         """End the experiment: its VMs, schedules and times go, journal and logs stay.
 
         Args:
@@ -6188,7 +6187,7 @@ class Commands(_Public):
         return _SHOWN
 
     @command
-    def check(self, fix: bool = False) -> object:
+    def check(self, *, fix: bool = False) -> object:
         """Check database, file store and requests; exit code 1 if something is wrong.
 
         Args:
