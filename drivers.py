@@ -2221,7 +2221,9 @@ class StandInAgent:
             raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
         if self._frozen and command not in _ALLOWED_FROZEN:
             reason = "the command is not allowed while frozen"
-            raise RequestRefused(f"Command {command} has been disabled: {reason}", "CommandNotFound")
+            raise RequestRefused(
+                f"Command {command} has been disabled: {reason}", "CommandNotFound"
+            )
         method, parameters = _COMMANDS[command]
         self._check_arguments(arguments, parameters)
         words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
