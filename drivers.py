@@ -39,26 +39,36 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import errno
+import fcntl
+import heapq
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import platform
 import re
+import resource
 import secrets
 import select
+import selectors
+import signal
 import socket
+import struct
+import subprocess
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 # === errors =======================================================================================
 
@@ -1680,7 +1690,7 @@ class QemuGuestAgentDriver(AbstractDriver):
             reply = self.call("guest-file-write", {"handle": handle, "buf-b64": _encoded(rest)})
             rest = rest[_number(reply, "count", 1, len(rest), "guest-file-write") :]
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, path: str, mode: str) -> Iterator[tuple[Link, int]]:
         """Open a file and close it in the end, whatever happens while the connection lives.
 
@@ -1786,3 +1796,974 @@ class QemuGuestAgentDriver(AbstractDriver):
         with self.lock:
             link.post(ticket, data, Deadline(self.timeout))
         return ticket
+
+
+# === stand-in agent ===============================================================================
+
+# What qemu-ga allows while frozen: ga_freeze_allowlist in qga/main.c.
+_ALLOWED_FROZEN = {
+    "guest-ping",
+    "guest-info",
+    "guest-sync",
+    "guest-sync-delimited",
+    "guest-fsfreeze-status",
+    "guest-fsfreeze-thaw",
+}
+_REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
+_READ_LIMIT = 48 * 2**20
+_NESTING_LIMIT = 1024
+_FIRST_HANDLE = 1000
+
+
+class RequestRefused(Exception):
+    """A request that the stand-in answers with an error."""
+
+    def __init__(self, desc: str, class_: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.class_ = class_
+
+
+class RequestSplitter:
+    """Bytes in, the texts of JSON values out, as the agent's lexer would cut them."""
+
+    _between = re.compile(rb'[{}\[\]"\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
+    _in_string = re.compile(rb'["\\\x00-\x1f\xff]')
+    _junk = re.compile(rb"[^\s{}\[\]\x00-\x1f\xff]*")
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._scanned = 0
+        self._depth = 0
+        self._string = False
+
+    def feed(self, data: bytes) -> None:
+        """Take *data* in."""
+        self._held += data
+
+    def next_value(self) -> bytes | None:
+        """Return the next complete value, or None if more bytes are needed.
+
+        Raises RequestRefused for what is no value; reading goes on behind it.
+        """
+        if not self._depth and not self._begin():
+            return None
+        while (end := self._next_mark()) is not None:
+            if self._step(end):
+                return self._take(end + 1)
+        if len(self._held) > _REQUEST_LIMIT:
+            self._take(len(self._held))
+            raise RequestRefused("JSON token size limit exceeded")
+        return None
+
+    def _begin(self) -> bool:
+        """Move to the beginning of a value; tell whether there is one."""
+        blanks = len(self._held) - len(self._held.lstrip(b" \t\r\n"))
+        self._take(blanks)
+        if not self._held or self._held[0] in b"{[":
+            return bool(self._held)
+        end = self._junk.match(self._held).end()  # type: ignore[union-attr]  # matches anything
+        if 0 < end == len(self._held) <= _REQUEST_LIMIT:
+            return False
+        word = self._take(max(end, 1))
+        if word in (b"}", b"]"):
+            raise RequestRefused("JSON parse error, expecting value")
+        if not end:
+            raise RequestRefused("JSON parse error, stray '\ufffd'")
+        keyword = word[:40].decode(errors="replace")
+        raise RequestRefused(f"JSON parse error, invalid keyword '{keyword}'")
+
+    def _next_mark(self) -> int | None:
+        """Return where the next byte of meaning is, or None if it has not come yet."""
+        pattern = self._in_string if self._string else self._between
+        found = pattern.search(self._held, self._scanned)
+        if found is None:
+            self._scanned = len(self._held)
+            return None
+        self._scanned = found.start()
+        escape_cut = self._held[self._scanned] == ord("\\") and self._scanned + 1 == len(self._held)
+        return None if escape_cut else self._scanned
+
+    def _step(self, at: int) -> bool:
+        """Take the meaning of the byte at *at* in; tell whether it ends the value."""
+        byte = bytes(self._held[at : at + 1])
+        self._scanned = at + 1
+        if byte == b'"':
+            self._string = not self._string
+        elif byte == b"\\":
+            self._scanned = at + 2
+        elif byte in (b"{", b"["):
+            self._depth += 1
+        elif byte in (b"}", b"]"):
+            self._depth -= 1
+        if byte not in (b'"', b"\\", b"{", b"[", b"}", b"]") or self._depth > _NESTING_LIMIT:
+            self._take(at + 1)
+            raise RequestRefused("JSON parse error, stray '\ufffd'")
+        return self._depth == 0
+
+    def _take(self, size: int) -> bytes:
+        value = bytes(memoryview(self._held)[:size])
+        del self._held[:size]
+        self._restart()
+        return value
+
+
+class _GuestFile:
+    """An open file with a write buffer, as stdio's: nothing is on disk before a flush."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._unwritten = bytearray()
+
+    def read(self, count: int) -> tuple[bytes, bool]:
+        self.flush()
+        parts: list[bytes] = []
+        while count > 0 and (data := os.read(self.fd, count)):
+            parts.append(data)
+            count -= len(data)
+        return b"".join(parts), count > 0
+
+    def write(self, data: bytes) -> None:
+        self._unwritten += data
+        if len(self._unwritten) >= 4096:
+            self.flush()
+
+    def flush(self) -> None:
+        # What cannot be written is gone, as with stdio; the caller learns of it once.
+        rest, self._unwritten = memoryview(self._unwritten), bytearray()
+        while rest:
+            rest = rest[os.write(self.fd, rest) :]
+
+    def seek(self, offset: int, whence: int) -> int:
+        self.flush()
+        return os.lseek(self.fd, offset, whence)
+
+    def close(self) -> None:
+        self.flush()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without writing, as the end of a machine does."""
+        os.close(self.fd)
+
+
+class _Loop:
+    """One selector, one callback per descriptor, and timers; nothing runs while nothing happens."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self.stopping = False
+
+    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        """Call *callback* whenever one of *events* happens on *fd*; replaces an earlier watch."""
+        try:
+            self._selector.modify(fd, events, callback)
+        except KeyError:
+            self._selector.register(fd, events, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """Forget *fd*, which must still be open."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call *callback* once after *seconds*."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
+
+    def run(self) -> None:
+        """Run until `stopping` is set by a callback or a signal's handler."""
+        while not self.stopping:
+            timeout = max(0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            for key, _ in self._selector.select(timeout):
+                # An earlier callback of this round may have closed or replaced this one.
+                now = self._selector.get_map().get(key.fd)
+                if now is not None and now.data == key.data:
+                    key.data()
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                heapq.heappop(self._timers)[2]()
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+class _Program:
+    """A program that the stand-in started, in a process group of its own."""
+
+    def __init__(self, loop: _Loop, argv: list[str], env: dict[str, str] | None, *, capture: bool,
+                 input_data: bytes | None) -> None:  # fmt: skip
+        output = subprocess.PIPE if capture else subprocess.DEVNULL
+        stdin = subprocess.DEVNULL if input_data is None else subprocess.PIPE
+        # Every descriptor of this process is closed on exec already.
+        self._process = subprocess.Popen(  # noqa: S603 - running what it is told is its purpose
+            argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/", close_fds=False,
+            process_group=0, bufsize=0,
+        )  # fmt: skip
+        self.pid = self._process.pid
+        self.output = {"out": bytearray(), "err": bytearray()}
+        self.cut = {"out": False, "err": False}
+        self._loop = loop
+        self._input = memoryview(input_data or b"")
+        self._pidfd = os.pidfd_open(self.pid)
+        loop.watch(self._pidfd, selectors.EVENT_READ, self._ended)
+        self._pipes: set[int] = set()
+        for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
+            if pipe is not None:
+                self._watch_pipe(pipe, selectors.EVENT_READ, partial(self._read, name, pipe))
+        if self._process.stdin is not None:
+            self._watch_pipe(self._process.stdin, selectors.EVENT_WRITE, self._feed)
+
+    def _watch_pipe(self, pipe: IO[bytes], events: int, callback: Callable[[], None]) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._loop.watch(pipe.fileno(), events, callback)
+        if events == selectors.EVENT_READ:
+            self._pipes.add(pipe.fileno())
+
+    def _read(self, name: str, pipe: IO[bytes]) -> None:
+        try:
+            data = os.read(pipe.fileno(), 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            self._pipes.discard(pipe.fileno())
+            self._close(pipe)
+        room = _OUTPUT_LIMIT - len(self.output[name])
+        self.output[name] += data[:room]
+        self.cut[name] = self.cut[name] or len(data) > room
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        if pipe is None or pipe.closed:
+            return
+        try:
+            self._input = self._input[os.write(pipe.fileno(), self._input) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._input = memoryview(b"")
+        if not self._input:
+            self._close(pipe)
+
+    def _close(self, pipe: IO[bytes]) -> None:
+        self._loop.unwatch(pipe.fileno())
+        pipe.close()
+
+    def _ended(self) -> None:
+        if self._process.poll() is not None and self._pidfd >= 0:
+            self._loop.unwatch(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    @property
+    def exited(self) -> bool:
+        """Whether it has ended and nobody holds its captured output any more."""
+        return self._process.returncode is not None and not self._pipes
+
+    def report(self) -> dict[str, Any]:
+        """Return what guest-exec-status tells of it."""
+        if not self.exited:
+            return {"exited": False}
+        code = self._process.returncode
+        reply: dict[str, Any] = {"exited": True}
+        reply.update({"exitcode": code} if code >= 0 else {"signal": -code})
+        for name, data in self.output.items():
+            if data:
+                reply[f"{name}-data"] = _encoded(data)
+                reply[f"{name}-truncated"] = self.cut[name]
+        return reply
+
+    @property
+    def running(self) -> bool:
+        """Whether the program itself, the leader of its group, has not ended."""
+        return self._process.returncode is None
+
+    def bury(self) -> None:
+        """Wait for the end after its group was killed and close what is open."""
+        self._process.wait()
+        self._ended()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None and not pipe.closed:
+                self._close(pipe)
+
+
+def _kill_groups(programs: Sequence[_Program]) -> None:
+    """Kill the process groups of *programs*, whatever is left of them.
+
+    Without its leader a group's number may be another's by now; ours are told apart by the
+    session, which they share with us.
+    """
+    orphaned = {program.pid for program in programs if not program.running}
+    for program in programs:
+        if program.running:
+            _signal(os.killpg, program.pid, signal.SIGKILL)
+    if not orphaned:
+        return
+    session = os.getsid(0)
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[2]) in orphaned and int(fields[3]) == session:
+                _signal(os.kill, int(entry.name), signal.SIGKILL)
+
+
+def _signal(send: Callable[[int, int], None], target: int, number: int) -> bool:
+    """Send a signal to a process or group; tell whether it was there."""
+    try:
+        send(target, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class StandInAgent:
+    """The state of one agent: open files, programs, boot id, clock; no socket.
+
+    Guest paths are paths of this host. With *root*, file commands outside of it are refused,
+    after links and `..` are resolved; programs are not confined. The boot id derives from the
+    host's and from *socket_path*; after a reboot it is a new one, kept in `<socket_path>.boot`, so
+    that an agent that is killed and started again is on the same boot.
+    """
+
+    def __init__(
+        self, socket_path: str | Path, loop: _Loop, root: str | Path | None = None
+    ) -> None:
+        # The folder's links are resolved, the socket itself may not exist yet.
+        self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
+        self.root = None if root is None else Path(os.path.realpath(root))
+        self.halted = False  # it was told to power down
+        self.rebooted = False  # it was told to reboot; the server resets this
+        self._loop = loop
+        self._boot_file = Path(f"{self.socket_path}.boot")
+        self._boot = self._load_boot()
+        self._clock_offset = 0
+        self._frozen = False
+        self._files: dict[int, _GuestFile] = {}
+        self._programs: dict[int, _Program] = {}  # those whose end was not told yet
+        self._groups: list[_Program] = []  # those that a reboot has to kill
+        self._next_handle = _FIRST_HANDLE
+
+    # --- boots ---
+
+    def _load_boot(self) -> str:
+        host = Path(_BOOT_ID_PATH).read_text().strip()
+        with contextlib.suppress(OSError, ValueError):
+            kept_host, boot = self._boot_file.read_text().split()
+            if kept_host == host:
+                return boot
+        return str(uuid.uuid5(uuid.UUID(host), str(self.socket_path)))
+
+    def end_boot(self) -> None:
+        """Kill all programs, forget everything, and make the next boot another one."""
+        _kill_groups(self._groups)
+        for program in self._groups:
+            program.bury()
+        for file in self._files.values():
+            file.abandon()
+        self._files.clear()
+        self._programs.clear()
+        self._groups.clear()
+        self._next_handle = _FIRST_HANDLE
+        self._frozen = False
+        self._boot = str(uuid.uuid4())
+        host = Path(_BOOT_ID_PATH).read_text().strip()
+        temporary = self._boot_file.with_name(f"{self._boot_file.name}.new")
+        temporary.write_text(f"{host} {self._boot}\n")
+        temporary.replace(self._boot_file)
+
+    # --- requests ---
+
+    def answer(self, text: bytes) -> bytes:
+        """Return the reply to the request *text*, b"" if there is none."""
+        ident: dict[str, Any] = {}
+        try:
+            request = self._parse(text)
+            ident = {"id": request["id"]} if "id" in request else {}
+            result = self._perform(request)
+        except RequestRefused as error:
+            return self.refusal(error, ident)
+        except OSError as error:
+            return self.refusal(RequestRefused(error.strerror or str(error)), ident)
+        if result is None:
+            return b""
+        line = json.dumps({"return": result, **ident}).encode() + b"\n"
+        return b"\xff" + line if request["execute"] == "guest-sync-delimited" else line
+
+    @staticmethod
+    def refusal(error: RequestRefused, ident: Mapping[str, Any] | None = None) -> bytes:
+        """Return the error reply for *error*."""
+        told = {"class": error.class_, "desc": str(error)}
+        return json.dumps({**(ident or {}), "error": told}).encode() + b"\n"
+
+    @staticmethod
+    def _parse(text: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(text.decode())
+        except (ValueError, RecursionError):
+            raise RequestRefused("JSON parse error, expecting value") from None
+        if not isinstance(request, dict):
+            raise RequestRefused("QMP input must be a JSON object")
+        return request
+
+    def _perform(self, request: dict[str, Any]) -> Any:
+        for member in request:
+            if member not in ("execute", "arguments", "id"):
+                raise RequestRefused(f"QMP input member '{member}' is unexpected")
+        command = request.get("execute")
+        arguments = request.get("arguments", {})
+        if not isinstance(command, str):
+            raise RequestRefused("QMP input lacks member 'execute'")
+        if not isinstance(arguments, dict):
+            raise RequestRefused("QMP input member 'arguments' must be an object")
+        if command not in _COMMANDS:
+            raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
+        if self._frozen and command not in _ALLOWED_FROZEN:
+            reason = "the command is not allowed while frozen"
+            raise RequestRefused(
+                f"Command {command} has been disabled: {reason}", "CommandNotFound"
+            )
+        method, parameters = _COMMANDS[command]
+        self._check_arguments(arguments, parameters)
+        words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
+        return getattr(self, method)(**words)
+
+    @staticmethod
+    def _check_arguments(arguments: dict[str, Any], parameters: Mapping[str, str]) -> None:
+        """Check types; in *parameters* a type that ends with `?` is of an optional one."""
+        for key, kind in parameters.items():
+            if key not in arguments and not kind.endswith("?"):
+                raise RequestRefused(f"Parameter '{key}' is missing")
+        for key, value in arguments.items():
+            if key not in parameters:
+                raise RequestRefused(f"Parameter '{key}' is unexpected")
+            kind = parameters[key].rstrip("?")
+            if not _JSON_KINDS[kind](value):
+                raise RequestRefused(f"Invalid parameter type for '{key}', expected: {kind}")
+
+    # --- commands: the agent and its system ---
+
+    def _ping(self) -> dict[str, Any]:
+        return {}
+
+    def _sync(self, ident: int) -> int:
+        return ident
+
+    def _describe(self) -> dict[str, Any]:
+        commands = [
+            {
+                "name": name,
+                "enabled": not self._frozen or name in _ALLOWED_FROZEN,
+                "success-response": name != "guest-shutdown",
+            }
+            for name in _COMMANDS
+        ]
+        return {"version": "7.2.0", "supported_commands": commands}
+
+    def _osinfo(self) -> dict[str, Any]:
+        try:
+            release = platform.freedesktop_os_release()
+        except OSError:
+            release = {"ID": "linux", "NAME": "Linux", "PRETTY_NAME": "Linux"}
+        words = {"id": "ID", "name": "NAME", "pretty-name": "PRETTY_NAME", "version": "VERSION"}
+        words["version-id"] = "VERSION_ID"
+        info = {key: release[word] for key, word in words.items() if word in release}
+        system = os.uname()
+        kernel = {"kernel-release": system.release, "kernel-version": system.version}
+        return {**info, **kernel, "machine": system.machine}
+
+    def _get_time(self) -> int:
+        return time.time_ns() + self._clock_offset
+
+    def _set_time(self, now_ns: int | None = None) -> dict[str, Any]:
+        """Move this agent's clock only; without a value it follows the host's again."""
+        self._clock_offset = 0 if now_ns is None else now_ns - time.time_ns()
+        return {}
+
+    def _host_name(self) -> dict[str, Any]:
+        return {"host-name": socket.gethostname()}
+
+    def _interfaces(self) -> list[dict[str, Any]]:
+        return [_describe_interface(name) for _, name in socket.if_nameindex()]
+
+    def _shutdown(self, mode: str = "powerdown") -> None:
+        if mode not in ("powerdown", "halt", "reboot"):
+            raise RequestRefused("Invalid parameter 'mode'")
+        self.end_boot()
+        self.rebooted = mode == "reboot"
+        self.halted = mode != "reboot"
+
+    def _freeze_status(self) -> str:
+        return "frozen" if self._frozen else "thawed"
+
+    def _freeze(self) -> int:
+        self._frozen = True
+        return 1
+
+    def _thaw(self) -> int:
+        thawed, self._frozen = int(self._frozen), False
+        return thawed
+
+    # --- commands: programs ---
+
+    def _exec(
+        self,
+        path: str,
+        arg: list[str] | None = None,
+        env: list[str] | None = None,
+        input_data: str | None = None,
+        capture_output: bool = False,
+    ) -> dict[str, Any]:
+        content = None if input_data is None else self._content(input_data)
+        words = None if env is None else dict(word.partition("=")[::2] for word in env)
+        try:
+            argv = [path, *(arg or [])]
+            program = _Program(self._loop, argv, words, capture=capture_output, input_data=content)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            failure = f"Failed to execute child process \u201c{path}\u201d ({reason})"
+            raise RequestRefused(f"Guest agent command failed, error was '{failure}'") from error
+        self._programs[program.pid] = program
+        self._groups.append(program)
+        return {"pid": program.pid}
+
+    def _exec_status(self, pid: int) -> dict[str, Any]:
+        if pid not in self._programs:
+            raise RequestRefused("Invalid parameter 'pid'")
+        program = self._programs[pid]
+        if program.exited:
+            del self._programs[pid]
+            # Only a group that has members left must be killed later.
+            if not _signal(os.killpg, pid, 0):
+                self._groups.remove(program)
+        return program.report()
+
+    # --- commands: files ---
+
+    def _host_path(self, path: str) -> str:
+        real = os.path.realpath(os.path.join("/", path))  # noqa: PTH118 - an absolute path wins
+        if self.root is not None and not Path(real).is_relative_to(self.root):
+            raise RequestRefused(f"failed to open file '{path}': outside of the agent's root")
+        return real
+
+    def _open(self, path: str, mode: str = "r") -> int:
+        if mode not in _OPEN_FLAGS:
+            raise RequestRefused(f"invalid file open mode '{mode}'")
+        if "\0" in path:
+            raise RequestRefused("failed to open file: it has a null character")
+        try:
+            fd = self._open_boot_id() if path == _BOOT_ID_PATH else self._open_file(path, mode)
+        except OSError as error:
+            reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
+            raise RequestRefused(reason) from error
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._files[handle] = _GuestFile(fd)
+        return handle
+
+    def _open_boot_id(self) -> int:
+        fd = os.memfd_create("boot_id")
+        os.write(fd, f"{self._boot}\n".encode())
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def _open_file(self, path: str, mode: str) -> int:
+        real = self._host_path(path)
+        flags = _OPEN_FLAGS[mode] | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        created = bool(flags & os.O_CREAT) and not Path(real).exists()
+        fd = os.open(real, flags, 0o666)
+        if created:
+            os.fchmod(fd, 0o666)  # qemu-ga does not let the umask apply either
+        return fd
+
+    def _file(self, handle: int) -> _GuestFile:
+        if handle not in self._files:
+            raise RequestRefused(f"handle '{handle}' has not been found")
+        return self._files[handle]
+
+    def _read(self, handle: int, count: int = 4096) -> dict[str, Any]:
+        file = self._file(handle)
+        if not 0 <= count <= _READ_LIMIT:
+            raise RequestRefused(f"value '{count}' is invalid for argument count")
+        data, eof = file.read(count)
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
+
+    def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
+        file = self._file(handle)
+        data = self._content(buf_b64)
+        size = len(data) if count is None else count
+        if not 0 <= size <= len(data):
+            raise RequestRefused(f"value '{count}' is invalid for argument count")
+        file.write(data[:size])
+        return {"count": size, "eof": False}
+
+    @staticmethod
+    def _content(text: str) -> bytes:
+        try:
+            return base64.b64decode(text.replace("\n", ""), validate=True)
+        except ValueError:
+            raise RequestRefused("Base64 data contains invalid characters") from None
+
+    def _seek(self, handle: int, offset: int, whence: Any) -> dict[str, Any]:
+        file = self._file(handle)
+        names = {"0": 0, "1": 1, "2": 2, "set": 0, "cur": 1, "end": 2}
+        if str(whence) not in names:
+            raise RequestRefused("Invalid parameter 'whence'")
+        return {"position": file.seek(offset, names[str(whence)]), "eof": False}
+
+    def _flush(self, handle: int) -> dict[str, Any]:
+        self._file(handle).flush()
+        return {}
+
+    def _close(self, handle: int) -> dict[str, Any]:
+        self._file(handle).close()
+        del self._files[handle]
+        return {}
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_JSON_KINDS: dict[str, Callable[[object], bool]] = {
+    "integer": _is_integer,
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "array": _is_texts,
+    "whence": lambda value: _is_integer(value) or isinstance(value, str),
+}
+_PYTHON_NAMES = {"id": "ident", "time": "now_ns"}
+_WRITING = os.O_WRONLY | os.O_CREAT
+_UPDATING = os.O_RDWR | os.O_CREAT
+_OPEN_FLAGS = {
+    **dict.fromkeys(("r", "rb"), os.O_RDONLY),
+    **dict.fromkeys(("w", "wb"), _WRITING | os.O_TRUNC),
+    **dict.fromkeys(("a", "ab"), _WRITING | os.O_APPEND),
+    **dict.fromkeys(("r+", "rb+", "r+b"), os.O_RDWR),
+    **dict.fromkeys(("w+", "wb+", "w+b"), _UPDATING | os.O_TRUNC),
+    **dict.fromkeys(("a+", "ab+", "a+b"), _UPDATING | os.O_APPEND),
+}
+# Command: the method that performs it, and its parameters' types, `?` marking optional ones.
+_COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
+    "guest-ping": ("_ping", {}),
+    "guest-sync": ("_sync", {"id": "integer"}),
+    "guest-sync-delimited": ("_sync", {"id": "integer"}),
+    "guest-info": ("_describe", {}),
+    "guest-get-osinfo": ("_osinfo", {}),
+    "guest-get-time": ("_get_time", {}),
+    "guest-set-time": ("_set_time", {"time": "integer?"}),
+    "guest-get-host-name": ("_host_name", {}),
+    "guest-network-get-interfaces": ("_interfaces", {}),
+    "guest-shutdown": ("_shutdown", {"mode": "string?"}),
+    "guest-fsfreeze-status": ("_freeze_status", {}),
+    "guest-fsfreeze-freeze": ("_freeze", {}),
+    "guest-fsfreeze-thaw": ("_thaw", {}),
+    "guest-exec": (
+        "_exec",
+        {
+            "path": "string",
+            "arg": "array?",
+            "env": "array?",
+            "input-data": "string?",
+            "capture-output": "boolean?",
+        },
+    ),
+    "guest-exec-status": ("_exec_status", {"pid": "integer"}),
+    "guest-file-open": ("_open", {"path": "string", "mode": "string?"}),
+    "guest-file-read": ("_read", {"handle": "integer", "count": "integer?"}),
+    "guest-file-write": (
+        "_write",
+        {"handle": "integer", "buf-b64": "string", "count": "integer?"},
+    ),
+    "guest-file-seek": (
+        "_seek",
+        {"handle": "integer", "offset": "integer", "whence": "whence"},
+    ),
+    "guest-file-flush": ("_flush", {"handle": "integer"}),
+    "guest-file-close": ("_close", {"handle": "integer"}),
+}
+
+# Requests of ioctl(2) for a device's IPv4 address and mask: netdevice(7).
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
+
+
+def _describe_interface(name: str) -> dict[str, Any]:
+    """Return what guest-network-get-interfaces tells of the host's interface *name*."""
+    info: dict[str, Any] = {"name": name}
+    with contextlib.suppress(OSError):
+        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
+    addresses = [*_ipv4_addresses(name), *_ipv6_addresses(name)]
+    return {**info, "ip-addresses": addresses} if addresses else info
+
+
+def _ipv4_addresses(name: str) -> list[dict[str, Any]]:
+    request = struct.pack("256s", name.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            address, mask = (
+                fcntl.ioctl(sock, number, request)[20:24]
+                for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
+            )
+        except OSError:
+            return []
+    prefix = int.from_bytes(mask).bit_count()
+    kind = {"ip-address-type": "ipv4", "prefix": prefix}
+    return [{**kind, "ip-address": socket.inet_ntop(socket.AF_INET, address)}]
+
+
+def _ipv6_addresses(name: str) -> list[dict[str, Any]]:
+    try:
+        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    except OSError:
+        return []
+    return [
+        {
+            "ip-address-type": "ipv6",
+            "prefix": int(row[2], 16),
+            "ip-address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])),
+        }
+        for row in rows
+        if row[5] == name
+    ]
+
+
+# === stand-in server ==============================================================================
+
+
+class _Endpoint:
+    """The socket of one stand-in agent: as with qemu-ga, one client is served, others wait."""
+
+    def __init__(
+        self, loop: _Loop, agent: StandInAgent, boot_s: float, on_closed: Callable[[], None]
+    ) -> None:
+        self.closed = False
+        self._on_closed = on_closed
+        self._loop = loop
+        self._agent = agent
+        self._boot_s = boot_s
+        self._booting = False
+        self._client: socket.socket | None = None
+        self._requests = RequestSplitter()
+        self._outgoing = memoryview(b"")
+        self._listener = _listen(agent.socket_path)
+        self._await_client()
+
+    def _await_client(self) -> None:
+        self._loop.watch(self._listener.fileno(), selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            self._client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        self._client.setblocking(False)
+        self._loop.unwatch(self._listener.fileno())
+        self._go_on()
+
+    def _drop_client(self) -> None:
+        """Forget the client, its half request and its unread replies."""
+        if self._client is not None:
+            self._loop.unwatch(self._client.fileno())
+            self._client.close()
+        self._client = None
+        self._requests = RequestSplitter()
+        self._outgoing = memoryview(b"")
+
+    def _readable(self) -> None:
+        try:
+            data = self._client.recv(_RECEIVE_BYTES) if self._client else b""
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._requests.feed(data)
+        else:
+            self._drop_client()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Answer what can be answered, then wait for what comes next."""
+        self._send()
+        while self._client and not self._outgoing and not self._booting and self._answer_one():
+            self._send()
+        if self.closed:
+            return
+        if self._client is None:
+            self._await_client()
+        elif self._booting:
+            self._loop.unwatch(self._client.fileno())
+        elif self._outgoing:
+            # While a reply is unread no request is taken, so memory stays bounded.
+            self._loop.watch(self._client.fileno(), selectors.EVENT_WRITE, self._go_on)
+        else:
+            self._loop.watch(self._client.fileno(), selectors.EVENT_READ, self._readable)
+
+    def _answer_one(self) -> bool:
+        """Answer the next request; tell whether there was one."""
+        try:
+            value = self._requests.next_value()
+            reply = self._agent.answer(value) if value is not None else b""
+        except RequestRefused as error:
+            value, reply = b"", self._agent.refusal(error)
+        self._outgoing = memoryview(reply)
+        if self._agent.halted:
+            self.close()
+        elif self._agent.rebooted:
+            self._boot()
+        return value is not None
+
+    def _boot(self) -> None:
+        """Answer nothing until the boot is over, then everything that came meanwhile."""
+        self._agent.rebooted = False
+        if self._boot_s > 0:
+            self._booting = True
+            self._loop.call_later(self._boot_s, self._booted)
+
+    def _booted(self) -> None:
+        self._booting = False
+        if not self.closed:
+            self._go_on()
+
+    def _send(self) -> None:
+        while self._client is not None and self._outgoing:
+            try:
+                self._outgoing = self._outgoing[self._client.send(self._outgoing) :]
+            except BlockingIOError:
+                return
+            except OSError:
+                self._drop_client()
+
+    def close(self) -> None:
+        """Stop serving: the socket goes, the client is dropped, the agent's programs are killed."""
+        if self.closed:
+            return
+        self.closed = True
+        self._drop_client()
+        self._loop.unwatch(self._listener.fileno())
+        self._listener.close()
+        self._agent.socket_path.unlink(missing_ok=True)
+        if not self._agent.halted:
+            self._agent.end_boot()
+        self._on_closed()
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a socket that listens at *path*, replacing one that nobody serves any more.
+
+    Raises FileExistsError if somebody does, or if something else is there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # The plain path, if it fits, is what tools show of a socket.
+        fits = len(os.fsencode(path)) <= _UNIX_PATH_BYTES
+        target = str(path) if fits else f"/proc/self/fd/{folder}/{path.name}"
+        if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
+            path.unlink()
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "something is there already", str(path))
+        sock.bind(target)
+        path.chmod(0o600)
+        sock.listen(1)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(folder)
+    return sock
+
+
+def _discard(sock: socket.socket) -> None:
+    sock.recv(64)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(loop: _Loop) -> Iterator[None]:
+    """Stop *loop* at SIGTERM and SIGINT while the block runs."""
+
+    def stop(number: int, frame: object) -> None:
+        loop.stopping = True
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        loop.watch(ours.fileno(), selectors.EVENT_READ, partial(_discard, ours))
+        before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before_fd)
+            loop.unwatch(ours.fileno())
+
+
+def _serve(
+    places: Sequence[tuple[Path, Path | None]], boot_s: float, ready: Callable[[], None] | None
+) -> None:
+    loop = _Loop()
+    endpoints: list[_Endpoint] = []
+
+    def on_closed() -> None:
+        loop.stopping = loop.stopping or all(endpoint.closed for endpoint in endpoints)
+
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        for path, root in places:
+            endpoints.append(_Endpoint(loop, StandInAgent(path, loop, root), boot_s, on_closed))
+        with _stopped_by_signals(loop):
+            if ready is not None:
+                ready()
+            loop.run()
+    finally:
+        for endpoint in endpoints:
+            endpoint.close()
+        loop.close()
+
+
+def serve_agent(
+    socket_path: str | Path,
+    root: str | Path | None = None,
+    *,
+    boot_s: float = 0,
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Play a guest agent at *socket_path* until SIGTERM or SIGINT; call from the main thread.
+
+    With *root*, file commands outside of that directory are refused. A reboot takes *boot_s*
+    seconds. *ready* is called once the socket listens. In the end the socket is removed and the
+    programs are killed, so the next start is another boot; after a kill -9 it is the same one.
+
+    Raises FileExistsError if something is at *socket_path* already, another OSError for a
+    missing directory.
+    """
+    _serve([(Path(socket_path), None if root is None else Path(root))], boot_s, ready)
+
+
+def serve_agents(
+    directory: str | Path,
+    count: int,
+    *,
+    boot_s: float = 0,
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Play *count* guest agents from this one process, as `serve_agent` does.
+
+    Agent n (from 1) listens at `<directory>/<n>.sock`; its root is `<directory>/<n>/`. What is
+    missing is created.
+    """
+    folder = Path(directory)
+    places: list[tuple[Path, Path | None]] = []
+    for number in range(1, count + 1):
+        root = folder / str(number)
+        root.mkdir(parents=True, exist_ok=True)
+        places.append((folder / f"{number}.sock", root))
+    _serve(places, boot_s, ready)

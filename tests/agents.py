@@ -7,22 +7,24 @@ The real one runs as a process of this host, so every command that could touch t
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import drivers
 
 LOG = logging.getLogger("test")
-QEMU_GA = shutil.which("qemu-ga") or shutil.which("qemu-ga", path="/usr/sbin:/usr/local/sbin")
 HERE = Path(__file__).resolve().parent.parent
 
 # Commands that would change the host on which the real agent runs.
@@ -43,13 +45,14 @@ DANGEROUS = [
 ]
 
 
-def need_qemu_ga() -> str:
-    """Return the path of qemu-ga; skip without it at a desk, fail in CI."""
-    if QEMU_GA is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("qemu-ga is missing")
-        pytest.skip("qemu-ga is not installed")
-    return QEMU_GA
+def need(program: str) -> str:
+    """Return the path of *program*; skip without it at a desk, fail in CI."""
+    found = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    if found is not None:
+        return found
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{program} is missing")
+    pytest.skip(f"{program} is not installed")
 
 
 class Agent:
@@ -68,6 +71,13 @@ class Agent:
             assert self.process.poll() is None, f"agent ended with {self.process.returncode}"
             assert time.monotonic() < deadline, "agent does not listen"
             drivers.plain_wait(-1, 0, 0.01)
+
+    def start_announced(self) -> None:
+        """Start a process that prints a line when it listens."""
+        self.process = subprocess.Popen(self.command, cwd="/", stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            assert lines.readline() == b"ready\n"
 
     def kill(self) -> None:
         """Kill the process as a crash would."""
@@ -96,16 +106,19 @@ def listening(path: Path) -> bool:
 @contextlib.contextmanager
 def real_agent(folder: Path, *blocked: str, frozen: bool = False) -> Iterator[Agent]:
     """Run qemu-ga with *folder* as its state directory, and further commands *blocked*."""
-    program = need_qemu_ga()
+    program = need("qemu-ga")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "agent.sock"
     if frozen:
         (folder / "qga.state.isfrozen").touch()
     rules = ",".join([*DANGEROUS, *blocked])
-    command = [program, "-m", "unix-listen", "-p", str(path), "-t", str(folder), "-r", "-b", rules]
-    agent = Agent(path, command)
-    with running(agent):
-        yield agent
+    command = [program, "-m", "unix-listen", "-p", str(path), "-t", str(folder), "-b", rules]
+    with running(Agent(path, command)) as agent:
+        try:
+            yield agent
+        finally:
+            # While frozen it ignores a polite end, and it has nothing to clean up here.
+            agent.kill()
 
 
 @contextlib.contextmanager
@@ -113,8 +126,8 @@ def running(agent: Agent) -> Iterator[Agent]:
     """Start *agent* and end it."""
     path = agent.path
     path.unlink(missing_ok=True)
-    agent.start()
     try:
+        agent.start()
         yield agent
     finally:
         if agent.process is not None and agent.process.poll() is None:
@@ -130,3 +143,88 @@ def connected(path: Path | str, **config: object) -> Iterator[drivers.QemuGuestA
         yield driver
     finally:
         driver.close()
+
+
+@contextlib.contextmanager
+def stand_in(folder: Path, root: Path | None = None, boot_s: float = 0) -> Iterator[Agent]:
+    """Run the stand-in agent in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "agent.sock"
+    place = None if root is None else str(root)
+    call = f"drivers.serve_agent({str(path)!r}, {place!r}, boot_s={boot_s!r})"
+    with running(Agent(path, python_command(call))) as agent:
+        yield agent
+
+
+@contextlib.contextmanager
+def stand_ins(folder: Path, count: int) -> Iterator[Agent]:
+    """Run *count* stand-in agents in one process; the sockets are `<folder>/<n>.sock`."""
+    call = f"drivers.serve_agents({str(folder)!r}, {count})"
+    with running(Agent(folder / f"{count}.sock", python_command(call))) as agent:
+        yield agent
+
+
+def python_command(call: str) -> list[str]:
+    """Return the command that imports `drivers` from this checkout and makes *call*."""
+    setup = f"import sys; sys.path.insert(0, {str(HERE)!r}); import drivers; "
+    return [sys.executable, "-c", setup + call]
+
+
+class Scripted:
+    """An agent at the other end of a socket pair that answers each request as *script* says.
+
+    *script* takes the request and returns bytes to send, or None to close the connection.
+    """
+
+    def __init__(self, script: Callable[[dict[str, Any]], bytes | None]) -> None:
+        self.script = script
+        self.requests: list[dict[str, Any]] = []
+        self.raw = b""
+        self.near, self.far = socket.socketpair()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        splitter = drivers.RequestSplitter()
+        with self.far, contextlib.suppress(OSError):
+            while data := self.far.recv(65536):
+                self.raw += data
+                splitter.feed(data.lstrip(b"\xff"))
+                while (value := splitter.next_value()) is not None:
+                    self.requests.append(json.loads(value))
+                    answer = self.script(self.requests[-1])
+                    if answer is None:
+                        return
+                    self.far.sendall(answer)
+
+    def driver(self, **config: object) -> drivers.QemuGuestAgentDriver:
+        """Return a driver that is connected to this agent."""
+        driver = drivers.QemuGuestAgentDriver({"path": "/nowhere", "name": "vm", **config}, LOG)
+        self.near.setblocking(False)
+        driver.driver = drivers.Link(self.near, drivers.plain_wait, LOG)
+        return driver
+
+    def end(self) -> None:
+        """Close the connection and wait for the script to end."""
+        with contextlib.suppress(OSError):
+            self.near.shutdown(socket.SHUT_RDWR)
+        self.near.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def reply(request: dict[str, Any], value: object) -> bytes:
+    """Return the line that answers *request* with *value*."""
+    return json.dumps({"return": value, "id": request["id"]}).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def scripted(
+    script: Callable[[dict[str, Any]], bytes | None], **config: object
+) -> Iterator[tuple[drivers.QemuGuestAgentDriver, Scripted]]:
+    """Yield a driver connected to an agent that follows *script*, and that agent."""
+    agent = Scripted(script)
+    try:
+        yield agent.driver(**config), agent
+    finally:
+        agent.end()
