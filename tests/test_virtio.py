@@ -523,6 +523,26 @@ def test_a_reboot_that_nobody_asked_for_is_noticed_by_the_boot_id(victim: Guest)
         _until(noticed, guests.BOOT_TIMEOUT_S)
 
 
+def test_a_reboot_under_a_push_never_lets_it_write_into_another_file(victim: Guest) -> None:
+    """The port survives the reboot, and the new agent numbers its files from 1000 again."""
+    with connected(victim.agent_path) as driver:
+        _push(driver, b"precious", "/var/tmp/precious")
+        _sh(driver, "sync")
+    victim.reboot()
+    with connected(victim.agent_path, timeout=60) as driver:
+        copy = driver.push(io.BytesIO(CONTENT[:MIB]), "/var/tmp/interrupted")
+        next(copy)
+        victim.qmp("system_reset")
+        _until(lambda: not victim.port_open())
+        with pytest.raises(drivers.DriverError):
+            driver.call("guest-ping")  # answered by the new agent, on the old connection
+            driver.open("/var/tmp/precious", "r+")
+            for _ in copy:
+                pass
+        driver.connect(timeout=guests.BOOT_TIMEOUT_S)
+        assert driver.read_bytes("/var/tmp/precious", limit=100) == b"precious"
+
+
 def test_a_paused_guest_times_out_and_no_late_reply_answers_another_request(victim: Guest) -> None:
     with connected(victim.agent_path) as driver:
         victim.qmp("stop")
