@@ -154,7 +154,7 @@ def test_nothing_positive_was_sent_before_the_barrier(
     assert start >= configured[0]["last"] + 2
     assert start == int(start)
     positive = lab.query("SELECT * FROM entry_status WHERE start_time > 0")
-    assert len(positive) == 9
+    assert len(positive) == 8
     for row in positive:
         assert row["sent_at"] >= start + row["start_time"], row
         assert row["planned_at"] == pytest.approx(start + row["start_time"], abs=0.01)
