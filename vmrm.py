@@ -2532,7 +2532,8 @@ for here; do
 done
 """
 
-_KILL_SCRIPT = 'kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+# Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4006,7 +4007,8 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        yield [*repeating, *(self._tasks[ordinal] for ordinal in self._repeating)]
+        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        yield [*repeating, *whole]
         return True
 
     def set_current_time(self, cur_time: float) -> None:
