@@ -3274,6 +3274,7 @@ class VMResourceHandler:
         if not self._woken and now < self._look_at:
             return
         self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
         if version == self._seen[0] and not woken:
@@ -3338,7 +3339,7 @@ class VMResourceHandler:
         yield from self._prepare_steps()
         self._recover()
         yield from self._clock_steps()
-        if self._state() in (VMState.UNINITIALIZED, VMState.TESTING):
+        if self._state() == VMState.UNINITIALIZED:
             self.set_state(VMState.CONFIGURING)
         if self._state() == VMState.CONFIGURING:
             yield from self._configure_steps()
@@ -3349,6 +3350,11 @@ class VMResourceHandler:
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
+
+    def _check_boot(self) -> None:
+        """Notice a reboot that nobody asked for; it does not break the link to the agent."""
+        if self.driver.boot_id() != self._boot:
+            raise drivers.LinkLost("the guest was rebooted")
 
     def _state(self) -> str:
         return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
@@ -3369,22 +3375,26 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
+        if self._prepared_boot == self._boot:
+            return
+        if self.driver.is_windows:
+            raise VMFailed("Windows guests are not supported by this version")
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
             self.driver.create_paths(entry)
         work = [entry for entry in self.schedule if entry.runs_script]
-        if self._prepared_boot == self._boot or not work:
-            return
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
+        if work:
+            yield from self._stage_steps(work)
+        self._prepared_boot = self._boot
+        self._progress()
+
+    def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)
         layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
-        self._prepared_boot = self._boot
-        self._progress()
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
@@ -3562,6 +3572,7 @@ class VMResourceHandler:
         while True:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
+                self._check_boot()
                 armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
                 _crash("armed")
                 for entry in run:
@@ -3760,14 +3771,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             ended = self._ended(entry, attempt, found)
             if ended is not None:
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 return ended
             if CLOCK.monotonic() >= fetch_at:
-                self._fetch_output(entry, attempt)
+                yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(found.pid)
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 raise _EntryFailed(f"timed out after {limit:g} s and was killed")
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -3797,6 +3808,7 @@ class VMResourceHandler:
         try:
             status = self.driver.status(cast(int, found.pid))
         except drivers.UnknownPid:
+            self._check_boot()
             return self._ended_by_probe(entry, attempt)
         self._progress()
         if not status.exited:
@@ -3864,22 +3876,21 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_output(self, entry: ScheduleEntry, attempt: Attempt, final: bool = False) -> None:
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Append what the program has written since the last time to the host's logs."""
         here = self._attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
-                offset = self.output.size(entry, attempt, stream)
+                offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(
-                        f"{here}/{stream}", limit=min(room, 1 << 20), offset=offset
-                    )
+                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
                     break
-                if not final:
+                if len(data) < limit:
                     break
+                yield 0  # what is due goes first
 
     # --- recovery
 
@@ -3938,7 +3949,6 @@ class VMResourceHandler:
         _crash("start-seen")
         while True:
             yield from self._prepare_steps()
-            self._check_wall_clock()
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -3962,6 +3972,7 @@ class VMResourceHandler:
         return later
 
     def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
+        self._check_boot()
         wall = CLOCK.wall() - CLOCK.monotonic()
         armed = self._journal.arm({e.ordinal: due + wall for e, due in soon.items()}, self._boot)
         _crash("armed")
@@ -4121,7 +4132,7 @@ class VMResourceHandler:
         root = Path(destination) if destination else self.db.directory("transfers")
         while True:
             faults: list[str] = []
-            for listed in self._list_files(location):
+            for listed in (yield from self._list_steps(location)):
                 try:
                     yield from self._pull_steps(listed, root)
                 except (OSError, ValueError) as error:
@@ -4138,13 +4149,17 @@ class VMResourceHandler:
                 self.log.warning("transfer of %s: %s", name, fault)
             yield interval
 
-    def _list_files(self, location: str) -> list[Listed]:
+    def _list_steps(self, location: str) -> Steps:
         """Return the files and directories at a guest's path or glob.
 
         Raises:
             RuntimeError: there are none, or the guest's list cannot be read.
         """
-        status = self._sh(_LIST_SCRIPT, location)
+        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
+        interval = 0.002
+        while not (status := self.driver.status(pid)).exited:
+            yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         listed = [parse_listed(record) for record in status.out.split(b"\0") if record]
