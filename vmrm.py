@@ -1218,16 +1218,24 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return usable and not math.isnan(cast(float, value))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_positive(value: object) -> bool:
+def _is_duration(value: object) -> bool:
     return _is_number(value) and cast(float, value) > 0
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and cast(float, value) < math.inf
 
 
 def _is_arguments(value: object) -> bool:
@@ -1261,7 +1269,7 @@ ENTRY_KEYS: _Keys = {
     "ignore_failure": (_is_switch, "true or false"),
     "rerun": (_is_switch, "true or false"),
     "on_host": (_is_switch, "true or false"),
-    "pause": (_is_positive, "a positive number of seconds, or inf"),
+    "pause": (_is_duration, "a positive number of seconds, or inf"),
     "resume": (_is_switch, "true or false"),
 }
 DATA_KEYS: dict[str, _Keys] = {
@@ -1358,9 +1366,15 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "on_host entries are not supported by this version"
 
 
-def _from_json(value: Any) -> Any:
-    """Return a start time or pause as a number; JSON has the infinities as strings."""
-    return float(value) if value in ("inf", "-inf") else value
+def _with_infinities(item: Any) -> Any:
+    """Return an entry with start time and pause as numbers; JSON has the infinities as strings."""
+    if not isinstance(item, Mapping):
+        return item
+    words = {"inf": math.inf, "-inf": -math.inf}
+    return {
+        key: words[value] if key in ("start_time", "pause") and value in list(words) else value
+        for key, value in item.items()
+    }
 
 
 def _to_json(value: Any) -> Any:
@@ -1524,7 +1538,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the duration is not positive.
         """
-        if not _is_positive(duration):
+        if not _is_duration(duration):
             raise ValueError(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
@@ -1551,10 +1565,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the first thing that is wrong with it.
         """
-        known = dict(item)
-        for key in ("start_time", "pause"):
-            if key in known:
-                known[key] = _from_json(known[key])
+        known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
             raise ValueError(faults[0])
         entry = cls(
@@ -5025,7 +5036,7 @@ EXPERIMENT_KEYS: _Keys = {
         lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
         "seconds, 0 or more",
     ),
-    "on_failure": (lambda v: v in set(OnFailure), "abort, drop or wait"),
+    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
 }
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
@@ -5108,8 +5119,9 @@ class _ExperimentReader:
         if not isinstance(document, dict):
             document = {}
             self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        for key in document.keys() - {"experiment", "vm"}:
-            self.faults.append(unknown_key(key, ["experiment", "vm"]))
+        for key in document:
+            if key not in ("experiment", "vm"):
+                self.faults.append(unknown_key(key, ["experiment", "vm"]))
         settings = document.get("experiment", {})
         self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
         tables = document.get("vm", [])
@@ -5184,7 +5196,7 @@ class _ExperimentReader:
 
     def _read_schedule(self, items: list[Any], where: str) -> str:
         entries = []
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(map(_with_infinities, items), 1):
             place = f"{where}, entry {number}"
             faults = entry_faults(item, place)
             self.faults += faults
