@@ -2657,12 +2657,12 @@ def parse_found(line: str) -> Found:
     """
     if line == "none":
         return Found(claimed=False)
-    mark, code, process, life = line.split(":")
-    if mark != "claim" or life not in ("alive", "gone"):
+    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9}) [0-9]+)?:(alive|gone)", line)
+    if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(code) if code else (None, False)
-    pid = int(process.split()[0]) if process else None
-    return Found(True, exit_code, reboot, pid, life == "alive")
+    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    pid = int(match[2]) if match[2] else None
+    return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -2671,7 +2671,7 @@ def parse_exit(text: str) -> tuple[int, bool]:
     Raises:
         ValueError: the guest wrote something else.
     """
-    match = re.fullmatch(r"(\d{1,3}) ([01])\n?", text)
+    match = re.fullmatch(r"([0-9]{1,3}) ([01])\n?", text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
