@@ -2028,16 +2028,18 @@ class VmResourceStore(_Rows):
         Raises:
             FileNotFoundError: there is no such file.
             FileExistsError: the name is taken and `force` is false.
-            ValueError: a name is unusable, or an archive holds more than plain files.
+            ValueError: a name is unusable, or an archive is damaged, unpacks to too much, or
+                holds more than plain files.
         """
         source = Path(path)
         if source.is_dir():
             raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
         with source.open("rb") as stream:
-            if self.decompress:
-                self._add_all(_unpacked(source, stream), force)
-            else:
+            if not self.decompress:
                 self._add_all([(source.name, stream)], force)
+                return
+            with _damage_told(source):
+                self._add_all(_unpacked(source, stream), force)
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
@@ -2052,13 +2054,16 @@ class VmResourceStore(_Rows):
         stored: dict[str, tuple[str, int]] = {}
         for name, stream in files:
             checked_name("file", name)
-            if name in stored:
+            if name.lower() in map(str.lower, stored):
                 raise ValueError(f"the archive holds two files named {name!r}")
             if not force and self.check_path(name):
                 raise FileExistsError(errno.EEXIST, "the store has such a file", name)
             stored[name] = put_content(self.db, stream)
+        _crash("store-before-rows")
         with self.db.transaction():
             for name, (sha256, size) in stored.items():
+                if not force and self.check_path(name):  # somebody was faster
+                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
                 self.db.connection.execute(
                     """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
                        VALUES (?, ?, ?, ?, ?)
@@ -2152,15 +2157,16 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import tarfile
     import zipfile
 
-    budget = MAX_UNPACKED_BYTES
+    budget = _Budget(source, MAX_UNPACKED_BYTES)
     if tarfile.is_tarfile(source):
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                opened = tar.extractfile(member) if member.isreg() else None
-                budget -= member.size
-                yield _member(source, member.name, opened, budget)
+                # A negative size would lead the reader back to a header it has read.
+                plain = member.isreg() and member.size >= 0
+                opened = tar.extractfile(member) if plain else None
+                yield _member(budget, member.name, opened)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
@@ -2168,22 +2174,59 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
                     continue
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
-                budget -= info.file_size
-                yield _member(source, info.filename, opened, budget)
+                yield _member(budget, info.filename, opened)
     elif source.suffix in _COMPRESSED:
         with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
-            yield source.stem, opened
+            yield _member(budget, source.stem, opened)
     else:
         yield source.name, stream
 
 
-def _member(source: Path, name: str, opened: IO[bytes] | None, budget: int) -> tuple[str, BinaryIO]:
+def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
     parts = PurePosixPath(name).parts
-    if opened is None or ".." in parts or name.startswith("/"):
-        raise ValueError(f"archive {source.name!r}: {name!r} is not a plain file inside it")
-    if budget < 0:
-        raise ValueError(f"archive {source.name!r} unpacks to over {MAX_UNPACKED_BYTES} bytes")
-    return parts[-1], cast(BinaryIO, opened)
+    if opened is None or not parts or ".." in parts or name.startswith("/"):
+        raise ValueError(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
+    budget.stream = opened
+    return parts[-1], cast(BinaryIO, budget)
+
+
+class _Budget:
+    """What is read of an archive's members, one after the other, up to a limit for all of them.
+
+    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
+    """
+
+    def __init__(self, source: Path, left: int) -> None:
+        self.source, self.left = source, left
+        self.stream: IO[bytes]
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the present member; ValueError if the limit is passed."""
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            limit = f"{MAX_UNPACKED_BYTES} bytes"
+            raise ValueError(f"archive {self.source.name!r} unpacks to over {limit}")
+        return data
+
+
+@contextlib.contextmanager
+def _damage_told(source: Path) -> Iterator[None]:
+    """Turn what readers raise for a damaged or encrypted archive into a `ValueError`."""
+    import lzma
+    import tarfile
+    import zipfile
+    import zlib
+
+    faults = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+    try:
+        yield
+    except (*faults, RuntimeError) as error:
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # it is about this host, not about the archive
+            raise
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 def unused_contents(db: Database) -> list[str]:
@@ -2657,7 +2700,7 @@ def parse_found(line: str) -> Found:
     """
     if line == "none":
         return Found(claimed=False)
-    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9}) [0-9]+)?:(alive|gone)", line)
+    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
     if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
     exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
