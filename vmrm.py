@@ -1075,11 +1075,14 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     old = found.fetchone()
     if old is None:
         raise NotFound(f"no VM {server_name!r}")
+    target = checked_move(old[0], state)
+    if target == old[0] and not reason:
+        return  # it stays, with its reason and the time since when
     connection.execute(
         """UPDATE vms SET state = :state, state_at = :now, reason = :reason
            WHERE server_name = :name""",
         {
-            "state": checked_move(old[0], state).value,
+            "state": target.value,
             "now": CLOCK.wall(),
             "reason": reason,
             "name": server_name,
@@ -2401,7 +2404,9 @@ def destroy_all(
         db = given.db if given is not None else stack.enter_context(Database())
         try:
             destroy_experiment(db)
-        except (SchemaError, Busy) as error:
+        except Conflict:
+            raise
+        except VmrmError as error:
             if not ignore_grpc_connection_errors:
                 raise ConnectionError(str(error)) from error
             (log or _log).warning("nothing destroyed: %s", error)
@@ -2855,12 +2860,16 @@ class ScheduleUpdater(threading.Thread):
 
     def run(self) -> None:
         """Look for changes until `stop_thread`; an error is logged and the next look comes."""
-        while not self._stop_asked.is_set():
-            try:
-                self._run()
-            except (RuntimeError, VmrmError, sqlite3.Error) as error:
-                self.log.error("cannot look at the schedule: %s", error)
-            self._stop_asked.wait(self.interval_time)
+        given = self.schedule_db.db
+        with Database(given.path, timeouts=given.timeouts) as own:
+            # A SQLite connection serves only the thread that opened it.
+            self.schedule_db = ScheduleDb(db=own, log=self.log)
+            while not self._stop_asked.is_set():
+                try:
+                    self._run()
+                except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                    self.log.error("cannot look at the schedule: %s", error)
+                self._stop_asked.wait(self.interval_time)
 
     def _run(self) -> None:
         """Look once; the thread's loop is in `run`."""
