@@ -298,6 +298,7 @@ def process_started(pid: int) -> int | None:
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
 _thread_locks: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_thread_locks.clear)
+_inherited: list[object] = []  # connections of a parent process, kept from every destructor
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -473,7 +474,6 @@ class Database:
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
         self._connection: sqlite3.Connection | None = None
-        self._inherited: list[object] = []  # kept, so that no destructor closes them in a child
 
     def __enter__(self) -> Self:
         return self
@@ -485,7 +485,7 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The open connection of this very process."""
         if self._connection is None or self._pid != os.getpid():
-            self._inherited.append(self._connection)
+            self.close()
             self._open()
         assert self._connection is not None
         return self._connection
@@ -627,8 +627,10 @@ class Database:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
-        """Close the connection, if this process opened one."""
-        if self._connection is not None and self._pid == os.getpid():
+        """Close the connection, if this process opened one; leave a parent's alone."""
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+        elif self._connection is not None:
             self._connection.close()
             self._writer.close()
         self._connection = None
