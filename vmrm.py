@@ -492,8 +492,10 @@ class Database:
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
-        path = self.state_dir.joinpath(*parts)
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.state_dir
+        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
+            path = path / part
+            path.mkdir(exist_ok=True, mode=0o700)
         return path
 
     def _open(self) -> None:
