@@ -2165,7 +2165,7 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import zipfile
 
     budget = _Budget(source, MAX_UNPACKED_BYTES)
-    if tarfile.is_tarfile(source):
+    if _is_tar(source):
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:
                 if member.isdir():
@@ -2187,6 +2187,20 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
             yield _member(budget, source.stem, opened)
     else:
         yield source.name, stream
+
+
+def _is_tar(source: Path) -> bool:
+    """Return whether a file is a tar archive, compressed or not, with something in it.
+
+    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
+    """
+    import tarfile
+
+    try:
+        with tarfile.open(source) as tar:
+            return tar.next() is not None
+    except tarfile.TarError:
+        return False
 
 
 def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
