@@ -298,6 +298,7 @@ def process_started(pid: int) -> int | None:
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
 _thread_locks: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_thread_locks.clear)
+_inherited: list[object] = []  # connections of a parent process, kept from every destructor
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -473,7 +474,6 @@ class Database:
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
         self._connection: sqlite3.Connection | None = None
-        self._inherited: list[object] = []  # kept, so that no destructor closes them in a child
 
     def __enter__(self) -> Self:
         return self
@@ -485,15 +485,17 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The open connection of this very process."""
         if self._connection is None or self._pid != os.getpid():
-            self._inherited.append(self._connection)
+            self.close()
             self._open()
         assert self._connection is not None
         return self._connection
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
-        path = self.state_dir.joinpath(*parts)
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.state_dir
+        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
+            path = path / part
+            path.mkdir(exist_ok=True, mode=0o700)
         return path
 
     def _open(self) -> None:
@@ -627,8 +629,10 @@ class Database:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
-        """Close the connection, if this process opened one."""
-        if self._connection is not None and self._pid == os.getpid():
+        """Close the connection, if this process opened one; leave a parent's alone."""
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+        elif self._connection is not None:
             self._connection.close()
             self._writer.close()
         self._connection = None
@@ -1075,11 +1079,14 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     old = found.fetchone()
     if old is None:
         raise NotFound(f"no VM {server_name!r}")
+    target = checked_move(old[0], state)
+    if target == old[0] and not reason:
+        return  # it stays, with its reason and the time since when
     connection.execute(
         """UPDATE vms SET state = :state, state_at = :now, reason = :reason
            WHERE server_name = :name""",
         {
-            "state": checked_move(old[0], state).value,
+            "state": target.value,
             "now": CLOCK.wall(),
             "reason": reason,
             "name": server_name,
@@ -1218,16 +1225,24 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return usable and not math.isnan(cast(float, value))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_positive(value: object) -> bool:
+def _is_duration(value: object) -> bool:
     return _is_number(value) and cast(float, value) > 0
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and cast(float, value) < math.inf
 
 
 def _is_arguments(value: object) -> bool:
@@ -1261,7 +1276,7 @@ ENTRY_KEYS: _Keys = {
     "ignore_failure": (_is_switch, "true or false"),
     "rerun": (_is_switch, "true or false"),
     "on_host": (_is_switch, "true or false"),
-    "pause": (_is_positive, "a positive number of seconds, or inf"),
+    "pause": (_is_duration, "a positive number of seconds, or inf"),
     "resume": (_is_switch, "true or false"),
 }
 DATA_KEYS: dict[str, _Keys] = {
@@ -1358,9 +1373,15 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "on_host entries are not supported by this version"
 
 
-def _from_json(value: Any) -> Any:
-    """Return a start time or pause as a number; JSON has the infinities as strings."""
-    return float(value) if value in ("inf", "-inf") else value
+def _with_infinities(item: Any) -> Any:
+    """Return an entry with start time and pause as numbers; JSON has the infinities as strings."""
+    if not isinstance(item, Mapping):
+        return item
+    words = {"inf": math.inf, "-inf": -math.inf}
+    return {
+        key: words[value] if key in ("start_time", "pause") and value in list(words) else value
+        for key, value in item.items()
+    }
 
 
 def _to_json(value: Any) -> Any:
@@ -1524,7 +1545,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the duration is not positive.
         """
-        if not _is_positive(duration):
+        if not _is_duration(duration):
             raise ValueError(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
@@ -1551,10 +1572,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the first thing that is wrong with it.
         """
-        known = dict(item)
-        for key in ("start_time", "pause"):
-            if key in known:
-                known[key] = _from_json(known[key])
+        known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
             raise ValueError(faults[0])
         entry = cls(
@@ -2017,16 +2035,18 @@ class VmResourceStore(_Rows):
         Raises:
             FileNotFoundError: there is no such file.
             FileExistsError: the name is taken and `force` is false.
-            ValueError: a name is unusable, or an archive holds more than plain files.
+            ValueError: a name is unusable, or an archive is damaged, unpacks to too much, or
+                holds more than plain files.
         """
         source = Path(path)
         if source.is_dir():
             raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
         with source.open("rb") as stream:
-            if self.decompress:
-                self._add_all(_unpacked(source, stream), force)
-            else:
+            if not self.decompress:
                 self._add_all([(source.name, stream)], force)
+                return
+            with _damage_told(source):
+                self._add_all(_unpacked(source, stream), force)
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
@@ -2041,13 +2061,16 @@ class VmResourceStore(_Rows):
         stored: dict[str, tuple[str, int]] = {}
         for name, stream in files:
             checked_name("file", name)
-            if name in stored:
+            if name.lower() in map(str.lower, stored):
                 raise ValueError(f"the archive holds two files named {name!r}")
             if not force and self.check_path(name):
                 raise FileExistsError(errno.EEXIST, "the store has such a file", name)
             stored[name] = put_content(self.db, stream)
+        _crash("store-before-rows")
         with self.db.transaction():
             for name, (sha256, size) in stored.items():
+                if not force and self.check_path(name):  # somebody was faster
+                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
                 self.db.connection.execute(
                     """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
                        VALUES (?, ?, ?, ?, ?)
@@ -2141,15 +2164,16 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import tarfile
     import zipfile
 
-    budget = MAX_UNPACKED_BYTES
-    if tarfile.is_tarfile(source):
+    budget = _Budget(source, MAX_UNPACKED_BYTES)
+    if _is_tar(source):
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                opened = tar.extractfile(member) if member.isreg() else None
-                budget -= member.size
-                yield _member(source, member.name, opened, budget)
+                # A negative size would lead the reader back to a header it has read.
+                plain = member.isreg() and member.size >= 0
+                opened = tar.extractfile(member) if plain else None
+                yield _member(budget, member.name, opened)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
@@ -2157,22 +2181,73 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
                     continue
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
-                budget -= info.file_size
-                yield _member(source, info.filename, opened, budget)
+                yield _member(budget, info.filename, opened)
     elif source.suffix in _COMPRESSED:
         with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
-            yield source.stem, opened
+            yield _member(budget, source.stem, opened)
     else:
         yield source.name, stream
 
 
-def _member(source: Path, name: str, opened: IO[bytes] | None, budget: int) -> tuple[str, BinaryIO]:
+def _is_tar(source: Path) -> bool:
+    """Return whether a file is a tar archive, compressed or not, with something in it.
+
+    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
+    """
+    import tarfile
+
+    try:
+        with tarfile.open(source) as tar:
+            return tar.next() is not None
+    except tarfile.TarError:
+        return False
+
+
+def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
     parts = PurePosixPath(name).parts
-    if opened is None or ".." in parts or name.startswith("/"):
-        raise ValueError(f"archive {source.name!r}: {name!r} is not a plain file inside it")
-    if budget < 0:
-        raise ValueError(f"archive {source.name!r} unpacks to over {MAX_UNPACKED_BYTES} bytes")
-    return parts[-1], cast(BinaryIO, opened)
+    if opened is None or not parts or ".." in parts or name.startswith("/"):
+        raise ValueError(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
+    budget.stream = opened
+    return parts[-1], cast(BinaryIO, budget)
+
+
+class _Budget:
+    """What is read of an archive's members, one after the other, up to a limit for all of them.
+
+    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
+    """
+
+    def __init__(self, source: Path, left: int) -> None:
+        self.source, self.left = source, left
+        self.stream: IO[bytes]
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the present member; ValueError if the limit is passed."""
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            limit = f"{MAX_UNPACKED_BYTES} bytes"
+            raise ValueError(f"archive {self.source.name!r} unpacks to over {limit}")
+        return data
+
+
+@contextlib.contextmanager
+def _damage_told(source: Path) -> Iterator[None]:
+    """Turn what readers raise for a damaged or encrypted archive into a `ValueError`."""
+    import lzma
+    import tarfile
+    import zipfile
+    import zlib
+
+    faults = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+    try:
+        yield
+    except (*faults, RuntimeError) as error:
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # it is about this host, not about the archive
+            raise
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 def unused_contents(db: Database) -> list[str]:
@@ -2347,7 +2422,9 @@ def destroy_all(
         db = given.db if given is not None else stack.enter_context(Database())
         try:
             destroy_experiment(db)
-        except (SchemaError, Busy) as error:
+        except Conflict:
+            raise
+        except VmrmError as error:
             if not ignore_grpc_connection_errors:
                 raise ConnectionError(str(error)) from error
             (log or _log).warning("nothing destroyed: %s", error)
@@ -2647,12 +2724,12 @@ def parse_found(line: str) -> Found:
     """
     if line == "none":
         return Found(claimed=False)
-    mark, code, process, life = line.split(":")
-    if mark != "claim" or life not in ("alive", "gone"):
+    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
+    if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(code) if code else (None, False)
-    pid = int(process.split()[0]) if process else None
-    return Found(True, exit_code, reboot, pid, life == "alive")
+    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    pid = int(match[2]) if match[2] else None
+    return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -2661,7 +2738,7 @@ def parse_exit(text: str) -> tuple[int, bool]:
     Raises:
         ValueError: the guest wrote something else.
     """
-    match = re.fullmatch(r"(\d{1,3}) ([01])\n?", text)
+    match = re.fullmatch(r"([0-9]{1,3}) ([01])\n?", text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
@@ -2802,12 +2879,16 @@ class ScheduleUpdater(threading.Thread):
 
     def run(self) -> None:
         """Look for changes until `stop_thread`; an error is logged and the next look comes."""
-        while not self._stop_asked.is_set():
-            try:
-                self._run()
-            except (RuntimeError, VmrmError, sqlite3.Error) as error:
-                self.log.error("cannot look at the schedule: %s", error)
-            self._stop_asked.wait(self.interval_time)
+        given = self.schedule_db.db
+        with Database(given.path, timeouts=given.timeouts) as own:
+            # A SQLite connection serves only the thread that opened it.
+            self.schedule_db = ScheduleDb(db=own, log=self.log)
+            while not self._stop_asked.is_set():
+                try:
+                    self._run()
+                except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                    self.log.error("cannot look at the schedule: %s", error)
+                self._stop_asked.wait(self.interval_time)
 
     def _run(self) -> None:
         """Look once; the thread's loop is in `run`."""
@@ -5042,7 +5123,7 @@ EXPERIMENT_KEYS: _Keys = {
         lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
         "seconds, 0 or more",
     ),
-    "on_failure": (lambda v: v in set(OnFailure), "abort, drop or wait"),
+    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
 }
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
@@ -5125,8 +5206,9 @@ class _ExperimentReader:
         if not isinstance(document, dict):
             document = {}
             self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        for key in document.keys() - {"experiment", "vm"}:
-            self.faults.append(unknown_key(key, ["experiment", "vm"]))
+        for key in document:
+            if key not in ("experiment", "vm"):
+                self.faults.append(unknown_key(key, ["experiment", "vm"]))
         settings = document.get("experiment", {})
         self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
         tables = document.get("vm", [])
@@ -5201,7 +5283,7 @@ class _ExperimentReader:
 
     def _read_schedule(self, items: list[Any], where: str) -> str:
         entries = []
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(map(_with_infinities, items), 1):
             place = f"{where}, entry {number}"
             faults = entry_faults(item, place)
             self.faults += faults
