@@ -29,6 +29,7 @@ import fnmatch
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -2052,7 +2053,6 @@ class VmResourceStore(_Rows):
         self, content: str | bytes, filename: str, force: bool = True
     ) -> None:
         """Add a file with the given content (text as UTF-8); errors as `add_file`."""
-        import io
 
         data = content.encode() if isinstance(content, str) else content
         self._add_all([(filename, io.BytesIO(data))], force)
@@ -2635,7 +2635,6 @@ class Found:
 
 def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
-    import io
 
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
@@ -4700,8 +4699,8 @@ class Remote:
         """Have an operation done; return its answer.
 
         Raises:
-            VmrmError: it failed in the VM (code 1), could not be begun (255 for exec, else 1),
-                or may have been done and nobody knows (255).
+            VmrmError: it failed in the VM (code 1), could not be begun, or may have been done
+                and nobody knows (255).
         """
         if _is_locked(_handler_lock(self.db, self.config["ordinal"])):
             answer = self._by_handler(operation, arguments)
@@ -4727,6 +4726,8 @@ class Remote:
                 return cast("dict[str, Any]", run_steps(steps, time_to_wait))
         except drivers.AgentError as error:
             return {"error": str(error)}
+        except Conflict as error:
+            raise VmrmError(f"VM {self.name!r}: {error}", error.hint, code=255) from error
         except drivers.DriverError as error:
             what = "it may have run: " if begun and operation == "exec" else ""
             raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
@@ -5534,7 +5535,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents, left-over requests and dead handlers' sockets.
+        fix: Whether to remove unused contents and left-over requests.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -5590,7 +5591,7 @@ class Screen:
     def show(self, result: object) -> None:
         """Print what a command returned: rows, one row, a text, or nothing."""
         if self.as_json:
-            print(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+            print(_escaped(json.dumps(result, ensure_ascii=False, indent=2, default=str)))
         elif isinstance(result, list):
             self._rows(result)
         elif isinstance(result, Mapping):
@@ -5612,13 +5613,18 @@ class Screen:
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(_escaped(text), file=sys.stderr, flush=True)
 
     def error(self, error: VmrmError) -> None:
         """Print an error and its hint on stderr."""
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_escaped(str(error))}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def _escaped(text: str) -> str:
+    """Return lines in which what could steer a terminal is written as JSON would escape it."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _cell(value: object) -> str:
@@ -5813,6 +5819,9 @@ class Pending:
     def __init__(self, run: Callable[[], object]) -> None:
         self._run = run
 
+    def __dir__(self) -> list[str]:
+        return []  # fire applies left-over words to what it finds here
+
 
 def command(method: Callable[..., object]) -> Callable[..., Any]:
     """Make a method a command: calling it checks nothing and changes nothing, but says what to do.
@@ -5827,7 +5836,14 @@ def command(method: Callable[..., object]) -> Callable[..., Any]:
     return pending
 
 
-class _Group:
+class _Public:
+    """Shows fire, which offers whatever `dir` lists, the commands and nothing else."""
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not name.startswith("_")]
+
+
+class _Group(_Public):
     """Commands of one kind, with what all of them need."""
 
     def __init__(self, main: Commands) -> None:
@@ -5903,7 +5919,7 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
-class Commands:
+class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
     Before any command: --db PATH (the database; default $VMRM_DB, else in ~/.local/state/vmrm).
@@ -5985,9 +6001,6 @@ class Commands:
         """
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
-        for name, value in (("timeout", timeout), ("start_buffer", start_buffer)):
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be 0 or more seconds")
         experiment = read_experiment(file) if file is not None else None
         db = self._db() if experiment else self._open()
         if experiment is not None:
@@ -6280,10 +6293,13 @@ class Commands:
         Args:
             fix: Remove what nothing needs any more.
         """
-        faults = check(self._open(), fix)
+        db = self._open()
+        faults = check(db, fix)
         self._screen.show(faults)
-        if faults and not fix:
-            raise VmrmError(f"{len(faults)} faults", "Remove what is unused: vmrm check --fix")
+        left = len(check(db) if fix else faults)
+        if left:
+            hint = "Remove what is unused: vmrm check --fix" if not fix else ""
+            raise VmrmError(f"{left} fault{'s' if left > 1 else ''}", hint)
         return _SHOWN
 
     @command
@@ -6293,10 +6309,17 @@ class Commands:
         Args:
             file: The copy, which must not exist.
         """
-        if Path(file).exists():
-            raise UsageError(f"{file!r} exists already")
-        with contextlib.closing(sqlite3.connect(file)) as target:
-            self._open().connection.backup(target)
+        source, copy = self._open().connection, Path(file)
+        try:
+            os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            raise UsageError(f"{file!r} exists already") from None
+        try:
+            with contextlib.closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+        except BaseException:
+            copy.unlink()
+            raise
         return None
 
 
@@ -6429,8 +6452,10 @@ def demo(screen: Screen) -> object:
             Viewer(db, screen).watch(process)
             outcome = report(db)
             screen.show(outcome.rows)
-            screen.tell(f"{outcome.summary}\n\n$ vmrm schedule show server")
-            screen.show(entry_rows(db, "server"))
+            screen.tell(outcome.summary)
+            if not screen.as_json:  # which is one document
+                screen.tell("\n$ vmrm schedule show server")
+                screen.show(entry_rows(db, "server"))
             screen.tell("\nThe transfer brought out out/server/…/served:")
             served = next((root / "out" / "server").rglob("served"))
             screen.tell(f"    {served.read_text().strip()}")
@@ -6474,22 +6499,25 @@ def _text(value: str) -> str:
 
 def _switch(value: str) -> bool:
     if value not in ("True", "False"):
-        raise _fire_error(f"{value!r} was given to a switch, which takes no value")
+        raise _fire_error(f"{value!r} follows a switch, which takes no value; put switches last")
     return value == "True"
 
 
-def _number(value: str) -> float:
+def _seconds(value: str) -> float:
+    """Return a duration; every number with a fraction on our command line is one."""
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number") from None
+        raise _fire_error(f"{value!r} is not a number of seconds") from None
+    if not 0 <= seconds < math.inf:
+        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more")
+    return seconds
 
 
 def _whole(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise _fire_error(f"{value!r} is not a whole number") from None
+    if not re.fullmatch("[1-9][0-9]{0,8}", value):
+        raise _fire_error(f"{value!r} is not a whole number, 1 or more")
+    return int(value)
 
 
 def _fire_error(message: str) -> Exception:
@@ -6498,7 +6526,7 @@ def _fire_error(message: str) -> Exception:
     return cast(Exception, FireError(message))
 
 
-_PARSERS = {"str": _text, "bool": _switch, "float": _number, "int": _whole}
+_PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
 
 
 def _teach_fire(commands: type) -> None:
@@ -6526,13 +6554,10 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     Raises:
         UsageError: a word is not understood; nothing was run.
     """
-    if len(words) == 1 and isinstance(vars(Commands).get(words[0]), type(_understand)):
-        with contextlib.suppress(TypeError):  # a command that needs words: fire says so nicely
-            return (
-                cast(Pending, getattr(commands, words[0])()) if _takes_nothing(words[0]) else None
-            )
-    import io
-
+    if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
+        return cast(Pending, getattr(commands, words[0])())
+    if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
+        raise UsageError("'--' is for exec alone, after VM", "See: vmrm exec --help")
     import fire
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
@@ -6554,7 +6579,7 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     except fire.core.FireExit as end:
         if end.code:
             raise _usage_error(said.getvalue(), words) from None
-        print(said.getvalue())
+        print(re.sub("^INFO: .*\n\n?", "", said.getvalue()))
         return None
     return understood[0] if understood else None
 
@@ -6562,7 +6587,10 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
 def _takes_nothing(name: str) -> bool:
     import inspect
 
-    parameters = list(inspect.signature(vars(Commands)[name]).parameters.values())[1:]
+    method = vars(Commands).get(name)
+    if name.startswith("_") or not inspect.isfunction(method):
+        return False
+    parameters = list(inspect.signature(method).parameters.values())[1:]
     return all(parameter.default is not parameter.empty for parameter in parameters)
 
 
@@ -6572,11 +6600,17 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
     text = re.sub(r"\x1b\[[0-9;]*m", "", line).removeprefix("ERROR: ").strip()
     text = text.replace("Could not consume arg:", "not understood:")
     text = text.replace("Cannot find key:", "no such command:")
-    named = [word for word in words[:2] if not word.startswith("-")]
-    known = [*vars(Commands), "schedule", "store"]
-    at = " ".join(named[: 2 if named[:1] in (["schedule"], ["store"]) else 1])
-    hint = f"See: vmrm {at} --help" if named and named[0] in known else "See: vmrm --help"
-    return UsageError(text[0].lower() + text[1:], hint)
+    text = text.replace("The function received no value", "no value was given")
+    known, at = dir(Commands(None, Screen())), ["vmrm"]
+    for word in words[:2]:
+        if word not in known:
+            break
+        at.append(word)
+        group = {"schedule": ScheduleCommands, "store": StoreCommands}.get(word)
+        known = [] if group is None else list(vars(group))
+    if len(at) == 1 or known:
+        text = text.replace("not understood:", "no such command:")
+    return UsageError(text[0].lower() + text[1:], f"See: {' '.join(at)} --help")
 
 
 @dataclasses.dataclass
@@ -6637,8 +6671,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _supervise(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
-        if line.words and line.words[0].startswith("_"):
-            raise UsageError(f"no such command: {line.words[0]}", "See: vmrm --help")
         commands = Commands(line.db, screen, line.tail)
         pending = _understand(commands, line.words)
         result = pending._run() if pending else _SHOWN
@@ -6654,15 +6686,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        screen.error(UsageError(_one_line(error)))
+        screen.error(UsageError(_os_words(error)))
         return 2
     except sqlite3.DatabaseError as error:
         screen.error(SchemaError(f"the database failed: {error}", "Look closer: vmrm check"))
         return 3
 
 
+def _os_words(error: ValueError | OSError) -> str:
+    """Return what the system, or a check of values, refused, as one line of ours."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)!r}: {error.strerror.lower()}"
+    return _one_line(error)
+
+
 def console() -> NoReturn:
     """Be the `vmrm` console command."""
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 
