@@ -299,6 +299,7 @@ def process_started(pid: int) -> int | None:
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
 _thread_locks: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_thread_locks.clear)
+_inherited: list[object] = []  # connections of a parent process, kept from every destructor
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -474,7 +475,6 @@ class Database:
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
         self._connection: sqlite3.Connection | None = None
-        self._inherited: list[object] = []  # kept, so that no destructor closes them in a child
 
     def __enter__(self) -> Self:
         return self
@@ -486,15 +486,17 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The open connection of this very process."""
         if self._connection is None or self._pid != os.getpid():
-            self._inherited.append(self._connection)
+            self.close()
             self._open()
         assert self._connection is not None
         return self._connection
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
-        path = self.state_dir.joinpath(*parts)
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.state_dir
+        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
+            path = path / part
+            path.mkdir(exist_ok=True, mode=0o700)
         return path
 
     def _open(self) -> None:
@@ -628,8 +630,10 @@ class Database:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
-        """Close the connection, if this process opened one."""
-        if self._connection is not None and self._pid == os.getpid():
+        """Close the connection, if this process opened one; leave a parent's alone."""
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+        elif self._connection is not None:
             self._connection.close()
             self._writer.close()
         self._connection = None
@@ -1076,11 +1080,14 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     old = found.fetchone()
     if old is None:
         raise NotFound(f"no VM {server_name!r}")
+    target = checked_move(old[0], state)
+    if target == old[0] and not reason:
+        return  # it stays, with its reason and the time since when
     connection.execute(
         """UPDATE vms SET state = :state, state_at = :now, reason = :reason
            WHERE server_name = :name""",
         {
-            "state": checked_move(old[0], state).value,
+            "state": target.value,
             "now": CLOCK.wall(),
             "reason": reason,
             "name": server_name,
@@ -1219,16 +1226,24 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return usable and not math.isnan(cast(float, value))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_positive(value: object) -> bool:
+def _is_duration(value: object) -> bool:
     return _is_number(value) and cast(float, value) > 0
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and cast(float, value) < math.inf
 
 
 def _is_arguments(value: object) -> bool:
@@ -1262,7 +1277,7 @@ ENTRY_KEYS: _Keys = {
     "ignore_failure": (_is_switch, "true or false"),
     "rerun": (_is_switch, "true or false"),
     "on_host": (_is_switch, "true or false"),
-    "pause": (_is_positive, "a positive number of seconds, or inf"),
+    "pause": (_is_duration, "a positive number of seconds, or inf"),
     "resume": (_is_switch, "true or false"),
 }
 DATA_KEYS: dict[str, _Keys] = {
@@ -1359,9 +1374,15 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "on_host entries are not supported by this version"
 
 
-def _from_json(value: Any) -> Any:
-    """Return a start time or pause as a number; JSON has the infinities as strings."""
-    return float(value) if value in ("inf", "-inf") else value
+def _with_infinities(item: Any) -> Any:
+    """Return an entry with start time and pause as numbers; JSON has the infinities as strings."""
+    if not isinstance(item, Mapping):
+        return item
+    words = {"inf": math.inf, "-inf": -math.inf}
+    return {
+        key: words[value] if key in ("start_time", "pause") and value in list(words) else value
+        for key, value in item.items()
+    }
 
 
 def _to_json(value: Any) -> Any:
@@ -1525,7 +1546,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the duration is not positive.
         """
-        if not _is_positive(duration):
+        if not _is_duration(duration):
             raise ValueError(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
@@ -1552,10 +1573,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the first thing that is wrong with it.
         """
-        known = dict(item)
-        for key in ("start_time", "pause"):
-            if key in known:
-                known[key] = _from_json(known[key])
+        known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
             raise ValueError(faults[0])
         entry = cls(
@@ -2018,16 +2036,18 @@ class VmResourceStore(_Rows):
         Raises:
             FileNotFoundError: there is no such file.
             FileExistsError: the name is taken and `force` is false.
-            ValueError: a name is unusable, or an archive holds more than plain files.
+            ValueError: a name is unusable, or an archive is damaged, unpacks to too much, or
+                holds more than plain files.
         """
         source = Path(path)
         if source.is_dir():
             raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
         with source.open("rb") as stream:
-            if self.decompress:
-                self._add_all(_unpacked(source, stream), force)
-            else:
+            if not self.decompress:
                 self._add_all([(source.name, stream)], force)
+                return
+            with _damage_told(source):
+                self._add_all(_unpacked(source, stream), force)
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
@@ -2040,13 +2060,16 @@ class VmResourceStore(_Rows):
         stored: dict[str, tuple[str, int]] = {}
         for name, stream in files:
             checked_name("file", name)
-            if name in stored:
+            if name.lower() in map(str.lower, stored):
                 raise ValueError(f"the archive holds two files named {name!r}")
             if not force and self.check_path(name):
                 raise FileExistsError(errno.EEXIST, "the store has such a file", name)
             stored[name] = put_content(self.db, stream)
+        _crash("store-before-rows")
         with self.db.transaction():
             for name, (sha256, size) in stored.items():
+                if not force and self.check_path(name):  # somebody was faster
+                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
                 self.db.connection.execute(
                     """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
                        VALUES (?, ?, ?, ?, ?)
@@ -2140,15 +2163,16 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import tarfile
     import zipfile
 
-    budget = MAX_UNPACKED_BYTES
-    if tarfile.is_tarfile(source):
+    budget = _Budget(source, MAX_UNPACKED_BYTES)
+    if _is_tar(source):
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                opened = tar.extractfile(member) if member.isreg() else None
-                budget -= member.size
-                yield _member(source, member.name, opened, budget)
+                # A negative size would lead the reader back to a header it has read.
+                plain = member.isreg() and member.size >= 0
+                opened = tar.extractfile(member) if plain else None
+                yield _member(budget, member.name, opened)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
@@ -2156,22 +2180,73 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
                     continue
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
-                budget -= info.file_size
-                yield _member(source, info.filename, opened, budget)
+                yield _member(budget, info.filename, opened)
     elif source.suffix in _COMPRESSED:
         with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
-            yield source.stem, opened
+            yield _member(budget, source.stem, opened)
     else:
         yield source.name, stream
 
 
-def _member(source: Path, name: str, opened: IO[bytes] | None, budget: int) -> tuple[str, BinaryIO]:
+def _is_tar(source: Path) -> bool:
+    """Return whether a file is a tar archive, compressed or not, with something in it.
+
+    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
+    """
+    import tarfile
+
+    try:
+        with tarfile.open(source) as tar:
+            return tar.next() is not None
+    except tarfile.TarError:
+        return False
+
+
+def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
     parts = PurePosixPath(name).parts
-    if opened is None or ".." in parts or name.startswith("/"):
-        raise ValueError(f"archive {source.name!r}: {name!r} is not a plain file inside it")
-    if budget < 0:
-        raise ValueError(f"archive {source.name!r} unpacks to over {MAX_UNPACKED_BYTES} bytes")
-    return parts[-1], cast(BinaryIO, opened)
+    if opened is None or not parts or ".." in parts or name.startswith("/"):
+        raise ValueError(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
+    budget.stream = opened
+    return parts[-1], cast(BinaryIO, budget)
+
+
+class _Budget:
+    """What is read of an archive's members, one after the other, up to a limit for all of them.
+
+    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
+    """
+
+    def __init__(self, source: Path, left: int) -> None:
+        self.source, self.left = source, left
+        self.stream: IO[bytes]
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the present member; ValueError if the limit is passed."""
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            limit = f"{MAX_UNPACKED_BYTES} bytes"
+            raise ValueError(f"archive {self.source.name!r} unpacks to over {limit}")
+        return data
+
+
+@contextlib.contextmanager
+def _damage_told(source: Path) -> Iterator[None]:
+    """Turn what readers raise for a damaged or encrypted archive into a `ValueError`."""
+    import lzma
+    import tarfile
+    import zipfile
+    import zlib
+
+    faults = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+    try:
+        yield
+    except (*faults, RuntimeError) as error:
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # it is about this host, not about the archive
+            raise
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 def unused_contents(db: Database) -> list[str]:
@@ -2346,7 +2421,9 @@ def destroy_all(
         db = given.db if given is not None else stack.enter_context(Database())
         try:
             destroy_experiment(db)
-        except (SchemaError, Busy) as error:
+        except Conflict:
+            raise
+        except VmrmError as error:
             if not ignore_grpc_connection_errors:
                 raise ConnectionError(str(error)) from error
             (log or _log).warning("nothing destroyed: %s", error)
@@ -2531,7 +2608,8 @@ for here; do
 done
 """
 
-_KILL_SCRIPT = 'kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+# Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2643,12 +2721,12 @@ def parse_found(line: str) -> Found:
     """
     if line == "none":
         return Found(claimed=False)
-    mark, code, process, life = line.split(":")
-    if mark != "claim" or life not in ("alive", "gone"):
+    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
+    if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(code) if code else (None, False)
-    pid = int(process.split()[0]) if process else None
-    return Found(True, exit_code, reboot, pid, life == "alive")
+    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    pid = int(match[2]) if match[2] else None
+    return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -2657,7 +2735,7 @@ def parse_exit(text: str) -> tuple[int, bool]:
     Raises:
         ValueError: the guest wrote something else.
     """
-    match = re.fullmatch(r"(\d{1,3}) ([01])\n?", text)
+    match = re.fullmatch(r"([0-9]{1,3}) ([01])\n?", text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
@@ -2798,12 +2876,16 @@ class ScheduleUpdater(threading.Thread):
 
     def run(self) -> None:
         """Look for changes until `stop_thread`; an error is logged and the next look comes."""
-        while not self._stop_asked.is_set():
-            try:
-                self._run()
-            except (RuntimeError, VmrmError, sqlite3.Error) as error:
-                self.log.error("cannot look at the schedule: %s", error)
-            self._stop_asked.wait(self.interval_time)
+        given = self.schedule_db.db
+        with Database(given.path, timeouts=given.timeouts) as own:
+            # A SQLite connection serves only the thread that opened it.
+            self.schedule_db = ScheduleDb(db=own, log=self.log)
+            while not self._stop_asked.is_set():
+                try:
+                    self._run()
+                except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                    self.log.error("cannot look at the schedule: %s", error)
+                self._stop_asked.wait(self.interval_time)
 
     def _run(self) -> None:
         """Look once; the thread's loop is in `run`."""
@@ -3270,6 +3352,7 @@ class VMResourceHandler:
         if not self._woken and now < self._look_at:
             return
         self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
         if version == self._seen[0] and not woken:
@@ -3334,7 +3417,7 @@ class VMResourceHandler:
         yield from self._prepare_steps()
         self._recover()
         yield from self._clock_steps()
-        if self._state() in (VMState.UNINITIALIZED, VMState.TESTING):
+        if self._state() == VMState.UNINITIALIZED:
             self.set_state(VMState.CONFIGURING)
         if self._state() == VMState.CONFIGURING:
             yield from self._configure_steps()
@@ -3345,6 +3428,11 @@ class VMResourceHandler:
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
+
+    def _check_boot(self) -> None:
+        """Notice a reboot that nobody asked for; it does not break the link to the agent."""
+        if self.driver.boot_id() != self._boot:
+            raise drivers.LinkLost("the guest was rebooted")
 
     def _state(self) -> str:
         return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
@@ -3365,22 +3453,26 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
+        if self._prepared_boot == self._boot:
+            return
+        if self.driver.is_windows:
+            raise VMFailed("Windows guests are not supported by this version")
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
             self.driver.create_paths(entry)
         work = [entry for entry in self.schedule if entry.runs_script]
-        if self._prepared_boot == self._boot or not work:
-            return
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
+        if work:
+            yield from self._stage_steps(work)
+        self._prepared_boot = self._boot
+        self._progress()
+
+    def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)
         layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
-        self._prepared_boot = self._boot
-        self._progress()
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
@@ -3558,6 +3650,7 @@ class VMResourceHandler:
         while True:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
+                self._check_boot()
                 armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
                 _crash("armed")
                 for entry in run:
@@ -3756,14 +3849,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             ended = self._ended(entry, attempt, found)
             if ended is not None:
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 return ended
             if CLOCK.monotonic() >= fetch_at:
-                self._fetch_output(entry, attempt)
+                yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(found.pid)
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 raise _EntryFailed(f"timed out after {limit:g} s and was killed")
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -3793,6 +3886,7 @@ class VMResourceHandler:
         try:
             status = self.driver.status(cast(int, found.pid))
         except drivers.UnknownPid:
+            self._check_boot()
             return self._ended_by_probe(entry, attempt)
         self._progress()
         if not status.exited:
@@ -3860,22 +3954,21 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_output(self, entry: ScheduleEntry, attempt: Attempt, final: bool = False) -> None:
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Append what the program has written since the last time to the host's logs."""
         here = self._attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
-                offset = self.output.size(entry, attempt, stream)
+                offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(
-                        f"{here}/{stream}", limit=min(room, 1 << 20), offset=offset
-                    )
+                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
                     break
-                if not final:
+                if len(data) < limit:
                     break
+                yield 0  # what is due goes first
 
     # --- recovery
 
@@ -3934,7 +4027,6 @@ class VMResourceHandler:
         _crash("start-seen")
         while True:
             yield from self._prepare_steps()
-            self._check_wall_clock()
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -3958,6 +4050,7 @@ class VMResourceHandler:
         return later
 
     def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
+        self._check_boot()
         wall = CLOCK.wall() - CLOCK.monotonic()
         armed = self._journal.arm({e.ordinal: due + wall for e, due in soon.items()}, self._boot)
         _crash("armed")
@@ -4003,7 +4096,8 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        yield [*repeating, *(self._tasks[ordinal] for ordinal in self._repeating)]
+        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        yield [*repeating, *whole]
         return True
 
     def set_current_time(self, cur_time: float) -> None:
@@ -4116,7 +4210,7 @@ class VMResourceHandler:
         root = Path(destination) if destination else self.db.directory("transfers")
         while True:
             faults: list[str] = []
-            for listed in self._list_files(location):
+            for listed in (yield from self._list_steps(location)):
                 try:
                     yield from self._pull_steps(listed, root)
                 except (OSError, ValueError) as error:
@@ -4133,13 +4227,17 @@ class VMResourceHandler:
                 self.log.warning("transfer of %s: %s", name, fault)
             yield interval
 
-    def _list_files(self, location: str) -> list[Listed]:
+    def _list_steps(self, location: str) -> Steps:
         """Return the files and directories at a guest's path or glob.
 
         Raises:
             RuntimeError: there are none, or the guest's list cannot be read.
         """
-        status = self._sh(_LIST_SCRIPT, location)
+        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
+        interval = 0.002
+        while not (status := self.driver.status(pid)).exited:
+            yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         listed = [parse_listed(record) for record in status.out.split(b"\0") if record]
@@ -5024,7 +5122,7 @@ EXPERIMENT_KEYS: _Keys = {
         lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
         "seconds, 0 or more",
     ),
-    "on_failure": (lambda v: v in set(OnFailure), "abort, drop or wait"),
+    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
 }
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
@@ -5107,8 +5205,9 @@ class _ExperimentReader:
         if not isinstance(document, dict):
             document = {}
             self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        for key in document.keys() - {"experiment", "vm"}:
-            self.faults.append(unknown_key(key, ["experiment", "vm"]))
+        for key in document:
+            if key not in ("experiment", "vm"):
+                self.faults.append(unknown_key(key, ["experiment", "vm"]))
         settings = document.get("experiment", {})
         self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
         tables = document.get("vm", [])
@@ -5183,7 +5282,7 @@ class _ExperimentReader:
 
     def _read_schedule(self, items: list[Any], where: str) -> str:
         entries = []
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(map(_with_infinities, items), 1):
             place = f"{where}, entry {number}"
             faults = entry_faults(item, place)
             self.faults += faults
