@@ -20,8 +20,9 @@ from pathlib import Path
 
 import fire  # type: ignore[import-untyped]
 import pytest
+from cli_lab import entry, lab, until
 from conftest import Cli, Result
-from labs import agents, entry, lab, until
+from lab import stand_ins
 
 import vmrm
 
@@ -60,7 +61,7 @@ def vm(db: Path, capsys: pytest.CaptureFixture[str]) -> Vm:
 @pytest.fixture
 def loaded(vm: Vm, tmp_path: Path, children: None) -> Iterator[Vm]:
     """Have two VMs with answering stand-in agents in the database; nothing runs."""
-    with agents(tmp_path / "agents", 2):
+    with stand_ins(tmp_path / "agents", 2):
         assert vm("load", lab(tmp_path, entry(-1, "echo hi"), "")).code == 0
         yield vm
 
@@ -807,7 +808,7 @@ def test_a_failing_experiment_exits_1_and_retry_mends_it(
     vm: Vm, cli: Cli, tmp_path: Path, children: None
 ) -> None:
     script = f"test -e {tmp_path}/fixed || {{ printf '\\033[31mno\\n' >&2; exit 3; }}"
-    with agents(tmp_path / "agents"):
+    with stand_ins(tmp_path / "agents", 1):
         path = lab(tmp_path, entry(0.2, script))
         result = cli("run", path)
         assert result.code == 1
@@ -857,7 +858,7 @@ def is_alive(pid: int) -> bool:
 def test_stop_leaves_guest_programs_and_stop_kill_ends_them(
     cli: Cli, tmp_path: Path, children: None, kill: bool
 ) -> None:
-    with agents(tmp_path / "agents"):
+    with stand_ins(tmp_path / "agents", 1):
         assert cli("run", "--detach", long_lab(tmp_path)).code == 2  # switches come last
         assert cli("run", tmp_path / "lab.toml", "--detach").code == 0
         until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
@@ -870,7 +871,7 @@ def test_stop_leaves_guest_programs_and_stop_kill_ends_them(
 
 
 def test_run_gives_up_at_its_timeout(cli: Cli, tmp_path: Path, children: None) -> None:
-    with agents(tmp_path / "agents"):
+    with stand_ins(tmp_path / "agents", 1):
         result = cli("run", long_lab(tmp_path), "--timeout", "1")
         assert result.code == 124
         assert "error: the experiment was stopped at its time-out" in result.err
@@ -888,7 +889,7 @@ def test_wait(loaded: Vm, cli: Cli) -> None:
 
 def test_logs_follow_until_the_end(cli: Cli, tmp_path: Path, children: None) -> None:
     script = "echo first; sleep 1; echo last"
-    with agents(tmp_path / "agents"):
+    with stand_ins(tmp_path / "agents", 1):
         assert cli("run", lab(tmp_path, entry(0.1, script)), "--detach").code == 0
         followed = cli("logs", "vm1", "--follow")
     assert followed.code == 0
@@ -917,8 +918,15 @@ def test_entries_added_to_a_running_experiment_run(live: Cli, tmp_path: Path) ->
 
 
 def test_handle_runs_one_vm_in_the_foreground(loaded: Vm, cli: Cli) -> None:
+    with subprocess.Popen(cli.command("handle", "vm1"), env=cli.environment) as handler:
+        assert loaded("wait", "vm1", "--timeout", "20").code == 0
+        refused(loaded("handle", "vm1"), "VM 'vm1' has a handler already")
+        assert cli("exec", "vm1", "echo", "through it").out == "through it\n"
+        handler.terminate()
+        assert handler.wait(20) == 128 + signal.SIGTERM
+    assert cli("run").code == 0
     done = cli("handle", "vm1")
-    assert done.code == 0, done
+    assert done.code == 0
     assert done.out.startswith("vm1\tconfigured\t-1\t1\t1\t")
 
 

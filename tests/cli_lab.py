@@ -1,28 +1,10 @@
-"""Stand-in agents and experiment files for the tests of the command line and of README."""
+"""Small experiment files for the tests of the command line and of the terminal."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@contextmanager
-def agents(folder: Path, count: int = 1) -> Iterator[Path]:
-    """Play *count* agents at ``<folder>/<n>.sock`` for the length of the block."""
-    command = [sys.executable, str(ROOT / "vmrm.py"), "agent", str(folder), "--count", str(count)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"listening\n"
-            yield folder
-        finally:
-            process.terminate()
 
 
 def lab(folder: Path, *schedules: str, buffer: float = 0) -> Path:
