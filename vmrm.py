@@ -58,6 +58,8 @@ import drivers
 if TYPE_CHECKING:
     from queue import Queue
 
+    import sqlite_utils
+
 __version__ = "0.1.0"
 
 # === errors ======================================================================================
@@ -503,6 +505,8 @@ class Database:
         if not self._create and not self.path.exists():
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
+            if self.path.is_file() and not self.state_dir.exists():
+                self._refuse_foreign()  # before anything is made beside somebody else's file
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if (kind := _file_system(self.path.parent)) in NETWORK_FILE_SYSTEMS:
                 raise UsageError(
@@ -517,6 +521,14 @@ class Database:
         except OSError as error:
             raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
         self._connect()
+
+    def _refuse_foreign(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            try:
+                if self._identity(connection)[0] not in (0, _wanted_identity()[0]):
+                    raise SchemaError(f"{str(self.path)!r} is another program's database")
+            except sqlite3.DatabaseError as error:
+                raise SchemaError(f"{str(self.path)!r} is not a database: {error}") from error
 
     def _make_private(self) -> None:
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
@@ -547,13 +559,10 @@ class Database:
             ) from error
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
-        script = Path(__file__).with_name("schema.sql").read_text()
-        wanted = tuple(
-            int(re.search(rf"PRAGMA {name} = (\d+)", script)[1])  # type: ignore[index]
-            for name in ("application_id", "user_version")
-        )
+        wanted = _wanted_identity()
         if self._identity(connection) == wanted:
             return
+        script = _schema()
         with self._writer.held():
             empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
             if empty and self._identity(connection) == (0, 0):
@@ -629,6 +638,16 @@ class Database:
         with self._writer.held():
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    @property
+    def utils(self) -> sqlite_utils.Database:
+        """This very connection as a `sqlite_utils.Database`, for scripts that look deeper.
+
+        Read with it as you like; write inside `transaction`, so that other writers wait.
+        """
+        from sqlite_utils import Database as Utils
+
+        return Utils(self.connection, execute_plugins=False)
+
     def close(self) -> None:
         """Close the connection, if this process opened one; leave a parent's alone."""
         if self._connection is not None and self._pid != os.getpid():
@@ -637,6 +656,17 @@ class Database:
             self._connection.close()
             self._writer.close()
         self._connection = None
+
+
+def _schema() -> str:
+    return Path(__file__).with_name("schema.sql").read_text()
+
+
+@functools.cache
+def _wanted_identity() -> tuple[int, int]:
+    """Return application_id and user_version of the databases that are ours."""
+    found = dict(re.findall(r"PRAGMA (application_id|user_version) = (\d+)", _schema()))
+    return int(found["application_id"]), int(found["user_version"])
 
 
 def _database(db: Database | str | os.PathLike[str] | None) -> Database:
@@ -4038,24 +4068,27 @@ class VMResourceHandler:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
         times = effective_times(self.schedule, self._resumes)
         entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
-        now, soon, later = CLOCK.monotonic(), {}, math.inf
+        now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
         for entry in self._needs(entries)[NextStep.RUN]:
-            due = self._start_monotonic + times[entry.ordinal]
-            if due - self._lead[entry.ordinal] <= now:
-                soon[entry] = due
+            at = times[entry.ordinal]
+            if at - self._lead[entry.ordinal] <= now:
+                soon[entry] = at
             else:
-                later = min(later, due - self._lead[entry.ordinal])
+                later = min(later, at - self._lead[entry.ordinal])
         if soon:
             self._arm(soon)
-        return later
+        return self._start_monotonic + later
 
     def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
+        """Arm entries by their effective times, and put them on the agenda in that order."""
         self._check_boot()
-        wall = CLOCK.wall() - CLOCK.monotonic()
-        armed = self._journal.arm({e.ordinal: due + wall for e, due in soon.items()}, self._boot)
+        assert self.start_at is not None
+        planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
+        armed = self._journal.arm(planned, self._boot)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
-            self._spawn_attempt(entry, armed[entry.ordinal], at=soon[entry])
+            due = self._start_monotonic + soon[entry]
+            self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
@@ -5419,7 +5452,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
         name=server_name,
     )
     times = effective_times(
-        entries, [r["experiment_time"] for r in resumes if r["experiment_time"]]
+        entries, [r["experiment_time"] for r in resumes if r["experiment_time"] is not None]
     )
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
@@ -5435,8 +5468,8 @@ def _entry_row(
         planned = start + at
     return {
         "entry": entry.ordinal,
-        "time": _to_json(entry.start_time),
-        "at": _to_json(at),
+        "time": _plain_time(entry.start_time),
+        "at": _plain_time(at),
         "what": entry.label,
         "outcome": row["outcome"] or "",
         "attempt": row["attempt"],
