@@ -5635,7 +5635,10 @@ class Screen:
         if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(_table(cast("Sequence[Mapping[str, Any]]", rows)))
+            table, console = _table(cast("Sequence[Mapping[str, Any]]", rows)), Console()
+            # A table too wide for the terminal is the terminal's to wrap: rich would fold words.
+            needed = console.measure(table, options=console.options.update(width=1000)).maximum
+            Console(width=max(console.width, needed), height=console.height).print(table)
             return
         for row in rows:
             cells = row.values() if isinstance(row, Mapping) else [row]
@@ -5666,19 +5669,25 @@ def _cell(value: object) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a table for people: without empty columns, times without their date."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in rows[0]:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    keys = [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
+    for key in keys:
         right = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(
             key.replace("_", " "), justify="right" if right else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(Text(_cell(value), style=_style(value)) for value in row.values()))
+        table.add_row(*(Text(_short(row[key]), style=_style(row[key])) for key in keys))
     return table
+
+
+def _short(value: object) -> str:
+    return re.sub(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d\.\d{3})Z$", r"\1", _cell(value))
 
 
 def _style(value: object) -> str:

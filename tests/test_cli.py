@@ -683,7 +683,7 @@ def test_an_unknown_vm(loaded: Vm, words: str) -> None:
 
 # === nobody answers ==============================================================================
 
-AT_ONCE = ["exec vm1 true", "info vm1", "reboot vm1", "pull vm1 /etc/motd x"]
+AT_ONCE = ["exec --timeout=0.2 vm1 true", "info vm1 --timeout=0.2", "reboot vm1 --timeout=0.2"]
 
 
 @pytest.mark.parametrize("words", AT_ONCE)
