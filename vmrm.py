@@ -2609,7 +2609,8 @@ for here; do
 done
 """
 
-_KILL_SCRIPT = 'kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+# Without "--" before the group, which dash does not know here: it would kill the leader alone.
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 
 @dataclasses.dataclass(frozen=True)
