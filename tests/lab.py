@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,21 @@ VMRM = [sys.executable, str(ROOT / "vmrm.py")]
 FAST = {"VMRM_TIMEOUT_SCALE": "0.2"}
 
 
-@contextmanager
-def stand_ins(folder: Path, count: int) -> Iterator[subprocess.Popen[bytes]]:
+def stand_ins(folder: Path, count: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Play `count` agents: sockets <folder>/<n>.sock, their file systems below <folder>/<n>/."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["setpriv", "--pdeathsig", "KILL", *VMRM, "agent", str(folder), "--count", str(count)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    return _agent(str(folder), "--count", str(count))
+
+
+def lone_agent(path: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Play one agent that may touch every file."""
+    return _agent(str(path))
+
+
+@contextmanager
+def _agent(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = ["setpriv", "--pdeathsig", "KILL", *VMRM, "agent", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"listening\n"
