@@ -436,7 +436,6 @@ DAMAGED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "bzip2 damaged": ("a.bz2", lambda: bz2.compress(b"x" * 999)[:-9] + bytes(9)),
     "no xz": ("a.xz", lambda: b"hello"),
     "tar cut short": ("a.tar", cut_tar),
-    "tar going backwards": ("a.tar", negative_tar),
     "zip encrypted": ("a.zip", encrypted_zip),
 }
 
@@ -449,3 +448,17 @@ def test_a_damaged_archive_is_a_value_error_that_names_it(
     with pytest.raises(ValueError, match=f"archive '{name}'"):
         unpacking.add_file(tmp_path / name)
     assert unpacking.list_distinct_contents() == []
+
+
+def test_a_tar_that_leads_back_to_its_own_header_is_never_followed(
+    unpacking: VmResourceStore, tmp_path: Path
+) -> None:
+    """Later Pythons do not take it for an archive at all; then it is stored as it is."""
+    (tmp_path / "a.tar").write_bytes(negative_tar())
+    try:
+        unpacking.add_file(tmp_path / "a.tar")
+    except ValueError as error:
+        assert "archive 'a.tar': 'a' is not a plain file" in str(error)
+        assert unpacking.list_distinct_contents() == []
+    else:
+        assert unpacking.get_file_hash("a.tar") == sha256(negative_tar())
