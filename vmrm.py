@@ -2030,6 +2030,30 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
+@contextlib.contextmanager
+def adding_contents(db: Database) -> Iterator[None]:
+    """Keep contents that no row names yet from being removed as unused; many may add at once."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    fd = os.open(db.directory("locks") / "store", flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_unused_contents(db: Database) -> None:
+    """Remove stored contents that nothing names; while somebody adds some, leave them all."""
+    fd = try_lock(db.directory("locks") / "store")
+    if fd is None:
+        return
+    try:
+        for path in unused_contents(db):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
 def content_path(db: Database, sha256: str) -> Path:
     """Return where the store keeps the content with this SHA-256."""
     return db.state_dir / "store" / sha256
@@ -2088,26 +2112,32 @@ class VmResourceStore(_Rows):
         self._add_all([(filename, io.BytesIO(data))], force)
 
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
-        stored: dict[str, tuple[str, int]] = {}
-        for name, stream in files:
-            checked_name("file", name)
-            if name.lower() in map(str.lower, stored):
-                raise ValueError(f"the archive holds two files named {name!r}")
-            if not force and self.check_path(name):
-                raise FileExistsError(errno.EEXIST, "the store has such a file", name)
-            stored[name] = put_content(self.db, stream)
-        _crash("store-before-rows")
-        with self.db.transaction():
-            for name, (sha256, size) in stored.items():
-                if not force and self.check_path(name):  # somebody was faster
-                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
-                self.db.connection.execute(
-                    """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
-                       VALUES (?, ?, ?, ?, ?)
-                       ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
-                           size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
-                    (self.store, name, sha256, size, CLOCK.wall()),
-                )
+        with adding_contents(self.db):
+            stored: dict[str, tuple[str, int]] = {}
+            for name, stream in files:
+                checked_name("file", name)
+                if name.lower() in map(str.lower, stored):
+                    raise ValueError(f"the archive holds two files named {name!r}")
+                self._refuse_taken(name, force)
+                stored[name] = put_content(self.db, stream)
+            _crash("store-before-rows")
+            with self.db.transaction():
+                for name, content in stored.items():
+                    self._refuse_taken(name, force)  # somebody may have been faster
+                    self._name(name, *content)
+
+    def _refuse_taken(self, name: str, force: bool) -> None:
+        if not force and self.check_path(name):
+            raise FileExistsError(errno.EEXIST, "the store has such a file", name)
+
+    def _name(self, name: str, sha256: str, size: int) -> None:
+        self.db.connection.execute(
+            """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
+               VALUES (?, ?, ?, ?, ?)
+               ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
+                   size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
+            (self.store, name, sha256, size, CLOCK.wall()),
+        )
 
     def remove_file(self, pattern: str) -> int:
         """Remove the files whose name matches a shell pattern; return how many there were.
@@ -2120,8 +2150,7 @@ class VmResourceStore(_Rows):
                 self.db.connection.execute(
                     "DELETE FROM files WHERE store = ? AND name = ?", (self.store, name)
                 )
-        for sha256 in unused_contents(self.db):
-            content_path(self.db, sha256).unlink(missing_ok=True)
+        remove_unused_contents(self.db)
         return len(names)
 
     def list_contents(self, pattern: str = "*") -> list[tuple[int, str, datetime]]:
@@ -2280,15 +2309,14 @@ def _damage_told(source: Path) -> Iterator[None]:
         raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
-def unused_contents(db: Database) -> list[str]:
-    """Return the SHA-256 of each stored content that no file and no schedule names."""
+def unused_contents(db: Database) -> list[Path]:
+    """Return each stored content that no file and no schedule names, half-written ones included."""
     named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
     texts = [row["text"] for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL")]
     return [
-        path.name
+        path
         for path in sorted(db.directory("store").iterdir())
-        if len(path.name) == 64 and path.name not in named
-        if not any(path.name in text for text in texts)
+        if path.name not in named and not any(path.name in text for text in texts)
     ]
 
 
@@ -5384,12 +5412,21 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     """
     if _is_same(db, experiment):
         return False
-    for sha256, path in experiment.files.items():
+    with adding_contents(db):
+        _store_files(db, experiment.files)
+        return _write_experiment(db, experiment)
+
+
+def _store_files(db: Database, files: Mapping[str, Path]) -> None:
+    for sha256, path in files.items():
         with path.open("rb") as stream:
             if put_content(db, stream)[0] != sha256:
                 raise UsageError(f"{str(path)!r} changed while it was being read")
+
+
+def _write_experiment(db: Database, experiment: Experiment) -> bool:
     with _changing_vms(db) as connection:
-        if _is_same(db, experiment):
+        if _is_same(db, experiment):  # somebody was faster
             return False
         connection.execute(
             """UPDATE experiments SET source = :source, content_hash = :hash,
@@ -5581,9 +5618,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
             for item in entry.items("file"):
                 where = f"file {item['filename']!r} of VM {row['server_name']!r}"
                 faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
-    leftovers = [content_path(db, sha256) for sha256 in unused_contents(db)]
-    leftovers += sorted(db.directory("store").glob(".new-*"))
-    faults += [f"store: nothing names {path.name}" for path in leftovers]
+    faults += [f"store: nothing names {path.name}" for path in unused_contents(db)]
     dead = [
         row
         for row in db.query("SELECT id, client_pid, client_started FROM requests")
@@ -5591,8 +5626,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
     if fix:
-        for path in leftovers:
-            path.unlink(missing_ok=True)
+        remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
     return faults
@@ -6378,14 +6412,13 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
     text = reader._read_schedule(items, f"vm {server_name!r}")
     if reader.faults:
         raise UsageError("\n  ".join([f"{file}: {len(reader.faults)} faults", *reader.faults]))
-    for path in reader.files.values():
-        with path.open("rb") as stream:
-            put_content(db, stream)
-    with db.transaction():
-        sql = "SELECT text FROM schedules WHERE server_name = :name"
-        present = json.loads(db.value(sql, name=server_name) or "[]")
-        both = json.dumps(present + json.loads(text), ensure_ascii=False)
-        _put_schedule(db, server_name, both, "")
+    with adding_contents(db):
+        _store_files(db, reader.files)
+        with db.transaction():
+            sql = "SELECT text FROM schedules WHERE server_name = :name"
+            present = json.loads(db.value(sql, name=server_name) or "[]")
+            both = json.dumps(present + json.loads(text), ensure_ascii=False)
+            _put_schedule(db, server_name, both, "")
     wake_vm(db, server_name)
     return {"added": len(items)}
 
