@@ -2107,7 +2107,6 @@ class VmResourceStore(_Rows):
         self, content: str | bytes, filename: str, force: bool = True
     ) -> None:
         """Add a file with the given content (text as UTF-8); errors as `add_file`."""
-
         data = content.encode() if isinstance(content, str) else content
         self._add_all([(filename, io.BytesIO(data))], force)
 
@@ -2693,7 +2692,6 @@ class Found:
 
 def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
-
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
 
@@ -5671,7 +5669,10 @@ class Screen:
         if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
             from rich.console import Console
 
-            Console().print(_table(cast("Sequence[Mapping[str, Any]]", rows)))
+            table, console = _table(cast("Sequence[Mapping[str, Any]]", rows)), Console()
+            # A table too wide for the terminal is the terminal's to wrap: rich would fold words.
+            needed = console.measure(table, options=console.options.update(width=1000)).maximum
+            Console(width=max(console.width, needed), height=console.height).print(table)
             return
         for row in rows:
             cells = row.values() if isinstance(row, Mapping) else [row]
@@ -5702,19 +5703,25 @@ def _cell(value: object) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows as a table for people: without empty columns, times without their date."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in rows[0]:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    keys = [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
+    for key in keys:
         right = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(
             key.replace("_", " "), justify="right" if right else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(Text(_cell(value), style=_style(value)) for value in row.values()))
+        table.add_row(*(Text(_short(row[key]), style=_style(row[key])) for key in keys))
     return table
+
+
+def _short(value: object) -> str:
+    return re.sub(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d\.\d{3})Z$", r"\1", _cell(value))
 
 
 def _style(value: object) -> str:
@@ -6048,6 +6055,7 @@ class Commands(_Public):
     def run(
         self,
         file: str | None = None,
+        *,
         detach: bool = False,
         timeout: float | None = None,
         start_buffer: float | None = None,
@@ -6102,7 +6110,7 @@ class Commands(_Public):
         return vm_rows(self._open())
 
     @command
-    def logs(self, vm: str, follow: bool = False) -> object:
+    def logs(self, vm: str, *, follow: bool = False) -> object:
         """Print a VM's log: what its handler did, and the output of its programs.
 
         Args:
@@ -6286,7 +6294,7 @@ class Commands(_Public):
         return {"retried": count}
 
     @command
-    def stop(self, kill: bool = False, timeout: float = 60.0) -> object:
+    def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
         """Stop the experiment: handlers leave, guest programs go on; run continues it.
 
         Args:
@@ -6305,7 +6313,7 @@ class Commands(_Public):
         return _SHOWN
 
     @command
-    def destroy(self, yes: bool = False, purge: bool = False) -> object:
+    def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
         """End the experiment: its VMs, schedules and times go, journal and logs stay.
 
         Args:
@@ -6354,7 +6362,7 @@ class Commands(_Public):
         return _SHOWN
 
     @command
-    def check(self, fix: bool = False) -> object:
+    def check(self, *, fix: bool = False) -> object:
         """Check database, file store and requests; exit code 1 if something is wrong.
 
         Args:
