@@ -48,6 +48,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import platform
 import re
@@ -530,7 +531,8 @@ class Link:
         self._frames = FrameBuffer()
         self._wait = wait
         self._sock: socket.socket | None = sock
-        self._space = memoryview(bytearray(_RECEIVE_BYTES))
+        # Mapped, not allocated: of a thousand links only those that receive much hold that much.
+        self._space = memoryview(mmap.mmap(-1, _RECEIVE_BYTES))
 
     @property
     def open(self) -> bool:
@@ -691,6 +693,9 @@ def powershell(script: str, *words: str) -> list[str]:
     quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
     return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
+
+
+_UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def _plain_path(path: str | PurePath) -> str:
@@ -1012,9 +1017,9 @@ class AbstractDriver(ABC):
         """
         default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         flavour = PureWindowsPath if self.is_windows else PurePosixPath
-        program = re.split(r"[/\\]", str(schedule_entry.executable or ""))[-1]
+        program = str(schedule_entry.executable or "").replace("\\", "/").rpartition("/")[2]
         # Leading dots and dashes would hide the directory or look like an option.
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", program).lstrip(".-")[:64] or "files"
+        name = _UNFIT_FOR_NAME.sub("_", program).lstrip(".-")[:64] or "files"
         launch = flavour(str(self.config.get("launch_dir") or default))
         wanted = launch / _time_word(schedule_entry.start_time) / name
         place = self.deconflict_agent_path(wanted)
@@ -1034,6 +1039,7 @@ def _windows_date(seconds: float) -> str:
 _PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
 _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
+_BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 _BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
 
@@ -1571,7 +1577,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError as error:
             self.log.debug("the guest has no boot id: %s", error)
             return ""
-        match = re.fullmatch(rb"\s*([0-9A-Za-z-]+)\s*", text)
+        match = _BOOT_ID.fullmatch(text)
         return match[1].decode() if match else ""
 
     # --- strict: programs ---
@@ -2221,7 +2227,9 @@ class StandInAgent:
             raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
         if self._frozen and command not in _ALLOWED_FROZEN:
             reason = "the command is not allowed while frozen"
-            raise RequestRefused(f"Command {command} has been disabled: {reason}", "CommandNotFound")
+            raise RequestRefused(
+                f"Command {command} has been disabled: {reason}", "CommandNotFound"
+            )
         method, parameters = _COMMANDS[command]
         self._check_arguments(arguments, parameters)
         words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
