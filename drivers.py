@@ -33,7 +33,6 @@ Facts about the protocol come from QEMU's qga/qapi-schema.json and from measurem
 qemu-ga 7.2 and 10.2. This module needs the standard library alone.
 """
 # Errors are named by what happened (NoAnswer, Frozen), as the caller reads them.
-# ruff: noqa: N818
 
 from __future__ import annotations
 
@@ -52,6 +51,7 @@ import mmap
 import os
 import platform
 import re
+import reprlib
 import resource
 import secrets
 import select
@@ -75,8 +75,8 @@ from typing import IO, Any, BinaryIO
 
 
 def _one_line(text: str) -> str:
-    """Return *text* as one printable line, whatever a guest put into it."""
-    flat = " ".join(text.split())
+    """Return *text* as one printable line of bounded length, whatever a guest put into it."""
+    flat = " ".join(text[:1000].split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flat)
 
 
@@ -151,8 +151,9 @@ class ReplyError(ProtocolError):
     """`reply` does not fit the request `sent` (a command's name, or "" if none is known)."""
 
     def __init__(self, reason: str, reply: Any, sent: str = "") -> None:
-        super().__init__(f"reply to {sent!r} {reason}: {repr(reply)[:120]}")
-        self.reply = repr(reply)[:1000]
+        # A hostile reply may be huge or nested too deeply for repr().
+        self.reply = reprlib.repr(reply)
+        super().__init__(f"reply to {sent!r} {reason}: {self.reply}")
         self.sent = sent
 
 
@@ -169,7 +170,7 @@ class AgentError(DriverError):
     def __init__(self, class_: str, desc: str, sent: str, hint: str = "") -> None:
         super().__init__(f"{sent} failed in the guest: {desc}", hint)
         self.class_ = class_
-        self.desc = desc
+        self.desc = desc[:1000]
         self.sent = sent
 
 
@@ -630,7 +631,9 @@ class Link:
             try:
                 rest = rest[sock.send(rest) :]
             except BlockingIOError:
-                if not self._wait(sock.fileno(), select.POLLOUT, deadline.remaining()):
+                if deadline.expired or not self._wait(
+                    sock.fileno(), select.POLLOUT, deadline.remaining()
+                ):
                     raise DriverTimeout(f"sending {what}", deadline.seconds) from None
             except OSError as error:
                 raise LinkLost(f"connection was lost while sending {what}: {error}") from error
@@ -638,7 +641,8 @@ class Link:
     def _receive(self, deadline: Deadline, what: str, accept: bool = True) -> None:
         """Wait for bytes, take them in and, unless a sync goes on, hand out what is complete."""
         sock = self._live()
-        if not self._wait(sock.fileno(), select.POLLIN, deadline.remaining()):
+        # A guest that never pauses must not outlast the deadline either.
+        if deadline.expired or not self._wait(sock.fileno(), select.POLLIN, deadline.remaining()):
             raise DriverTimeout(what, deadline.seconds)
         try:
             size = sock.recv_into(self._space)
@@ -2004,7 +2008,7 @@ class _Program:
         output = subprocess.PIPE if capture else subprocess.DEVNULL
         stdin = subprocess.DEVNULL if input_data is None else subprocess.PIPE
         # Every descriptor of this process is closed on exec already.
-        self._process = subprocess.Popen(  # noqa: S603 - running what it is told is its purpose
+        self._process = subprocess.Popen(
             argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/", close_fds=False,
             process_group=0, bufsize=0,
         )  # fmt: skip

@@ -59,7 +59,7 @@ CREATE TABLE vms (
 CREATE TABLE schedules (
     server_name TEXT PRIMARY KEY COLLATE NOCASE,
     generation INTEGER NOT NULL DEFAULT 1,
-    text TEXT CHECK (json_valid(text)),
+    text TEXT CHECK (text IS NULL OR json_valid(text)),
     vm_resources_ip TEXT NOT NULL DEFAULT '',
     put_at REAL NOT NULL
 ) STRICT;
@@ -119,7 +119,7 @@ CREATE TABLE requests (
     claimed_by INTEGER,                        -- the handler's pid
     withdrawn INTEGER NOT NULL DEFAULT 0 CHECK (withdrawn IN (0, 1)),
     answered_at REAL,
-    answer TEXT CHECK (json_valid(answer)),
+    answer TEXT CHECK (answer IS NULL OR json_valid(answer)),
     CHECK (NOT (withdrawn AND claimed_by IS NOT NULL))
 ) STRICT;
 CREATE INDEX open_requests ON requests (server_name) WHERE answered_at IS NULL;

@@ -29,6 +29,7 @@ import fnmatch
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -56,6 +57,8 @@ import drivers
 
 if TYPE_CHECKING:
     from queue import Queue
+
+    import sqlite_utils
 
 __version__ = "0.1.0"
 
@@ -302,6 +305,7 @@ def process_started(pid: int) -> int | None:
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
 _thread_locks: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_thread_locks.clear)
+_inherited: list[object] = []  # connections of a parent process, kept from every destructor
 
 NETWORK_FILE_SYSTEMS = frozenset(
     [
@@ -448,20 +452,6 @@ def try_lock(path: Path) -> int | None:
     return fd
 
 
-@functools.cache
-def _schema() -> tuple[str, tuple[int, int]]:
-    """Return the text of schema.sql, and the application id and version that it sets.
-
-    Read once: the supervisor has it before it forks, so that a thousand handlers share it.
-    """
-    script = Path(__file__).with_name("schema.sql").read_text()
-    first, second = (
-        int(re.search(rf"PRAGMA {name} = (\d+)", script)[1])  # type: ignore[index]
-        for name in ("application_id", "user_version")
-    )
-    return script, (first, second)
-
-
 class Database:
     """One connection to the database file, and the state directory beside it.
 
@@ -491,7 +481,6 @@ class Database:
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
         self._connection: sqlite3.Connection | None = None
-        self._inherited: list[object] = []  # kept, so that no destructor closes them in a child
 
     def __enter__(self) -> Self:
         return self
@@ -503,21 +492,25 @@ class Database:
     def connection(self) -> sqlite3.Connection:
         """The open connection of this very process."""
         if self._connection is None or self._pid != os.getpid():
-            self._inherited.append(self._connection)
+            self.close()
             self._open()
         assert self._connection is not None
         return self._connection
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
-        path = self.state_dir.joinpath(*parts)
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.state_dir
+        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
+            path = path / part
+            path.mkdir(exist_ok=True, mode=0o700)
         return path
 
     def _open(self) -> None:
         if not self._create and not self.path.exists():
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
+            if self.path.is_file() and not self.state_dir.exists():
+                self._refuse_foreign()  # before anything is made beside somebody else's file
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             if (kind := _file_system(self.path.parent)) in NETWORK_FILE_SYSTEMS:
                 raise UsageError(
@@ -532,6 +525,14 @@ class Database:
         except OSError as error:
             raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
         self._connect()
+
+    def _refuse_foreign(self) -> None:
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            try:
+                if self._identity(connection)[0] not in (0, _wanted_identity()[0]):
+                    raise SchemaError(f"{str(self.path)!r} is another program's database")
+            except sqlite3.DatabaseError as error:
+                raise SchemaError(f"{str(self.path)!r} is not a database: {error}") from error
 
     def _make_private(self) -> None:
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
@@ -562,9 +563,10 @@ class Database:
             ) from error
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
-        script, wanted = _schema()
+        wanted = _wanted_identity()
         if self._identity(connection) == wanted:
             return
+        script = _schema()
         with self._writer.held():
             empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
             if empty and self._identity(connection) == (0, 0):
@@ -640,12 +642,35 @@ class Database:
         with self._writer.held():
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    @property
+    def utils(self) -> sqlite_utils.Database:
+        """This very connection as a `sqlite_utils.Database`, for scripts that look deeper.
+
+        Read with it as you like; write inside `transaction`, so that other writers wait.
+        """
+        from sqlite_utils import Database as Utils
+
+        return Utils(self.connection, execute_plugins=False)
+
     def close(self) -> None:
-        """Close the connection, if this process opened one."""
-        if self._connection is not None and self._pid == os.getpid():
+        """Close the connection, if this process opened one; leave a parent's alone."""
+        if self._connection is not None and self._pid != os.getpid():
+            _inherited.append(self._connection)
+        elif self._connection is not None:
             self._connection.close()
             self._writer.close()
         self._connection = None
+
+
+def _schema() -> str:
+    return Path(__file__).with_name("schema.sql").read_text()
+
+
+@functools.cache
+def _wanted_identity() -> tuple[int, int]:
+    """Return application_id and user_version of the databases that are ours."""
+    found = dict(re.findall(r"PRAGMA (application_id|user_version) = (\d+)", _schema()))
+    return int(found["application_id"]), int(found["user_version"])
 
 
 def _database(db: Database | str | os.PathLike[str] | None) -> Database:
@@ -1089,11 +1114,14 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     old = found.fetchone()
     if old is None:
         raise NotFound(f"no VM {server_name!r}")
+    target = checked_move(old[0], state)
+    if target == old[0] and not reason:
+        return  # it stays, with its reason and the time since when
     connection.execute(
         """UPDATE vms SET state = :state, state_at = :now, reason = :reason
            WHERE server_name = :name""",
         {
-            "state": checked_move(old[0], state).value,
+            "state": target.value,
             "now": CLOCK.wall(),
             "reason": reason,
             "name": server_name,
@@ -1232,16 +1260,24 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return usable and not math.isnan(cast(float, value))
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_positive(value: object) -> bool:
+def _is_duration(value: object) -> bool:
     return _is_number(value) and cast(float, value) > 0
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and cast(float, value) < math.inf
 
 
 def _is_arguments(value: object) -> bool:
@@ -1275,7 +1311,7 @@ ENTRY_KEYS: _Keys = {
     "ignore_failure": (_is_switch, "true or false"),
     "rerun": (_is_switch, "true or false"),
     "on_host": (_is_switch, "true or false"),
-    "pause": (_is_positive, "a positive number of seconds, or inf"),
+    "pause": (_is_duration, "a positive number of seconds, or inf"),
     "resume": (_is_switch, "true or false"),
 }
 DATA_KEYS: dict[str, _Keys] = {
@@ -1372,9 +1408,15 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "on_host entries are not supported by this version"
 
 
-def _from_json(value: Any) -> Any:
-    """Return a start time or pause as a number; JSON has the infinities as strings."""
-    return float(value) if value in ("inf", "-inf") else value
+def _with_infinities(item: Any) -> Any:
+    """Return an entry with start time and pause as numbers; JSON has the infinities as strings."""
+    if not isinstance(item, Mapping):
+        return item
+    words = {"inf": math.inf, "-inf": -math.inf}
+    return {
+        key: words[value] if key in ("start_time", "pause") and value in list(words) else value
+        for key, value in item.items()
+    }
 
 
 def _to_json(value: Any) -> Any:
@@ -1538,7 +1580,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the duration is not positive.
         """
-        if not _is_positive(duration):
+        if not _is_duration(duration):
             raise ValueError(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
@@ -1565,10 +1607,7 @@ class ScheduleEntry:
         Raises:
             ValueError: the first thing that is wrong with it.
         """
-        known = dict(item)
-        for key in ("start_time", "pause"):
-            if key in known:
-                known[key] = _from_json(known[key])
+        known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
             raise ValueError(faults[0])
         entry = cls(
@@ -2031,22 +2070,23 @@ class VmResourceStore(_Rows):
         Raises:
             FileNotFoundError: there is no such file.
             FileExistsError: the name is taken and `force` is false.
-            ValueError: a name is unusable, or an archive holds more than plain files.
+            ValueError: a name is unusable, or an archive is damaged, unpacks to too much, or
+                holds more than plain files.
         """
         source = Path(path)
         if source.is_dir():
             raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
         with source.open("rb") as stream:
-            if self.decompress:
-                self._add_all(_unpacked(source, stream), force)
-            else:
+            if not self.decompress:
                 self._add_all([(source.name, stream)], force)
+                return
+            with _damage_told(source):
+                self._add_all(_unpacked(source, stream), force)
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
     ) -> None:
         """Add a file with the given content (text as UTF-8); errors as `add_file`."""
-        import io
 
         data = content.encode() if isinstance(content, str) else content
         self._add_all([(filename, io.BytesIO(data))], force)
@@ -2055,13 +2095,16 @@ class VmResourceStore(_Rows):
         stored: dict[str, tuple[str, int]] = {}
         for name, stream in files:
             checked_name("file", name)
-            if name in stored:
+            if name.lower() in map(str.lower, stored):
                 raise ValueError(f"the archive holds two files named {name!r}")
             if not force and self.check_path(name):
                 raise FileExistsError(errno.EEXIST, "the store has such a file", name)
             stored[name] = put_content(self.db, stream)
+        _crash("store-before-rows")
         with self.db.transaction():
             for name, (sha256, size) in stored.items():
+                if not force and self.check_path(name):  # somebody was faster
+                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
                 self.db.connection.execute(
                     """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
                        VALUES (?, ?, ?, ?, ?)
@@ -2155,15 +2198,16 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import tarfile
     import zipfile
 
-    budget = MAX_UNPACKED_BYTES
-    if tarfile.is_tarfile(source):
+    budget = _Budget(source, MAX_UNPACKED_BYTES)
+    if _is_tar(source):
         with tarfile.open(fileobj=stream) as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                opened = tar.extractfile(member) if member.isreg() else None
-                budget -= member.size
-                yield _member(source, member.name, opened, budget)
+                # A negative size would lead the reader back to a header it has read.
+                plain = member.isreg() and member.size >= 0
+                opened = tar.extractfile(member) if plain else None
+                yield _member(budget, member.name, opened)
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
@@ -2171,22 +2215,73 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
                     continue
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
-                budget -= info.file_size
-                yield _member(source, info.filename, opened, budget)
+                yield _member(budget, info.filename, opened)
     elif source.suffix in _COMPRESSED:
         with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
-            yield source.stem, opened
+            yield _member(budget, source.stem, opened)
     else:
         yield source.name, stream
 
 
-def _member(source: Path, name: str, opened: IO[bytes] | None, budget: int) -> tuple[str, BinaryIO]:
+def _is_tar(source: Path) -> bool:
+    """Return whether a file is a tar archive, compressed or not, with something in it.
+
+    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
+    """
+    import tarfile
+
+    try:
+        with tarfile.open(source) as tar:
+            return tar.next() is not None
+    except tarfile.TarError:
+        return False
+
+
+def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
     parts = PurePosixPath(name).parts
-    if opened is None or ".." in parts or name.startswith("/"):
-        raise ValueError(f"archive {source.name!r}: {name!r} is not a plain file inside it")
-    if budget < 0:
-        raise ValueError(f"archive {source.name!r} unpacks to over {MAX_UNPACKED_BYTES} bytes")
-    return parts[-1], cast(BinaryIO, opened)
+    if opened is None or not parts or ".." in parts or name.startswith("/"):
+        raise ValueError(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
+    budget.stream = opened
+    return parts[-1], cast(BinaryIO, budget)
+
+
+class _Budget:
+    """What is read of an archive's members, one after the other, up to a limit for all of them.
+
+    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
+    """
+
+    def __init__(self, source: Path, left: int) -> None:
+        self.source, self.left = source, left
+        self.stream: IO[bytes]
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes of the present member; ValueError if the limit is passed."""
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            limit = f"{MAX_UNPACKED_BYTES} bytes"
+            raise ValueError(f"archive {self.source.name!r} unpacks to over {limit}")
+        return data
+
+
+@contextlib.contextmanager
+def _damage_told(source: Path) -> Iterator[None]:
+    """Turn what readers raise for a damaged or encrypted archive into a `ValueError`."""
+    import lzma
+    import tarfile
+    import zipfile
+    import zlib
+
+    faults = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+    try:
+        yield
+    except (*faults, RuntimeError) as error:
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # it is about this host, not about the archive
+            raise
+        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 def unused_contents(db: Database) -> list[str]:
@@ -2361,7 +2456,9 @@ def destroy_all(
         db = given.db if given is not None else stack.enter_context(Database())
         try:
             destroy_experiment(db)
-        except (SchemaError, Busy) as error:
+        except Conflict:
+            raise
+        except VmrmError as error:
             if not ignore_grpc_connection_errors:
                 raise ConnectionError(str(error)) from error
             (log or _log).warning("nothing destroyed: %s", error)
@@ -2546,7 +2643,8 @@ for here; do
 done
 """
 
-_KILL_SCRIPT = 'kill -"$1" -- "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+# Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2571,7 +2669,6 @@ class Found:
 
 def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
-    import io
 
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
@@ -2663,15 +2760,15 @@ def parse_found(line: str) -> Found:
     """
     if line == "none":
         return Found(claimed=False)
-    mark, code, process, life = line.split(":")
-    if mark != "claim" or life not in ("alive", "gone"):
+    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
+    if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(code) if code else (None, False)
-    pid = int(process.split()[0]) if process else None
-    return Found(True, exit_code, reboot, pid, life == "alive")
+    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    pid = int(match[2]) if match[2] else None
+    return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
-_EXIT_WORDS = re.compile(r"(\d{1,3}) ([01])\n?")
+_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -2821,12 +2918,16 @@ class ScheduleUpdater(threading.Thread):
 
     def run(self) -> None:
         """Look for changes until `stop_thread`; an error is logged and the next look comes."""
-        while not self._stop_asked.is_set():
-            try:
-                self._run()
-            except (RuntimeError, VmrmError, sqlite3.Error) as error:
-                self.log.error("cannot look at the schedule: %s", error)
-            self._stop_asked.wait(self.interval_time)
+        given = self.schedule_db.db
+        with Database(given.path, timeouts=given.timeouts) as own:
+            # A SQLite connection serves only the thread that opened it.
+            self.schedule_db = ScheduleDb(db=own, log=self.log)
+            while not self._stop_asked.is_set():
+                try:
+                    self._run()
+                except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                    self.log.error("cannot look at the schedule: %s", error)
+                self._stop_asked.wait(self.interval_time)
 
     def _run(self) -> None:
         """Look once; the thread's loop is in `run`."""
@@ -3023,7 +3124,7 @@ def plug_ins() -> set[type[drivers.AbstractDriver]]:
     each handler a quarter of a mebibyte, in the caches of abstract base classes.
     """
     found: set[type[drivers.AbstractDriver]] = set()
-    below: list[type[drivers.AbstractDriver]] = [drivers.AbstractDriver]
+    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
     while below:
         below += (item := below.pop()).__subclasses__()
         if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
@@ -3303,6 +3404,7 @@ class VMResourceHandler:
         if not self._woken and now < self._look_at:
             return
         self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
         if version == self._seen[0] and not woken:
@@ -3367,7 +3469,7 @@ class VMResourceHandler:
         yield from self._prepare_steps()
         self._recover()
         yield from self._clock_steps()
-        if self._state() in (VMState.UNINITIALIZED, VMState.TESTING):
+        if self._state() == VMState.UNINITIALIZED:
             self.set_state(VMState.CONFIGURING)
         if self._state() == VMState.CONFIGURING:
             yield from self._configure_steps()
@@ -3378,6 +3480,11 @@ class VMResourceHandler:
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
+
+    def _check_boot(self) -> None:
+        """Notice a reboot that nobody asked for; it does not break the link to the agent."""
+        if self.driver.boot_id() != self._boot:
+            raise drivers.LinkLost("the guest was rebooted")
 
     def _state(self) -> str:
         return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
@@ -3398,22 +3505,26 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
+        if self._prepared_boot == self._boot:
+            return
+        if self.driver.is_windows:
+            raise VMFailed("Windows guests are not supported by this version")
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
             self.driver.create_paths(entry)
         work = [entry for entry in self.schedule if entry.runs_script]
-        if self._prepared_boot == self._boot or not work:
-            return
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
+        if work:
+            yield from self._stage_steps(work)
+        self._prepared_boot = self._boot
+        self._progress()
+
+    def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)
         layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
-        self._prepared_boot = self._boot
-        self._progress()
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
@@ -3591,6 +3702,7 @@ class VMResourceHandler:
         while True:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
+                self._check_boot()
                 armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
                 _crash("armed")
                 for entry in run:
@@ -3789,14 +3901,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             ended = self._ended(entry, attempt, found)
             if ended is not None:
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 return ended
             if CLOCK.monotonic() >= fetch_at:
-                self._fetch_output(entry, attempt)
+                yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(found.pid)
-                self._fetch_output(entry, attempt, final=True)
+                yield from self._fetch_steps(entry, attempt)
                 raise _EntryFailed(f"timed out after {limit:g} s and was killed")
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -3826,6 +3938,7 @@ class VMResourceHandler:
         try:
             status = self.driver.status(cast(int, found.pid))
         except drivers.UnknownPid:
+            self._check_boot()
             return self._ended_by_probe(entry, attempt)
         self._progress()
         if not status.exited:
@@ -3893,22 +4006,21 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_output(self, entry: ScheduleEntry, attempt: Attempt, final: bool = False) -> None:
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Append what the program has written since the last time to the host's logs."""
         here = self._attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
-                offset = self.output.size(entry, attempt, stream)
+                offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(
-                        f"{here}/{stream}", limit=min(room, 1 << 20), offset=offset
-                    )
+                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
                     break
-                if not final:
+                if len(data) < limit:
                     break
+                yield 0  # what is due goes first
 
     # --- recovery
 
@@ -3967,7 +4079,6 @@ class VMResourceHandler:
         _crash("start-seen")
         while True:
             yield from self._prepare_steps()
-            self._check_wall_clock()
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -3979,23 +4090,27 @@ class VMResourceHandler:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
         times = effective_times(self.schedule, self._resumes)
         entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
-        now, soon, later = CLOCK.monotonic(), {}, math.inf
+        now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
         for entry in self._needs(entries)[NextStep.RUN]:
-            due = self._start_monotonic + times[entry.ordinal]
-            if due - self._lead[entry.ordinal] <= now:
-                soon[entry] = due
+            at = times[entry.ordinal]
+            if at - self._lead[entry.ordinal] <= now:
+                soon[entry] = at
             else:
-                later = min(later, due - self._lead[entry.ordinal])
+                later = min(later, at - self._lead[entry.ordinal])
         if soon:
             self._arm(soon)
-        return later
+        return self._start_monotonic + later
 
     def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
-        wall = CLOCK.wall() - CLOCK.monotonic()
-        armed = self._journal.arm({e.ordinal: due + wall for e, due in soon.items()}, self._boot)
+        """Arm entries by their effective times, and put them on the agenda in that order."""
+        self._check_boot()
+        assert self.start_at is not None
+        planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
+        armed = self._journal.arm(planned, self._boot)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
-            self._spawn_attempt(entry, armed[entry.ordinal], at=soon[entry])
+            due = self._start_monotonic + soon[entry]
+            self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
@@ -4036,7 +4151,8 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        yield [*repeating, *(self._tasks[ordinal] for ordinal in self._repeating)]
+        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        yield [*repeating, *whole]
         return True
 
     def set_current_time(self, cur_time: float) -> None:
@@ -4149,7 +4265,7 @@ class VMResourceHandler:
         root = Path(destination) if destination else self.db.directory("transfers")
         while True:
             faults: list[str] = []
-            for listed in self._list_files(location):
+            for listed in (yield from self._list_steps(location)):
                 try:
                     yield from self._pull_steps(listed, root)
                 except (OSError, ValueError) as error:
@@ -4166,13 +4282,17 @@ class VMResourceHandler:
                 self.log.warning("transfer of %s: %s", name, fault)
             yield interval
 
-    def _list_files(self, location: str) -> list[Listed]:
+    def _list_steps(self, location: str) -> Steps:
         """Return the files and directories at a guest's path or glob.
 
         Raises:
             RuntimeError: there are none, or the guest's list cannot be read.
         """
-        status = self._sh(_LIST_SCRIPT, location)
+        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
+        interval = 0.002
+        while not (status := self.driver.status(pid)).exited:
+            yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         listed = [parse_listed(record) for record in status.out.split(b"\0") if record]
@@ -4632,8 +4752,8 @@ class Remote:
         """Have an operation done; return its answer.
 
         Raises:
-            VmrmError: it failed in the VM (code 1), could not be begun (255 for exec, else 1),
-                or may have been done and nobody knows (255).
+            VmrmError: it failed in the VM (code 1), could not be begun, or may have been done
+                and nobody knows (255).
         """
         if _is_locked(_handler_lock(self.db, self.config["ordinal"])):
             answer = self._by_handler(operation, arguments)
@@ -4659,6 +4779,8 @@ class Remote:
                 return cast("dict[str, Any]", run_steps(steps, time_to_wait))
         except drivers.AgentError as error:
             return {"error": str(error)}
+        except Conflict as error:
+            raise VmrmError(f"VM {self.name!r}: {error}", error.hint, code=255) from error
         except drivers.DriverError as error:
             what = "it may have run: " if begun and operation == "exec" else ""
             raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
@@ -5055,7 +5177,7 @@ EXPERIMENT_KEYS: _Keys = {
         lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
         "seconds, 0 or more",
     ),
-    "on_failure": (lambda v: v in set(OnFailure), "abort, drop or wait"),
+    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
 }
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
@@ -5138,8 +5260,9 @@ class _ExperimentReader:
         if not isinstance(document, dict):
             document = {}
             self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        for key in document.keys() - {"experiment", "vm"}:
-            self.faults.append(unknown_key(key, ["experiment", "vm"]))
+        for key in document:
+            if key not in ("experiment", "vm"):
+                self.faults.append(unknown_key(key, ["experiment", "vm"]))
         settings = document.get("experiment", {})
         self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
         tables = document.get("vm", [])
@@ -5214,7 +5337,7 @@ class _ExperimentReader:
 
     def _read_schedule(self, items: list[Any], where: str) -> str:
         entries = []
-        for number, item in enumerate(items, 1):
+        for number, item in enumerate(map(_with_infinities, items), 1):
             place = f"{where}, entry {number}"
             faults = entry_faults(item, place)
             self.faults += faults
@@ -5351,7 +5474,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
         name=server_name,
     )
     times = effective_times(
-        entries, [r["experiment_time"] for r in resumes if r["experiment_time"]]
+        entries, [r["experiment_time"] for r in resumes if r["experiment_time"] is not None]
     )
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
@@ -5367,8 +5490,8 @@ def _entry_row(
         planned = start + at
     return {
         "entry": entry.ordinal,
-        "time": _to_json(entry.start_time),
-        "at": _to_json(at),
+        "time": _plain_time(entry.start_time),
+        "at": _plain_time(at),
         "what": entry.label,
         "outcome": row["outcome"] or "",
         "attempt": row["attempt"],
@@ -5465,7 +5588,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents, left-over requests and dead handlers' sockets.
+        fix: Whether to remove unused contents and left-over requests.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -5521,7 +5644,7 @@ class Screen:
     def show(self, result: object) -> None:
         """Print what a command returned: rows, one row, a text, or nothing."""
         if self.as_json:
-            print(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+            print(_escaped(json.dumps(result, ensure_ascii=False, indent=2, default=str)))
         elif isinstance(result, list):
             self._rows(result)
         elif isinstance(result, Mapping):
@@ -5543,13 +5666,18 @@ class Screen:
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(_escaped(text), file=sys.stderr, flush=True)
 
     def error(self, error: VmrmError) -> None:
         """Print an error and its hint on stderr."""
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_escaped(str(error))}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def _escaped(text: str) -> str:
+    """Return lines in which what could steer a terminal is written as JSON would escape it."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _cell(value: object) -> str:
@@ -5744,6 +5872,9 @@ class Pending:
     def __init__(self, run: Callable[[], object]) -> None:
         self._run = run
 
+    def __dir__(self) -> list[str]:
+        return []  # fire applies left-over words to what it finds here
+
 
 def command(method: Callable[..., object]) -> Callable[..., Any]:
     """Make a method a command: calling it checks nothing and changes nothing, but says what to do.
@@ -5758,7 +5889,14 @@ def command(method: Callable[..., object]) -> Callable[..., Any]:
     return pending
 
 
-class _Group:
+class _Public:
+    """Shows fire, which offers whatever `dir` lists, the commands and nothing else."""
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if not name.startswith("_")]
+
+
+class _Group(_Public):
     """Commands of one kind, with what all of them need."""
 
     def __init__(self, main: Commands) -> None:
@@ -5834,7 +5972,7 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
-class Commands:
+class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
     Before any command: --db PATH (the database; default $VMRM_DB, else in ~/.local/state/vmrm).
@@ -5916,9 +6054,6 @@ class Commands:
         """
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
-        for name, value in (("timeout", timeout), ("start_buffer", start_buffer)):
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be 0 or more seconds")
         experiment = read_experiment(file) if file is not None else None
         db = self._db() if experiment else self._open()
         if experiment is not None:
@@ -6211,10 +6346,13 @@ class Commands:
         Args:
             fix: Remove what nothing needs any more.
         """
-        faults = check(self._open(), fix)
+        db = self._open()
+        faults = check(db, fix)
         self._screen.show(faults)
-        if faults and not fix:
-            raise VmrmError(f"{len(faults)} faults", "Remove what is unused: vmrm check --fix")
+        left = len(check(db) if fix else faults)
+        if left:
+            hint = "Remove what is unused: vmrm check --fix" if not fix else ""
+            raise VmrmError(f"{left} fault{'s' if left > 1 else ''}", hint)
         return _SHOWN
 
     @command
@@ -6224,10 +6362,17 @@ class Commands:
         Args:
             file: The copy, which must not exist.
         """
-        if Path(file).exists():
-            raise UsageError(f"{file!r} exists already")
-        with contextlib.closing(sqlite3.connect(file)) as target:
-            self._open().connection.backup(target)
+        source, copy = self._open().connection, Path(file)
+        try:
+            os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            raise UsageError(f"{file!r} exists already") from None
+        try:
+            with contextlib.closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+        except BaseException:
+            copy.unlink()
+            raise
         return None
 
 
@@ -6360,8 +6505,10 @@ def demo(screen: Screen) -> object:
             Viewer(db, screen).watch(process)
             outcome = report(db)
             screen.show(outcome.rows)
-            screen.tell(f"{outcome.summary}\n\n$ vmrm schedule show server")
-            screen.show(entry_rows(db, "server"))
+            screen.tell(outcome.summary)
+            if not screen.as_json:  # which is one document
+                screen.tell("\n$ vmrm schedule show server")
+                screen.show(entry_rows(db, "server"))
             screen.tell("\nThe transfer brought out out/server/…/served:")
             served = next((root / "out" / "server").rglob("served"))
             screen.tell(f"    {served.read_text().strip()}")
@@ -6405,22 +6552,25 @@ def _text(value: str) -> str:
 
 def _switch(value: str) -> bool:
     if value not in ("True", "False"):
-        raise _fire_error(f"{value!r} was given to a switch, which takes no value")
+        raise _fire_error(f"{value!r} follows a switch, which takes no value; put switches last")
     return value == "True"
 
 
-def _number(value: str) -> float:
+def _seconds(value: str) -> float:
+    """Return a duration; every number with a fraction on our command line is one."""
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number") from None
+        raise _fire_error(f"{value!r} is not a number of seconds") from None
+    if not 0 <= seconds < math.inf:
+        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more")
+    return seconds
 
 
 def _whole(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise _fire_error(f"{value!r} is not a whole number") from None
+    if not re.fullmatch("[1-9][0-9]{0,8}", value):
+        raise _fire_error(f"{value!r} is not a whole number, 1 or more")
+    return int(value)
 
 
 def _fire_error(message: str) -> Exception:
@@ -6429,7 +6579,7 @@ def _fire_error(message: str) -> Exception:
     return cast(Exception, FireError(message))
 
 
-_PARSERS = {"str": _text, "bool": _switch, "float": _number, "int": _whole}
+_PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
 
 
 def _teach_fire(commands: type) -> None:
@@ -6457,13 +6607,10 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     Raises:
         UsageError: a word is not understood; nothing was run.
     """
-    if len(words) == 1 and isinstance(vars(Commands).get(words[0]), type(_understand)):
-        with contextlib.suppress(TypeError):  # a command that needs words: fire says so nicely
-            return (
-                cast(Pending, getattr(commands, words[0])()) if _takes_nothing(words[0]) else None
-            )
-    import io
-
+    if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
+        return cast(Pending, getattr(commands, words[0])())
+    if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
+        raise UsageError("'--' is for exec alone, after VM", "See: vmrm exec --help")
     import fire
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
@@ -6485,7 +6632,7 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     except fire.core.FireExit as end:
         if end.code:
             raise _usage_error(said.getvalue(), words) from None
-        print(said.getvalue())
+        print(re.sub("^INFO: .*\n\n?", "", said.getvalue()))
         return None
     return understood[0] if understood else None
 
@@ -6493,7 +6640,10 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
 def _takes_nothing(name: str) -> bool:
     import inspect
 
-    parameters = list(inspect.signature(vars(Commands)[name]).parameters.values())[1:]
+    method = vars(Commands).get(name)
+    if name.startswith("_") or not inspect.isfunction(method):
+        return False
+    parameters = list(inspect.signature(method).parameters.values())[1:]
     return all(parameter.default is not parameter.empty for parameter in parameters)
 
 
@@ -6503,11 +6653,17 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
     text = re.sub(r"\x1b\[[0-9;]*m", "", line).removeprefix("ERROR: ").strip()
     text = text.replace("Could not consume arg:", "not understood:")
     text = text.replace("Cannot find key:", "no such command:")
-    named = [word for word in words[:2] if not word.startswith("-")]
-    known = [*vars(Commands), "schedule", "store"]
-    at = " ".join(named[: 2 if named[:1] in (["schedule"], ["store"]) else 1])
-    hint = f"See: vmrm {at} --help" if named and named[0] in known else "See: vmrm --help"
-    return UsageError(text[0].lower() + text[1:], hint)
+    text = text.replace("The function received no value", "no value was given")
+    known, at = dir(Commands(None, Screen())), ["vmrm"]
+    for word in words[:2]:
+        if word not in known:
+            break
+        at.append(word)
+        group = {"schedule": ScheduleCommands, "store": StoreCommands}.get(word)
+        known = [] if group is None else list(vars(group))
+    if len(at) == 1 or known:
+        text = text.replace("not understood:", "no such command:")
+    return UsageError(text[0].lower() + text[1:], f"See: {' '.join(at)} --help")
 
 
 @dataclasses.dataclass
@@ -6568,8 +6724,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _supervise(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
-        if line.words and line.words[0].startswith("_"):
-            raise UsageError(f"no such command: {line.words[0]}", "See: vmrm --help")
         commands = Commands(line.db, screen, line.tail)
         pending = _understand(commands, line.words)
         result = pending._run() if pending else _SHOWN
@@ -6585,15 +6739,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        screen.error(UsageError(_one_line(error)))
+        screen.error(UsageError(_os_words(error)))
         return 2
     except sqlite3.DatabaseError as error:
         screen.error(SchemaError(f"the database failed: {error}", "Look closer: vmrm check"))
         return 3
 
 
+def _os_words(error: ValueError | OSError) -> str:
+    """Return what the system, or a check of values, refused, as one line of ours."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)!r}: {error.strerror.lower()}"
+    return _one_line(error)
+
+
 def console() -> NoReturn:
     """Be the `vmrm` console command."""
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

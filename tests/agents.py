@@ -25,7 +25,6 @@ import pytest
 import drivers
 
 LOG = logging.getLogger("test")
-QEMU_GA = shutil.which("qemu-ga") or shutil.which("qemu-ga", path="/usr/sbin:/usr/local/sbin")
 HERE = Path(__file__).resolve().parent.parent
 
 # Commands that would change the host on which the real agent runs.
@@ -46,13 +45,14 @@ DANGEROUS = [
 ]
 
 
-def need_qemu_ga() -> str:
-    """Return the path of qemu-ga; skip without it at a desk, fail in CI."""
-    if QEMU_GA is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("qemu-ga is missing")
-        pytest.skip("qemu-ga is not installed")
-    return QEMU_GA
+def need(program: str) -> str:
+    """Return the path of *program*; skip without it at a desk, fail in CI."""
+    found = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
+    if found is not None:
+        return found
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{program} is missing")
+    pytest.skip(f"{program} is not installed")
 
 
 class Agent:
@@ -71,6 +71,13 @@ class Agent:
             assert self.process.poll() is None, f"agent ended with {self.process.returncode}"
             assert time.monotonic() < deadline, "agent does not listen"
             drivers.plain_wait(-1, 0, 0.01)
+
+    def start_announced(self) -> None:
+        """Start a process that prints a line when it listens."""
+        self.process = subprocess.Popen(self.command, cwd="/", stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            assert lines.readline() == b"ready\n"
 
     def kill(self) -> None:
         """Kill the process as a crash would."""
@@ -99,16 +106,19 @@ def listening(path: Path) -> bool:
 @contextlib.contextmanager
 def real_agent(folder: Path, *blocked: str, frozen: bool = False) -> Iterator[Agent]:
     """Run qemu-ga with *folder* as its state directory, and further commands *blocked*."""
-    program = need_qemu_ga()
+    program = need("qemu-ga")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "agent.sock"
     if frozen:
         (folder / "qga.state.isfrozen").touch()
     rules = ",".join([*DANGEROUS, *blocked])
-    command = [program, "-m", "unix-listen", "-p", str(path), "-t", str(folder), "-r", "-b", rules]
-    agent = Agent(path, command)
-    with running(agent):
-        yield agent
+    command = [program, "-m", "unix-listen", "-p", str(path), "-t", str(folder), "-b", rules]
+    with running(Agent(path, command)) as agent:
+        try:
+            yield agent
+        finally:
+            # While frozen it ignores a polite end, and it has nothing to clean up here.
+            agent.kill()
 
 
 @contextlib.contextmanager
@@ -116,8 +126,8 @@ def running(agent: Agent) -> Iterator[Agent]:
     """Start *agent* and end it."""
     path = agent.path
     path.unlink(missing_ok=True)
-    agent.start()
     try:
+        agent.start()
         yield agent
     finally:
         if agent.process is not None and agent.process.poll() is None:

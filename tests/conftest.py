@@ -28,7 +28,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import guests  # noqa: E402  (the path comes first)
+# The path comes first.
+import agents  # noqa: E402
+import guests  # noqa: E402
 
 # Seconds that processes get to end by themselves, once nobody needs them.
 GRACE_S = 2.0
@@ -137,6 +139,7 @@ def _environ(process: Process) -> str:
 class HostAgent:
     """The real qemu-ga serving a UNIX socket of this host, without a VM.
 
+    What would shut down, freeze or change this host itself is blocked.
     ``start`` returns when the socket accepts; ``kill`` ends it as a crash would; ``restart`` does
     both. Attributes: ``path`` (the socket), ``state`` (its state directory), ``pid``.
     """
@@ -160,7 +163,8 @@ class HostAgent:
         """Start the agent."""
         self.path.unlink(missing_ok=True)
         command = ["setpriv", "--pdeathsig", "KILL", str(guests.QEMU_GA), "-m", "unix-listen"]
-        command += ["-p", str(self.path), "-t", str(self.state), *self.words]
+        command += ["-p", str(self.path), "-t", str(self.state), "-b", ",".join(agents.DANGEROUS)]
+        command += self.words
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"

@@ -125,6 +125,7 @@ ETC = {
     "group": "root:x:0:\ntester:x:1000:\n",
     "shadow": "root:!:19000:0:99999:7:::\ntester:!:19000:0:99999:7:::\n",
     "shells": "/bin/sh\n",
+    "os-release": 'ID=vmrm-guest\nNAME=guest\nPRETTY_NAME="vmrm test guest"\nVERSION_ID=1\n',
     "hosts": "127.0.0.1 localhost\n",
 }
 

@@ -115,6 +115,27 @@ def test_the_end_in_the_middle_of_a_frame_is_a_lost_link() -> None:
             driver.call("guest-ping", timeout=5)
 
 
+@pytest.mark.parametrize("noise", [b'{"return": {}, "id": 1}\n', b"\n", b"x"])
+def test_a_flood_does_not_outlast_the_deadline(noise: bytes) -> None:
+    def script(request: Request) -> bytes:
+        while True:  # until the driver closes the connection
+            agent.far.sendall(noise * 10_000)
+
+    with scripted(script) as (driver, agent):
+        with pytest.raises((drivers.DriverTimeout, drivers.FrameError)):
+            driver.call("guest-ping", timeout=0.2)
+        assert not driver.connected_now
+
+
+def test_a_huge_or_deep_reply_makes_a_short_message() -> None:
+    for value in ("[" * 400 + "]" * 400, json.dumps("x" * 10**6)):
+        line = b'{"id": "no", "return": ' + value.encode() + b"}\n"
+        with scripted(lambda request, line=line: line) as (driver, _):
+            with pytest.raises(drivers.ReplyError) as caught:
+                driver.call("guest-ping", timeout=5)
+            assert len(str(caught.value)) < 500
+
+
 def test_sending_has_a_deadline_too() -> None:
     near, far = socket.socketpair()
     with near, far:

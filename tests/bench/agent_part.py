@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import drivers
 from figures import Figure, cost, interleaved, rate
 from raw import RawAgent
+
+import drivers
 
 _MIB = 1 << 20
 _CHUNKS = (64 << 10, 128 << 10, 256 << 10, 512 << 10)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import vmrm
 from figures import Figure, bound, cost, environment, percentile, vmrm_command
+
+import vmrm
 
 _LAUNCH_S = 600.0
 _STOP_S = 120.0

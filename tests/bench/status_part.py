@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import vmrm
 from figures import ROOT, Figure, environment, interleaved, vmrm_command
+
+import vmrm
 
 _SCHEDULE = [{"start_time": at, "executable": "true"} for at in (-1, 1, 2)]
 

@@ -1,0 +1,228 @@
+"""A small lab for tests: stand-in agents, an experiment that keeps its own record, and an audit.
+
+Every program of the experiment writes down that it began and that it ended, in the guest, where
+vmrm does not look. `audit` compares that record with the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VMRM = [sys.executable, str(ROOT / "vmrm.py")]
+
+# Scales every time-out and interval of vmrm; nothing here waits for a real second.
+FAST = {"VMRM_TIMEOUT_SCALE": "0.2"}
+
+
+def stand_ins(folder: Path, count: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Play `count` agents: sockets <folder>/<n>.sock, their file systems below <folder>/<n>/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _agent(str(folder), "--count", str(count))
+
+
+def lone_agent(path: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Play one agent that may touch every file."""
+    return _agent(str(path))
+
+
+@contextmanager
+def _agent(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = ["setpriv", "--pdeathsig", "KILL", *VMRM, "agent", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"listening\n"
+            yield process
+        finally:
+            process.terminate()
+
+
+def noted(words: str = "", pause: float = 0.03) -> list[str]:
+    """Return arguments of `sh` that note begin and end of a run around `words`, in ../../record."""
+    note = 'printf "%s %s\\n" "$N" {} >> ../../record'
+    return ["-c", f"{note.format('begin')}; sleep {pause}; {words or ':'}; {note.format('end')}"]
+
+
+def entry(number: int, at: float, words: str = "", **more: Any) -> dict[str, Any]:
+    """Return an entry that notes itself under its number."""
+    return {
+        "start_time": at,
+        "executable": "sh",
+        "arguments": noted(words),
+        "env": {"N": str(number)},
+        **more,
+    }
+
+
+# The tail of an entry that asks for one reboot: it notes its end itself, since it does not return.
+REBOOT_ONCE = (
+    'if [ ! -e ../../asked ]; then touch ../../asked; echo "$N end" >> ../../record; exit 10; fi'
+)
+
+
+def twenty_entries(guest: str) -> list[dict[str, Any]]:
+    """Return a schedule with files, equal times, a reboot, an ignored failure and a transfer."""
+    negative = [entry(n, -100 + 10 * n) for n in range(1, 6)]
+    negative.append(entry(6, -50))
+    negative.append(entry(7, -40, REBOOT_ONCE))
+    placed = [{"location": "note.txt", "content": "it's here\n"}]
+    negative.append(entry(8, -30, "grep -q here note.txt", content=placed))
+    positive = [entry(n, 0.1 * (n - 8)) for n in range(9, 19)]
+    positive.append(entry(19, 1.1, "false; exit 3", ignore_failure=True))
+    positive.append({"start_time": 1.2, "transfer": [{"location": f"{guest}/launch/record"}]})
+    return negative + positive
+
+
+@dataclass
+class Lab:
+    """An experiment on stand-ins in a directory of its own."""
+
+    folder: Path
+    count: int = 1
+    start_buffer: float = 0.4
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def db(self) -> Path:
+        """The database."""
+        return self.folder / "lab.db"
+
+    def guest(self, n: int) -> Path:
+        """Return the file system of guest n, from 1."""
+        return self.folder / "agents" / str(n)
+
+    def write(self, schedule: Any = twenty_entries) -> Path:
+        """Write the experiment file: every VM gets `schedule(guest)`."""
+        vms = [
+            {
+                "name": f"vm{n}",
+                "path": f"agents/{n}.sock",
+                "launch_dir": f"{self.guest(n)}/launch",
+                "agent_timeout": 20,
+                "schedule": schedule(str(self.guest(n))),
+            }
+            for n in range(1, self.count + 1)
+        ]
+        path = self.folder / "lab.json"
+        path.write_text(json.dumps({"experiment": {"start_buffer": self.start_buffer}, "vm": vms}))
+        return path
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """Start a command on this lab's database."""
+        return subprocess.Popen(
+            [*VMRM, "--db", str(self.db), *words],
+            env={**os.environ, **FAST, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+
+    def run(
+        self, *words: str, timeout: float = 120, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on this lab's database to its end."""
+        process = self.start(*words, **env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"{words} did not end: {err}\n{self.logs()}") from None
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def run_to_the_end(self, tries: int = 4) -> list[int]:
+        """Run the experiment, continuing it, until it succeeds; return the exit codes."""
+        codes = []
+        for _ in range(tries):
+            done = self.run("run")
+            codes.append(done.returncode)
+            if done.returncode == 0:
+                return codes
+        raise AssertionError(f"{codes}: {done.stderr}\n{self.logs()}")
+
+    def query(self, sql: str, *parameters: object) -> list[dict[str, Any]]:
+        """Read the database from outside of vmrm."""
+        connection = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
+        connection.row_factory = sqlite3.Row
+        try:
+            return [dict(row) for row in connection.execute(sql, parameters)]
+        finally:
+            connection.close()
+
+    def handler_pids(self) -> list[int]:
+        """Return the pids of the live handlers, as their rows have them."""
+        pids = [row["handler_pid"] for row in self.query("SELECT handler_pid FROM vms")]
+        return [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
+
+    def supervisor_pid(self) -> int | None:
+        """Return the pid of the live supervisor."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if b"_supervise" in words and str(self.db).encode() in words:
+                siblings = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+                if b"_supervise" not in siblings:
+                    return int(folder.name)
+        return None
+
+    def logs(self) -> str:
+        """Return the logs' last lines, for a failing test's message."""
+        paths = sorted((self.folder / "lab.db.d" / "logs").glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+
+    def audit(self) -> None:
+        """Assert that the journal and the guests' own records agree about what has run."""
+        for n in range(1, self.count + 1):
+            self._audit_vm(f"vm{n}", self.guest(n) / "launch")
+
+    def _audit_vm(self, name: str, launch: Path) -> None:
+        record = (launch / "record").read_text().splitlines() if launch.exists() else []
+        rows = self.query("SELECT * FROM attempts WHERE server_name = ? ORDER BY id", name)
+        assert not [row for row in rows if row["outcome"] in ("armed", "running")], rows
+        script = "SELECT * FROM entry_status WHERE server_name = ? AND executable IS NOT NULL"
+        for item in self.query(script, name):
+            number = item["ordinal"]
+            began = record.count(f"{number} begin")
+            mine = [row for row in rows if row["ordinal"] == number]
+            sure = sum(row["outcome"] in ("done", "failed") for row in mine)
+            unknown = sum(row["outcome"] == "unknown" for row in mine)
+            seen = (name, number, began, [(row["attempt"], row["outcome"]) for row in mine])
+            assert sure <= began <= sure + unknown, seen
+            assert began >= 1, seen
+            claims = list(launch.glob("*/*/attempt.*/pid"))
+            assert claims, launch
+        assert not self._unclaimed(record, launch), record
+
+    @staticmethod
+    def _unclaimed(record: list[str], launch: Path) -> int:
+        """Return how many more runs there were than claims."""
+        began = sum(line.endswith(" begin") for line in record)
+        return began - len(list(launch.glob("*/*/attempt.*")))
+
+
+def crash_labels() -> list[str]:
+    """Return every named crash point of vmrm."""
+    text = (ROOT / "vmrm.py").read_text()
+    return sorted(set(re.findall(r'_crash\("([a-z-]+)"\)', text)))
+
+
+def kill(pid: int) -> None:
+    """Kill a process that may be gone already."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,93 @@
+"""Handlers and supervisors are killed; nothing is lost, and nothing runs twice in silence."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from lab import Lab, crash_labels, kill, stand_ins
+
+# Where a label is passed only by another command, or is not a place in a handler's life.
+ELSEWHERE = {"store-before-rename", "request-claimed", "vm-failed"}
+SEED = 20261121
+
+
+AT_ONCE = 5  # labs beside each other: they mostly wait
+
+
+def made_lab(folder: Path) -> Lab:
+    folder.mkdir()
+    lab = Lab(folder)
+    assert lab.run("load", str(lab.write())).returncode == 0
+    return lab
+
+
+def finished_well(lab: Lab) -> None:
+    lab.audit()
+    rows = lab.query("SELECT * FROM vm_status")
+    assert [(row["state"], row["done"], row["failed"]) for row in rows] == [("configured", 19, 1)]
+    assert list((lab.folder / "lab.db.d/transfers/vm1").rglob("record"))
+    assert lab.run("check").returncode == 0
+
+
+def test_without_a_crash_every_entry_runs_once(tmp_path: Path) -> None:
+    lab = made_lab(tmp_path / "lab")
+    with stand_ins(lab.folder / "agents", 1):
+        assert lab.run_to_the_end() == [0]
+    finished_well(lab)
+    attempts = lab.query("SELECT ordinal, attempt FROM attempts ORDER BY ordinal, attempt")
+    assert [(row["ordinal"], row["attempt"]) for row in attempts] == [
+        *((n, 1) for n in range(1, 8)),
+        (7, 2),
+        *((n, 1) for n in range(8, 21)),
+    ]
+
+
+def killed_at_label(folder: Path, label: str) -> None:
+    lab = made_lab(folder / label)
+    once = lab.folder / "crashed"
+    with stand_ins(lab.folder / "agents", 1):
+        first = lab.run("run", VMRM_CRASH=f"{label}:1", VMRM_CRASH_ONCE=str(once))
+        assert once.exists(), f"nobody passed {label}: {first.stderr}"
+        if first.returncode:
+            lab.run_to_the_end()
+    finished_well(lab)
+
+
+def killed_after(folder: Path, victim: str, moment: int) -> None:
+    after = random.Random(f"{SEED} {victim} {moment}").uniform(0.1, 5.0)
+    print(f"seed {SEED}, moment {moment}: {victim} killed after {after:.3f} s")
+    lab = made_lab(folder / f"{victim}{moment}")
+    with stand_ins(lab.folder / "agents", 1):
+        process = lab.start("run")
+        time.sleep(after)
+        pids = lab.handler_pids() if victim == "handler" else [lab.supervisor_pid() or 0]
+        for pid in filter(None, pids):
+            kill(pid)
+        process.communicate(timeout=60)
+        if process.returncode:
+            lab.run_to_the_end()
+    finished_well(lab)
+
+
+def at_once(*calls: Callable[[], None]) -> None:
+    """Run all calls, a few at a time; raise what the first one raised."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
+
+
+def test_kill_at_every_crash_point(tmp_path: Path) -> None:
+    labels = [label for label in crash_labels() if label not in ELSEWHERE]
+    assert len(labels) > 10
+    at_once(*(partial(killed_at_label, tmp_path, label) for label in labels))
+
+
+@pytest.mark.parametrize("victim", ["handler", "supervisor"])
+def test_kill_at_twenty_random_moments(tmp_path: Path, victim: str) -> None:
+    at_once(*(partial(killed_after, tmp_path, victim, moment) for moment in range(20)))

@@ -1,0 +1,451 @@
+"""The file store: contents once under their SHA-256, names over them, archives from anybody."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import vmrm
+from vmrm import Database, VmResourceStore
+
+ROOT = Path(vmrm.__file__).parent
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    with Database(tmp_path / "lab.db") as database:
+        yield database
+
+
+@pytest.fixture
+def store(db: Database) -> VmResourceStore:
+    return VmResourceStore(db=db)
+
+
+@pytest.fixture
+def unpacking(db: Database) -> VmResourceStore:
+    return VmResourceStore(decompress=True, db=db)
+
+
+def contents(db: Database) -> set[str]:
+    """Return the names of the files in the store's directory."""
+    return {path.name for path in db.directory("store").iterdir()}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# === Adding and asking ===========================================================================
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0\xff" * 4096, b"a" * ((1 << 20) + 1)])
+def test_a_file_comes_back_bit_by_bit(store: VmResourceStore, tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(data)
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    store.add_file(tmp_path / "a.bin")
+    with store.get_file("a.bin") as opened:
+        assert opened.read() == data
+    assert Path(store.get_path("a.bin")).read_bytes() == data
+    assert store.get_file_size("a.bin") == len(data)
+    assert store.get_file_hash("a.bin") == sha256(data)
+    uploaded = store.get_file_upload_date("a.bin")
+    assert uploaded is not None
+    assert before <= uploaded <= datetime.now(UTC)
+    assert store.list_contents() == [(len(data), "a.bin", uploaded)]
+
+
+def test_text_is_stored_as_utf_8(store: VmResourceStore) -> None:
+    store.add_file_from_content("häß\n", "a.txt")
+    assert Path(store.get_path("a.txt")).read_bytes() == "häß\n".encode()
+
+
+def test_an_unknown_name_has_no_content_and_says_so_as_documented(store: VmResourceStore) -> None:
+    assert store.check_path("none") is False
+    assert store.get_file_hash("none") == ""
+    assert store.get_file_upload_date("none") is None
+    for ask in (store.get_path, store.get_file, store.get_file_size):
+        with pytest.raises(FileNotFoundError) as caught:
+            ask("none")
+        assert caught.value.filename == "none"
+
+
+def test_a_missing_host_file_is_file_not_found(store: VmResourceStore, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.add_file(tmp_path / "none")
+    with pytest.raises(ValueError, match="is a directory"):
+        store.add_file(tmp_path)
+    assert contents(store.db) == set()
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-rf", "a b", "a/b", "..", "ä", "x" * 65, "a\n"])
+def test_a_name_that_is_no_plain_name_is_refused(store: VmResourceStore, name: str) -> None:
+    with pytest.raises(ValueError, match=r"file name .* is not usable"):
+        store.add_file_from_content("x", name)
+    with pytest.raises(ValueError, match=r"store name .* is not usable"):
+        VmResourceStore(name, db=store.db)
+    assert contents(store.db) == set()
+
+
+def test_a_file_is_replaced_unless_that_is_not_wanted(store: VmResourceStore) -> None:
+    store.add_file_from_content("old", "a.txt")
+    store.add_file_from_content("new", "A.TXT")
+    assert store.list_distinct_contents() == ["a.txt"]
+    assert store.get_file_hash("a.txt") == sha256(b"new")
+    with pytest.raises(FileExistsError):
+        store.add_file_from_content("newer", "a.txt", force=False)
+    assert store.get_file_hash("a.txt") == sha256(b"new")
+
+
+def test_of_two_who_must_not_replace_one_wins(store: VmResourceStore) -> None:
+    """The second one comes while the first has looked and not written yet."""
+
+    class Late(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if not store.check_path("a.txt"):
+                store.add_file_from_content("first", "a.txt", force=False)
+            return super().read(size)
+
+    with pytest.raises(FileExistsError):
+        store._add_all([("a.txt", Late(b"second"))], force=False)
+    assert store.get_file_hash("a.txt") == sha256(b"first")
+
+
+def test_equal_contents_are_kept_once_and_stores_do_not_share_names(
+    store: VmResourceStore, db: Database
+) -> None:
+    store.add_file_from_content("same", "a")
+    store.add_file_from_content("same", "b")
+    other = VmResourceStore("other", db=db)
+    other.add_file_from_content("same", "c")
+    assert contents(db) == {sha256(b"same")}
+    assert store.list_distinct_contents() == ["a", "b"]
+    assert other.list_distinct_contents() == ["c"]
+    assert not store.check_path("c")
+
+
+def test_listing_takes_a_shell_pattern(store: VmResourceStore) -> None:
+    for name in ("b.sh", "a.sh", "a.txt"):
+        store.add_file_from_content(name, name)
+    assert store.list_distinct_contents() == ["a.sh", "a.txt", "b.sh"]
+    assert store.list_distinct_contents("*.sh") == ["a.sh", "b.sh"]
+    assert [name for _, name, _ in store.list_contents("a.*")] == ["a.sh", "a.txt"]
+    assert store.list_contents("nothing*") == []
+
+
+# === Removing ====================================================================================
+
+
+def test_removing_takes_the_contents_that_nobody_names_any_more(
+    store: VmResourceStore, db: Database
+) -> None:
+    for name, data in (("a1", "one"), ("a2", "two"), ("b", "two")):
+        store.add_file_from_content(data, name)
+    assert store.remove_file("a*") == 2
+    assert store.list_distinct_contents() == ["b"]
+    assert contents(db) == {sha256(b"two")}
+    assert store.remove_file("a*") == 0
+    assert store.remove_file("*") == 1
+    assert contents(db) == set()
+
+
+def test_a_content_that_a_schedule_pins_outlives_its_name(
+    store: VmResourceStore, db: Database
+) -> None:
+    store.add_file_from_content("pinned", "a")
+    file = {"location": "a", "filename": "a", "sha256": sha256(b"pinned")}
+    text = json.dumps([{"start_time": 1, "file": [file]}])
+    vmrm.ScheduleDb(db=db).put("web", text)
+    store.remove_file("a")
+    assert contents(db) == {sha256(b"pinned")}
+    assert vmrm.unused_contents(db) == []
+    vmrm.ScheduleDb(db=db).destroy_all()
+    assert vmrm.unused_contents(db) == [sha256(b"pinned")]
+
+
+def test_a_lost_content_is_file_not_found(store: VmResourceStore) -> None:
+    store.add_file_from_content("x", "a")
+    Path(store.get_path("a")).unlink()
+    with pytest.raises(FileNotFoundError, match="lost its content"):
+        store.get_path("a")
+
+
+# === Crashes and full disks ======================================================================
+
+ADDING = """
+import sys, vmrm
+with vmrm.VmResourceStore(db=sys.argv[1]) as store:
+    store.add_file_from_content("new content", "a.txt")
+"""
+
+
+@pytest.mark.parametrize("label", ["store-before-rename", "store-before-rows"])
+def test_a_crash_while_adding_leaves_no_row_without_its_content(
+    store: VmResourceStore, db: Database, label: str
+) -> None:
+    store.add_file_from_content("old content", "a.txt")
+    done = subprocess.run(
+        [sys.executable, "-c", ADDING, db.path],
+        env=os.environ | {"VMRM_CRASH": label, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, "it did not get to the crash point"
+    assert Path(store.get_path("a.txt")).read_text() == "old content"
+    left = contents(db) - {sha256(b"old content")}
+    assert len(left) == 1, "the crash left a file, which nothing names"
+    if label == "store-before-rows":
+        assert vmrm.unused_contents(db) == [sha256(b"new content")]
+    store.add_file_from_content("new content", "a.txt")
+    assert Path(store.get_path("a.txt")).read_text() == "new content"
+    store.remove_file("*")
+    assert {name for name in contents(db) if not name.startswith(".new-")} == set()
+
+
+def test_a_full_disk_adds_nothing_and_leaves_nothing(
+    store: VmResourceStore, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.add_file_from_content("x", "a")
+    assert contents(db) == set()
+    assert not store.check_path("a")
+
+
+def test_a_stream_that_breaks_adds_nothing(store: VmResourceStore, db: Database) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "it broke")
+
+    with pytest.raises(OSError, match="it broke"):
+        store._add_all([("good", io.BytesIO(b"good")), ("bad", Broken())], force=True)
+    assert store.list_distinct_contents() == []
+    assert vmrm.unused_contents(db) == [sha256(b"good")], "check --fix removes it"
+
+
+# === Archives ====================================================================================
+
+
+def tar(path: Path, *members: tuple[str, bytes, dict[str, object]]) -> Path:
+    """Write a tar archive of *members*: name, data, changes to the header."""
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
+        for name, data, changes in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in changes.items():
+                setattr(info, key, value)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def zipped(path: Path, *members: tuple[str, bytes, int]) -> Path:
+    """Write a zip archive of *members*: name, data, UNIX mode."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data, mode in members:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def test_archives_are_replaced_by_the_files_in_them(
+    unpacking: VmResourceStore, tmp_path: Path
+) -> None:
+    folder = {"type": tarfile.DIRTYPE}
+    unpacking.add_file(
+        tar(tmp_path / "t.tar.gz", ("d", b"", folder), ("d/a.sh", b"A", {}), ("b", b"B", {}))
+    )
+    unpacking.add_file(zipped(tmp_path / "z.zip", ("e/", b"", 0o40755), ("e/c.sh", b"C", 0)))
+    assert unpacking.list_distinct_contents() == ["a.sh", "b", "c.sh"]
+    assert unpacking.get_file_hash("a.sh") == sha256(b"A")
+    assert unpacking.get_file_hash("c.sh") == sha256(b"C")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+)
+def test_compressed_files_are_replaced_by_their_content(
+    unpacking: VmResourceStore,
+    tmp_path: Path,
+    suffix: str,
+    compress: Callable[[bytes], bytes],
+) -> None:
+    (tmp_path / f"disk.img{suffix}").write_bytes(compress(b"data" * 9999))
+    unpacking.add_file(tmp_path / f"disk.img{suffix}")
+    assert unpacking.get_file_hash("disk.img") == sha256(b"data" * 9999)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_image_that_begins_with_zeros_is_not_taken_for_an_empty_archive(
+    unpacking: VmResourceStore, tmp_path: Path, suffix: str
+) -> None:
+    image = bytes(1024) + b"superblock" + bytes(99_999)
+    data = gzip.compress(image) if suffix else image
+    (tmp_path / f"ext4.img{suffix}").write_bytes(data)
+    unpacking.add_file(tmp_path / f"ext4.img{suffix}")
+    assert unpacking.get_file_hash("ext4.img") == sha256(image)
+
+
+def test_other_files_stay_as_they_are_and_so_does_everything_without_decompress(
+    store: VmResourceStore, unpacking: VmResourceStore, tmp_path: Path
+) -> None:
+    (tmp_path / "plain.txt").write_bytes(b"text")
+    unpacking.add_file(tmp_path / "plain.txt")
+    store.add_file(tar(tmp_path / "t.tar", ("a", b"A", {})))
+    assert store.list_distinct_contents() == ["plain.txt", "t.tar"]
+
+
+HOSTILE: dict[str, tuple[str, bytes, dict[str, object]]] = {
+    "parent": ("../../etc/passwd", b"x", {}),
+    "parent inside": ("a/../../b", b"x", {}),
+    "absolute": ("/etc/passwd", b"x", {}),
+    "symlink": ("link", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+    "hard link": ("link", b"", {"type": tarfile.LNKTYPE, "linkname": "good"}),
+    "device": ("sda", b"", {"type": tarfile.BLKTYPE, "devmajor": 8, "devminor": 0}),
+    "fifo": ("pipe", b"", {"type": tarfile.FIFOTYPE}),
+    "dot": (".", b"x", {}),
+    "hidden": ("d/.bashrc", b"x", {}),
+    "option": ("--checkpoint-action=exec", b"x", {}),
+    "newline": ("a\nb", b"x", {}),
+    "duplicate": ("other/good", b"x", {}),
+    "duplicate in another case": ("GOOD", b"x", {}),
+}
+
+
+@pytest.mark.parametrize("member", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_tar_is_refused_as_a_whole(
+    unpacking: VmResourceStore,
+    tmp_path: Path,
+    member: tuple[str, bytes, dict[str, object]],
+) -> None:
+    path = tar(tmp_path / "t.tar", ("good", b"good", {}), member)
+    with pytest.raises(ValueError, match=r"not a plain file|not usable|two files"):
+        unpacking.add_file(path)
+    assert unpacking.list_distinct_contents() == []
+    assert contents(unpacking.db) <= {sha256(b"good")}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("../evil", 0),
+        ("/evil", 0),
+        ("a/../../evil", 0),
+        ("link", stat.S_IFLNK | 0o777),
+        ("pipe", stat.S_IFIFO | 0o600),
+        ("good", 0o644),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_hostile_zip_is_refused_as_a_whole(
+    unpacking: VmResourceStore, tmp_path: Path, name: str, mode: int
+) -> None:
+    path = zipped(tmp_path / "z.zip", ("good", b"good", 0o100644), (name, b"/etc/passwd", mode))
+    with pytest.raises(ValueError, match=r"not a plain file|two files"):
+        unpacking.add_file(path)
+    assert unpacking.list_distinct_contents() == []
+
+
+def tar_bomb(path: Path) -> Path:
+    return tar(path / "b.tar.gz", ("a", bytes(5_000_000), {}), ("b", bytes(6_000_000), {}))
+
+
+def zip_bomb(path: Path) -> Path:
+    return zipped(path / "b.zip", ("a", bytes(5_000_000), 0), ("b", bytes(6_000_000), 0))
+
+
+def gzip_bomb(path: Path) -> Path:
+    (path / "b.gz").write_bytes(gzip.compress(bytes(11_000_000)))
+    return path / "b.gz"
+
+
+@pytest.mark.parametrize("bomb", [tar_bomb, zip_bomb, gzip_bomb])
+def test_a_bomb_is_refused_when_the_limit_is_passed(
+    unpacking: VmResourceStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bomb: Callable[[Path], Path],
+) -> None:
+    monkeypatch.setattr(vmrm, "MAX_UNPACKED_BYTES", 10_000_000)
+    path = bomb(tmp_path)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match="unpacks to over 10000000 bytes"):
+        unpacking.add_file(path)
+    assert unpacking.list_distinct_contents() == []
+    kept = sum(
+        (unpacking.db.state_dir / "store" / name).stat().st_size for name in contents(unpacking.db)
+    )
+    assert kept <= 10_000_000
+
+
+def cut_gzip() -> bytes:
+    return gzip.compress(os.urandom(900))[:-20]
+
+
+def cut_tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo("a")
+        info.size = 5000
+        archive.addfile(info, io.BytesIO(bytes(5000)))
+    return buffer.getvalue()[:2000]
+
+
+def negative_tar() -> bytes:
+    """A member whose size is -1024 would lead a reader back to where it came from."""
+    header = bytearray(tarfile.TarInfo("a").tobuf())
+    header[124:136] = b"\xff" * 4 + (-1024).to_bytes(8, signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) * 3 + bytes(1024)
+
+
+def encrypted_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", b"secret")
+    data = bytearray(buffer.getvalue())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
+
+
+DAMAGED: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "gzip cut short": ("a.gz", cut_gzip),
+    "no gzip": ("a.gz", lambda: b"hello"),
+    "bzip2 damaged": ("a.bz2", lambda: bz2.compress(b"x" * 999)[:-9] + bytes(9)),
+    "no xz": ("a.xz", lambda: b"hello"),
+    "tar cut short": ("a.tar", cut_tar),
+    "tar going backwards": ("a.tar", negative_tar),
+    "zip encrypted": ("a.zip", encrypted_zip),
+}
+
+
+@pytest.mark.parametrize(("name", "make"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_archive_is_a_value_error_that_names_it(
+    unpacking: VmResourceStore, tmp_path: Path, name: str, make: Callable[[], bytes]
+) -> None:
+    (tmp_path / name).write_bytes(make())
+    with pytest.raises(ValueError, match=f"archive '{name}'"):
+        unpacking.add_file(tmp_path / name)
+    assert unpacking.list_distinct_contents() == []
