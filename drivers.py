@@ -47,6 +47,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import platform
 import re
@@ -531,7 +532,8 @@ class Link:
         self._frames = FrameBuffer()
         self._wait = wait
         self._sock: socket.socket | None = sock
-        self._space = memoryview(bytearray(_RECEIVE_BYTES))
+        # Mapped, not allocated: of a thousand links only those that receive much hold that much.
+        self._space = memoryview(mmap.mmap(-1, _RECEIVE_BYTES))
 
     @property
     def open(self) -> bool:
@@ -695,6 +697,9 @@ def powershell(script: str, *words: str) -> list[str]:
     quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
     return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
+
+
+_UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def _plain_path(path: str | PurePath) -> str:
@@ -1016,9 +1021,9 @@ class AbstractDriver(ABC):
         """
         default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         flavour = PureWindowsPath if self.is_windows else PurePosixPath
-        program = re.split(r"[/\\]", str(schedule_entry.executable or ""))[-1]
+        program = str(schedule_entry.executable or "").replace("\\", "/").rpartition("/")[2]
         # Leading dots and dashes would hide the directory or look like an option.
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", program).lstrip(".-")[:64] or "files"
+        name = _UNFIT_FOR_NAME.sub("_", program).lstrip(".-")[:64] or "files"
         launch = flavour(str(self.config.get("launch_dir") or default))
         wanted = launch / _time_word(schedule_entry.start_time) / name
         place = self.deconflict_agent_path(wanted)
@@ -1038,6 +1043,7 @@ def _windows_date(seconds: float) -> str:
 _PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
 _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
+_BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 _BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
 
@@ -1575,7 +1581,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError as error:
             self.log.debug("the guest has no boot id: %s", error)
             return ""
-        match = re.fullmatch(rb"\s*([0-9A-Za-z-]+)\s*", text)
+        match = _BOOT_ID.fullmatch(text)
         return match[1].decode() if match else ""
 
     # --- strict: programs ---

@@ -255,6 +255,8 @@ MAX_OUTPUT_BYTES = 256 << 20
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
 
+# Looked up once: between two forks the supervisor must touch as little memory as it can.
+_CRASH = os.environ.get("VMRM_CRASH", "")
 _crash_counts: dict[str, int] = {}
 
 
@@ -264,7 +266,9 @@ def _crash(label: str) -> None:
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
     many processes one dies, once.
     """
-    wanted, _, nth = os.environ.get("VMRM_CRASH", "").partition(":")
+    if not _CRASH:
+        return
+    wanted, _, nth = _CRASH.partition(":")
     if wanted != label:
         return
     _crash_counts[label] = _crash_counts.get(label, 0) + 1
@@ -2701,6 +2705,9 @@ def guest_path(entry: ScheduleEntry, location: str) -> str:
     return str(PurePosixPath(entry.working_dir) / location)
 
 
+_NOT_PLAIN = re.compile(r"[^ -~]")
+
+
 def call_script(
     entry: ScheduleEntry, *, title: str, token: str, stage: str, placed: Sequence[tuple[str, str]]
 ) -> str:
@@ -2719,7 +2726,7 @@ def call_script(
         for location, (sha256, mode) in zip(locations, placed, strict=True)
     ]
     return _CALL_SCRIPT.format(
-        title=re.sub(r"[^ -~]", "?", title),
+        title=_NOT_PLAIN.sub("?", title),
         token=shlex.quote(token),
         claim_failed=CLAIM_FAILED,
         script=shlex.quote(str(entry.call_arguments_filename)),
@@ -2787,13 +2794,16 @@ def parse_found(line: str) -> Found:
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
+_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
+
+
 def parse_exit(text: str) -> tuple[int, bool]:
     """Return exit code and reboot wish from an attempt's `exit` file.
 
     Raises:
         ValueError: the guest wrote something else.
     """
-    match = re.fullmatch(r"([0-9]{1,3}) ([01])\n?", text)
+    match = _EXIT_WORDS.fullmatch(text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
@@ -3134,8 +3144,18 @@ def _agent_lock_path(path: str) -> Path:
 
 
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
-    """Return every usable driver class of the drivers module."""
-    return {item for item in vars(drivers).values() if VMResourceHandler._check_driver(item)}
+    """Return every usable driver class of the drivers module.
+
+    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
+    each handler a quarter of a mebibyte, in the caches of abstract base classes.
+    """
+    found: set[type[drivers.AbstractDriver]] = set()
+    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
+    while below:
+        below += (item := below.pop()).__subclasses__()
+        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+            found.add(item)
+    return found
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
