@@ -528,6 +528,7 @@ class Link:
 
     def __init__(self, sock: socket.socket, wait: WaitHook, log: logging.Logger) -> None:
         self.session = Session(log)
+        self.last_handle = -1  # the highest file handle that this connection was given
         self._frames = FrameBuffer()
         self._wait = wait
         self._sock: socket.socket | None = sock
@@ -1651,10 +1652,30 @@ class QemuGuestAgentDriver(AbstractDriver):
     # --- strict: files ---
 
     def open(self, path: str, mode: str) -> int:
-        """Open a file of the guest in one of fopen's modes; return its handle."""
+        """Open a file of the guest in one of fopen's modes; return its handle.
+
+        Raises LinkLost, with the connection closed, if the guest has rebooted behind it.
+        """
+        return self._open(self._link(), path, mode)
+
+    def _open(self, link: Link, path: str, mode: str) -> int:
+        """Open a file; a number given out before means that another agent counts there now.
+
+        On virtio-serial a connection outlives the agent, which counts up from 1000 for ever, even
+        over its own restarts (fd_counter in qga/main.c), but may start again with the guest. Who
+        still holds a handle of the former agent must not use it on a file of the new one.
+        """
         _no_nul(path)
-        reply = {"handle": self.call("guest-file-open", {"path": path, "mode": mode})}
-        return _number(reply, "handle", 0, 2**63 - 1, "guest-file-open")
+        with self.lock:
+            reply = self._call(link, "guest-file-open", {"path": path, "mode": mode})
+            handle = _number({"handle": reply}, "handle", 0, 2**63 - 1, "guest-file-open")
+            if handle > link.last_handle:
+                link.last_handle = handle
+                return handle
+            with contextlib.suppress(AgentError):
+                self._call(link, "guest-file-close", {"handle": handle})
+            link.close()
+        raise LinkLost("the guest rebooted behind the connection: file handles repeat")
 
     def close_handle(self, handle: int) -> None:
         """Close an open file. An AgentError means that what was written may be lost."""
@@ -1701,7 +1722,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         A close that fails is an error: with a full disk it is the only sign of lost data.
         """
         link = self._link()
-        handle = self.open(path, mode)
+        handle = self._open(link, path, mode)
         try:
             yield link, handle
         except BaseException:
