@@ -1415,11 +1415,12 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     @staticmethod
     def _pretty_name(osinfo: Any) -> str:
-        names = osinfo if isinstance(osinfo, dict) else {}
-        name = names.get("pretty-name") or names.get("name") or names.get("id")
-        if not isinstance(name, str):
+        """Choose a name; every member is optional, and a bare Linux tells of its kernel alone."""
+        keys = ("pretty-name", "name", "id", "kernel-release")
+        names = [osinfo.get(key, "") for key in keys] if isinstance(osinfo, dict) else [None]
+        if not all(isinstance(name, str) for name in names):
             raise ReplyError("names no system", osinfo, "guest-get-osinfo")
-        return _one_line(name)
+        return _one_line(next(filter(None, names), "unknown"))
 
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""
