@@ -666,10 +666,12 @@ _PRUNE_SH = (
     'd=$1; while [ -n "$d" ] && rmdir "$d" 2>/dev/null; do '
     'case $d in */*) d=${d%/*};; *) d=;; esac; done; [ ! -e "$1" ]'
 )
-# busybox's find has -newer but not -newermt, hence the reference file.
+# busybox's find has -newer but not -newermt, hence the reference file, and its touch takes no
+# fraction of a second, hence $3, the whole seconds.
 _FIND_SH = (
     '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
-    'ref=$(mktemp) && trap \'rm -f "$ref"\' EXIT && touch -d "$2" "$ref" || exit 3; '
+    'ref=$(mktemp) && trap \'rm -f "$ref"\' EXIT || exit 3; '
+    'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
@@ -960,10 +962,12 @@ class AbstractDriver(ABC):
         *timestamp* limits it to files modified later: seconds since 1970, or a date in words that
         the guest's `touch -d` understands (on Windows PowerShell's [datetime]).
         """
-        after = "" if timestamp is None else str(timestamp)
+        after = whole = "" if timestamp is None else str(timestamp)
         if isinstance(timestamp, int | float):
             after = f"@{timestamp}" if not self.is_windows else _windows_date(timestamp)
-        pid = self._start_script(_FIND_SH, _FIND_PS, _plain_path(path), after, capture=True)
+            whole = f"@{timestamp // 1:.0f}"
+        words = (_plain_path(path), after, whole)
+        pid = self._start_script(_FIND_SH, _FIND_PS, *words, capture=True)
         if pid is None:
             return None
         code = self.wait_for_exitcode(pid)

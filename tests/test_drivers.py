@@ -369,6 +369,7 @@ def test_a_busybox_guest_understands_the_scripts(tmp_path: Path) -> None:
         (drivers._EXISTS_SH, [f"{tmp_path}/d/f*"], 0),
         (drivers._EXISTS_SH, [f"{tmp_path}/d/g*"], 1),
         (drivers._FIND_SH, [str(tmp_path / "d"), "@1000"], 0),
+        (drivers._FIND_SH, [str(tmp_path / "d"), "@1000.5", "@1000"], 0),
         (drivers._FIND_SH, [str(tmp_path / "none"), ""], 2),
         (drivers._DELETE_SH, [target], 0),
         (drivers._DELETE_SH, [target], 1),
