@@ -64,7 +64,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -295,6 +295,8 @@ _NOTHING_THERE = {
     errno.ENETUNREACH,
 }
 
+# An agent answers within milliseconds, a busy one within this.
+_FAIR_TRY_S = 0.5
 _BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
 
 WaitHook = Callable[[int, int, float], bool]
@@ -670,7 +672,7 @@ _PRUNE_SH = (
 # fraction of a second, hence $3, the whole seconds.
 _FIND_SH = (
     '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
-    'ref=$(mktemp) && trap \'rm -f "$ref"\' EXIT || exit 3; '
+    "ref=$(mktemp) && trap 'rm -f \"$ref\"' EXIT || exit 3; "
     'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
@@ -1154,21 +1156,27 @@ class QemuGuestAgentDriver(AbstractDriver):
         mute for ever; with *retry* false only once. The first success also learns `target_os`
         and `is_windows`, and empties the output cache.
 
-        Raises NoSocket, NoAnswer, LinkLost, or another ConnectError at once.
+        Raises what the last try met that had time for an answer: NoSocket, NoAnswer, LinkLost,
+        DriverTimeout or ProtocolError; another ConnectError at once.
         """
         deadline = Deadline(self.connect_timeout if timeout is None else timeout)
         pauses = iter([0.05, 0.1, 0.2, 0.5])
         patience = 5.0 if retry else math.inf
+        failure: DriverError | None = None
         while True:
+            seconds = min(patience, deadline.remaining())
             try:
                 with self.lock:
-                    return self._connect_once(Deadline(min(patience, deadline.remaining())))
+                    return self._connect_once(Deadline(seconds))
             except (NoSocket, NoAnswer, LinkLost, DriverTimeout, ProtocolError) as error:
                 self.close()
-                pause = next(pauses, 1.0)
-                if not retry or deadline.remaining() <= pause:
-                    raise
-                self.log.debug("trying again to connect: %s", error)
+                # Silence in what little time was left says less than what an earlier try met.
+                if failure is None or seconds >= _FAIR_TRY_S or not isinstance(error, NoAnswer):
+                    failure = error
+                self.log.debug("cannot connect: %s", error)
+            pause = next(pauses, 1.0)
+            if not retry or deadline.remaining() <= pause:
+                raise failure
             patience *= 2
             self.wait(-1, 0, pause)
 
@@ -1754,7 +1762,7 @@ class QemuGuestAgentDriver(AbstractDriver):
                     break
         return b"".join(parts)
 
-    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Iterator[int]:
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
         """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
 
         One write is under way at a time, while the next chunk is prepared; between two yields
@@ -1787,7 +1795,7 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Copy the guest's file *path* from *offset* on to *sink*, yielding the bytes got so far.
 
         It ends at the end of the file, as the agent tells it, or after *limit* bytes. One read

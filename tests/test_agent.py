@@ -112,7 +112,7 @@ def test_an_abandoned_transfer_leaves_no_handle_and_no_confusion(
         driver.push(io.BytesIO(bytes(MIB)), str(tmp_path / "g")),
     ):
         next(transfer)
-        transfer.close()  # type: ignore[attr-defined]  # both are generators
+        transfer.close()
     assert driver.call("guest-ping") == {}
     assert len(os.listdir(f"/proc/{agent.process.pid}/fd")) == before  # noqa: PTH208
 

@@ -455,6 +455,22 @@ def test_a_mute_connection_is_replaced_by_a_fresh_one(tmp_path: Path) -> None:
         driver.close()
 
 
+def test_a_last_try_without_time_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
+    path, driver = tmp_path / "s", drivers.QemuGuestAgentDriver({"path": str(tmp_path / "s")}, LOG)
+    served = threading.Event()
+
+    def mute(client: socket.socket) -> None:
+        served.set()
+        client.recv(9999)
+        client.recv(1)
+
+    # The second try begins after a pause of 50 ms.
+    with listening_script(path, lambda client: None, mute):
+        with pytest.raises(drivers.LinkLost):
+            driver.connect(timeout=0.15)
+        assert served.wait(10)
+
+
 def test_nobody_answering_is_told_from_nothing_there(tmp_path: Path) -> None:
     path = tmp_path / "s"
     driver = drivers.QemuGuestAgentDriver({"path": str(path)}, LOG)
