@@ -41,7 +41,6 @@ import binascii
 import contextlib
 import errno
 import fcntl
-import heapq
 import io
 import itertools
 import json
@@ -54,7 +53,6 @@ import reprlib
 import resource
 import secrets
 import select
-import selectors
 import signal
 import socket
 import struct
@@ -66,9 +64,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from io import BufferedIOBase
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 # === errors =======================================================================================
 
@@ -1948,157 +1949,52 @@ class RequestSplitter:
         return value
 
 
-class _GuestFile:
-    """An open file with a write buffer, as stdio's: nothing is on disk before a flush."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._unwritten = bytearray()
-
-    def read(self, count: int) -> tuple[bytes, bool]:
-        self.flush()
-        parts: list[bytes] = []
-        while count > 0 and (data := os.read(self.fd, count)):
-            parts.append(data)
-            count -= len(data)
-        return b"".join(parts), count > 0
-
-    def write(self, data: bytes) -> None:
-        self._unwritten += data
-        if len(self._unwritten) >= 4096:
-            self.flush()
-
-    def flush(self) -> None:
-        # What cannot be written is gone, as with stdio; the caller learns of it once.
-        rest, self._unwritten = memoryview(self._unwritten), bytearray()
-        while rest:
-            rest = rest[os.write(self.fd, rest) :]
-
-    def seek(self, offset: int, whence: int) -> int:
-        self.flush()
-        return os.lseek(self.fd, offset, whence)
-
-    def close(self) -> None:
-        self.flush()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close without writing, as the end of a machine does."""
-        os.close(self.fd)
-
-
-class _Loop:
-    """One selector, one callback per descriptor, and timers; nothing runs while nothing happens."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self.stopping = False
-
-    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        """Call *callback* whenever one of *events* happens on *fd*; replaces an earlier watch."""
-        try:
-            self._selector.modify(fd, events, callback)
-        except KeyError:
-            self._selector.register(fd, events, callback)
-
-    def unwatch(self, fd: int) -> None:
-        """Forget *fd*, which must still be open."""
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(fd)
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call *callback* once after *seconds*."""
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
-
-    def run(self) -> None:
-        """Run until `stopping` is set by a callback or a signal's handler."""
-        while not self.stopping:
-            timeout = max(0, self._timers[0][0] - time.monotonic()) if self._timers else None
-            for key, _ in self._selector.select(timeout):
-                # An earlier callback of this round may have closed or replaced this one.
-                now = self._selector.get_map().get(key.fd)
-                if now is not None and now.data == key.data:
-                    key.data()
-            while self._timers and self._timers[0][0] <= time.monotonic():
-                heapq.heappop(self._timers)[2]()
-
-    def close(self) -> None:
-        self._selector.close()
-
-
 class _Program:
     """A program that the stand-in started, in a process group of its own."""
 
-    def __init__(self, loop: _Loop, argv: list[str], env: dict[str, str] | None, *, capture: bool,
-                 input_data: bytes | None) -> None:  # fmt: skip
+    def __init__(self, loop: AbstractEventLoop, argv: list[str], env: dict[str, str] | None, *,
+                 capture: bool, input_data: bytes) -> None:  # fmt: skip
         output = subprocess.PIPE if capture else subprocess.DEVNULL
-        stdin = subprocess.DEVNULL if input_data is None else subprocess.PIPE
-        # Every descriptor of this process is closed on exec already.
-        self._process = subprocess.Popen(
-            argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/", close_fds=False,
-            process_group=0, bufsize=0,
-        )  # fmt: skip
+        with _memory_file(input_data) as stdin:
+            # Every descriptor of this process is closed on exec already.
+            self._process = subprocess.Popen(
+                argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/",
+                close_fds=False, process_group=0, bufsize=0,
+            )  # fmt: skip
         self.pid = self._process.pid
-        self.output = {"out": bytearray(), "err": bytearray()}
-        self.cut = {"out": False, "err": False}
+        self._output: dict[str, bytearray] = {}
+        self._cut: set[str] = set()  # streams of which some output is missing
         self._loop = loop
-        self._input = memoryview(input_data or b"")
-        self._pidfd = os.pidfd_open(self.pid)
-        loop.watch(self._pidfd, selectors.EVENT_READ, self._ended)
-        self._pipes: set[int] = set()
+        self._pipes: set[IO[bytes]] = set()
         for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
             if pipe is not None:
-                self._watch_pipe(pipe, selectors.EVENT_READ, partial(self._read, name, pipe))
-        if self._process.stdin is not None:
-            self._watch_pipe(self._process.stdin, selectors.EVENT_WRITE, self._feed)
-
-    def _watch_pipe(self, pipe: IO[bytes], events: int, callback: Callable[[], None]) -> None:
-        os.set_blocking(pipe.fileno(), False)
-        self._loop.watch(pipe.fileno(), events, callback)
-        if events == selectors.EVENT_READ:
-            self._pipes.add(pipe.fileno())
+                self._pipes.add(pipe)
+                self._output[name] = bytearray()
+                loop.add_reader(pipe, self._read, name, pipe)
 
     def _read(self, name: str, pipe: IO[bytes]) -> None:
-        try:
-            data = os.read(pipe.fileno(), 65536)
-        except BlockingIOError:
-            return
+        data = os.read(pipe.fileno(), 65536)
         if not data:
-            self._pipes.discard(pipe.fileno())
             self._close(pipe)
-        room = _OUTPUT_LIMIT - len(self.output[name])
-        self.output[name] += data[:room]
-        self.cut[name] = self.cut[name] or len(data) > room
-
-    def _feed(self) -> None:
-        pipe = self._process.stdin
-        if pipe is None or pipe.closed:
-            return
-        try:
-            self._input = self._input[os.write(pipe.fileno(), self._input) :]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self._input = memoryview(b"")
-        if not self._input:
-            self._close(pipe)
+        room = _OUTPUT_LIMIT - len(self._output[name])
+        self._output[name] += data[:room]
+        if len(data) > room:
+            self._cut.add(name)
 
     def _close(self, pipe: IO[bytes]) -> None:
-        self._loop.unwatch(pipe.fileno())
+        self._loop.remove_reader(pipe)
+        self._pipes.discard(pipe)
         pipe.close()
 
-    def _ended(self) -> None:
-        if self._process.poll() is not None and self._pidfd >= 0:
-            self._loop.unwatch(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+    @property
+    def running(self) -> bool:
+        """Whether the program itself, the leader of its group, has not ended."""
+        return self._process.poll() is None
 
     @property
     def exited(self) -> bool:
         """Whether it has ended and nobody holds its captured output any more."""
-        return self._process.returncode is not None and not self._pipes
+        return not self.running and not self._pipes
 
     def report(self) -> dict[str, Any]:
         """Return what guest-exec-status tells of it."""
@@ -2107,24 +2003,25 @@ class _Program:
         code = self._process.returncode
         reply: dict[str, Any] = {"exited": True}
         reply.update({"exitcode": code} if code >= 0 else {"signal": -code})
-        for name, data in self.output.items():
+        for name, data in self._output.items():
             if data:
                 reply[f"{name}-data"] = _encoded(data)
-                reply[f"{name}-truncated"] = self.cut[name]
+                reply[f"{name}-truncated"] = name in self._cut
         return reply
-
-    @property
-    def running(self) -> bool:
-        """Whether the program itself, the leader of its group, has not ended."""
-        return self._process.returncode is None
 
     def bury(self) -> None:
         """Wait for the end after its group was killed and close what is open."""
         self._process.wait()
-        self._ended()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None and not pipe.closed:
-                self._close(pipe)
+        for pipe in list(self._pipes):
+            self._close(pipe)
+
+
+def _memory_file(content: bytes) -> BufferedIOBase:
+    """Return an open file that holds *content* and has no place in the file system."""
+    file = os.fdopen(os.memfd_create("content"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
 
 
 def _kill_groups(programs: Sequence[_Program]) -> None:
@@ -2133,10 +2030,10 @@ def _kill_groups(programs: Sequence[_Program]) -> None:
     Without its leader a group's number may be another's by now; ours are told apart by the
     session, which they share with us.
     """
-    orphaned = {program.pid for program in programs if not program.running}
-    for program in programs:
-        if program.running:
-            _signal(os.killpg, program.pid, signal.SIGKILL)
+    running = [program.pid for program in programs if program.running]
+    for pid in running:
+        _signal(os.killpg, pid, signal.SIGKILL)
+    orphaned = {program.pid for program in programs}.difference(running)
     if not orphaned:
         return
     session = os.getsid(0)
@@ -2166,7 +2063,7 @@ class StandInAgent:
     """
 
     def __init__(
-        self, socket_path: str | Path, loop: _Loop, root: str | Path | None = None
+        self, socket_path: str | Path, loop: AbstractEventLoop, root: str | Path | None = None
     ) -> None:
         # The folder's links are resolved, the socket itself may not exist yet.
         self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
@@ -2178,7 +2075,7 @@ class StandInAgent:
         self._boot = self._load_boot()
         self._clock_offset = 0
         self._frozen = False
-        self._files: dict[int, _GuestFile] = {}
+        self._files: dict[int, BufferedIOBase] = {}
         self._programs: dict[int, _Program] = {}  # those whose end was not told yet
         self._groups: list[_Program] = []  # those that a reboot has to kill
         self._next_handle = _FIRST_HANDLE
@@ -2199,7 +2096,7 @@ class StandInAgent:
         for program in self._groups:
             program.bury()
         for file in self._files.values():
-            file.abandon()
+            file.raw.close()  # what was not flushed is lost
         self._files.clear()
         self._programs.clear()
         self._groups.clear()
@@ -2213,27 +2110,33 @@ class StandInAgent:
 
     # --- requests ---
 
-    def answer(self, text: bytes) -> bytes:
-        """Return the reply to the request *text*, b"" if there is none."""
+    def answer_next(self, requests: RequestSplitter) -> bytes | None:
+        """Return the reply to the next of *requests*, b"" for silence, None if there is none."""
+        try:
+            text = requests.next_value()
+        except RequestRefused as error:
+            return self._refusal(error, {})
+        return None if text is None else self._answer(text)
+
+    def _answer(self, text: bytes) -> bytes:
         ident: dict[str, Any] = {}
         try:
             request = self._parse(text)
             ident = {"id": request["id"]} if "id" in request else {}
             result = self._perform(request)
         except RequestRefused as error:
-            return self.refusal(error, ident)
+            return self._refusal(error, ident)
         except OSError as error:
-            return self.refusal(RequestRefused(error.strerror or str(error)), ident)
+            return self._refusal(RequestRefused(error.strerror or str(error)), ident)
         if result is None:
             return b""
         line = json.dumps({"return": result, **ident}).encode() + b"\n"
         return b"\xff" + line if request["execute"] == "guest-sync-delimited" else line
 
     @staticmethod
-    def refusal(error: RequestRefused, ident: Mapping[str, Any] | None = None) -> bytes:
-        """Return the error reply for *error*."""
+    def _refusal(error: RequestRefused, ident: Mapping[str, Any]) -> bytes:
         told = {"class": error.class_, "desc": str(error)}
-        return json.dumps({**(ident or {}), "error": told}).encode() + b"\n"
+        return json.dumps({**ident, "error": told}).encode() + b"\n"
 
     @staticmethod
     def _parse(text: bytes) -> dict[str, Any]:
@@ -2304,8 +2207,8 @@ class StandInAgent:
             release = platform.freedesktop_os_release()
         except OSError:
             release = {"ID": "linux", "NAME": "Linux", "PRETTY_NAME": "Linux"}
-        words = {"id": "ID", "name": "NAME", "pretty-name": "PRETTY_NAME", "version": "VERSION"}
-        words["version-id"] = "VERSION_ID"
+        keys = ("id", "name", "pretty-name", "version", "version-id")
+        words = {key: key.upper().replace("-", "_") for key in keys}
         info = {key: release[word] for key, word in words.items() if word in release}
         system = os.uname()
         kernel = {"kernel-release": system.release, "kernel-version": system.version}
@@ -2353,10 +2256,10 @@ class StandInAgent:
         input_data: str | None = None,
         capture_output: bool = False,
     ) -> dict[str, Any]:
-        content = None if input_data is None else self._content(input_data)
+        content = self._content(input_data or "")
         words = None if env is None else dict(word.partition("=")[::2] for word in env)
+        argv = [path, *(arg or [])]
         try:
-            argv = [path, *(arg or [])]
             program = _Program(self._loop, argv, words, capture=capture_output, input_data=content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -2386,35 +2289,32 @@ class StandInAgent:
         return real
 
     def _open(self, path: str, mode: str = "r") -> int:
-        if mode not in _OPEN_FLAGS:
+        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode):
             raise RequestRefused(f"invalid file open mode '{mode}'")
         if "\0" in path:
             raise RequestRefused("failed to open file: it has a null character")
         try:
-            fd = self._open_boot_id() if path == _BOOT_ID_PATH else self._open_file(path, mode)
+            file = self._open_file(path, mode)
         except OSError as error:
             reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
             raise RequestRefused(reason) from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._files[handle] = _GuestFile(fd)
+        self._files[handle] = file
         return handle
 
-    def _open_boot_id(self) -> int:
-        fd = os.memfd_create("boot_id")
-        os.write(fd, f"{self._boot}\n".encode())
-        os.lseek(fd, 0, os.SEEK_SET)
-        return fd
-
-    def _open_file(self, path: str, mode: str) -> int:
+    def _open_file(self, path: str, mode: str) -> BufferedIOBase:
+        if path == _BOOT_ID_PATH:
+            return _memory_file(f"{self._boot}\n".encode())
         real = self._host_path(path)
-        flags = _OPEN_FLAGS[mode] | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        created = bool(flags & os.O_CREAT) and not Path(real).exists()
-        fd = os.open(real, flags, 0o666)
+        created = mode[0] != "r" and not Path(real).exists()
+        mode = mode.replace("b", "") + "b"
+        # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
+        file = open(real, mode, 4096, opener=_open_now)  # noqa: SIM115 - it stays open
         if created:
-            os.fchmod(fd, 0o666)  # qemu-ga does not let the umask apply either
-        return fd
+            os.fchmod(file.fileno(), 0o666)  # qemu-ga does not let the umask apply either
+        return cast(BufferedIOBase, file)
 
-    def _file(self, handle: int) -> _GuestFile:
+    def _file(self, handle: int) -> BufferedIOBase:
         if handle not in self._files:
             raise RequestRefused(f"handle '{handle}' has not been found")
         return self._files[handle]
@@ -2423,8 +2323,8 @@ class StandInAgent:
         file = self._file(handle)
         if not 0 <= count <= _READ_LIMIT:
             raise RequestRefused(f"value '{count}' is invalid for argument count")
-        data, eof = file.read(count)
-        return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
+        data = file.read(count) or b""
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": len(data) < count}
 
     def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
         file = self._file(handle)
@@ -2454,9 +2354,15 @@ class StandInAgent:
         return {}
 
     def _close(self, handle: int) -> dict[str, Any]:
-        self._file(handle).close()
+        file = self._file(handle)
         del self._files[handle]
+        file.close()
         return {}
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Open as open() asks, but neither wait for the other end of a pipe nor follow a link."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _is_integer(value: object) -> bool:
@@ -2475,16 +2381,6 @@ _JSON_KINDS: dict[str, Callable[[object], bool]] = {
     "whence": lambda value: _is_integer(value) or isinstance(value, str),
 }
 _PYTHON_NAMES = {"id": "ident", "time": "now_ns"}
-_WRITING = os.O_WRONLY | os.O_CREAT
-_UPDATING = os.O_RDWR | os.O_CREAT
-_OPEN_FLAGS = {
-    **dict.fromkeys(("r", "rb"), os.O_RDONLY),
-    **dict.fromkeys(("w", "wb"), _WRITING | os.O_TRUNC),
-    **dict.fromkeys(("a", "ab"), _WRITING | os.O_APPEND),
-    **dict.fromkeys(("r+", "rb+", "r+b"), os.O_RDWR),
-    **dict.fromkeys(("w+", "wb+", "w+b"), _UPDATING | os.O_TRUNC),
-    **dict.fromkeys(("a+", "ab+", "a+b"), _UPDATING | os.O_APPEND),
-}
 # Command: the method that performs it, and its parameters' types, `?` marking optional ones.
 _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-ping": ("_ping", {}),
@@ -2500,194 +2396,74 @@ _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-fsfreeze-status": ("_freeze_status", {}),
     "guest-fsfreeze-freeze": ("_freeze", {}),
     "guest-fsfreeze-thaw": ("_thaw", {}),
-    "guest-exec": (
-        "_exec",
-        {
-            "path": "string",
-            "arg": "array?",
-            "env": "array?",
-            "input-data": "string?",
-            "capture-output": "boolean?",
-        },
-    ),
+    "guest-exec": ("_exec", {
+        "path": "string", "arg": "array?", "env": "array?", "input-data": "string?",
+        "capture-output": "boolean?",
+    }),
     "guest-exec-status": ("_exec_status", {"pid": "integer"}),
     "guest-file-open": ("_open", {"path": "string", "mode": "string?"}),
     "guest-file-read": ("_read", {"handle": "integer", "count": "integer?"}),
-    "guest-file-write": (
-        "_write",
-        {"handle": "integer", "buf-b64": "string", "count": "integer?"},
-    ),
-    "guest-file-seek": (
-        "_seek",
-        {"handle": "integer", "offset": "integer", "whence": "whence"},
-    ),
+    "guest-file-write": ("_write", {
+        "handle": "integer", "buf-b64": "string", "count": "integer?",
+    }),
+    "guest-file-seek": ("_seek", {"handle": "integer", "offset": "integer", "whence": "whence"}),
     "guest-file-flush": ("_flush", {"handle": "integer"}),
     "guest-file-close": ("_close", {"handle": "integer"}),
-}
+}  # fmt: skip
 
 # Requests of ioctl(2) for a device's IPv4 address and mask: netdevice(7).
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 
 
 def _describe_interface(name: str) -> dict[str, Any]:
-    """Return what guest-network-get-interfaces tells of the host's interface *name*."""
+    """Return what guest-network-get-interfaces tells of the host's *name*; IPv4 alone."""
     info: dict[str, Any] = {"name": name}
-    with contextlib.suppress(OSError):
-        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
-    addresses = [*_ipv4_addresses(name), *_ipv6_addresses(name)]
-    return {**info, "ip-addresses": addresses} if addresses else info
-
-
-def _ipv4_addresses(name: str) -> list[dict[str, Any]]:
     request = struct.pack("256s", name.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            address, mask = (
-                fcntl.ioctl(sock, number, request)[20:24]
-                for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
-            )
-        except OSError:
-            return []
-    prefix = int.from_bytes(mask).bit_count()
-    kind = {"ip-address-type": "ipv4", "prefix": prefix}
-    return [{**kind, "ip-address": socket.inet_ntop(socket.AF_INET, address)}]
-
-
-def _ipv6_addresses(name: str) -> list[dict[str, Any]]:
-    try:
-        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:
-        return []
-    return [
-        {
-            "ip-address-type": "ipv6",
-            "prefix": int(row[2], 16),
-            "ip-address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])),
-        }
-        for row in rows
-        if row[5] == name
-    ]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
+        address, mask = (
+            fcntl.ioctl(sock, number, request)[20:24] for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
+        )
+        prefix = int.from_bytes(mask).bit_count()
+        found = {"ip-address": socket.inet_ntop(socket.AF_INET, address), "prefix": prefix}
+        info["ip-addresses"] = [{"ip-address-type": "ipv4", **found}]
+    return info
 
 
 # === stand-in server ==============================================================================
 
 
-class _Endpoint:
-    """The socket of one stand-in agent: as with qemu-ga, one client is served, others wait."""
+async def _serve_agent(
+    loop: AbstractEventLoop, listener: socket.socket, agent: StandInAgent, boot_s: float
+) -> None:
+    """Serve one client after the other, as qemu-ga does, until the agent is told to power down."""
+    try:
+        while not agent.halted:
+            client, _ = await loop.sock_accept(listener)
+            with client, contextlib.suppress(OSError):  # it may leave at any time
+                await _serve_client(loop, client, agent, boot_s)
+    finally:
+        listener.close()
+        agent.socket_path.unlink(missing_ok=True)
+        agent.end_boot()
 
-    def __init__(
-        self, loop: _Loop, agent: StandInAgent, boot_s: float, on_closed: Callable[[], None]
-    ) -> None:
-        self.closed = False
-        self._on_closed = on_closed
-        self._loop = loop
-        self._agent = agent
-        self._boot_s = boot_s
-        self._booting = False
-        self._client: socket.socket | None = None
-        self._requests = RequestSplitter()
-        self._outgoing = memoryview(b"")
-        self._listener = _listen(agent.socket_path)
-        self._await_client()
 
-    def _await_client(self) -> None:
-        self._loop.watch(self._listener.fileno(), selectors.EVENT_READ, self._accept)
+async def _serve_client(
+    loop: AbstractEventLoop, client: socket.socket, agent: StandInAgent, boot_s: float
+) -> None:
+    """Answer one request at a time; while a reply is unread none is taken: memory is bounded."""
+    import asyncio
 
-    def _accept(self) -> None:
-        try:
-            self._client, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        self._client.setblocking(False)
-        self._loop.unwatch(self._listener.fileno())
-        self._go_on()
-
-    def _drop_client(self) -> None:
-        """Forget the client, its half request and its unread replies."""
-        if self._client is not None:
-            self._loop.unwatch(self._client.fileno())
-            self._client.close()
-        self._client = None
-        self._requests = RequestSplitter()
-        self._outgoing = memoryview(b"")
-
-    def _readable(self) -> None:
-        try:
-            data = self._client.recv(_RECEIVE_BYTES) if self._client else b""
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._requests.feed(data)
-        else:
-            self._drop_client()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Answer what can be answered, then wait for what comes next."""
-        self._send()
-        while self._client and not self._outgoing and not self._booting and self._answer_one():
-            self._send()
-        if self.closed:
-            return
-        if self._client is None:
-            self._await_client()
-        elif self._booting:
-            self._loop.unwatch(self._client.fileno())
-        elif self._outgoing:
-            # While a reply is unread no request is taken, so memory stays bounded.
-            self._loop.watch(self._client.fileno(), selectors.EVENT_WRITE, self._go_on)
-        else:
-            self._loop.watch(self._client.fileno(), selectors.EVENT_READ, self._readable)
-
-    def _answer_one(self) -> bool:
-        """Answer the next request; tell whether there was one."""
-        try:
-            value = self._requests.next_value()
-            reply = self._agent.answer(value) if value is not None else b""
-        except RequestRefused as error:
-            value, reply = b"", self._agent.refusal(error)
-        self._outgoing = memoryview(reply)
-        if self._agent.halted:
-            self.close()
-        elif self._agent.rebooted:
-            self._boot()
-        return value is not None
-
-    def _boot(self) -> None:
-        """Answer nothing until the boot is over, then everything that came meanwhile."""
-        self._agent.rebooted = False
-        if self._boot_s > 0:
-            self._booting = True
-            self._loop.call_later(self._boot_s, self._booted)
-
-    def _booted(self) -> None:
-        self._booting = False
-        if not self.closed:
-            self._go_on()
-
-    def _send(self) -> None:
-        while self._client is not None and self._outgoing:
-            try:
-                self._outgoing = self._outgoing[self._client.send(self._outgoing) :]
-            except BlockingIOError:
+    requests = RequestSplitter()
+    while data := await loop.sock_recv(client, _RECEIVE_BYTES):
+        requests.feed(data)
+        while (reply := agent.answer_next(requests)) is not None:
+            await loop.sock_sendall(client, reply)
+            if agent.halted:
                 return
-            except OSError:
-                self._drop_client()
-
-    def close(self) -> None:
-        """Stop serving: the socket goes, the client is dropped, the agent's programs are killed."""
-        if self.closed:
-            return
-        self.closed = True
-        self._drop_client()
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
-        self._agent.socket_path.unlink(missing_ok=True)
-        if not self._agent.halted:
-            self._agent.end_boot()
-        self._on_closed()
+            if agent.rebooted:
+                agent.rebooted = False
+                await asyncio.sleep(boot_s)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -2716,55 +2492,29 @@ def _listen(path: Path) -> socket.socket:
     return sock
 
 
-def _discard(sock: socket.socket) -> None:
-    sock.recv(64)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(loop: _Loop) -> Iterator[None]:
-    """Stop *loop* at SIGTERM and SIGINT while the block runs."""
-
-    def stop(number: int, frame: object) -> None:
-        loop.stopping = True
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        loop.watch(ours.fileno(), selectors.EVENT_READ, partial(_discard, ours))
-        before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before_fd)
-            loop.unwatch(ours.fileno())
-
-
 def _serve(
     places: Sequence[tuple[Path, Path | None]], boot_s: float, ready: Callable[[], None] | None
 ) -> None:
-    loop = _Loop()
-    endpoints: list[_Endpoint] = []
+    # Only a process that plays agents pays for this import.
+    import asyncio
 
-    def on_closed() -> None:
-        loop.stopping = loop.stopping or all(endpoint.closed for endpoint in endpoints)
+    async def serve() -> None:
+        loop, serving = asyncio.get_running_loop(), []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asyncio.current_task(loop).cancel)  # type: ignore[union-attr]
+        for path, root in places:
+            agent = StandInAgent(path, loop, root)
+            listener = _listen(agent.socket_path)
+            serving.append(loop.create_task(_serve_agent(loop, listener, agent, boot_s)))
+            await asyncio.sleep(0)  # what has begun tidies up when it is cancelled
+        if ready is not None:
+            ready()
+        await asyncio.gather(*serving)
 
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        for path, root in places:
-            endpoints.append(_Endpoint(loop, StandInAgent(path, loop, root), boot_s, on_closed))
-        with _stopped_by_signals(loop):
-            if ready is not None:
-                ready()
-            loop.run()
-    finally:
-        for endpoint in endpoints:
-            endpoint.close()
-        loop.close()
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(serve())
 
 
 def serve_agent(
