@@ -64,7 +64,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -1853,6 +1852,8 @@ _READ_LIMIT = 48 * 2**20
 _NESTING_LIMIT = 1024
 _FIRST_HANDLE = 1000
 
+_GuestFile = io.BufferedReader | io.BufferedWriter | io.BufferedRandom
+
 
 class RequestRefused(Exception):
     """A request that the stand-in answers with an error."""
@@ -1958,7 +1959,7 @@ class _Program:
         with _memory_file(input_data) as stdin:
             # Every descriptor of this process is closed on exec already.
             self._process = subprocess.Popen(
-                argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/",
+                argv, stdin=stdin.fileno(), stdout=output, stderr=output, env=env, cwd="/",
                 close_fds=False, process_group=0, bufsize=0,
             )  # fmt: skip
         self.pid = self._process.pid
@@ -2016,7 +2017,7 @@ class _Program:
             self._close(pipe)
 
 
-def _memory_file(content: bytes) -> BufferedIOBase:
+def _memory_file(content: bytes) -> io.BufferedRandom:
     """Return an open file that holds *content* and has no place in the file system."""
     file = os.fdopen(os.memfd_create("content"), "w+b")
     file.write(content)
@@ -2075,7 +2076,7 @@ class StandInAgent:
         self._boot = self._load_boot()
         self._clock_offset = 0
         self._frozen = False
-        self._files: dict[int, BufferedIOBase] = {}
+        self._files: dict[int, _GuestFile] = {}
         self._programs: dict[int, _Program] = {}  # those whose end was not told yet
         self._groups: list[_Program] = []  # those that a reboot has to kill
         self._next_handle = _FIRST_HANDLE
@@ -2302,7 +2303,7 @@ class StandInAgent:
         self._files[handle] = file
         return handle
 
-    def _open_file(self, path: str, mode: str) -> BufferedIOBase:
+    def _open_file(self, path: str, mode: str) -> _GuestFile:
         if path == _BOOT_ID_PATH:
             return _memory_file(f"{self._boot}\n".encode())
         real = self._host_path(path)
@@ -2312,9 +2313,9 @@ class StandInAgent:
         file = open(real, mode, 4096, opener=_open_now)  # noqa: SIM115 - it stays open
         if created:
             os.fchmod(file.fileno(), 0o666)  # qemu-ga does not let the umask apply either
-        return cast(BufferedIOBase, file)
+        return cast(_GuestFile, file)
 
-    def _file(self, handle: int) -> BufferedIOBase:
+    def _file(self, handle: int) -> _GuestFile:
         if handle not in self._files:
             raise RequestRefused(f"handle '{handle}' has not been found")
         return self._files[handle]
