@@ -63,7 +63,8 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -94,14 +95,13 @@ class DriverError(OSError):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_error, (type(self), self.__dict__)
+        # The parameters of the classes differ; a copy needs the members alone.
+        return _revive, (type(self), self.message), self.__dict__
 
 
-def _rebuild_error(kind: type[DriverError], state: dict[str, Any]) -> DriverError:
-    """Unpickle an error without its own constructor, whose parameters differ by class."""
+def _revive(kind: type[DriverError], message: str) -> DriverError:
     error = kind.__new__(kind)
-    DriverError.__init__(error, state["message"])
-    error.__dict__.update(state)
+    OSError.__init__(error, message)
     return error
 
 
@@ -252,39 +252,40 @@ class Address:
         return f"tcp:[{host}]:{port}" if ":" in str(host) else f"tcp:{host}:{port}"
 
 
+_TCP = re.compile(r"tcp:(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):(\d{1,5})", re.ASCII)
+_VSOCK = re.compile(r"vsock:(\d{1,10}):(\d{1,10})", re.ASCII)
+# A plain path has no colon, or a slash before it.
+_PATH = re.compile(r"unix:([^\0]+)|([^\0:]*/[^\0]*|[^\0:]+)")
+
+
 def parse_address(text: str) -> Address:
     """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and for numbers out of range.
     """
-    scheme, colon, rest = text.partition(":")
-    if "\0" not in text:
-        if scheme == "tcp" and colon:
-            return Address(socket.AF_INET, _parse_tcp(text, rest))
-        if scheme == "vsock" and colon:
-            return Address(socket.AF_VSOCK, _parse_vsock(text, rest))
-        path = rest if scheme == "unix" and colon else text
-        if path and (path is rest or "/" in scheme or not colon):
-            return Address(socket.AF_UNIX, path)
+    if (match := _TCP.fullmatch(text)) and 0 < int(match[3]) < 65536:
+        return Address(socket.AF_INET, (match[1] or match[2], int(match[3])))
+    if (match := _VSOCK.fullmatch(text)) and max(int(match[1]), int(match[2])) < 2**32 - 1:
+        return Address(socket.AF_VSOCK, (int(match[1]), int(match[2])))
+    if match := _PATH.fullmatch(text):
+        return Address(socket.AF_UNIX, match[1] or match[2])
     raise ValueError(f"address {text!r} is not a path, unix:PATH, tcp:HOST:PORT or vsock:CID:PORT")
 
 
-def _parse_tcp(text: str, rest: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):(\d{1,5})", rest, re.ASCII)
-    if match is None or not 0 < int(match[3]) < 65536:
-        raise ValueError(f"address {text!r} is not tcp:HOST:PORT with a port from 1 to 65535")
-    return match[1] or match[2], int(match[3])
+@contextlib.contextmanager
+def _short_path(path: str) -> Iterator[str]:
+    """Yield a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7))."""
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
 
 
-def _parse_vsock(text: str, rest: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", rest, re.ASCII)
-    if match is None or max(int(match[1]), int(match[2])) >= 2**32 - 1:
-        raise ValueError(f"address {text!r} is not vsock:CID:PORT with numbers below 4294967295")
-    return int(match[1]), int(match[2])
-
-
-# A UNIX address ends at 107 bytes (unix(7)); longer paths go through a descriptor of the folder.
-_UNIX_PATH_BYTES = 107
 _NOTHING_THERE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -318,19 +319,15 @@ def _open_socket(address: Address, wait: WaitHook, deadline: Deadline) -> socket
     """
     if address.family == socket.AF_INET:
         return _connect_tcp(address, wait, deadline)
-    path = address.target
-    if not isinstance(path, str) or len(os.fsencode(path)) <= _UNIX_PATH_BYTES:
-        return _connect_one(address, address.family, path, wait, deadline)
-    folder, name = os.path.split(path)
+    if not isinstance(address.target, str):
+        return _connect_one(address, address.family, address.target, wait, deadline)
     try:
-        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _short_path(address.target) as path:
+            return _connect_one(address, socket.AF_UNIX, path, wait, deadline)
+    except ConnectError:
+        raise
     except OSError as error:
         raise _refusal(address, error.errno or 0) from error
-    try:
-        target = f"/proc/self/fd/{fd}/{name}"
-        return _connect_one(address, socket.AF_UNIX, target, wait, deadline)
-    finally:
-        os.close(fd)
 
 
 def _connect_tcp(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
@@ -428,17 +425,15 @@ class FrameBuffer:
 # === session ======================================================================================
 
 
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One request on its way; its reply is kept here until somebody asks for it."""
 
-    __slots__ = ("command", "done", "ident", "large", "reply")
-
-    def __init__(self, command: str, ident: int, large: bool) -> None:
-        self.command = command
-        self.ident = ident
-        self.large = large
-        self.done = False
-        self.reply: dict[str, Any] = {}
+    command: str
+    ident: int
+    large: bool  # nothing else may be under way beside it
+    done: bool = False
+    reply: dict[str, Any] = field(default_factory=dict)
 
     def result(self) -> Any:
         """Return what the agent returned. Raises AgentError if it answered with an error."""
@@ -966,8 +961,9 @@ class AbstractDriver(ABC):
         """
         after = whole = "" if timestamp is None else str(timestamp)
         if isinstance(timestamp, int | float):
-            after = f"@{timestamp}" if not self.is_windows else _windows_date(timestamp)
-            whole = f"@{timestamp // 1:.0f}"
+            after, whole = f"@{timestamp}", f"@{timestamp // 1:.0f}"
+            if self.is_windows:
+                after = datetime.fromtimestamp(timestamp, UTC).isoformat()
         words = (_plain_path(path), after, whole)
         pid = self._start_script(_FIND_SH, _FIND_PS, *words, capture=True)
         if pid is None:
@@ -1032,12 +1028,6 @@ class AbstractDriver(ABC):
         schedule_entry.working_dir = str(place)
         schedule_entry.call_arguments_filename = str(place / f"call_arguments.{script}")
         schedule_entry.reboot_filepath = str(place / "reboot")
-
-
-def _windows_date(seconds: float) -> str:
-    """Return *seconds* since 1970 as a date that PowerShell reads as an instant."""
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 10**6):06d}Z"
 
 
 # === qemu guest agent driver ======================================================================
@@ -1278,27 +1268,6 @@ class QemuGuestAgentDriver(AbstractDriver):
         the whole environment; *input_data* becomes the standard input. A daemon started with
         *capture_output* counts as running until it closes its output.
         """
-        return self._prep_async_exec(path, arg, env, input_data, capture_output)
-
-    def async_exec(
-        self,
-        path: str,
-        arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
-        capture_output: bool = True,
-    ) -> int | None:
-        """Do what `execute` does; neither waits for the program."""
-        return self._prep_async_exec(path, arg, env, input_data, capture_output)
-
-    def _prep_async_exec(
-        self,
-        path: str,
-        arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
-        capture_output: bool = True,
-    ) -> int | None:
         if arg is not None and not isinstance(arg, str | list | tuple):
             raise TypeError(f"arg must be a string or a list, not {type(arg).__name__}")
         words = [arg] if isinstance(arg, str) else list(arg or [])
@@ -1309,6 +1278,9 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError as error:
             self.log.error("cannot start %r: %s", path, error)
             return None
+
+    # The reference has three names for this; none of them waits for the program.
+    async_exec = _prep_async_exec = execute
 
     def exec_status(self, pid: int) -> dict[str, Any]:
         """Return the agent's reply about program *pid* as it stands, and put it into the cache.
@@ -1347,7 +1319,8 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to the guest's file; return False (and log why) if the agent refused."""
-        return self._push_all(io.BytesIO(_as_bytes(data)), filename, mode)
+        copy = self.push(io.BytesIO(_as_bytes(data)), filename, mode=mode)
+        return self._accepted(f"write {filename!r}", copy)
 
     def write_from_file(
         self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
@@ -1357,14 +1330,16 @@ class QemuGuestAgentDriver(AbstractDriver):
         Returns False (and logs why) if the agent refused. Raises OSError for the local file.
         """
         with Path(local_filename).open("rb") as source:
-            return self._push_all(source, filename, mode)
+            copy = self.push(source, filename, mode=mode)
+            return self._accepted(f"write {filename!r}", copy)
 
-    def _push_all(self, source: BinaryIO, filename: str, mode: str) -> bool:
+    def _accepted(self, what: str, steps: Iterator[int]) -> bool:
+        """Take all *steps* to do *what*; return False (and log why) if the agent refused one."""
         try:
-            for _ in self.push(source, filename, mode=mode):
+            for _ in steps:
                 pass
         except AgentError as error:
-            self.log.error("cannot write %r in the guest: %s", filename, error)
+            self.log.error("cannot %s in the guest: %s", what, error)
             return False
         return True
 
@@ -1384,23 +1359,21 @@ class QemuGuestAgentDriver(AbstractDriver):
         temporary = target.with_name(f".vmrm-{secrets.token_hex(8)}")
         try:
             with temporary.open("xb") as sink:
-                for _ in self.pull(filename, sink):
-                    pass
-            temporary.replace(target)
-        except AgentError as error:
-            self.log.error("cannot read %r in the guest: %s", filename, error)
-            return False
+                done = self._accepted(f"read {filename!r}", self.pull(filename, sink))
+            if done:
+                temporary.replace(target)
+            return done
         finally:
             temporary.unlink(missing_ok=True)
-        return True
 
     def file_flush(self, handle: int) -> None:
         """Write what the agent still holds of an open file. Raises AgentError if that fails."""
-        self.flush(handle)
+        self.call("guest-file-flush", {"handle": handle})
 
     def file_write_content(self, handle: int, content: str | bytes) -> bool:
         """Write *content* to an open file; return False (and log why) if the agent refused."""
-        return self._write_all(handle, io.BytesIO(_as_bytes(content)))
+        copy = self._write_steps(handle, io.BytesIO(_as_bytes(content)))
+        return self._accepted(f"write to handle {handle}", copy)
 
     def file_write_from_file(self, handle: int, filename: str | os.PathLike[str]) -> bool:
         """Write the local file *filename* to an open file; return as `file_write_content` does.
@@ -1408,16 +1381,13 @@ class QemuGuestAgentDriver(AbstractDriver):
         Raises OSError for the local file.
         """
         with Path(filename).open("rb") as source:
-            return self._write_all(handle, source)
+            copy = self._write_steps(handle, source)
+            return self._accepted(f"write to handle {handle}", copy)
 
-    def _write_all(self, handle: int, source: BinaryIO) -> bool:
-        try:
-            while data := source.read(_PUSH_BYTES):
-                self.write_chunk(handle, data)
-        except AgentError as error:
-            self.log.error("cannot write to handle %d in the guest: %s", handle, error)
-            return False
-        return True
+    def _write_steps(self, handle: int, source: BinaryIO) -> Iterator[int]:
+        while data := source.read(_PUSH_BYTES):
+            self.write_chunk(handle, data)
+            yield len(data)
 
     # --- the guest's system, as in the reference ---
 
@@ -1693,10 +1663,6 @@ class QemuGuestAgentDriver(AbstractDriver):
     def close_handle(self, handle: int) -> None:
         """Close an open file. An AgentError means that what was written may be lost."""
         self.call("guest-file-close", {"handle": handle})
-
-    def flush(self, handle: int) -> None:
-        """Write what the agent still holds of an open file. Raises AgentError if that fails."""
-        self.call("guest-file-flush", {"handle": handle})
 
     def seek(self, handle: int, offset: int, whence: int = 0) -> tuple[int, bool]:
         """Move in an open file as lseek(2) does; return the new position and whether it ended."""
@@ -2473,23 +2439,18 @@ def _listen(path: Path) -> socket.socket:
     Raises FileExistsError if somebody does, or if something else is there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # The plain path, if it fits, is what tools show of a socket.
-        fits = len(os.fsencode(path)) <= _UNIX_PATH_BYTES
-        target = str(path) if fits else f"/proc/self/fd/{folder}/{path.name}"
-        if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
-            path.unlink()
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "something is there already", str(path))
-        sock.bind(target)
+        with _short_path(str(path)) as target:
+            if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
+                path.unlink()
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "something is there already", str(path))
+            sock.bind(target)
         path.chmod(0o600)
         sock.listen(1)
     except BaseException:
         sock.close()
         raise
-    finally:
-        os.close(folder)
     return sock
 
 

@@ -160,7 +160,7 @@ def test_written_data_waits_for_the_flush(
     handle = driver.open(str(tmp_path / "f"), "w")
     driver.write_chunk(handle, b"hello")
     assert (tmp_path / "f").read_bytes() == b""
-    driver.flush(handle)
+    driver.file_flush(handle)
     assert (tmp_path / "f").read_bytes() == b"hello"
     driver.close_handle(handle)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666
