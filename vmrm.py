@@ -545,6 +545,7 @@ class Database:
                 self.path, isolation_level=None, timeout=self.timeouts.writer
             )
             connection.row_factory = sqlite3.Row
+            connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
             self._connection, self._pid = connection, os.getpid()
             self._check_schema(connection)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -812,8 +813,7 @@ def _barrier(connection: sqlite3.Connection, now: float) -> None:
     """
     connection.execute(
         """UPDATE experiments
-           SET start_at = CAST(:now + start_buffer_s AS INTEGER)
-                          + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+           SET start_at = whole_seconds_up(:now + start_buffer_s)
            WHERE id = (SELECT id FROM barrier WHERE is_open AND start_at IS NULL)""",
         {"now": now},
     )
@@ -879,13 +879,8 @@ _VM_DEFAULTS: dict[str, Any] = {
 }
 
 
-class VMMapping(_Rows):
-    """The VMs of the experiment: uuid, name, state, schedule time, address.
-
-    Args:
-        hostname: Accepted and ignored, as is `port`: there is no server.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
+class _Served(_Rows):
+    """What had a server in the reference: its parameters are accepted, and there is none."""
 
     def __init__(
         self,
@@ -899,6 +894,15 @@ class VMMapping(_Rows):
         """Close the database connection."""
         with contextlib.suppress(Exception):
             self.close()
+
+
+class VMMapping(_Served):
+    """The VMs of the experiment: uuid, name, state, schedule time, address.
+
+    Args:
+        hostname: Accepted and ignored, as is `port`: there is no server.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
 
     def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
@@ -1129,26 +1133,13 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     )
 
 
-class ExperimentStart(_Rows):
+class ExperimentStart(_Served):
     """When the experiment was launched and when its time 0 is.
 
     Args:
         hostname: Accepted and ignored, as is `port`: there is no server.
         db: The database's path, an open `Database`, or None for the default database.
     """
-
-    def __init__(
-        self,
-        hostname: str = "",
-        port: int = 50051,
-        db: Database | str | os.PathLike[str] | None = None,
-    ) -> None:
-        super().__init__(db)
-
-    def __del__(self) -> None:
-        """Close the database connection."""
-        with contextlib.suppress(Exception):
-            self.close()
 
     def add_start_time(self) -> datetime:
         """Set time 0 to now plus the start buffer, unless it is set already; the first stands.
@@ -1160,8 +1151,7 @@ class ExperimentStart(_Rows):
             _begin_experiment(db)
             db.connection.execute(
                 """UPDATE experiments
-                   SET start_at = CAST(:now + start_buffer_s AS INTEGER)
-                       + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+                   SET start_at = whole_seconds_up(:now + start_buffer_s)
                    WHERE destroyed_at IS NULL AND start_at IS NULL""",
                 {"now": CLOCK.wall()},
             )
