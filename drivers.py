@@ -41,12 +41,12 @@ import binascii
 import contextlib
 import errno
 import fcntl
-import heapq
 import io
 import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import platform
 import re
@@ -54,7 +54,6 @@ import reprlib
 import resource
 import secrets
 import select
-import selectors
 import signal
 import socket
 import struct
@@ -64,11 +63,14 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 # === errors =======================================================================================
 
@@ -94,14 +96,13 @@ class DriverError(OSError):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_error, (type(self), self.__dict__)
+        # The parameters of the classes differ; a copy needs the members alone.
+        return _revive, (type(self), self.message), self.__dict__
 
 
-def _rebuild_error(kind: type[DriverError], state: dict[str, Any]) -> DriverError:
-    """Unpickle an error without its own constructor, whose parameters differ by class."""
+def _revive(kind: type[DriverError], message: str) -> DriverError:
     error = kind.__new__(kind)
-    DriverError.__init__(error, state["message"])
-    error.__dict__.update(state)
+    OSError.__init__(error, message)
     return error
 
 
@@ -252,39 +253,40 @@ class Address:
         return f"tcp:[{host}]:{port}" if ":" in str(host) else f"tcp:{host}:{port}"
 
 
+_TCP = re.compile(r"tcp:(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):(\d{1,5})", re.ASCII)
+_VSOCK = re.compile(r"vsock:(\d{1,10}):(\d{1,10})", re.ASCII)
+# A plain path has no colon, or a slash before it.
+_PATH = re.compile(r"unix:([^\0]+)|([^\0:]*/[^\0]*|[^\0:]+)")
+
+
 def parse_address(text: str) -> Address:
     """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and for numbers out of range.
     """
-    scheme, colon, rest = text.partition(":")
-    if "\0" not in text:
-        if scheme == "tcp" and colon:
-            return Address(socket.AF_INET, _parse_tcp(text, rest))
-        if scheme == "vsock" and colon:
-            return Address(socket.AF_VSOCK, _parse_vsock(text, rest))
-        path = rest if scheme == "unix" and colon else text
-        if path and (path is rest or "/" in scheme or not colon):
-            return Address(socket.AF_UNIX, path)
+    if (match := _TCP.fullmatch(text)) and 0 < int(match[3]) < 65536:
+        return Address(socket.AF_INET, (match[1] or match[2], int(match[3])))
+    if (match := _VSOCK.fullmatch(text)) and max(int(match[1]), int(match[2])) < 2**32 - 1:
+        return Address(socket.AF_VSOCK, (int(match[1]), int(match[2])))
+    if match := _PATH.fullmatch(text):
+        return Address(socket.AF_UNIX, match[1] or match[2])
     raise ValueError(f"address {text!r} is not a path, unix:PATH, tcp:HOST:PORT or vsock:CID:PORT")
 
 
-def _parse_tcp(text: str, rest: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):(\d{1,5})", rest, re.ASCII)
-    if match is None or not 0 < int(match[3]) < 65536:
-        raise ValueError(f"address {text!r} is not tcp:HOST:PORT with a port from 1 to 65535")
-    return match[1] or match[2], int(match[3])
+@contextlib.contextmanager
+def _short_path(path: str) -> Iterator[str]:
+    """Yield a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7))."""
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    folder, name = os.path.split(path)
+    fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
 
 
-def _parse_vsock(text: str, rest: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", rest, re.ASCII)
-    if match is None or max(int(match[1]), int(match[2])) >= 2**32 - 1:
-        raise ValueError(f"address {text!r} is not vsock:CID:PORT with numbers below 4294967295")
-    return int(match[1]), int(match[2])
-
-
-# A UNIX address ends at 107 bytes (unix(7)); longer paths go through a descriptor of the folder.
-_UNIX_PATH_BYTES = 107
 _NOTHING_THERE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -295,6 +297,8 @@ _NOTHING_THERE = {
     errno.ENETUNREACH,
 }
 
+# An agent answers within milliseconds, a busy one within this.
+_FAIR_TRY_S = 0.5
 _BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
 
 WaitHook = Callable[[int, int, float], bool]
@@ -316,19 +320,15 @@ def _open_socket(address: Address, wait: WaitHook, deadline: Deadline) -> socket
     """
     if address.family == socket.AF_INET:
         return _connect_tcp(address, wait, deadline)
-    path = address.target
-    if not isinstance(path, str) or len(os.fsencode(path)) <= _UNIX_PATH_BYTES:
-        return _connect_one(address, address.family, path, wait, deadline)
-    folder, name = os.path.split(path)
+    if not isinstance(address.target, str):
+        return _connect_one(address, address.family, address.target, wait, deadline)
     try:
-        fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with _short_path(address.target) as path:
+            return _connect_one(address, socket.AF_UNIX, path, wait, deadline)
+    except ConnectError:
+        raise
     except OSError as error:
         raise _refusal(address, error.errno or 0) from error
-    try:
-        target = f"/proc/self/fd/{fd}/{name}"
-        return _connect_one(address, socket.AF_UNIX, target, wait, deadline)
-    finally:
-        os.close(fd)
 
 
 def _connect_tcp(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
@@ -426,17 +426,15 @@ class FrameBuffer:
 # === session ======================================================================================
 
 
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One request on its way; its reply is kept here until somebody asks for it."""
 
-    __slots__ = ("command", "done", "ident", "large", "reply")
-
-    def __init__(self, command: str, ident: int, large: bool) -> None:
-        self.command = command
-        self.ident = ident
-        self.large = large
-        self.done = False
-        self.reply: dict[str, Any] = {}
+    command: str
+    ident: int
+    large: bool  # nothing else may be under way beside it
+    done: bool = False
+    reply: dict[str, Any] = field(default_factory=dict)
 
     def result(self) -> Any:
         """Return what the agent returned. Raises AgentError if it answered with an error."""
@@ -528,10 +526,12 @@ class Link:
 
     def __init__(self, sock: socket.socket, wait: WaitHook, log: logging.Logger) -> None:
         self.session = Session(log)
+        self.last_handle = -1  # the highest file handle that this connection was given
         self._frames = FrameBuffer()
         self._wait = wait
         self._sock: socket.socket | None = sock
-        self._space = memoryview(bytearray(_RECEIVE_BYTES))
+        # Mapped, not allocated: of a thousand links only those that receive much hold that much.
+        self._space = memoryview(mmap.mmap(-1, _RECEIVE_BYTES))
 
     @property
     def open(self) -> bool:
@@ -665,10 +665,12 @@ _PRUNE_SH = (
     'd=$1; while [ -n "$d" ] && rmdir "$d" 2>/dev/null; do '
     'case $d in */*) d=${d%/*};; *) d=;; esac; done; [ ! -e "$1" ]'
 )
-# busybox's find has -newer but not -newermt, hence the reference file.
+# busybox's find has -newer but not -newermt, hence the reference file, and its touch takes no
+# fraction of a second, hence $3, the whole seconds.
 _FIND_SH = (
     '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
-    'ref=$(mktemp) && trap \'rm -f "$ref"\' EXIT && touch -d "$2" "$ref" || exit 3; '
+    "ref=$(mktemp) && trap 'rm -f \"$ref\"' EXIT || exit 3; "
+    'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
@@ -695,6 +697,9 @@ def powershell(script: str, *words: str) -> list[str]:
     quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
     return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
+
+
+_UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def _plain_path(path: str | PurePath) -> str:
@@ -959,10 +964,13 @@ class AbstractDriver(ABC):
         *timestamp* limits it to files modified later: seconds since 1970, or a date in words that
         the guest's `touch -d` understands (on Windows PowerShell's [datetime]).
         """
-        after = "" if timestamp is None else str(timestamp)
+        after = whole = "" if timestamp is None else str(timestamp)
         if isinstance(timestamp, int | float):
-            after = f"@{timestamp}" if not self.is_windows else _windows_date(timestamp)
-        pid = self._start_script(_FIND_SH, _FIND_PS, _plain_path(path), after, capture=True)
+            after, whole = f"@{timestamp}", f"@{timestamp // 1:.0f}"
+            if self.is_windows:
+                after = datetime.fromtimestamp(timestamp, UTC).isoformat()
+        words = (_plain_path(path), after, whole)
+        pid = self._start_script(_FIND_SH, _FIND_PS, *words, capture=True)
         if pid is None:
             return None
         code = self.wait_for_exitcode(pid)
@@ -1016,9 +1024,9 @@ class AbstractDriver(ABC):
         """
         default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         flavour = PureWindowsPath if self.is_windows else PurePosixPath
-        program = re.split(r"[/\\]", str(schedule_entry.executable or ""))[-1]
+        program = str(schedule_entry.executable or "").replace("\\", "/").rpartition("/")[2]
         # Leading dots and dashes would hide the directory or look like an option.
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", program).lstrip(".-")[:64] or "files"
+        name = _UNFIT_FOR_NAME.sub("_", program).lstrip(".-")[:64] or "files"
         launch = flavour(str(self.config.get("launch_dir") or default))
         wanted = launch / _time_word(schedule_entry.start_time) / name
         place = self.deconflict_agent_path(wanted)
@@ -1027,17 +1035,12 @@ class AbstractDriver(ABC):
         schedule_entry.reboot_filepath = str(place / "reboot")
 
 
-def _windows_date(seconds: float) -> str:
-    """Return *seconds* since 1970 as a date that PowerShell reads as an instant."""
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 10**6):06d}Z"
-
-
 # === qemu guest agent driver ======================================================================
 
 _PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
 _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
+_BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 _BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
 
@@ -1149,21 +1152,27 @@ class QemuGuestAgentDriver(AbstractDriver):
         mute for ever; with *retry* false only once. The first success also learns `target_os`
         and `is_windows`, and empties the output cache.
 
-        Raises NoSocket, NoAnswer, LinkLost, or another ConnectError at once.
+        Raises what the last try met that had time for an answer: NoSocket, NoAnswer, LinkLost,
+        DriverTimeout or ProtocolError; another ConnectError at once.
         """
         deadline = Deadline(self.connect_timeout if timeout is None else timeout)
         pauses = iter([0.05, 0.1, 0.2, 0.5])
         patience = 5.0 if retry else math.inf
+        failure: DriverError | None = None
         while True:
+            seconds = min(patience, deadline.remaining())
             try:
                 with self.lock:
-                    return self._connect_once(Deadline(min(patience, deadline.remaining())))
+                    return self._connect_once(Deadline(seconds))
             except (NoSocket, NoAnswer, LinkLost, DriverTimeout, ProtocolError) as error:
                 self.close()
-                pause = next(pauses, 1.0)
-                if not retry or deadline.remaining() <= pause:
-                    raise
-                self.log.debug("trying again to connect: %s", error)
+                # Silence in what little time was left says less than what an earlier try met.
+                if failure is None or seconds >= _FAIR_TRY_S or not isinstance(error, NoAnswer):
+                    failure = error
+                self.log.debug("cannot connect: %s", error)
+            pause = next(pauses, 1.0)
+            if not retry or deadline.remaining() <= pause:
+                raise failure
             patience *= 2
             self.wait(-1, 0, pause)
 
@@ -1265,27 +1274,6 @@ class QemuGuestAgentDriver(AbstractDriver):
         the whole environment; *input_data* becomes the standard input. A daemon started with
         *capture_output* counts as running until it closes its output.
         """
-        return self._prep_async_exec(path, arg, env, input_data, capture_output)
-
-    def async_exec(
-        self,
-        path: str,
-        arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
-        capture_output: bool = True,
-    ) -> int | None:
-        """Do what `execute` does; neither waits for the program."""
-        return self._prep_async_exec(path, arg, env, input_data, capture_output)
-
-    def _prep_async_exec(
-        self,
-        path: str,
-        arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
-        capture_output: bool = True,
-    ) -> int | None:
         if arg is not None and not isinstance(arg, str | list | tuple):
             raise TypeError(f"arg must be a string or a list, not {type(arg).__name__}")
         words = [arg] if isinstance(arg, str) else list(arg or [])
@@ -1296,6 +1284,9 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError as error:
             self.log.error("cannot start %r: %s", path, error)
             return None
+
+    # The reference has three names for this; none of them waits for the program.
+    async_exec = _prep_async_exec = execute
 
     def exec_status(self, pid: int) -> dict[str, Any]:
         """Return the agent's reply about program *pid* as it stands, and put it into the cache.
@@ -1334,7 +1325,8 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to the guest's file; return False (and log why) if the agent refused."""
-        return self._push_all(io.BytesIO(_as_bytes(data)), filename, mode)
+        copy = self.push(io.BytesIO(_as_bytes(data)), filename, mode=mode)
+        return self._accepted(f"write {filename!r}", copy)
 
     def write_from_file(
         self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
@@ -1344,14 +1336,16 @@ class QemuGuestAgentDriver(AbstractDriver):
         Returns False (and logs why) if the agent refused. Raises OSError for the local file.
         """
         with Path(local_filename).open("rb") as source:
-            return self._push_all(source, filename, mode)
+            copy = self.push(source, filename, mode=mode)
+            return self._accepted(f"write {filename!r}", copy)
 
-    def _push_all(self, source: BinaryIO, filename: str, mode: str) -> bool:
+    def _accepted(self, what: str, steps: Iterator[int]) -> bool:
+        """Take all *steps* to do *what*; return False (and log why) if the agent refused one."""
         try:
-            for _ in self.push(source, filename, mode=mode):
+            for _ in steps:
                 pass
         except AgentError as error:
-            self.log.error("cannot write %r in the guest: %s", filename, error)
+            self.log.error("cannot %s in the guest: %s", what, error)
             return False
         return True
 
@@ -1371,23 +1365,21 @@ class QemuGuestAgentDriver(AbstractDriver):
         temporary = target.with_name(f".vmrm-{secrets.token_hex(8)}")
         try:
             with temporary.open("xb") as sink:
-                for _ in self.pull(filename, sink):
-                    pass
-            temporary.replace(target)
-        except AgentError as error:
-            self.log.error("cannot read %r in the guest: %s", filename, error)
-            return False
+                done = self._accepted(f"read {filename!r}", self.pull(filename, sink))
+            if done:
+                temporary.replace(target)
+            return done
         finally:
             temporary.unlink(missing_ok=True)
-        return True
 
     def file_flush(self, handle: int) -> None:
         """Write what the agent still holds of an open file. Raises AgentError if that fails."""
-        self.flush(handle)
+        self.call("guest-file-flush", {"handle": handle})
 
     def file_write_content(self, handle: int, content: str | bytes) -> bool:
         """Write *content* to an open file; return False (and log why) if the agent refused."""
-        return self._write_all(handle, io.BytesIO(_as_bytes(content)))
+        copy = self._write_steps(handle, io.BytesIO(_as_bytes(content)))
+        return self._accepted(f"write to handle {handle}", copy)
 
     def file_write_from_file(self, handle: int, filename: str | os.PathLike[str]) -> bool:
         """Write the local file *filename* to an open file; return as `file_write_content` does.
@@ -1395,16 +1387,13 @@ class QemuGuestAgentDriver(AbstractDriver):
         Raises OSError for the local file.
         """
         with Path(filename).open("rb") as source:
-            return self._write_all(handle, source)
+            copy = self._write_steps(handle, source)
+            return self._accepted(f"write to handle {handle}", copy)
 
-    def _write_all(self, handle: int, source: BinaryIO) -> bool:
-        try:
-            while data := source.read(_PUSH_BYTES):
-                self.write_chunk(handle, data)
-        except AgentError as error:
-            self.log.error("cannot write to handle %d in the guest: %s", handle, error)
-            return False
-        return True
+    def _write_steps(self, handle: int, source: BinaryIO) -> Iterator[int]:
+        while data := source.read(_PUSH_BYTES):
+            self.write_chunk(handle, data)
+            yield len(data)
 
     # --- the guest's system, as in the reference ---
 
@@ -1414,11 +1403,12 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     @staticmethod
     def _pretty_name(osinfo: Any) -> str:
-        names = osinfo if isinstance(osinfo, dict) else {}
-        name = names.get("pretty-name") or names.get("name") or names.get("id")
-        if not isinstance(name, str):
+        """Choose a name; every member is optional, and a bare Linux tells of its kernel alone."""
+        keys = ("pretty-name", "name", "id", "kernel-release")
+        names = [osinfo.get(key, "") for key in keys] if isinstance(osinfo, dict) else [None]
+        if not all(isinstance(name, str) for name in names):
             raise ReplyError("names no system", osinfo, "guest-get-osinfo")
-        return _one_line(name)
+        return _one_line(next(filter(None, names), "unknown"))
 
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""
@@ -1575,7 +1565,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError as error:
             self.log.debug("the guest has no boot id: %s", error)
             return ""
-        match = re.fullmatch(rb"\s*([0-9A-Za-z-]+)\s*", text)
+        match = _BOOT_ID.fullmatch(text)
         return match[1].decode() if match else ""
 
     # --- strict: programs ---
@@ -1651,18 +1641,34 @@ class QemuGuestAgentDriver(AbstractDriver):
     # --- strict: files ---
 
     def open(self, path: str, mode: str) -> int:
-        """Open a file of the guest in one of fopen's modes; return its handle."""
+        """Open a file of the guest in one of fopen's modes; return its handle.
+
+        Raises LinkLost, with the connection closed, if the guest has rebooted behind it.
+        """
+        return self._open(self._link(), path, mode)
+
+    def _open(self, link: Link, path: str, mode: str) -> int:
+        """Open a file; a number given out before means that another agent counts there now.
+
+        On virtio-serial a connection outlives the agent, which counts up from 1000 for ever, even
+        over its own restarts (fd_counter in qga/main.c), but may start again with the guest. Who
+        still holds a handle of the former agent must not use it on a file of the new one.
+        """
         _no_nul(path)
-        reply = {"handle": self.call("guest-file-open", {"path": path, "mode": mode})}
-        return _number(reply, "handle", 0, 2**63 - 1, "guest-file-open")
+        with self.lock:
+            reply = self._call(link, "guest-file-open", {"path": path, "mode": mode})
+            handle = _number({"handle": reply}, "handle", 0, 2**63 - 1, "guest-file-open")
+            if handle > link.last_handle:
+                link.last_handle = handle
+                return handle
+            with contextlib.suppress(AgentError):
+                self._call(link, "guest-file-close", {"handle": handle})
+            link.close()
+        raise LinkLost("the guest rebooted behind the connection: file handles repeat")
 
     def close_handle(self, handle: int) -> None:
         """Close an open file. An AgentError means that what was written may be lost."""
         self.call("guest-file-close", {"handle": handle})
-
-    def flush(self, handle: int) -> None:
-        """Write what the agent still holds of an open file. Raises AgentError if that fails."""
-        self.call("guest-file-flush", {"handle": handle})
 
     def seek(self, handle: int, offset: int, whence: int = 0) -> tuple[int, bool]:
         """Move in an open file as lseek(2) does; return the new position and whether it ended."""
@@ -1701,7 +1707,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         A close that fails is an error: with a full disk it is the only sign of lost data.
         """
         link = self._link()
-        handle = self.open(path, mode)
+        handle = self._open(link, path, mode)
         try:
             yield link, handle
         except BaseException:
@@ -1728,7 +1734,7 @@ class QemuGuestAgentDriver(AbstractDriver):
                     break
         return b"".join(parts)
 
-    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Iterator[int]:
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
         """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
 
         One write is under way at a time, while the next chunk is prepared; between two yields
@@ -1761,7 +1767,7 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Copy the guest's file *path* from *offset* on to *sink*, yielding the bytes got so far.
 
         It ends at the end of the file, as the agent tells it, or after *limit* bytes. One read
@@ -1817,6 +1823,8 @@ _REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
 _READ_LIMIT = 48 * 2**20
 _NESTING_LIMIT = 1024
 _FIRST_HANDLE = 1000
+
+_GuestFile = io.BufferedReader | io.BufferedWriter | io.BufferedRandom
 
 
 class RequestRefused(Exception):
@@ -1914,157 +1922,52 @@ class RequestSplitter:
         return value
 
 
-class _GuestFile:
-    """An open file with a write buffer, as stdio's: nothing is on disk before a flush."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._unwritten = bytearray()
-
-    def read(self, count: int) -> tuple[bytes, bool]:
-        self.flush()
-        parts: list[bytes] = []
-        while count > 0 and (data := os.read(self.fd, count)):
-            parts.append(data)
-            count -= len(data)
-        return b"".join(parts), count > 0
-
-    def write(self, data: bytes) -> None:
-        self._unwritten += data
-        if len(self._unwritten) >= 4096:
-            self.flush()
-
-    def flush(self) -> None:
-        # What cannot be written is gone, as with stdio; the caller learns of it once.
-        rest, self._unwritten = memoryview(self._unwritten), bytearray()
-        while rest:
-            rest = rest[os.write(self.fd, rest) :]
-
-    def seek(self, offset: int, whence: int) -> int:
-        self.flush()
-        return os.lseek(self.fd, offset, whence)
-
-    def close(self) -> None:
-        self.flush()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close without writing, as the end of a machine does."""
-        os.close(self.fd)
-
-
-class _Loop:
-    """One selector, one callback per descriptor, and timers; nothing runs while nothing happens."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self.stopping = False
-
-    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
-        """Call *callback* whenever one of *events* happens on *fd*; replaces an earlier watch."""
-        try:
-            self._selector.modify(fd, events, callback)
-        except KeyError:
-            self._selector.register(fd, events, callback)
-
-    def unwatch(self, fd: int) -> None:
-        """Forget *fd*, which must still be open."""
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(fd)
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
-        """Call *callback* once after *seconds*."""
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
-
-    def run(self) -> None:
-        """Run until `stopping` is set by a callback or a signal's handler."""
-        while not self.stopping:
-            timeout = max(0, self._timers[0][0] - time.monotonic()) if self._timers else None
-            for key, _ in self._selector.select(timeout):
-                # An earlier callback of this round may have closed or replaced this one.
-                now = self._selector.get_map().get(key.fd)
-                if now is not None and now.data == key.data:
-                    key.data()
-            while self._timers and self._timers[0][0] <= time.monotonic():
-                heapq.heappop(self._timers)[2]()
-
-    def close(self) -> None:
-        self._selector.close()
-
-
 class _Program:
     """A program that the stand-in started, in a process group of its own."""
 
-    def __init__(self, loop: _Loop, argv: list[str], env: dict[str, str] | None, *, capture: bool,
-                 input_data: bytes | None) -> None:  # fmt: skip
+    def __init__(self, loop: AbstractEventLoop, argv: list[str], env: dict[str, str] | None, *,
+                 capture: bool, input_data: bytes) -> None:  # fmt: skip
         output = subprocess.PIPE if capture else subprocess.DEVNULL
-        stdin = subprocess.DEVNULL if input_data is None else subprocess.PIPE
-        # Every descriptor of this process is closed on exec already.
-        self._process = subprocess.Popen(
-            argv, stdin=stdin, stdout=output, stderr=output, env=env, cwd="/", close_fds=False,
-            process_group=0, bufsize=0,
-        )  # fmt: skip
+        with _memory_file(input_data) as stdin:
+            # Every descriptor of this process is closed on exec already.
+            self._process = subprocess.Popen(
+                argv, stdin=stdin.fileno(), stdout=output, stderr=output, env=env, cwd="/",
+                close_fds=False, process_group=0, bufsize=0,
+            )  # fmt: skip
         self.pid = self._process.pid
-        self.output = {"out": bytearray(), "err": bytearray()}
-        self.cut = {"out": False, "err": False}
+        self._output: dict[str, bytearray] = {}
+        self._cut: set[str] = set()  # streams of which some output is missing
         self._loop = loop
-        self._input = memoryview(input_data or b"")
-        self._pidfd = os.pidfd_open(self.pid)
-        loop.watch(self._pidfd, selectors.EVENT_READ, self._ended)
-        self._pipes: set[int] = set()
+        self._pipes: set[IO[bytes]] = set()
         for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
             if pipe is not None:
-                self._watch_pipe(pipe, selectors.EVENT_READ, partial(self._read, name, pipe))
-        if self._process.stdin is not None:
-            self._watch_pipe(self._process.stdin, selectors.EVENT_WRITE, self._feed)
-
-    def _watch_pipe(self, pipe: IO[bytes], events: int, callback: Callable[[], None]) -> None:
-        os.set_blocking(pipe.fileno(), False)
-        self._loop.watch(pipe.fileno(), events, callback)
-        if events == selectors.EVENT_READ:
-            self._pipes.add(pipe.fileno())
+                self._pipes.add(pipe)
+                self._output[name] = bytearray()
+                loop.add_reader(pipe, self._read, name, pipe)
 
     def _read(self, name: str, pipe: IO[bytes]) -> None:
-        try:
-            data = os.read(pipe.fileno(), 65536)
-        except BlockingIOError:
-            return
+        data = os.read(pipe.fileno(), 65536)
         if not data:
-            self._pipes.discard(pipe.fileno())
             self._close(pipe)
-        room = _OUTPUT_LIMIT - len(self.output[name])
-        self.output[name] += data[:room]
-        self.cut[name] = self.cut[name] or len(data) > room
-
-    def _feed(self) -> None:
-        pipe = self._process.stdin
-        if pipe is None or pipe.closed:
-            return
-        try:
-            self._input = self._input[os.write(pipe.fileno(), self._input) :]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            self._input = memoryview(b"")
-        if not self._input:
-            self._close(pipe)
+        room = _OUTPUT_LIMIT - len(self._output[name])
+        self._output[name] += data[:room]
+        if len(data) > room:
+            self._cut.add(name)
 
     def _close(self, pipe: IO[bytes]) -> None:
-        self._loop.unwatch(pipe.fileno())
+        self._loop.remove_reader(pipe)
+        self._pipes.discard(pipe)
         pipe.close()
 
-    def _ended(self) -> None:
-        if self._process.poll() is not None and self._pidfd >= 0:
-            self._loop.unwatch(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+    @property
+    def running(self) -> bool:
+        """Whether the program itself, the leader of its group, has not ended."""
+        return self._process.poll() is None
 
     @property
     def exited(self) -> bool:
         """Whether it has ended and nobody holds its captured output any more."""
-        return self._process.returncode is not None and not self._pipes
+        return not self.running and not self._pipes
 
     def report(self) -> dict[str, Any]:
         """Return what guest-exec-status tells of it."""
@@ -2073,24 +1976,25 @@ class _Program:
         code = self._process.returncode
         reply: dict[str, Any] = {"exited": True}
         reply.update({"exitcode": code} if code >= 0 else {"signal": -code})
-        for name, data in self.output.items():
+        for name, data in self._output.items():
             if data:
                 reply[f"{name}-data"] = _encoded(data)
-                reply[f"{name}-truncated"] = self.cut[name]
+                reply[f"{name}-truncated"] = name in self._cut
         return reply
-
-    @property
-    def running(self) -> bool:
-        """Whether the program itself, the leader of its group, has not ended."""
-        return self._process.returncode is None
 
     def bury(self) -> None:
         """Wait for the end after its group was killed and close what is open."""
         self._process.wait()
-        self._ended()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None and not pipe.closed:
-                self._close(pipe)
+        for pipe in list(self._pipes):
+            self._close(pipe)
+
+
+def _memory_file(content: bytes) -> io.BufferedRandom:
+    """Return an open file that holds *content* and has no place in the file system."""
+    file = os.fdopen(os.memfd_create("content"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
 
 
 def _kill_groups(programs: Sequence[_Program]) -> None:
@@ -2099,10 +2003,10 @@ def _kill_groups(programs: Sequence[_Program]) -> None:
     Without its leader a group's number may be another's by now; ours are told apart by the
     session, which they share with us.
     """
-    orphaned = {program.pid for program in programs if not program.running}
-    for program in programs:
-        if program.running:
-            _signal(os.killpg, program.pid, signal.SIGKILL)
+    running = [program.pid for program in programs if program.running]
+    for pid in running:
+        _signal(os.killpg, pid, signal.SIGKILL)
+    orphaned = {program.pid for program in programs}.difference(running)
     if not orphaned:
         return
     session = os.getsid(0)
@@ -2132,7 +2036,7 @@ class StandInAgent:
     """
 
     def __init__(
-        self, socket_path: str | Path, loop: _Loop, root: str | Path | None = None
+        self, socket_path: str | Path, loop: AbstractEventLoop, root: str | Path | None = None
     ) -> None:
         # The folder's links are resolved, the socket itself may not exist yet.
         self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
@@ -2165,7 +2069,7 @@ class StandInAgent:
         for program in self._groups:
             program.bury()
         for file in self._files.values():
-            file.abandon()
+            file.raw.close()  # what was not flushed is lost
         self._files.clear()
         self._programs.clear()
         self._groups.clear()
@@ -2179,27 +2083,33 @@ class StandInAgent:
 
     # --- requests ---
 
-    def answer(self, text: bytes) -> bytes:
-        """Return the reply to the request *text*, b"" if there is none."""
+    def answer_next(self, requests: RequestSplitter) -> bytes | None:
+        """Return the reply to the next of *requests*, b"" for silence, None if there is none."""
+        try:
+            text = requests.next_value()
+        except RequestRefused as error:
+            return self._refusal(error, {})
+        return None if text is None else self._answer(text)
+
+    def _answer(self, text: bytes) -> bytes:
         ident: dict[str, Any] = {}
         try:
             request = self._parse(text)
             ident = {"id": request["id"]} if "id" in request else {}
             result = self._perform(request)
         except RequestRefused as error:
-            return self.refusal(error, ident)
+            return self._refusal(error, ident)
         except OSError as error:
-            return self.refusal(RequestRefused(error.strerror or str(error)), ident)
+            return self._refusal(RequestRefused(error.strerror or str(error)), ident)
         if result is None:
             return b""
         line = json.dumps({"return": result, **ident}).encode() + b"\n"
         return b"\xff" + line if request["execute"] == "guest-sync-delimited" else line
 
     @staticmethod
-    def refusal(error: RequestRefused, ident: Mapping[str, Any] | None = None) -> bytes:
-        """Return the error reply for *error*."""
+    def _refusal(error: RequestRefused, ident: Mapping[str, Any]) -> bytes:
         told = {"class": error.class_, "desc": str(error)}
-        return json.dumps({**(ident or {}), "error": told}).encode() + b"\n"
+        return json.dumps({**ident, "error": told}).encode() + b"\n"
 
     @staticmethod
     def _parse(text: bytes) -> dict[str, Any]:
@@ -2270,8 +2180,8 @@ class StandInAgent:
             release = platform.freedesktop_os_release()
         except OSError:
             release = {"ID": "linux", "NAME": "Linux", "PRETTY_NAME": "Linux"}
-        words = {"id": "ID", "name": "NAME", "pretty-name": "PRETTY_NAME", "version": "VERSION"}
-        words["version-id"] = "VERSION_ID"
+        keys = ("id", "name", "pretty-name", "version", "version-id")
+        words = {key: key.upper().replace("-", "_") for key in keys}
         info = {key: release[word] for key, word in words.items() if word in release}
         system = os.uname()
         kernel = {"kernel-release": system.release, "kernel-version": system.version}
@@ -2319,10 +2229,10 @@ class StandInAgent:
         input_data: str | None = None,
         capture_output: bool = False,
     ) -> dict[str, Any]:
-        content = None if input_data is None else self._content(input_data)
+        content = self._content(input_data or "")
         words = None if env is None else dict(word.partition("=")[::2] for word in env)
+        argv = [path, *(arg or [])]
         try:
-            argv = [path, *(arg or [])]
             program = _Program(self._loop, argv, words, capture=capture_output, input_data=content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -2352,33 +2262,30 @@ class StandInAgent:
         return real
 
     def _open(self, path: str, mode: str = "r") -> int:
-        if mode not in _OPEN_FLAGS:
+        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode):
             raise RequestRefused(f"invalid file open mode '{mode}'")
         if "\0" in path:
             raise RequestRefused("failed to open file: it has a null character")
         try:
-            fd = self._open_boot_id() if path == _BOOT_ID_PATH else self._open_file(path, mode)
+            file = self._open_file(path, mode)
         except OSError as error:
             reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
             raise RequestRefused(reason) from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._files[handle] = _GuestFile(fd)
+        self._files[handle] = file
         return handle
 
-    def _open_boot_id(self) -> int:
-        fd = os.memfd_create("boot_id")
-        os.write(fd, f"{self._boot}\n".encode())
-        os.lseek(fd, 0, os.SEEK_SET)
-        return fd
-
-    def _open_file(self, path: str, mode: str) -> int:
+    def _open_file(self, path: str, mode: str) -> _GuestFile:
+        if path == _BOOT_ID_PATH:
+            return _memory_file(f"{self._boot}\n".encode())
         real = self._host_path(path)
-        flags = _OPEN_FLAGS[mode] | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        created = bool(flags & os.O_CREAT) and not Path(real).exists()
-        fd = os.open(real, flags, 0o666)
+        created = mode[0] != "r" and not Path(real).exists()
+        mode = mode.replace("b", "") + "b"
+        # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
+        file = open(real, mode, 4096, opener=_open_now)  # noqa: SIM115 - it stays open
         if created:
-            os.fchmod(fd, 0o666)  # qemu-ga does not let the umask apply either
-        return fd
+            os.fchmod(file.fileno(), 0o666)  # qemu-ga does not let the umask apply either
+        return cast(_GuestFile, file)
 
     def _file(self, handle: int) -> _GuestFile:
         if handle not in self._files:
@@ -2389,8 +2296,8 @@ class StandInAgent:
         file = self._file(handle)
         if not 0 <= count <= _READ_LIMIT:
             raise RequestRefused(f"value '{count}' is invalid for argument count")
-        data, eof = file.read(count)
-        return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
+        data = file.read(count) or b""
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": len(data) < count}
 
     def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
         file = self._file(handle)
@@ -2420,9 +2327,15 @@ class StandInAgent:
         return {}
 
     def _close(self, handle: int) -> dict[str, Any]:
-        self._file(handle).close()
+        file = self._file(handle)
         del self._files[handle]
+        file.close()
         return {}
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Open as open() asks, but neither wait for the other end of a pipe nor follow a link."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _is_integer(value: object) -> bool:
@@ -2441,16 +2354,6 @@ _JSON_KINDS: dict[str, Callable[[object], bool]] = {
     "whence": lambda value: _is_integer(value) or isinstance(value, str),
 }
 _PYTHON_NAMES = {"id": "ident", "time": "now_ns"}
-_WRITING = os.O_WRONLY | os.O_CREAT
-_UPDATING = os.O_RDWR | os.O_CREAT
-_OPEN_FLAGS = {
-    **dict.fromkeys(("r", "rb"), os.O_RDONLY),
-    **dict.fromkeys(("w", "wb"), _WRITING | os.O_TRUNC),
-    **dict.fromkeys(("a", "ab"), _WRITING | os.O_APPEND),
-    **dict.fromkeys(("r+", "rb+", "r+b"), os.O_RDWR),
-    **dict.fromkeys(("w+", "wb+", "w+b"), _UPDATING | os.O_TRUNC),
-    **dict.fromkeys(("a+", "ab+", "a+b"), _UPDATING | os.O_APPEND),
-}
 # Command: the method that performs it, and its parameters' types, `?` marking optional ones.
 _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-ping": ("_ping", {}),
@@ -2466,194 +2369,74 @@ _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-fsfreeze-status": ("_freeze_status", {}),
     "guest-fsfreeze-freeze": ("_freeze", {}),
     "guest-fsfreeze-thaw": ("_thaw", {}),
-    "guest-exec": (
-        "_exec",
-        {
-            "path": "string",
-            "arg": "array?",
-            "env": "array?",
-            "input-data": "string?",
-            "capture-output": "boolean?",
-        },
-    ),
+    "guest-exec": ("_exec", {
+        "path": "string", "arg": "array?", "env": "array?", "input-data": "string?",
+        "capture-output": "boolean?",
+    }),
     "guest-exec-status": ("_exec_status", {"pid": "integer"}),
     "guest-file-open": ("_open", {"path": "string", "mode": "string?"}),
     "guest-file-read": ("_read", {"handle": "integer", "count": "integer?"}),
-    "guest-file-write": (
-        "_write",
-        {"handle": "integer", "buf-b64": "string", "count": "integer?"},
-    ),
-    "guest-file-seek": (
-        "_seek",
-        {"handle": "integer", "offset": "integer", "whence": "whence"},
-    ),
+    "guest-file-write": ("_write", {
+        "handle": "integer", "buf-b64": "string", "count": "integer?",
+    }),
+    "guest-file-seek": ("_seek", {"handle": "integer", "offset": "integer", "whence": "whence"}),
     "guest-file-flush": ("_flush", {"handle": "integer"}),
     "guest-file-close": ("_close", {"handle": "integer"}),
-}
+}  # fmt: skip
 
 # Requests of ioctl(2) for a device's IPv4 address and mask: netdevice(7).
 _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 
 
 def _describe_interface(name: str) -> dict[str, Any]:
-    """Return what guest-network-get-interfaces tells of the host's interface *name*."""
+    """Return what guest-network-get-interfaces tells of the host's *name*; IPv4 alone."""
     info: dict[str, Any] = {"name": name}
-    with contextlib.suppress(OSError):
-        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
-    addresses = [*_ipv4_addresses(name), *_ipv6_addresses(name)]
-    return {**info, "ip-addresses": addresses} if addresses else info
-
-
-def _ipv4_addresses(name: str) -> list[dict[str, Any]]:
     request = struct.pack("256s", name.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            address, mask = (
-                fcntl.ioctl(sock, number, request)[20:24]
-                for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
-            )
-        except OSError:
-            return []
-    prefix = int.from_bytes(mask).bit_count()
-    kind = {"ip-address-type": "ipv4", "prefix": prefix}
-    return [{**kind, "ip-address": socket.inet_ntop(socket.AF_INET, address)}]
-
-
-def _ipv6_addresses(name: str) -> list[dict[str, Any]]:
-    try:
-        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:
-        return []
-    return [
-        {
-            "ip-address-type": "ipv6",
-            "prefix": int(row[2], 16),
-            "ip-address": socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])),
-        }
-        for row in rows
-        if row[5] == name
-    ]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
+        address, mask = (
+            fcntl.ioctl(sock, number, request)[20:24] for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
+        )
+        prefix = int.from_bytes(mask).bit_count()
+        found = {"ip-address": socket.inet_ntop(socket.AF_INET, address), "prefix": prefix}
+        info["ip-addresses"] = [{"ip-address-type": "ipv4", **found}]
+    return info
 
 
 # === stand-in server ==============================================================================
 
 
-class _Endpoint:
-    """The socket of one stand-in agent: as with qemu-ga, one client is served, others wait."""
+async def _serve_agent(
+    loop: AbstractEventLoop, listener: socket.socket, agent: StandInAgent, boot_s: float
+) -> None:
+    """Serve one client after the other, as qemu-ga does, until the agent is told to power down."""
+    try:
+        while not agent.halted:
+            client, _ = await loop.sock_accept(listener)
+            with client, contextlib.suppress(OSError):  # it may leave at any time
+                await _serve_client(loop, client, agent, boot_s)
+    finally:
+        listener.close()
+        agent.socket_path.unlink(missing_ok=True)
+        agent.end_boot()
 
-    def __init__(
-        self, loop: _Loop, agent: StandInAgent, boot_s: float, on_closed: Callable[[], None]
-    ) -> None:
-        self.closed = False
-        self._on_closed = on_closed
-        self._loop = loop
-        self._agent = agent
-        self._boot_s = boot_s
-        self._booting = False
-        self._client: socket.socket | None = None
-        self._requests = RequestSplitter()
-        self._outgoing = memoryview(b"")
-        self._listener = _listen(agent.socket_path)
-        self._await_client()
 
-    def _await_client(self) -> None:
-        self._loop.watch(self._listener.fileno(), selectors.EVENT_READ, self._accept)
+async def _serve_client(
+    loop: AbstractEventLoop, client: socket.socket, agent: StandInAgent, boot_s: float
+) -> None:
+    """Answer one request at a time; while a reply is unread none is taken: memory is bounded."""
+    import asyncio
 
-    def _accept(self) -> None:
-        try:
-            self._client, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        self._client.setblocking(False)
-        self._loop.unwatch(self._listener.fileno())
-        self._go_on()
-
-    def _drop_client(self) -> None:
-        """Forget the client, its half request and its unread replies."""
-        if self._client is not None:
-            self._loop.unwatch(self._client.fileno())
-            self._client.close()
-        self._client = None
-        self._requests = RequestSplitter()
-        self._outgoing = memoryview(b"")
-
-    def _readable(self) -> None:
-        try:
-            data = self._client.recv(_RECEIVE_BYTES) if self._client else b""
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._requests.feed(data)
-        else:
-            self._drop_client()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Answer what can be answered, then wait for what comes next."""
-        self._send()
-        while self._client and not self._outgoing and not self._booting and self._answer_one():
-            self._send()
-        if self.closed:
-            return
-        if self._client is None:
-            self._await_client()
-        elif self._booting:
-            self._loop.unwatch(self._client.fileno())
-        elif self._outgoing:
-            # While a reply is unread no request is taken, so memory stays bounded.
-            self._loop.watch(self._client.fileno(), selectors.EVENT_WRITE, self._go_on)
-        else:
-            self._loop.watch(self._client.fileno(), selectors.EVENT_READ, self._readable)
-
-    def _answer_one(self) -> bool:
-        """Answer the next request; tell whether there was one."""
-        try:
-            value = self._requests.next_value()
-            reply = self._agent.answer(value) if value is not None else b""
-        except RequestRefused as error:
-            value, reply = b"", self._agent.refusal(error)
-        self._outgoing = memoryview(reply)
-        if self._agent.halted:
-            self.close()
-        elif self._agent.rebooted:
-            self._boot()
-        return value is not None
-
-    def _boot(self) -> None:
-        """Answer nothing until the boot is over, then everything that came meanwhile."""
-        self._agent.rebooted = False
-        if self._boot_s > 0:
-            self._booting = True
-            self._loop.call_later(self._boot_s, self._booted)
-
-    def _booted(self) -> None:
-        self._booting = False
-        if not self.closed:
-            self._go_on()
-
-    def _send(self) -> None:
-        while self._client is not None and self._outgoing:
-            try:
-                self._outgoing = self._outgoing[self._client.send(self._outgoing) :]
-            except BlockingIOError:
+    requests = RequestSplitter()
+    while data := await loop.sock_recv(client, _RECEIVE_BYTES):
+        requests.feed(data)
+        while (reply := agent.answer_next(requests)) is not None:
+            await loop.sock_sendall(client, reply)
+            if agent.halted:
                 return
-            except OSError:
-                self._drop_client()
-
-    def close(self) -> None:
-        """Stop serving: the socket goes, the client is dropped, the agent's programs are killed."""
-        if self.closed:
-            return
-        self.closed = True
-        self._drop_client()
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
-        self._agent.socket_path.unlink(missing_ok=True)
-        if not self._agent.halted:
-            self._agent.end_boot()
-        self._on_closed()
+            if agent.rebooted:
+                agent.rebooted = False
+                await asyncio.sleep(boot_s)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -2662,75 +2445,44 @@ def _listen(path: Path) -> socket.socket:
     Raises FileExistsError if somebody does, or if something else is there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # The plain path, if it fits, is what tools show of a socket.
-        fits = len(os.fsencode(path)) <= _UNIX_PATH_BYTES
-        target = str(path) if fits else f"/proc/self/fd/{folder}/{path.name}"
-        if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
-            path.unlink()
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "something is there already", str(path))
-        sock.bind(target)
+        with _short_path(str(path)) as target:
+            if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
+                path.unlink()
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "something is there already", str(path))
+            sock.bind(target)
         path.chmod(0o600)
         sock.listen(1)
     except BaseException:
         sock.close()
         raise
-    finally:
-        os.close(folder)
     return sock
-
-
-def _discard(sock: socket.socket) -> None:
-    sock.recv(64)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(loop: _Loop) -> Iterator[None]:
-    """Stop *loop* at SIGTERM and SIGINT while the block runs."""
-
-    def stop(number: int, frame: object) -> None:
-        loop.stopping = True
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        loop.watch(ours.fileno(), selectors.EVENT_READ, partial(_discard, ours))
-        before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(before_fd)
-            loop.unwatch(ours.fileno())
 
 
 def _serve(
     places: Sequence[tuple[Path, Path | None]], boot_s: float, ready: Callable[[], None] | None
 ) -> None:
-    loop = _Loop()
-    endpoints: list[_Endpoint] = []
+    # Only a process that plays agents pays for this import.
+    import asyncio
 
-    def on_closed() -> None:
-        loop.stopping = loop.stopping or all(endpoint.closed for endpoint in endpoints)
+    async def serve() -> None:
+        loop, serving = asyncio.get_running_loop(), []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asyncio.current_task(loop).cancel)  # type: ignore[union-attr]
+        for path, root in places:
+            agent = StandInAgent(path, loop, root)
+            listener = _listen(agent.socket_path)
+            serving.append(loop.create_task(_serve_agent(loop, listener, agent, boot_s)))
+            await asyncio.sleep(0)  # what has begun tidies up when it is cancelled
+        if ready is not None:
+            ready()
+        await asyncio.gather(*serving)
 
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        for path, root in places:
-            endpoints.append(_Endpoint(loop, StandInAgent(path, loop, root), boot_s, on_closed))
-        with _stopped_by_signals(loop):
-            if ready is not None:
-                ready()
-            loop.run()
-    finally:
-        for endpoint in endpoints:
-            endpoint.close()
-        loop.close()
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(serve())
 
 
 def serve_agent(

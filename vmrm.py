@@ -255,6 +255,8 @@ MAX_OUTPUT_BYTES = 256 << 20
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
 
+# Looked up once: between two forks the supervisor must touch as little memory as it can.
+_CRASH = os.environ.get("VMRM_CRASH", "")
 _crash_counts: dict[str, int] = {}
 
 
@@ -264,7 +266,9 @@ def _crash(label: str) -> None:
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
     many processes one dies, once.
     """
-    wanted, _, nth = os.environ.get("VMRM_CRASH", "").partition(":")
+    if not _CRASH:
+        return
+    wanted, _, nth = _CRASH.partition(":")
     if wanted != label:
         return
     _crash_counts[label] = _crash_counts.get(label, 0) + 1
@@ -541,6 +545,7 @@ class Database:
                 self.path, isolation_level=None, timeout=self.timeouts.writer
             )
             connection.row_factory = sqlite3.Row
+            connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
             self._connection, self._pid = connection, os.getpid()
             self._check_schema(connection)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -808,8 +813,7 @@ def _barrier(connection: sqlite3.Connection, now: float) -> None:
     """
     connection.execute(
         """UPDATE experiments
-           SET start_at = CAST(:now + start_buffer_s AS INTEGER)
-                          + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+           SET start_at = whole_seconds_up(:now + start_buffer_s)
            WHERE id = (SELECT id FROM barrier WHERE is_open AND start_at IS NULL)""",
         {"now": now},
     )
@@ -875,13 +879,8 @@ _VM_DEFAULTS: dict[str, Any] = {
 }
 
 
-class VMMapping(_Rows):
-    """The VMs of the experiment: uuid, name, state, schedule time, address.
-
-    Args:
-        hostname: Accepted and ignored, as is `port`: there is no server.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
+class _Served(_Rows):
+    """What had a server in the reference: its parameters are accepted, and there is none."""
 
     def __init__(
         self,
@@ -895,6 +894,15 @@ class VMMapping(_Rows):
         """Close the database connection."""
         with contextlib.suppress(Exception):
             self.close()
+
+
+class VMMapping(_Served):
+    """The VMs of the experiment: uuid, name, state, schedule time, address.
+
+    Args:
+        hostname: Accepted and ignored, as is `port`: there is no server.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
 
     def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
@@ -1125,26 +1133,13 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
     )
 
 
-class ExperimentStart(_Rows):
+class ExperimentStart(_Served):
     """When the experiment was launched and when its time 0 is.
 
     Args:
         hostname: Accepted and ignored, as is `port`: there is no server.
         db: The database's path, an open `Database`, or None for the default database.
     """
-
-    def __init__(
-        self,
-        hostname: str = "",
-        port: int = 50051,
-        db: Database | str | os.PathLike[str] | None = None,
-    ) -> None:
-        super().__init__(db)
-
-    def __del__(self) -> None:
-        """Close the database connection."""
-        with contextlib.suppress(Exception):
-            self.close()
 
     def add_start_time(self) -> datetime:
         """Set time 0 to now plus the start buffer, unless it is set already; the first stands.
@@ -1156,8 +1151,7 @@ class ExperimentStart(_Rows):
             _begin_experiment(db)
             db.connection.execute(
                 """UPDATE experiments
-                   SET start_at = CAST(:now + start_buffer_s AS INTEGER)
-                       + (:now + start_buffer_s > CAST(:now + start_buffer_s AS INTEGER))
+                   SET start_at = whole_seconds_up(:now + start_buffer_s)
                    WHERE destroyed_at IS NULL AND start_at IS NULL""",
                 {"now": CLOCK.wall()},
             )
@@ -2030,6 +2024,30 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
+@contextlib.contextmanager
+def adding_contents(db: Database) -> Iterator[None]:
+    """Keep contents that no row names yet from being removed as unused; many may add at once."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    fd = os.open(db.directory("locks") / "store", flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_unused_contents(db: Database) -> None:
+    """Remove stored contents that nothing names; while somebody adds some, leave them all."""
+    fd = try_lock(db.directory("locks") / "store")
+    if fd is None:
+        return
+    try:
+        for path in unused_contents(db):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
 def content_path(db: Database, sha256: str) -> Path:
     """Return where the store keeps the content with this SHA-256."""
     return db.state_dir / "store" / sha256
@@ -2087,26 +2105,32 @@ class VmResourceStore(_Rows):
         self._add_all([(filename, io.BytesIO(data))], force)
 
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
-        stored: dict[str, tuple[str, int]] = {}
-        for name, stream in files:
-            checked_name("file", name)
-            if name.lower() in map(str.lower, stored):
-                raise ValueError(f"the archive holds two files named {name!r}")
-            if not force and self.check_path(name):
-                raise FileExistsError(errno.EEXIST, "the store has such a file", name)
-            stored[name] = put_content(self.db, stream)
-        _crash("store-before-rows")
-        with self.db.transaction():
-            for name, (sha256, size) in stored.items():
-                if not force and self.check_path(name):  # somebody was faster
-                    raise FileExistsError(errno.EEXIST, "the store has such a file", name)
-                self.db.connection.execute(
-                    """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
-                       VALUES (?, ?, ?, ?, ?)
-                       ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
-                           size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
-                    (self.store, name, sha256, size, CLOCK.wall()),
-                )
+        with adding_contents(self.db):
+            stored: dict[str, tuple[str, int]] = {}
+            for name, stream in files:
+                checked_name("file", name)
+                if name.lower() in map(str.lower, stored):
+                    raise ValueError(f"the archive holds two files named {name!r}")
+                self._refuse_taken(name, force)
+                stored[name] = put_content(self.db, stream)
+            _crash("store-before-rows")
+            with self.db.transaction():
+                for name, content in stored.items():
+                    self._refuse_taken(name, force)  # somebody may have been faster
+                    self._name(name, *content)
+
+    def _refuse_taken(self, name: str, force: bool) -> None:
+        if not force and self.check_path(name):
+            raise FileExistsError(errno.EEXIST, "the store has such a file", name)
+
+    def _name(self, name: str, sha256: str, size: int) -> None:
+        self.db.connection.execute(
+            """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
+               VALUES (?, ?, ?, ?, ?)
+               ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
+                   size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
+            (self.store, name, sha256, size, CLOCK.wall()),
+        )
 
     def remove_file(self, pattern: str) -> int:
         """Remove the files whose name matches a shell pattern; return how many there were.
@@ -2119,8 +2143,7 @@ class VmResourceStore(_Rows):
                 self.db.connection.execute(
                     "DELETE FROM files WHERE store = ? AND name = ?", (self.store, name)
                 )
-        for sha256 in unused_contents(self.db):
-            content_path(self.db, sha256).unlink(missing_ok=True)
+        remove_unused_contents(self.db)
         return len(names)
 
     def list_contents(self, pattern: str = "*") -> list[tuple[int, str, datetime]]:
@@ -2279,15 +2302,14 @@ def _damage_told(source: Path) -> Iterator[None]:
         raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
-def unused_contents(db: Database) -> list[str]:
-    """Return the SHA-256 of each stored content that no file and no schedule names."""
+def unused_contents(db: Database) -> list[Path]:
+    """Return each stored content that no file and no schedule names, half-written ones included."""
     named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
     texts = [row["text"] for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL")]
     return [
-        path.name
+        path
         for path in sorted(db.directory("store").iterdir())
-        if len(path.name) == 64 and path.name not in named
-        if not any(path.name in text for text in texts)
+        if path.name not in named and not any(path.name in text for text in texts)
     ]
 
 
@@ -2673,6 +2695,9 @@ def guest_path(entry: ScheduleEntry, location: str) -> str:
     return str(PurePosixPath(entry.working_dir) / location)
 
 
+_NOT_PLAIN = re.compile(r"[^ -~]")
+
+
 def call_script(
     entry: ScheduleEntry, *, title: str, token: str, stage: str, placed: Sequence[tuple[str, str]]
 ) -> str:
@@ -2691,7 +2716,7 @@ def call_script(
         for location, (sha256, mode) in zip(locations, placed, strict=True)
     ]
     return _CALL_SCRIPT.format(
-        title=re.sub(r"[^ -~]", "?", title),
+        title=_NOT_PLAIN.sub("?", title),
         token=shlex.quote(token),
         claim_failed=CLAIM_FAILED,
         script=shlex.quote(str(entry.call_arguments_filename)),
@@ -2759,13 +2784,16 @@ def parse_found(line: str) -> Found:
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
+_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
+
+
 def parse_exit(text: str) -> tuple[int, bool]:
     """Return exit code and reboot wish from an attempt's `exit` file.
 
     Raises:
         ValueError: the guest wrote something else.
     """
-    match = re.fullmatch(r"([0-9]{1,3}) ([01])\n?", text)
+    match = _EXIT_WORDS.fullmatch(text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
@@ -3106,8 +3134,18 @@ def _agent_lock_path(path: str) -> Path:
 
 
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
-    """Return every usable driver class of the drivers module."""
-    return {item for item in vars(drivers).values() if VMResourceHandler._check_driver(item)}
+    """Return every usable driver class of the drivers module.
+
+    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
+    each handler a quarter of a mebibyte, in the caches of abstract base classes.
+    """
+    found: set[type[drivers.AbstractDriver]] = set()
+    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
+    while below:
+        below += (item := below.pop()).__subclasses__()
+        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+            found.add(item)
+    return found
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
@@ -5382,12 +5420,21 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     """
     if _is_same(db, experiment):
         return False
-    for sha256, path in experiment.files.items():
+    with adding_contents(db):
+        _store_files(db, experiment.files)
+        return _write_experiment(db, experiment)
+
+
+def _store_files(db: Database, files: Mapping[str, Path]) -> None:
+    for sha256, path in files.items():
         with path.open("rb") as stream:
             if put_content(db, stream)[0] != sha256:
                 raise UsageError(f"{str(path)!r} changed while it was being read")
+
+
+def _write_experiment(db: Database, experiment: Experiment) -> bool:
     with _changing_vms(db) as connection:
-        if _is_same(db, experiment):
+        if _is_same(db, experiment):  # somebody was faster
             return False
         connection.execute(
             """UPDATE experiments SET source = :source, content_hash = :hash,
@@ -5579,9 +5626,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
             for item in entry.items("file"):
                 where = f"file {item['filename']!r} of VM {row['server_name']!r}"
                 faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
-    leftovers = [content_path(db, sha256) for sha256 in unused_contents(db)]
-    leftovers += sorted(db.directory("store").glob(".new-*"))
-    faults += [f"store: nothing names {path.name}" for path in leftovers]
+    faults += [f"store: nothing names {path.name}" for path in unused_contents(db)]
     dead = [
         row
         for row in db.query("SELECT id, client_pid, client_started FROM requests")
@@ -5589,8 +5634,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
     if fix:
-        for path in leftovers:
-            path.unlink(missing_ok=True)
+        remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
     return faults
@@ -6386,14 +6430,13 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
     text = reader._read_schedule(items, f"vm {server_name!r}")
     if reader.faults:
         raise UsageError("\n  ".join([f"{file}: {len(reader.faults)} faults", *reader.faults]))
-    for path in reader.files.values():
-        with path.open("rb") as stream:
-            put_content(db, stream)
-    with db.transaction():
-        sql = "SELECT text FROM schedules WHERE server_name = :name"
-        present = json.loads(db.value(sql, name=server_name) or "[]")
-        both = json.dumps(present + json.loads(text), ensure_ascii=False)
-        _put_schedule(db, server_name, both, "")
+    with adding_contents(db):
+        _store_files(db, reader.files)
+        with db.transaction():
+            sql = "SELECT text FROM schedules WHERE server_name = :name"
+            present = json.loads(db.value(sql, name=server_name) or "[]")
+            both = json.dumps(present + json.loads(text), ensure_ascii=False)
+            _put_schedule(db, server_name, both, "")
     wake_vm(db, server_name)
     return {"added": len(items)}
 

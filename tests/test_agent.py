@@ -112,7 +112,7 @@ def test_an_abandoned_transfer_leaves_no_handle_and_no_confusion(
         driver.push(io.BytesIO(bytes(MIB)), str(tmp_path / "g")),
     ):
         next(transfer)
-        transfer.close()  # type: ignore[attr-defined]  # both are generators
+        transfer.close()
     assert driver.call("guest-ping") == {}
     assert len(os.listdir(f"/proc/{agent.process.pid}/fd")) == before  # noqa: PTH208
 
@@ -160,7 +160,7 @@ def test_written_data_waits_for_the_flush(
     handle = driver.open(str(tmp_path / "f"), "w")
     driver.write_chunk(handle, b"hello")
     assert (tmp_path / "f").read_bytes() == b""
-    driver.flush(handle)
+    driver.file_flush(handle)
     assert (tmp_path / "f").read_bytes() == b"hello"
     driver.close_handle(handle)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666

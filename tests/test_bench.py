@@ -20,7 +20,9 @@ def bench(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the benchmarks in the test's own temporary directory."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     command = [sys.executable, str(RUN), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def figures(tmp_path: Path, *words: str) -> dict[str, dict[str, Any]]:

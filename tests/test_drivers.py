@@ -149,6 +149,19 @@ def test_without_a_connection_every_call_says_so(idle: drivers.QemuGuestAgentDri
     idle.close()
 
 
+@pytest.mark.parametrize(
+    ("osinfo", "name"),
+    [
+        ({"id": "debian", "name": "Debian", "pretty-name": "Debian 12"}, "Debian 12"),
+        ({"kernel-release": "6.1.0", "id": ""}, "6.1.0"),
+        ({}, "unknown"),
+    ],
+)
+def test_a_system_is_called_by_the_best_that_is_known(osinfo: dict[str, str], name: str) -> None:
+    with scripted(lambda request: reply(request, osinfo), timeout=5) as (driver, _):
+        assert driver.get_os() == name
+
+
 # --- programs ---
 
 
@@ -356,6 +369,7 @@ def test_a_busybox_guest_understands_the_scripts(tmp_path: Path) -> None:
         (drivers._EXISTS_SH, [f"{tmp_path}/d/f*"], 0),
         (drivers._EXISTS_SH, [f"{tmp_path}/d/g*"], 1),
         (drivers._FIND_SH, [str(tmp_path / "d"), "@1000"], 0),
+        (drivers._FIND_SH, [str(tmp_path / "d"), "@1000.5", "@1000"], 0),
         (drivers._FIND_SH, [str(tmp_path / "none"), ""], 2),
         (drivers._DELETE_SH, [target], 0),
         (drivers._DELETE_SH, [target], 1),

@@ -13,7 +13,7 @@ import pytest
 from lab import Lab, crash_labels, kill, stand_ins
 
 # Where a label is passed only by another command, or is not a place in a handler's life.
-ELSEWHERE = {"store-before-rename", "request-claimed", "vm-failed"}
+ELSEWHERE = {"store-before-rename", "store-before-rows", "request-claimed", "vm-failed"}
 SEED = 20261121
 
 

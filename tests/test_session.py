@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -321,15 +322,44 @@ def test_a_windows_file_ends_with_a_read_of_nothing(size: int, tmp_path: Path) -
     assert (tmp_path / "f").read_bytes() == content
 
 
+def test_a_handle_that_was_given_out_before_ends_the_connection() -> None:
+    """Another agent counts there now: a suspended copy must not go on into one of its files."""
+    handles = iter([1000, 1001, 1000])
+    written: list[int] = []
+
+    def script(request: Request) -> bytes:
+        if request["execute"] == "guest-file-open":
+            return reply(request, next(handles))
+        if request["execute"] == "guest-file-write":
+            written.append(request["arguments"]["handle"])
+            return reply(request, {"count": 65536, "eof": False})
+        return reply(request, {})
+
+    with scripted(script, timeout=5) as (driver, agent):
+        copy = driver.push(io.BytesIO(bytes(3 * 65536)), "/mine")
+        next(copy)
+        assert driver.open("/other", "r") == 1001
+        with pytest.raises(drivers.LinkLost, match="rebooted"):
+            driver.open("/new", "w")
+        assert not driver.connected_now
+        with pytest.raises(drivers.StateError):
+            list(copy)
+    assert written == [1000]
+    last = agent.requests[-1]
+    assert (last["execute"], last["arguments"]) == ("guest-file-close", {"handle": 1000})
+
+
 @pytest.mark.parametrize("failing", ["guest-file-flush", "guest-file-close"])
 def test_a_failing_flush_or_close_is_lost_data(failing: str) -> None:
+    handles = itertools.count(1000)
+
     def script(request: Request) -> bytes:
         if request["execute"] == failing:
             told = {"class": "GenericError", "desc": "no space"}
             return json.dumps({"error": told, "id": request["id"]}).encode() + b"\n"
         if request["execute"] == "guest-file-write":
             return reply(request, {"count": 3, "eof": False})
-        return reply(request, 1000)
+        return reply(request, next(handles))
 
     with scripted(script, timeout=5) as (driver, agent):
         with pytest.raises(drivers.AgentError) as caught:
@@ -423,6 +453,22 @@ def test_a_mute_connection_is_replaced_by_a_fresh_one(tmp_path: Path) -> None:
         assert driver.connect(timeout=5) > 0
         assert driver.ping(timeout=5)
         driver.close()
+
+
+def test_a_last_try_without_time_does_not_hide_what_is_wrong(tmp_path: Path) -> None:
+    path, driver = tmp_path / "s", drivers.QemuGuestAgentDriver({"path": str(tmp_path / "s")}, LOG)
+    served = threading.Event()
+
+    def mute(client: socket.socket) -> None:
+        served.set()
+        client.recv(9999)
+        client.recv(1)
+
+    # The second try begins after a pause of 50 ms.
+    with listening_script(path, lambda client: None, mute):
+        with pytest.raises(drivers.LinkLost):
+            driver.connect(timeout=0.15)
+        assert served.wait(10)
 
 
 def test_nobody_answering_is_told_from_nothing_there(tmp_path: Path) -> None:

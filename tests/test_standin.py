@@ -95,7 +95,12 @@ def test_a_reboot_kills_programs_forgets_pids_and_keeps_the_client(tmp_path: Pat
         wait_dead(pid, child)
         with pytest.raises(drivers.UnknownPid):
             driver.status(pid)
-        assert driver.open("/etc/passwd", "r") == 1000
+        # Handles count from 1000 again, so whoever still holds one of before loses the connection.
+        assert driver.call("guest-file-open", {"path": "/etc/passwd", "mode": "r"}) == 1000
+        with pytest.raises(drivers.LinkLost, match="rebooted"):
+            driver.boot_id()
+        assert not driver.connected_now
+        driver.connect(timeout=10)
         assert driver.boot_id() not in ("", before)
 
 

@@ -177,7 +177,7 @@ def test_a_content_that_a_schedule_pins_outlives_its_name(
     assert contents(db) == {sha256(b"pinned")}
     assert vmrm.unused_contents(db) == []
     vmrm.ScheduleDb(db=db).destroy_all()
-    assert vmrm.unused_contents(db) == [sha256(b"pinned")]
+    assert [path.name for path in vmrm.unused_contents(db)] == [sha256(b"pinned")]
 
 
 def test_a_lost_content_is_file_not_found(store: VmResourceStore) -> None:
@@ -211,7 +211,7 @@ def test_a_crash_while_adding_leaves_no_row_without_its_content(
     left = contents(db) - {sha256(b"old content")}
     assert len(left) == 1, "the crash left a file, which nothing names"
     if label == "store-before-rows":
-        assert vmrm.unused_contents(db) == [sha256(b"new content")]
+        assert [path.name for path in vmrm.unused_contents(db)] == [sha256(b"new content")]
     store.add_file_from_content("new content", "a.txt")
     assert Path(store.get_path("a.txt")).read_text() == "new content"
     store.remove_file("*")
@@ -239,7 +239,7 @@ def test_a_stream_that_breaks_adds_nothing(store: VmResourceStore, db: Database)
     with pytest.raises(OSError, match="it broke"):
         store._add_all([("good", io.BytesIO(b"good")), ("bad", Broken())], force=True)
     assert store.list_distinct_contents() == []
-    assert vmrm.unused_contents(db) == [sha256(b"good")], "check --fix removes it"
+    assert [p.name for p in vmrm.unused_contents(db)] == [sha256(b"good")], "check --fix removes it"
 
 
 # === Archives ====================================================================================
@@ -436,7 +436,6 @@ DAMAGED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "bzip2 damaged": ("a.bz2", lambda: bz2.compress(b"x" * 999)[:-9] + bytes(9)),
     "no xz": ("a.xz", lambda: b"hello"),
     "tar cut short": ("a.tar", cut_tar),
-    "tar going backwards": ("a.tar", negative_tar),
     "zip encrypted": ("a.zip", encrypted_zip),
 }
 
@@ -449,3 +448,30 @@ def test_a_damaged_archive_is_a_value_error_that_names_it(
     with pytest.raises(ValueError, match=f"archive '{name}'"):
         unpacking.add_file(tmp_path / name)
     assert unpacking.list_distinct_contents() == []
+
+
+def test_a_tar_that_leads_back_to_its_own_header_is_never_followed(
+    unpacking: VmResourceStore, tmp_path: Path
+) -> None:
+    """Later Pythons do not take it for an archive at all; then it is stored as it is."""
+    (tmp_path / "a.tar").write_bytes(negative_tar())
+    try:
+        unpacking.add_file(tmp_path / "a.tar")
+    except ValueError as error:
+        assert "archive 'a.tar': 'a' is not a plain file" in str(error)
+        assert unpacking.list_distinct_contents() == []
+    else:
+        assert unpacking.get_file_hash("a.tar") == sha256(negative_tar())
+
+
+def test_a_content_being_added_is_not_removed_as_unused(db: vmrm.Database) -> None:
+    store = vmrm.VmResourceStore(db=db)
+    store.add_file_from_content("old", "old")
+    with vmrm.adding_contents(db):
+        sha256, _ = vmrm.put_content(db, io.BytesIO(b"new"))
+        assert store.remove_file("old") == 1
+        assert vmrm.check(db, fix=True)
+        assert vmrm.content_path(db, sha256).exists()
+    assert vmrm.check(db, fix=True)
+    assert vmrm.check(db) == []
+    assert not vmrm.content_path(db, sha256).exists()
