@@ -5599,7 +5599,7 @@ def _row_label(row: Mapping[str, Any]) -> str:
 
 def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [f"{len(rows)} VMs", f"{done} of {entries} entries done"]
+    words = [f"{len(rows)} VM{'s' if len(rows) != 1 else ''}", f"{done} of {entries} entries done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
     if launched and start:
         words.append(f"time 0 {start - launched:.0f} s after launch")
