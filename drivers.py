@@ -1290,10 +1290,9 @@ class QemuGuestAgentDriver(AbstractDriver):
 
         Raises DriverTimeout (a TimeoutError); UnknownPid or another DriverError (all OSErrors).
         """
-        reply = self._ask_status(pid, None)
-        _parse_status(reply)
+        reply = self._ask_status(pid)
         self.store_captured_output(pid, reply)
-        return reply
+        return dict(reply)
 
     def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
         """Put the agent's reply *output* about program *pid* into `output_cache`, as text.
@@ -1492,21 +1491,19 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def _explained(self, link: Link, error: AgentError) -> AgentError:
         """Return *error* as what it means: the class of a disabled and a missing command is one."""
+        told = (error.class_, error.desc, error.sent)
         if error.sent in ("guest-info", "guest-fsfreeze-status"):
-            return CommandDisabled(error.class_, error.desc, error.sent)
+            return CommandDisabled(*told)
         try:
             self._info = None
             known = self._commands(link)
         except AgentError:
             return error
         if error.sent not in known:
-            hint = "Install a newer guest agent"
-            return CommandMissing(error.class_, error.desc, error.sent, hint)
+            return CommandMissing(*told, "Install a newer guest agent")
         if self._frozen(link):
-            hint = "Thaw the guest's file systems: guest-fsfreeze-thaw"
-            return Frozen(error.class_, error.desc, error.sent, hint)
-        hint = f"Allow {error.sent} in the configuration of the guest's agent"
-        return CommandDisabled(error.class_, error.desc, error.sent, hint)
+            return Frozen(*told, "Thaw the guest's file systems: guest-fsfreeze-thaw")
+        return CommandDisabled(*told, f"Allow {error.sent} in the configuration of the agent")
 
     def info(self) -> dict[str, Any]:
         """Return the agent's description of itself (guest-info), asked once per connection."""
@@ -1593,18 +1590,21 @@ class QemuGuestAgentDriver(AbstractDriver):
 
         Raises UnknownPid, else what `call` raises.
         """
-        return _parse_status(self._ask_status(pid, None))
+        return self._status(pid, math.inf)
 
-    def _ask_status(self, pid: int, timeout: float | None) -> dict[str, Any]:
+    def _status(self, pid: int, timeout: float) -> ExecStatus:
+        return _parse_status(self._ask_status(pid, timeout))
+
+    def _ask_status(self, pid: int, timeout: float = math.inf) -> Any:
+        """Return the agent's reply, within *timeout* seconds or those of any call."""
+        arguments, seconds = {"pid": pid}, min(self.timeout, timeout)
         try:
-            reply = self.call("guest-exec-status", {"pid": pid}, timeout=timeout)
+            return self.call("guest-exec-status", arguments, timeout=seconds)
         except AgentError as error:
             # Texts differ by version; an unknown pid is the only generic error of this command.
             if type(error) is AgentError:
                 raise UnknownPid(error.class_, error.desc, error.sent) from error
             raise
-        _field(reply, "exited", bool, "guest-exec-status")
-        return dict(reply)
 
     def run(
         self,
@@ -1621,16 +1621,13 @@ class QemuGuestAgentDriver(AbstractDriver):
         """
         deadline = Deadline(timeout)
         pid = self.start(argv, env=env, input_data=input_data, capture=True)
-        for delay in _delays(0.1):
-            # A second of grace, so that the program's deadline does not cut a status in two.
-            patience = min(self.timeout, deadline.remaining() + 1)
-            status = _parse_status(self._ask_status(pid, patience))
-            if status.exited:
-                return status
+        delays = _delays(0.1)
+        # A second of grace, so that the program's deadline does not cut a status in two.
+        while not (status := self._status(pid, deadline.remaining() + 1)).exited:
             if deadline.expired:
                 raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
-            self.wait(-1, 0, min(delay, deadline.remaining()))
-        raise AssertionError("delays never end")
+            self.wait(-1, 0, min(next(delays), deadline.remaining()))
+        return status
 
     # --- strict: files ---
 
@@ -1804,15 +1801,6 @@ class QemuGuestAgentDriver(AbstractDriver):
 
 # === stand-in agent ===============================================================================
 
-# What qemu-ga allows while frozen: ga_freeze_allowlist in qga/main.c.
-_ALLOWED_FROZEN = {
-    "guest-ping",
-    "guest-info",
-    "guest-sync",
-    "guest-sync-delimited",
-    "guest-fsfreeze-status",
-    "guest-fsfreeze-thaw",
-}
 _REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
 _READ_LIMIT = 48 * 2**20
 _NESTING_LIMIT = 1024
@@ -2041,7 +2029,6 @@ class StandInAgent:
         self._boot_file = Path(f"{self.socket_path}.boot")
         self._boot = self._load_boot()
         self._clock_offset = 0
-        self._frozen = False
         self._files: dict[int, _GuestFile] = {}
         self._programs: dict[int, _Program] = {}  # those whose end was not told yet
         self._groups: list[_Program] = []  # those that a reboot has to kill
@@ -2068,7 +2055,6 @@ class StandInAgent:
         self._programs.clear()
         self._groups.clear()
         self._next_handle = _FIRST_HANDLE
-        self._frozen = False
         self._boot = str(uuid.uuid4())
         host = Path(_BOOT_ID_PATH).read_text().strip()
         temporary = self._boot_file.with_name(f"{self._boot_file.name}.new")
@@ -2127,11 +2113,6 @@ class StandInAgent:
             raise RequestRefused("QMP input member 'arguments' must be an object")
         if command not in _COMMANDS:
             raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
-        if self._frozen and command not in _ALLOWED_FROZEN:
-            reason = "the command is not allowed while frozen"
-            raise RequestRefused(
-                f"Command {command} has been disabled: {reason}", "CommandNotFound"
-            )
         method, parameters = _COMMANDS[command]
         self._check_arguments(arguments, parameters)
         words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
@@ -2160,11 +2141,7 @@ class StandInAgent:
 
     def _describe(self) -> dict[str, Any]:
         commands = [
-            {
-                "name": name,
-                "enabled": not self._frozen or name in _ALLOWED_FROZEN,
-                "success-response": name != "guest-shutdown",
-            }
+            {"name": name, "enabled": True, "success-response": name != "guest-shutdown"}
             for name in _COMMANDS
         ]
         return {"version": "7.2.0", "supported_commands": commands}
@@ -2201,17 +2178,6 @@ class StandInAgent:
         self.end_boot()
         self.rebooted = mode == "reboot"
         self.halted = mode != "reboot"
-
-    def _freeze_status(self) -> str:
-        return "frozen" if self._frozen else "thawed"
-
-    def _freeze(self) -> int:
-        self._frozen = True
-        return 1
-
-    def _thaw(self) -> int:
-        thawed, self._frozen = int(self._frozen), False
-        return thawed
 
     # --- commands: programs ---
 
@@ -2360,9 +2326,6 @@ _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-get-host-name": ("_host_name", {}),
     "guest-network-get-interfaces": ("_interfaces", {}),
     "guest-shutdown": ("_shutdown", {"mode": "string?"}),
-    "guest-fsfreeze-status": ("_freeze_status", {}),
-    "guest-fsfreeze-freeze": ("_freeze", {}),
-    "guest-fsfreeze-thaw": ("_thaw", {}),
     "guest-exec": ("_exec", {
         "path": "string", "arg": "array?", "env": "array?", "input-data": "string?",
         "capture-output": "boolean?",
