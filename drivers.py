@@ -1803,7 +1803,6 @@ class QemuGuestAgentDriver(AbstractDriver):
 
 _REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
 _READ_LIMIT = 48 * 2**20
-_NESTING_LIMIT = 1024
 _FIRST_HANDLE = 1000
 
 _GuestFile = io.BufferedReader | io.BufferedWriter | io.BufferedRandom
@@ -1882,17 +1881,17 @@ class RequestSplitter:
 
     def _step(self, at: int) -> bool:
         """Take the meaning of the byte at *at* in; tell whether it ends the value."""
-        byte = bytes(self._held[at : at + 1])
+        byte = self._held[at : at + 1]
         self._scanned = at + 1
         if byte == b'"':
             self._string = not self._string
         elif byte == b"\\":
             self._scanned = at + 2
-        elif byte in (b"{", b"["):
+        elif byte in b"{[":
             self._depth += 1
-        elif byte in (b"}", b"]"):
+        elif byte in b"}]":
             self._depth -= 1
-        if byte not in (b'"', b"\\", b"{", b"[", b"}", b"]") or self._depth > _NESTING_LIMIT:
+        else:
             self._take(at + 1)
             raise RequestRefused("JSON parse error, stray '\ufffd'")
         return self._depth == 0
@@ -1920,6 +1919,8 @@ class _Program:
         self._output: dict[str, bytearray] = {}
         self._cut: set[str] = set()  # streams of which some output is missing
         self._loop = loop
+        self._end = io.FileIO(os.pidfd_open(self.pid))
+        loop.add_reader(self._end, self._ended)
         self._pipes: set[IO[bytes]] = set()
         for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
             if pipe is not None:
@@ -1930,16 +1931,22 @@ class _Program:
     def _read(self, name: str, pipe: IO[bytes]) -> None:
         data = os.read(pipe.fileno(), 65536)
         if not data:
+            self._pipes.remove(pipe)
             self._close(pipe)
         room = _OUTPUT_LIMIT - len(self._output[name])
         self._output[name] += data[:room]
         if len(data) > room:
             self._cut.add(name)
 
-    def _close(self, pipe: IO[bytes]) -> None:
-        self._loop.remove_reader(pipe)
-        self._pipes.discard(pipe)
-        pipe.close()
+    def _ended(self) -> None:
+        """Leave no zombie: who looks for the pid must not take it for a running program."""
+        self._process.wait()
+        self._close(self._end)
+
+    def _close(self, file: IO[bytes] | io.FileIO) -> None:
+        if not file.closed:
+            self._loop.remove_reader(file)
+            file.close()
 
     @property
     def running(self) -> bool:
@@ -1966,8 +1973,8 @@ class _Program:
 
     def bury(self) -> None:
         """Wait for the end after its group was killed and close what is open."""
-        self._process.wait()
-        for pipe in list(self._pipes):
+        self._ended()
+        for pipe in self._pipes:
             self._close(pipe)
 
 
