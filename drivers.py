@@ -2404,9 +2404,9 @@ async def _serve_client(
             await loop.sock_sendall(client, reply)
             if agent.halted:
                 return
-            if agent.rebooted:
-                agent.rebooted = False
-                await asyncio.sleep(boot_s)
+            # Even without a pause the other agents of this process have their turn now.
+            pause, agent.rebooted = boot_s if agent.rebooted else 0, False
+            await asyncio.sleep(pause)
 
 
 def _listen(path: Path) -> socket.socket:
