@@ -4588,14 +4588,16 @@ class LogFormatter(logging.Formatter):
     """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one record as one line."""
-        text = "".join(
-            c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in record.getMessage()
-        )
-        line = f"{_iso(record.created)} {record.levelname.lower():7} {text}"
+        """Return one record as one line, an exception as one line each."""
+        lines = [record.getMessage()]
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+            lines += self.formatException(record.exc_info).splitlines()
+        head = f"{_iso(record.created)} {record.levelname.lower():7}"
+        return "\n".join(f"{head} {_shown(line)}" for line in lines)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
 def log_to(logger: logging.Logger, path: Path) -> None:
@@ -4784,6 +4786,10 @@ class Remote:
     def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
         begun = False
+        address = drivers.parse_address(self.config["path"])
+        if address.family == socket.AF_UNIX and not os.path.lexists(str(address.target)):
+            missing = drivers.NoSocket(str(address), os.strerror(errno.ENOENT))
+            raise VmrmError(f"VM {self.name!r}: {missing}", missing.hint, code=255)
         try:
             with agent_lock(self.config["path"], self.db.path, time_to_wait, 0):
                 handler._connect()
@@ -6022,6 +6028,10 @@ class Commands(_Public):
             self._database = Database(self._path)
         return self._database
 
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
     def _open(self) -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
@@ -6346,6 +6356,8 @@ class Commands(_Public):
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        if current_experiment(db)["launched_at"] is None:
+            launch(db)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -6755,11 +6767,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _supervise(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
-        commands = Commands(line.db, screen, line.tail)
-        pending = _understand(commands, line.words)
-        result = pending._run() if pending else _SHOWN
-        if result is not _SHOWN:
-            screen.show(result)
+        with contextlib.ExitStack() as stack:
+            commands = Commands(line.db, screen, line.tail)
+            stack.callback(commands._close)
+            pending = _understand(commands, line.words)
+            result = pending._run() if pending else _SHOWN
+            if result is not _SHOWN:
+                screen.show(result)
         return 0
     except VmrmError as error:
         screen.error(error)
