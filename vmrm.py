@@ -4788,7 +4788,8 @@ class Remote:
         begun = False
         address = drivers.parse_address(self.config["path"])
         if address.family == socket.AF_UNIX and not os.path.lexists(str(address.target)):
-            missing = drivers.NoSocket(str(address), os.strerror(errno.ENOENT))
+            why = f"cannot be reached: {os.strerror(errno.ENOENT)}"
+            missing = drivers.NoSocket(str(address), why)
             raise VmrmError(f"VM {self.name!r}: {missing}", missing.hint, code=255)
         try:
             with agent_lock(self.config["path"], self.db.path, time_to_wait, 0):
