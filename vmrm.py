@@ -2629,7 +2629,9 @@ fi
 cd "$stage" && ls
 """
 
-# Verifies each "<sha256> <size>" and, for scripts, puts "<sha256>" as "<path>" owned by "<user>".
+# Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
+# puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
+# to the agent and its verification five processes of the guest.
 _LAYOUT_HEAD = """\
 cd {stage} || exit 1
 keep() {{
@@ -2639,10 +2641,12 @@ keep() {{
     fi
     chmod 644 "$1.part" && mv -f "$1.part" "$1" || exit 1
 }}
+text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
-    mkdir -p "${{2%/*}}" && cp "$1" "$2.new" && chmod 500 "$2.new" || exit 1
-    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$2.new" || exit 1; fi
-    mv -f "$2.new" "$2" || exit 1
+    new=$2.new-$$
+    mkdir -p "${{2%/*}}" && cp "$1" "$new" && chmod 500 "$new" || exit 1
+    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$new" || exit 1; fi
+    mv -f "$new" "$2" || exit 1
 }}
 """
 
@@ -3586,26 +3590,27 @@ class VMResourceHandler:
         except FileNotFoundError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             return
-        script = text_content(
-            call_script(
-                entry,
-                title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
-                token=self._token,
-                stage=self._stage,
-                placed=[(staged.sha256, mode) for staged, mode in placed],
-            )
+        script = call_script(
+            entry,
+            title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+            token=self._token,
+            stage=self._stage,
+            placed=[(staged.sha256, mode) for staged, mode in placed],
         )
         scripts = [(script, str(entry.call_arguments_filename), "")]
         if entry.executable and (user := entry.options.get("user")):
-            commands = text_content(run_commands(entry) + "\n")
-            scripts.append((commands, str(_run_script_path(entry)), user))
-        for staged in [*(staged for staged, _ in placed), *(item[0] for item in scripts)]:
+            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
+        for staged, _ in placed:
             if staged.sha256 not in present:
                 yield from self._push_steps(staged)
                 present.add(staged.sha256)
                 layout.append(f"keep {staged.sha256} {staged.size}")
-        for staged, path, user in scripts:
-            layout.append(f"script {staged.sha256} {shlex.quote(path)} {shlex.quote(user)}")
+        for text, path, user in scripts:
+            sha256 = text_content(text).sha256
+            if sha256 not in present:
+                present.add(sha256)
+                layout.append(f"text {sha256} {shlex.quote(text)}")
+            layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
 
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
