@@ -1859,8 +1859,11 @@ class Journal:
 
     def __init__(self, db: Database, server_name: str) -> None:
         self.db, self.server_name = db, server_name
+        experiment = current_experiment(db)
+        #: A word for this experiment that no other one has, of this database or another.
+        self.experiment = f"{experiment['id']}-{experiment['created_at']:.6f}"
         self._key = {
-            "experiment": current_experiment(db)["id"],
+            "experiment": experiment["id"],
             "name": server_name,
             "generation": db.value(
                 "SELECT generation FROM schedules WHERE server_name = :name", name=server_name
@@ -1870,8 +1873,8 @@ class Journal:
 
     @property
     def token(self) -> str:
-        """A word that tells this generation of this experiment from all others of the database."""
-        return f"{self._key['experiment']}.{self._key['generation']}"
+        """A word that tells this generation of this experiment from all others."""
+        return f"{self.experiment}.{self._key['generation']}"
 
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
@@ -2616,9 +2619,14 @@ keep exit "$code $reboot"
 exit "$code"
 """
 
+# A link is made with its content in one step: two VMs that share a directory cannot both own it.
 _PREPARE_SCRIPT = """\
-stage=$1 old=$2 fresh=$3; shift 3
+stage=$1 old=$2 fresh=$3 experiment=$4 vm=$5; shift 5
 mkdir -p "$stage" || exit 1
+ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
+if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
+    echo "this launch directory is used by another VM of this experiment" >&2; exit 1
+fi
 cd "$stage/.." || exit 1
 if [ "$fresh" = fresh ]; then
     for folder; do
@@ -3551,7 +3559,8 @@ class VMResourceHandler:
         fresh = "keep" if self._journal.latest() else "fresh"
         folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *folders)
+        owner = self._journal.experiment, self.config["vm_uuid"]
+        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *owner, *folders)
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
         return set(status.out.decode(errors="replace").split("\n"))
@@ -3972,6 +3981,7 @@ class VMResourceHandler:
     def _ended_without_file(
         self, entry: ScheduleEntry, attempt: Attempt, status: drivers.ExecStatus, found: Found
     ) -> tuple[int | None, bool] | None:
+        self._check_boot()  # after a reboot, another program may have this pid
         left = self._probe([self._attempt_dir(entry, attempt)])[0]
         if not left.claimed:
             raise _EntryFailed(

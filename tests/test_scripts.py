@@ -477,14 +477,26 @@ def test_preparing_lists_the_stage_and_moves_an_older_experiment_aside(guest: Gu
     for folder in ("-5", "10", "other"):
         (guest.launch / folder).mkdir()
         (guest.launch / folder / "old").touch()
-    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "keep", "-5", "10")
-    assert (done.returncode, done.stdout) == (0, b"")
+    owner = "1-1.0", "uuid1"
+    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "keep", *owner, "-5", "10")
+    assert (done.returncode, done.stdout) == (0, b"of.1-1.0\n")
     assert (guest.launch / "-5" / "old").exists()
     (stage / "abc").touch()
-    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "fresh", "-5", "10", "77")
-    assert (done.returncode, done.stdout) == (0, b"abc\n")
+    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "fresh", *owner, "-5", "10", "77")
+    assert (done.returncode, done.stdout) == (0, b"abc\nof.1-1.0\n")
     left = {str(path.relative_to(guest.launch)) for path in guest.launch.rglob("old")}
     assert left == {".previous/then/-5/old", ".previous/then/10/old", "other/old"}
+
+
+def test_a_launch_directory_belongs_to_one_vm_of_an_experiment(guest: Guest) -> None:
+    def prepare(experiment: str, vm: str) -> int:
+        words = str(guest.launch / ".stage"), "then", "fresh", experiment, vm
+        return guest.sh(vmrm._PREPARE_SCRIPT, *words).returncode
+
+    assert prepare("1-1.0", "uuid1") == 0
+    assert prepare("1-1.0", "uuid2") == 1
+    assert prepare("1-1.0", "uuid1") == 0
+    assert prepare("2-2.0", "uuid2") == 0, "a later experiment may have it"
 
 
 # === Full disks ==================================================================================
