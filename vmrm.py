@@ -3449,9 +3449,8 @@ class VMResourceHandler:
         self._halt = Halt(halt) if halt else None
         for row in self._open_requests():
             self.agenda.spawn(self._request_steps(row))
-        for task in [self._life, *self._tasks.values()]:
-            if task is not None:
-                self.agenda.wake(task)
+        if self._life:  # and nobody else: an armed entry sleeps until it is due
+            self.agenda.wake(self._life)
 
     def get_events(self) -> list[ScheduleEvent]:
         """Take all events off the queue, in the order of their times."""
