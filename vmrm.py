@@ -3690,10 +3690,10 @@ class VMResourceHandler:
         pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
         launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
         delay = sum(pause for pause in pauses if not math.isinf(pause))
-        while (left := launched + delay - CLOCK.wall()) > 0:
+        while (left := launched + delay - CLOCK.wall()) > 0 and self._halt is None:
             yield left
         breaks = sum(math.isinf(pause) for pause in pauses)
-        while breaks > len(self._resumes) and self._next_negative() is not None:
+        while breaks > len(self._resumes) and self._halt is None and self._next_negative():
             yield math.inf
 
     def _at(self, at: float) -> list[ScheduleEntry]:
@@ -3858,7 +3858,7 @@ class VMResourceHandler:
             else:
                 self._journal.started(attempt, CLOCK.wall(), None, entry.start_time)
             yield from self._transfer_once_steps(entry)
-            if not entry.runs_script:
+            if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
