@@ -2661,7 +2661,10 @@ done
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+_KILL_SCRIPT = """\
+name=$1; shift
+for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3303,11 +3306,9 @@ class VMResourceHandler:
             self._answer_lost_requests()
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
-                self._run()
-        except _Leave as leave:
+                self._run_until_told()
+        except _Leave as leave:  # while it waited for the agent
             self.log.info("leaving: %s", leave)
-            if leave.halt is Halt.KILL:
-                self._kill_all()
         finally:
             if self.driver is not None:
                 self.driver.close()
@@ -3315,6 +3316,14 @@ class VMResourceHandler:
             os.close(lock)
             wake(self.db, SUPERVISOR)
         return 0
+
+    def _run_until_told(self) -> None:
+        try:
+            self._run()
+        except _Leave as leave:
+            self.log.info("leaving: %s", leave)
+            if leave.halt is Halt.KILL:
+                self._kill_all()
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -3991,12 +4000,11 @@ class VMResourceHandler:
             raise drivers.LinkLost("the agent was restarted")
         raise _Unknown("it ended, and nobody saw how")
 
-    def _kill_steps(self, pid: int | None) -> Steps:
-        """End a program's process group in the guest: TERM, a moment of grace, KILL."""
-        if pid is None:
-            return
-        for name in ("TERM", "KILL"):
-            self._sh(_KILL_SCRIPT, name, str(pid))
+    def _kill_steps(self, *pids: int | None) -> Steps:
+        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+        known = [str(pid) for pid in pids if pid is not None]
+        for name in ("TERM", "KILL") if known else ():
+            self._sh(_KILL_SCRIPT, name, *known)
             yield self.timeouts.term_grace if name == "TERM" else 0
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -4203,12 +4211,12 @@ class VMResourceHandler:
     def _kill_all(self) -> None:
         """End the guest programs of all open attempts, on the way out."""
         self._leaving = True
-        latest = self._journal.latest()
-        opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
+        opened = [attempt for attempt in self._journal.latest().values() if attempt.is_open]
         try:
             self.driver.connect(timeout=self.timeouts.lock)
-            for entry in opened:
-                self._drain(self._kill_steps(latest[entry.ordinal].pid))
+            boot = self.driver.boot_id()
+            # A pid of an earlier boot is somebody else's now.
+            self._drain(self._kill_steps(*(a.pid for a in opened if a.boot_id == boot)))
         except (drivers.DriverError, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
             return
