@@ -1799,28 +1799,38 @@ class ScheduleDb(_Rows):
 
 def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> None:
     """Write one schedule inside the caller's transaction, if it keeps what has begun to run."""
-    begun = db.row(
-        """SELECT text FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL
-           AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
+    old = db.row(
+        """SELECT text, EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
                AND a.experiment_id = (SELECT id FROM current_experiment)
-               AND a.server_name = s.server_name)""",
+               AND a.server_name = s.server_name) AS begun
+           FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL""",
         name=name,
     )
-    if begun:
-        new = json.loads(text)
-        for ordinal, entry in enumerate(json.loads(begun["text"]), 1):
-            if new[ordinal - 1 : ordinal] != [entry]:
-                raise ValueError(
-                    f"the schedule of VM {name!r} has begun to run, and entry {ordinal} of "
-                    "the new one differs; entries can only be added at the end"
-                )
+    differs = _first_difference(old["text"], text) if old else None
+    if old and old["begun"] and differs:
+        raise ValueError(
+            f"the schedule of VM {name!r} has begun to run, and entry {differs} of "
+            "the new one differs; entries can only be added at the end"
+        )
+    # A handler may hold the old entries: under a new generation they are not taken for these.
     db.connection.execute(
         """INSERT INTO schedules (server_name, text, vm_resources_ip, put_at)
            VALUES (:name, :text, :ip, :now)
            ON CONFLICT (server_name) DO UPDATE SET text = excluded.text,
+               generation = generation + :replaced,
                vm_resources_ip = excluded.vm_resources_ip, put_at = excluded.put_at""",
-        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()},
+        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()}
+        | {"replaced": differs is not None},
     )
+
+
+def _first_difference(old: str, new: str) -> int | None:
+    """Return the ordinal of the first entry that a longer schedule does not keep, if any."""
+    kept = json.loads(new)
+    for ordinal, entry in enumerate(json.loads(old), 1):
+        if kept[ordinal - 1 : ordinal] != [entry]:
+            return ordinal
+    return None
 
 
 # === journal =====================================================================================
@@ -1893,6 +1903,7 @@ class Journal:
         """
         armed = {}
         with self.db.transaction():
+            self.check_generation()
             for ordinal, planned_at in planned.items():
                 row = self.db.connection.execute(
                     """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
@@ -1908,6 +1919,12 @@ class Journal:
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
+
+    def check_generation(self) -> None:
+        """Raise `_Leave` if these entries are no longer the VM's schedule."""
+        sql = "SELECT generation FROM schedules WHERE server_name = :name"
+        if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
+            raise _Leave("the schedule was replaced")
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
@@ -3444,6 +3461,7 @@ class VMResourceHandler:
 
     def _take_news(self) -> None:
         """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        self._journal.check_generation()  # which is read before the entries are, never after
         self.updater.check()
         for event in self.get_events():
             kind, data = event.get_type(), event.get_data()
