@@ -5594,6 +5594,9 @@ def report(db: Database) -> Report:
             }
         )
         faults += _vm_faults(vm, entries)
+        left = vm["finished_at"] is None and vm["state"] not in (VMState.FAILED, "n/a")
+        if left and experiment["halt"] in (Halt.STOP, Halt.KILL):
+            faults.append(f"{name}: was stopped before its work was done")
     loose = db.query(
         """SELECT server_name FROM schedules WHERE text IS NOT NULL
            AND server_name NOT IN (SELECT server_name FROM vms)"""
