@@ -4958,9 +4958,9 @@ class Supervisor:
         poll = select.poll()
         for descriptor in (self.wake.fileno(), self._signals.fileno()):
             poll.register(descriptor, select.POLLIN)
-        dues = [self._leave_by, *self._not_before.values()]
-        wait = min([1.0, *(due - CLOCK.monotonic() for due in dues)])
-        poll.poll(math.ceil(max(0.01, wait) * 1000))
+        now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
+        wait = min([1.0, *(due - now for due in dues if due > now)])  # what is past had its turn
+        poll.poll(math.ceil(wait * 1000))
         self.wake.drain()
         with contextlib.suppress(BlockingIOError):
             while self._signals.recv(4096):
