@@ -437,18 +437,29 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path) -> int | None:
-    """Return a descriptor that holds the exclusive lock on a file, or None if it is taken.
+def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+    """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
+    return fd
+
+
+LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def take_lock(path: Path) -> int | None:
+    """Do what `try_lock` does, but outlast those who only look whether it is held."""
+    deadline = CLOCK.monotonic() + LOOK_S
+    while (fd := try_lock(path)) is None and CLOCK.monotonic() < deadline:
+        time_to_wait(LOOK_S / 100)
     return fd
 
 
@@ -841,7 +852,7 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    fd = try_lock(path)
+    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
     if fd is not None:
         os.close(fd)
     return fd is None
@@ -3310,7 +3321,7 @@ class VMResourceHandler:
         Raises:
             Conflict: another handler has this VM, or another client its agent.
         """
-        lock = try_lock(_handler_lock(self.db, self.config["ordinal"]))
+        lock = take_lock(_handler_lock(self.db, self.config["ordinal"]))
         if lock is None:
             raise Conflict(f"VM {self.vm_name!r} has a handler already")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
@@ -4913,7 +4924,7 @@ class Supervisor:
             Conflict: another supervisor runs; it is named.
         """
         path = self.db.directory("locks") / "supervisor"
-        lock = try_lock(path)
+        lock = take_lock(path)
         if lock is None:
             raise Conflict(
                 f"the experiment is being run already, by process {lock_holder(path)}",
@@ -5826,9 +5837,9 @@ class Viewer:
         update()
 
     def _is_running(self, process: Any) -> bool:
-        if process is not None:
-            return process.poll() is None
-        return supervisor_pid(self.db) is not None
+        # Ours may have come second to that of another `run`, which is then the one to watch.
+        ours = process is not None and process.poll() is None
+        return ours or supervisor_pid(self.db) is not None
 
     def _stop(self, process: Any) -> None:
         halt_experiment(self.db, Halt.STOP)
