@@ -2609,12 +2609,12 @@ if [ "$2" != {token} ]; then
     echo "this launch directory is used by another VM or experiment" >&2
     exit {claim_failed}
 fi
-attempt=$1
-read -r line < /proc/$$/stat
+attempt=$1 session=$3
+[ -r /proc/$$/stat ] && read -r line < /proc/$$/stat
 set -f; set -- ${{line##*) }}; set +f
 group=$3 started=${{20}}
-if [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
-    exec setsid /bin/sh {script} "$attempt" {token}
+if [ "$session" != own ] && [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
+    exec setsid /bin/sh {script} "$attempt" {token} own
 fi
 cd {working_dir} || exit {claim_failed}
 mkdir "attempt.$attempt" || exit {claim_failed}
