@@ -4611,13 +4611,14 @@ class OutputLog:
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
-            except (ValueError, RecursionError):
+                record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
+                text = json.dumps(record, default=str)
+            except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
                 continue
             if not isinstance(item, dict):
                 continue
-            record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
             with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(json.dumps(record, default=str) + "\n")
+                target.write(text + "\n")
 
 
 class LogFormatter(logging.Formatter):
