@@ -386,9 +386,8 @@ class WriterLock:
             try:
                 yield
             finally:
-                if fd == self._fd:
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-                else:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing: a child may have inherited it
+                if fd != self._fd:
                     os.close(fd)
         finally:
             self._threads.release()
@@ -412,12 +411,16 @@ class WriterLock:
                     os.close(fd)
 
         threading.Thread(target=wait, daemon=True, name="vmrm-writer").start()
-        if not done.wait(self.timeout_s):
+        try:
+            if done.wait(self.timeout_s):
+                return fd
+            raise self._busy()
+        except BaseException:  # an interrupt, too, must not leave the lock to nobody
             with handover:
-                if not done.is_set():
-                    given_up.set()
-                    raise self._busy()
-        return fd
+                given_up.set()
+                if done.is_set():
+                    os.close(fd)
+            raise
 
     def _busy(self) -> Busy:
         holder = f"process {pid}" if (pid := lock_holder(self.path)) else "another process"
@@ -491,7 +494,8 @@ class Database:
         self.timeouts = timeouts or Timeouts.from_environment()
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
-        self._connection: sqlite3.Connection | None = None
+        self._connections: dict[threading.Thread, sqlite3.Connection] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -501,12 +505,17 @@ class Database:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """The open connection of this very process."""
-        if self._connection is None or self._pid != os.getpid():
-            self.close()
-            self._open()
-        assert self._connection is not None
-        return self._connection
+        """The open connection of this very process and thread: SQLite's cannot be shared."""
+        if self._pid == os.getpid() and (
+            found := self._connections.get(threading.current_thread())
+        ):
+            return found
+        with self._opening:
+            if self._pid != os.getpid():
+                self.close()
+            for thread in [thread for thread in self._connections if not thread.is_alive()]:
+                self._connections.pop(thread).close()
+            return self._open()
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
@@ -516,7 +525,7 @@ class Database:
             path.mkdir(exist_ok=True, mode=0o700)
         return path
 
-    def _open(self) -> None:
+    def _open(self) -> sqlite3.Connection:
         if not self._create and not self.path.exists():
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
@@ -531,11 +540,12 @@ class Database:
                 )
             for name in ("store", "logs", "transfers", "locks", "wake", "requests"):
                 self.directory(name)
-            self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
+            if not self._connections:
+                self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
             self._make_private()
         except OSError as error:
             raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
-        self._connect()
+        return self._connect()
 
     def _refuse_foreign(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
@@ -550,14 +560,18 @@ class Database:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
-    def _connect(self) -> None:
+    def _connect(self) -> sqlite3.Connection:
+        me = threading.current_thread()
         try:
             connection = sqlite3.connect(
-                self.path, isolation_level=None, timeout=self.timeouts.writer
+                self.path,
+                isolation_level=None,
+                timeout=self.timeouts.writer,
+                check_same_thread=False,  # used by one, but closed by whoever closes all
             )
             connection.row_factory = sqlite3.Row
             connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
-            self._connection, self._pid = connection, os.getpid()
+            self._connections[me], self._pid = connection, os.getpid()
             self._check_schema(connection)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -565,14 +579,15 @@ class Database:
             if not self._checkpoint:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
         except sqlite3.OperationalError as error:
-            self._connection = None
+            self._connections.pop(me, None)
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
-            self._connection = None
+            self._connections.pop(me, None)
             raise SchemaError(
                 f"{str(self.path)!r} is not usable: {error}",
                 "Name another file with --db, or move this one away",
             ) from error
+        return connection
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
         wanted = _wanted_identity()
@@ -665,13 +680,14 @@ class Database:
         return Utils(self.connection, execute_plugins=False)
 
     def close(self) -> None:
-        """Close the connection, if this process opened one; leave a parent's alone."""
-        if self._connection is not None and self._pid != os.getpid():
-            _inherited.append(self._connection)
-        elif self._connection is not None:
-            self._connection.close()
+        """Close the connections that this process opened; leave a parent's alone."""
+        opened, self._connections = self._connections, {}
+        if self._pid != os.getpid():
+            _inherited.append(opened)
+        elif opened:
+            for connection in opened.values():
+                connection.close()
             self._writer.close()
-        self._connection = None
 
 
 def _schema() -> str:
