@@ -2013,7 +2013,9 @@ def retry_failed(db: Database, server_name: str | None = None, ordinal: int | No
         How many entries and VMs that is.
     """
     with _changing_vms(db):
-        return retry_in(db, server_name, ordinal)
+        count = retry_in(db, server_name, ordinal)
+    wake_all(db)
+    return count
 
 
 def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
