@@ -251,6 +251,8 @@ class Timeouts:
 
 CLOCK = Clock()
 MAX_REBOOTS = 10
+MAX_SECONDS = 1e9  # of any time in a schedule: 31 years, which every calendar here can add
+MAX_VMS = 10_000  # of one table with `count`
 MAX_OUTPUT_BYTES = 256 << 20
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
@@ -1272,8 +1274,16 @@ class ScheduleEvent:
         return self.event_type
 
 
+def _is_content(value: object) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # UTF-8 has none
+
+
+def _is_word(value: object) -> bool:
+    return _is_content(value) and "\0" not in cast(str, value)
+
+
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value) and "\0" not in value
+    return _is_word(value) and value != ""
 
 
 def _is_number(value: object) -> bool:
@@ -1285,26 +1295,30 @@ def _is_number(value: object) -> bool:
         return False
 
 
+def _is_time(value: object) -> bool:
+    return _is_number(value) and (abs(cast(float, value)) <= MAX_SECONDS or math.isinf(value))  # type: ignore[arg-type]
+
+
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
 def _is_duration(value: object) -> bool:
-    return _is_number(value) and cast(float, value) > 0
+    return _is_time(value) and cast(float, value) > 0
 
 
 def _is_positive(value: object) -> bool:
-    return _is_duration(value) and cast(float, value) < math.inf
+    return _is_duration(value) and cast(float, value) <= MAX_SECONDS
 
 
 def _is_arguments(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) and "\0" not in item for item in items)
+    return all(_is_word(item) for item in items)
 
 
 def _is_environment(value: object) -> bool:
     return isinstance(value, dict) and all(
-        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and isinstance(item, str) and "\0" not in item
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
         for key, item in value.items()
     )
 
@@ -1317,7 +1331,7 @@ _Keys = dict[str, tuple[Callable[[object], bool], str]]
 
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
-    "start_time": (_is_number, "a number of seconds"),
+    "start_time": (_is_time, "a number of seconds"),
     "executable": (_is_text, "a program's name"),
     "arguments": (_is_arguments, "a list of strings, or one string for the guest's shell"),
     "env": (_is_environment, "a table of NAME = string"),
@@ -1340,7 +1354,7 @@ DATA_KEYS: dict[str, _Keys] = {
     },
     "content": {
         "location": (_is_text, "a path in the guest"),
-        "content": (lambda value: isinstance(value, str), "a string"),
+        "content": (_is_content, "a string"),
         "executable": (_is_switch, "true or false"),
     },
     "transfer": {
@@ -1398,6 +1412,10 @@ def entry_faults(item: object, where: str) -> list[str]:
     return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
 
 
+# What our script keeps in an entry's directory.
+_OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
+
+
 def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with an entry whose keys and types are right."""
     if "start_time" not in item:
@@ -1417,6 +1435,9 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time"
+    for part in [*item.get("file", []), *item.get("content", [])]:
+        if _OUR_OWN.match(os.path.normpath(part["location"])):
+            yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in item:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
@@ -1927,6 +1948,9 @@ class Journal:
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+
+        Raises:
+            _Leave: the schedule was replaced meanwhile.
         """
         armed = {}
         with self.db.transaction():
@@ -2788,7 +2812,7 @@ def _running(entry: ScheduleEntry) -> str:
 
 
 def _run_script_path(entry: ScheduleEntry) -> PurePosixPath:
-    return PurePosixPath(entry.working_dir) / "run.sh"
+    return PurePosixPath(entry.working_dir) / "call_program.sh"
 
 
 def run_commands(entry: ScheduleEntry) -> str:
@@ -2797,9 +2821,9 @@ def run_commands(entry: ScheduleEntry) -> str:
     A list of arguments arrives as written; a string is the guest's shell's to take apart.
     """
     assert entry.executable is not None
-    own = {item["location"] for item in entry_files(entry)}
-    name = entry.executable
-    program = guest_path(entry, name) if name in own else name
+    own = {guest_path(entry, item["location"]) for item in entry_files(entry)}
+    placed = guest_path(entry, entry.executable)
+    program = placed if placed in own else entry.executable
     cwd = guest_path(entry, entry.options.get("cwd", "."))
     lines = [f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
     for key, value in entry.options.get("env", {}).items():
@@ -3618,10 +3642,11 @@ class VMResourceHandler:
             FileNotFoundError: the store does not have a file.
         """
         placed = []
-        own_program = entry.executable
+        own_program = guest_path(entry, entry.executable or "")
         for item in entry_files(entry):
             staged = text_content(item["content"]) if "content" in item else self._stored(item)
-            is_program = item.get("executable") or item["location"] == own_program
+            location = guest_path(entry, item["location"])
+            is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
 
@@ -4267,10 +4292,8 @@ class VMResourceHandler:
         except (drivers.DriverError, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
             return
-        for entry in opened:
-            self._journal.ended(
-                latest[entry.ordinal], Outcome.FAILED, error="killed by stop --kill"
-            )
+        for attempt in opened:
+            self._journal.ended(attempt, Outcome.FAILED, error="killed by stop --kill")
 
     # --- transfers out of the guest
 
@@ -4624,7 +4647,7 @@ class OutputLog:
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
-        lines = [content] if isinstance(content, Mapping) else content.splitlines()
+        lines = [content] if isinstance(content, Mapping) else content.split("\n")
         path = self.db.directory("logs") / f"{self.vm_name}.json"
         for line in lines:
             try:
@@ -5245,7 +5268,7 @@ def _supervise(words: Sequence[str]) -> int:
 
 EXPERIMENT_KEYS: _Keys = {
     "start_buffer": (
-        lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
+        lambda v: v == 0 or _is_positive(v),
         "seconds, 0 or more",
     ),
     "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
@@ -5255,12 +5278,15 @@ VM_KEYS: _Keys = {
     "path": (_is_text, "an agent's address"),
     "engine": (_is_text, "a driver's engine"),
     "uuid": (_is_text, "a uuid"),
-    "control_ip": (lambda v: isinstance(v, str), "an address"),
+    "control_ip": (_is_word, "an address"),
     "use_vm_manager": (_is_switch, "true or false"),
     "launch_dir": (_is_text, "a directory in the guest"),
     "agent_timeout": (_is_positive, "a positive number of seconds"),
     "set_time": (_is_switch, "true or false"),
-    "count": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number"),
+    "count": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= MAX_VMS,
+        f"a whole number up to {MAX_VMS}",
+    ),
     "schedule": (lambda v: isinstance(v, list), "a list of entries"),
 }
 
