@@ -1296,10 +1296,9 @@ class QemuGuestAgentDriver(AbstractDriver):
 
         Raises DriverTimeout (a TimeoutError); UnknownPid or another DriverError (all OSErrors).
         """
-        reply = self._ask_status(pid, None)
-        _parse_status(reply)
+        reply = self._ask_status(pid)
         self.store_captured_output(pid, reply)
-        return reply
+        return dict(reply)
 
     def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
         """Put the agent's reply *output* about program *pid* into `output_cache`, as text.
@@ -1498,21 +1497,19 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def _explained(self, link: Link, error: AgentError) -> AgentError:
         """Return *error* as what it means: the class of a disabled and a missing command is one."""
+        told = (error.class_, error.desc, error.sent)
         if error.sent in ("guest-info", "guest-fsfreeze-status"):
-            return CommandDisabled(error.class_, error.desc, error.sent)
+            return CommandDisabled(*told)
         try:
             self._info = None
             known = self._commands(link)
         except AgentError:
             return error
         if error.sent not in known:
-            hint = "Install a newer guest agent"
-            return CommandMissing(error.class_, error.desc, error.sent, hint)
+            return CommandMissing(*told, "Install a newer guest agent")
         if self._frozen(link):
-            hint = "Thaw the guest's file systems: guest-fsfreeze-thaw"
-            return Frozen(error.class_, error.desc, error.sent, hint)
-        hint = f"Allow {error.sent} in the configuration of the guest's agent"
-        return CommandDisabled(error.class_, error.desc, error.sent, hint)
+            return Frozen(*told, "Thaw the guest's file systems: guest-fsfreeze-thaw")
+        return CommandDisabled(*told, f"Allow {error.sent} in the configuration of the agent")
 
     def info(self) -> dict[str, Any]:
         """Return the agent's description of itself (guest-info), asked once per connection."""
@@ -1599,18 +1596,21 @@ class QemuGuestAgentDriver(AbstractDriver):
 
         Raises UnknownPid, else what `call` raises.
         """
-        return _parse_status(self._ask_status(pid, None))
+        return self._status(pid, math.inf)
 
-    def _ask_status(self, pid: int, timeout: float | None) -> dict[str, Any]:
+    def _status(self, pid: int, timeout: float) -> ExecStatus:
+        return _parse_status(self._ask_status(pid, timeout))
+
+    def _ask_status(self, pid: int, timeout: float = math.inf) -> Any:
+        """Return the agent's reply, within *timeout* seconds or those of any call."""
+        arguments, seconds = {"pid": pid}, min(self.timeout, timeout)
         try:
-            reply = self.call("guest-exec-status", {"pid": pid}, timeout=timeout)
+            return self.call("guest-exec-status", arguments, timeout=seconds)
         except AgentError as error:
             # Texts differ by version; an unknown pid is the only generic error of this command.
             if type(error) is AgentError:
                 raise UnknownPid(error.class_, error.desc, error.sent) from error
             raise
-        _field(reply, "exited", bool, "guest-exec-status")
-        return dict(reply)
 
     def run(
         self,
@@ -1627,16 +1627,13 @@ class QemuGuestAgentDriver(AbstractDriver):
         """
         deadline = Deadline(timeout)
         pid = self.start(argv, env=env, input_data=input_data, capture=True)
-        for delay in _delays(0.1):
-            # A second of grace, so that the program's deadline does not cut a status in two.
-            patience = min(self.timeout, deadline.remaining() + 1)
-            status = _parse_status(self._ask_status(pid, patience))
-            if status.exited:
-                return status
+        delays = _delays(0.1)
+        # A second of grace, so that the program's deadline does not cut a status in two.
+        while not (status := self._status(pid, deadline.remaining() + 1)).exited:
             if deadline.expired:
                 raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
-            self.wait(-1, 0, min(delay, deadline.remaining()))
-        raise AssertionError("delays never end")
+            self.wait(-1, 0, min(next(delays), deadline.remaining()))
+        return status
 
     # --- strict: files ---
 
@@ -1810,18 +1807,8 @@ class QemuGuestAgentDriver(AbstractDriver):
 
 # === stand-in agent ===============================================================================
 
-# What qemu-ga allows while frozen: ga_freeze_allowlist in qga/main.c.
-_ALLOWED_FROZEN = {
-    "guest-ping",
-    "guest-info",
-    "guest-sync",
-    "guest-sync-delimited",
-    "guest-fsfreeze-status",
-    "guest-fsfreeze-thaw",
-}
 _REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
 _READ_LIMIT = 48 * 2**20
-_NESTING_LIMIT = 1024
 _FIRST_HANDLE = 1000
 
 _GuestFile = io.BufferedReader | io.BufferedWriter | io.BufferedRandom
@@ -1900,17 +1887,17 @@ class RequestSplitter:
 
     def _step(self, at: int) -> bool:
         """Take the meaning of the byte at *at* in; tell whether it ends the value."""
-        byte = bytes(self._held[at : at + 1])
+        byte = self._held[at : at + 1]
         self._scanned = at + 1
         if byte == b'"':
             self._string = not self._string
         elif byte == b"\\":
             self._scanned = at + 2
-        elif byte in (b"{", b"["):
+        elif byte in b"{[":
             self._depth += 1
-        elif byte in (b"}", b"]"):
+        elif byte in b"}]":
             self._depth -= 1
-        if byte not in (b'"', b"\\", b"{", b"[", b"}", b"]") or self._depth > _NESTING_LIMIT:
+        else:
             self._take(at + 1)
             raise RequestRefused("JSON parse error, stray '\ufffd'")
         return self._depth == 0
@@ -1938,6 +1925,8 @@ class _Program:
         self._output: dict[str, bytearray] = {}
         self._cut: set[str] = set()  # streams of which some output is missing
         self._loop = loop
+        self._end = io.FileIO(os.pidfd_open(self.pid))
+        loop.add_reader(self._end, self._ended)
         self._pipes: set[IO[bytes]] = set()
         for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
             if pipe is not None:
@@ -1948,16 +1937,22 @@ class _Program:
     def _read(self, name: str, pipe: IO[bytes]) -> None:
         data = os.read(pipe.fileno(), 65536)
         if not data:
+            self._pipes.remove(pipe)
             self._close(pipe)
         room = _OUTPUT_LIMIT - len(self._output[name])
         self._output[name] += data[:room]
         if len(data) > room:
             self._cut.add(name)
 
-    def _close(self, pipe: IO[bytes]) -> None:
-        self._loop.remove_reader(pipe)
-        self._pipes.discard(pipe)
-        pipe.close()
+    def _ended(self) -> None:
+        """Leave no zombie: who looks for the pid must not take it for a running program."""
+        self._process.wait()
+        self._close(self._end)
+
+    def _close(self, file: IO[bytes] | io.FileIO) -> None:
+        if not file.closed:
+            self._loop.remove_reader(file)
+            file.close()
 
     @property
     def running(self) -> bool:
@@ -1984,8 +1979,8 @@ class _Program:
 
     def bury(self) -> None:
         """Wait for the end after its group was killed and close what is open."""
-        self._process.wait()
-        for pipe in list(self._pipes):
+        self._ended()
+        for pipe in self._pipes:
             self._close(pipe)
 
 
@@ -2047,7 +2042,6 @@ class StandInAgent:
         self._boot_file = Path(f"{self.socket_path}.boot")
         self._boot = self._load_boot()
         self._clock_offset = 0
-        self._frozen = False
         self._files: dict[int, _GuestFile] = {}
         self._programs: dict[int, _Program] = {}  # those whose end was not told yet
         self._groups: list[_Program] = []  # those that a reboot has to kill
@@ -2074,7 +2068,6 @@ class StandInAgent:
         self._programs.clear()
         self._groups.clear()
         self._next_handle = _FIRST_HANDLE
-        self._frozen = False
         self._boot = str(uuid.uuid4())
         host = Path(_BOOT_ID_PATH).read_text().strip()
         temporary = self._boot_file.with_name(f"{self._boot_file.name}.new")
@@ -2133,11 +2126,6 @@ class StandInAgent:
             raise RequestRefused("QMP input member 'arguments' must be an object")
         if command not in _COMMANDS:
             raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
-        if self._frozen and command not in _ALLOWED_FROZEN:
-            reason = "the command is not allowed while frozen"
-            raise RequestRefused(
-                f"Command {command} has been disabled: {reason}", "CommandNotFound"
-            )
         method, parameters = _COMMANDS[command]
         self._check_arguments(arguments, parameters)
         words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
@@ -2166,11 +2154,7 @@ class StandInAgent:
 
     def _describe(self) -> dict[str, Any]:
         commands = [
-            {
-                "name": name,
-                "enabled": not self._frozen or name in _ALLOWED_FROZEN,
-                "success-response": name != "guest-shutdown",
-            }
+            {"name": name, "enabled": True, "success-response": name != "guest-shutdown"}
             for name in _COMMANDS
         ]
         return {"version": "7.2.0", "supported_commands": commands}
@@ -2207,17 +2191,6 @@ class StandInAgent:
         self.end_boot()
         self.rebooted = mode == "reboot"
         self.halted = mode != "reboot"
-
-    def _freeze_status(self) -> str:
-        return "frozen" if self._frozen else "thawed"
-
-    def _freeze(self) -> int:
-        self._frozen = True
-        return 1
-
-    def _thaw(self) -> int:
-        thawed, self._frozen = int(self._frozen), False
-        return thawed
 
     # --- commands: programs ---
 
@@ -2366,9 +2339,6 @@ _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-get-host-name": ("_host_name", {}),
     "guest-network-get-interfaces": ("_interfaces", {}),
     "guest-shutdown": ("_shutdown", {"mode": "string?"}),
-    "guest-fsfreeze-status": ("_freeze_status", {}),
-    "guest-fsfreeze-freeze": ("_freeze", {}),
-    "guest-fsfreeze-thaw": ("_thaw", {}),
     "guest-exec": ("_exec", {
         "path": "string", "arg": "array?", "env": "array?", "input-data": "string?",
         "capture-output": "boolean?",
@@ -2434,9 +2404,9 @@ async def _serve_client(
             await loop.sock_sendall(client, reply)
             if agent.halted:
                 return
-            if agent.rebooted:
-                agent.rebooted = False
-                await asyncio.sleep(boot_s)
+            # Even without a pause the other agents of this process have their turn now.
+            pause, agent.rebooted = boot_s if agent.rebooted else 0, False
+            await asyncio.sleep(pause)
 
 
 def _listen(path: Path) -> socket.socket:

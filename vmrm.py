@@ -2699,7 +2699,9 @@ fi
 cd "$stage" && ls
 """
 
-# Verifies each "<sha256> <size>" and, for scripts, puts "<sha256>" as "<path>" owned by "<user>".
+# Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
+# puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
+# to the agent and its verification five processes of the guest.
 _LAYOUT_HEAD = """\
 cd {stage} || exit 1
 keep() {{
@@ -2709,10 +2711,12 @@ keep() {{
     fi
     chmod 644 "$1.part" && mv -f "$1.part" "$1" || exit 1
 }}
+text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
-    mkdir -p "${{2%/*}}" && cp "$1" "$2.new" && chmod 500 "$2.new" || exit 1
-    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$2.new" || exit 1; fi
-    mv -f "$2.new" "$2" || exit 1
+    new=$2.new-$$
+    mkdir -p "${{2%/*}}" && cp "$1" "$new" && chmod 500 "$new" || exit 1
+    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$new" || exit 1; fi
+    mv -f "$new" "$2" || exit 1
 }}
 """
 
@@ -3666,26 +3670,27 @@ class VMResourceHandler:
         except FileNotFoundError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             return
-        script = text_content(
-            call_script(
-                entry,
-                title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
-                token=self._token,
-                stage=self._stage,
-                placed=[(staged.sha256, mode) for staged, mode in placed],
-            )
+        script = call_script(
+            entry,
+            title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+            token=self._token,
+            stage=self._stage,
+            placed=[(staged.sha256, mode) for staged, mode in placed],
         )
         scripts = [(script, str(entry.call_arguments_filename), "")]
         if entry.executable and (user := entry.options.get("user")):
-            commands = text_content(run_commands(entry) + "\n")
-            scripts.append((commands, str(_run_script_path(entry)), user))
-        for staged in [*(staged for staged, _ in placed), *(item[0] for item in scripts)]:
+            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
+        for staged, _ in placed:
             if staged.sha256 not in present:
                 yield from self._push_steps(staged)
                 present.add(staged.sha256)
                 layout.append(f"keep {staged.sha256} {staged.size}")
-        for staged, path, user in scripts:
-            layout.append(f"script {staged.sha256} {shlex.quote(path)} {shlex.quote(user)}")
+        for text, path, user in scripts:
+            sha256 = text_content(text).sha256
+            if sha256 not in present:
+                present.add(sha256)
+                layout.append(f"text {sha256} {shlex.quote(text)}")
+            layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
 
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
@@ -4666,14 +4671,16 @@ class LogFormatter(logging.Formatter):
     """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one record as one line."""
-        text = "".join(
-            c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in record.getMessage()
-        )
-        line = f"{_iso(record.created)} {record.levelname.lower():7} {text}"
+        """Return one record as one line, an exception as one line each."""
+        lines = [record.getMessage()]
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+            lines += self.formatException(record.exc_info).splitlines()
+        head = f"{_iso(record.created)} {record.levelname.lower():7}"
+        return "\n".join(f"{head} {_shown(line)}" for line in lines)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
 def log_to(logger: logging.Logger, path: Path) -> None:
@@ -4862,6 +4869,11 @@ class Remote:
     def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
         begun = False
+        address = drivers.parse_address(self.config["path"])
+        if address.family == socket.AF_UNIX and not os.path.lexists(str(address.target)):
+            why = f"cannot be reached: {os.strerror(errno.ENOENT)}"
+            missing = drivers.NoSocket(str(address), why)
+            raise VmrmError(f"VM {self.name!r}: {missing}", missing.hint, code=255)
         try:
             with agent_lock(self.config["path"], self.db.path, time_to_wait, 0):
                 handler._connect()
@@ -5683,7 +5695,7 @@ def _row_label(row: Mapping[str, Any]) -> str:
 
 def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [f"{len(rows)} VMs", f"{done} of {entries} entries done"]
+    words = [f"{len(rows)} VM{'s' if len(rows) != 1 else ''}", f"{done} of {entries} entries done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
     if launched and start:
         words.append(f"time 0 {start - launched:.0f} s after launch")
@@ -6106,6 +6118,10 @@ class Commands(_Public):
             self._database = Database(self._path)
         return self._database
 
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
     def _open(self) -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
@@ -6430,6 +6446,8 @@ class Commands(_Public):
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        if current_experiment(db)["launched_at"] is None:
+            launch(db)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -6839,11 +6857,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _supervise(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
-        commands = Commands(line.db, screen, line.tail)
-        pending = _understand(commands, line.words)
-        result = pending._run() if pending else _SHOWN
-        if result is not _SHOWN:
-            screen.show(result)
+        with contextlib.ExitStack() as stack:
+            commands = Commands(line.db, screen, line.tail)
+            stack.callback(commands._close)
+            pending = _understand(commands, line.words)
+            result = pending._run() if pending else _SHOWN
+            if result is not _SHOWN:
+                screen.show(result)
         return 0
     except VmrmError as error:
         screen.error(error)

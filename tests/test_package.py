@@ -127,8 +127,12 @@ def test_the_command_works_from_another_directory(installed: Path, tmp_path: Pat
     help_text = _run([installed / "vmrm", "--help"], tmp_path)
     assert help_text.code == 0
     assert "demo" in help_text.out + help_text.err
-    command = [str(installed / "vmrm"), "--db", "new.db", "status", "--json"]
-    json.loads(_succeed(command, tmp_path))
+    (tmp_path / "lab.toml").write_text('[[vm]]\nname = "web"\npath = "web.sock"\n')
+    command = [str(installed / "vmrm"), "--db", "new.db"]
+    _succeed([*command, "load", "lab.toml"], tmp_path)
+    assert [
+        row["vm"] for row in json.loads(_succeed([*command, "status", "--json"], tmp_path))
+    ] == ["web"]
 
 
 def test_the_demo_runs_from_another_directory(installed: Path, tmp_path: Path) -> None:

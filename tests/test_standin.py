@@ -118,6 +118,17 @@ def test_a_reboot_kills_what_programs_left_behind(tmp_path: Path) -> None:
         assert driver.connect(timeout=10) > 0
 
 
+def test_a_program_that_ended_is_gone_even_if_nobody_asked(tmp_path: Path) -> None:
+    """A zombie would pass for a running program to who looks for its pid."""
+    with stand_in(tmp_path / "a") as agent, connected(agent.path) as driver:
+        pids = [driver.start(["true"], capture=capture) for capture in (False, True)]
+        deadline = drivers.Deadline(10)
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert not deadline.expired
+            drivers.plain_wait(-1, 0, 0.005)
+        assert [driver.wait_for_exitcode(pid) for pid in pids] == [0, 0]
+
+
 def test_a_booting_guest_answers_afterwards(tmp_path: Path) -> None:
     with stand_in(tmp_path / "a", boot_s=0.5) as agent, connected(agent.path) as driver:
         driver.reboot(timeout=0.05)

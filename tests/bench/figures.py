@@ -76,7 +76,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def vmrm_command(*words: str | Path) -> list[str]:
     """Return the words that run vmrm as the installed console command does."""
-    return [sys.executable, "-c", "import vmrm; vmrm.console()", *map(str, words)]
+    return [sys.executable, "-P", "-c", "import vmrm; vmrm.console()", *map(str, words)]
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -145,10 +145,18 @@ def _cpu_s(pids: list[int]) -> float:
     return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in pids) / 1e9
 
 
-def _core_percent(pids: list[int], seconds: float) -> float:
-    before, began = _cpu_s(pids), time.monotonic()
+def _children_cpu_s(pid: int) -> float:
+    """Return the seconds that a process's ended children have run (proc(5), stat 16 and 17)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+
+
+def _core_percent(groups: list[list[int]], seconds: float) -> list[float]:
+    """Return what share of a core each group of processes takes."""
+    before, began = [_cpu_s(pids) for pids in groups], time.monotonic()
     time.sleep(seconds)
-    return 100 * (_cpu_s(pids) - before) / (time.monotonic() - began)
+    passed = time.monotonic() - began
+    return [100 * (_cpu_s(pids) - used) / passed for pids, used in zip(groups, before, strict=True)]
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -192,18 +200,21 @@ def _run(experiment: _Experiment, agents: int) -> list[Figure]:
             experiment.until_all("state = 'configured'", _LAUNCH_S),
         )
     )
-    agents_s = _cpu_s([agents]) - before
-    figures = [
-        bound("launch, until all are configured", "s", launch, 20),
-        Figure("CPU of the stand-in agents meanwhile", "s", agents_s),
-    ]
+    agents_s, programs_s = _cpu_s([agents]) - before, _children_cpu_s(agents)
     pids = experiment.handlers()
     supervisor = vmrm.supervisor_pid(experiment.db)
     if supervisor is None:
         raise RuntimeError("the supervisor has ended")
+    figures = [
+        bound("launch, until all are configured", "s", launch, 20),
+        Figure("CPU of handlers and supervisor meanwhile", "s", _cpu_s([supervisor, *pids])),
+        Figure("CPU of the stand-in agents meanwhile", "s", agents_s),
+        Figure("CPU of their guests' programs meanwhile", "s", programs_s),
+    ]
     time.sleep(2)  # the news of the start time is taken in
-    idle = _core_percent([supervisor, *pids], plan.window_s)
-    figures.append(bound("CPU while idle, handlers and supervisor", "% of a core", idle, 5))
+    idle = _core_percent([[supervisor], pids], plan.window_s)
+    figures.append(bound("CPU while idle, handlers and supervisor", "% of a core", sum(idle), 5))
+    figures.append(Figure("CPU while idle, the supervisor's part", "% of a core", idle[0]))
     figures += _memory("while waiting", pids)
     experiment.until_all("done = 3", plan.times[-1] + 60 + plan.gap_s)
     figures += _memory("after all entries", pids)

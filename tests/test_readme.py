@@ -1,0 +1,304 @@
+"""Everything README shows is run here, and every table in it compared with the code.
+
+In what README shows of an output, `…` stands for anything, and blanks and rules for any number of
+them. `/tmp/lab` stands for a temporary directory.
+"""
+
+from __future__ import annotations
+
+import builtins
+import configparser
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import guests
+import pexpect  # type: ignore[import-untyped]
+import pytest
+from conftest import ROOT
+
+import vmrm
+
+README = (ROOT / "README.md").read_text()
+MARK = "=8="
+
+
+class Block(NamedTuple):
+    """A fenced block: the section it stands in, its language and its text."""
+
+    section: str
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    """Return README's fenced blocks in order."""
+    found, section = [], ""
+    pattern = r"^## ([^\n]*)$|^```(\w*)\n(.*?)^```$"
+    for match in re.finditer(pattern, README, re.MULTILINE | re.DOTALL):
+        if match[1] is not None:
+            section = match[1]
+        else:
+            found.append(Block(section, match[2], match[3]))
+    return found
+
+
+def steps(console: str) -> list[tuple[str, str]]:
+    """Return the commands of a console block, each with the output that is shown."""
+    if console.startswith("$ vmrm demo\n"):  # whose own output has lines with a dollar
+        return [("vmrm demo", console.partition("\n")[2])]
+    parts = re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]
+    return [(part.partition("\n")[0], part.partition("\n")[2]) for part in parts]
+
+
+def plain(text: str) -> str:
+    """Return text with any number of blanks as one, rules likewise, and no blank lines."""
+    text = re.sub("─[─ ]*", "─", text.replace("\r", ""))
+    lines = (re.sub("[ \t]+", " ", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def matches(shown: str, real: str) -> bool:
+    """Whether a real output is what README shows."""
+    lines = []
+    for line in plain(shown).splitlines():
+        whole = "[^\n]*".join(re.escape(part) for part in line.split("…")) + "\n"
+        lines.append("(?:.*\n)?" if line == "…" else whole)
+    return re.fullmatch("".join(lines), f"{plain(real)}\n".lstrip("\n"), re.DOTALL) is not None
+
+
+def run_section(section: str, folder: Path) -> list[tuple[str, str, str]]:
+    """Run the console blocks of a section in one shell; return (command, shown, real)."""
+    lab = folder / "lab"
+    lab.mkdir()
+    tool = folder / "bin" / "vmrm"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/vmrm.py "$@"\n')
+    tool.chmod(0o755)
+    todo: list[tuple[str, str]] = []
+    for block in blocks():
+        text = block.text.replace("/tmp/lab", str(lab))
+        name = re.match(r"# (\S+)\n", text)
+        if block.section == section and block.language == "console":
+            todo += steps(text)
+        elif block.section == section and name:
+            (lab / name[1]).write_text(text)
+    lines = ["exec 2>&1", "trap 'kill $(jobs -p) 2> /dev/null; wait' EXIT"]
+    for command, _ in todo:
+        lines += [command, f"echo {MARK}"]
+        if command.endswith("&"):  # an agent, which says when it listens
+            lines[-2:] = [f"coproc {{ {command[:-1]}; }}", "read -r said <&${COPROC[0]}"]
+            lines += ["echo $said", f"echo {MARK}"]
+    (folder / "session.sh").write_text("\n".join(lines) + "\n")
+    text = _in_terminal(folder, lab)
+    real = text.split(f"{MARK}\r\n")
+    assert len(real) == len(todo) + 1, text
+    return [(c, shown, out) for (c, shown), out in zip(todo, real, strict=False)]
+
+
+def _in_terminal(folder: Path, lab: Path) -> str:
+    environment = os.environ | {
+        "HOME": str(folder),
+        "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TERM": "dumb",
+    }
+    for name in ("VMRM_DB", "XDG_STATE_HOME", "COLUMNS"):
+        environment.pop(name, None)
+    child = pexpect.spawn(
+        "bash",
+        [str(folder / "session.sh")],
+        env=environment,
+        cwd=str(lab),
+        dimensions=(40, 160),
+        encoding="utf-8",
+        timeout=90,
+    )
+    try:
+        child.expect(pexpect.EOF)
+        return str(child.before)
+    finally:
+        child.close(force=True)
+
+
+SECTIONS = sorted({block.section for block in blocks() if block.language == "console"})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sessions_give_what_they_show(section: str, tmp_path: Path) -> None:
+    for command, shown, real in run_section(section, tmp_path):
+        assert matches(shown, real), f"$ {command}\n{real}\n--- README shows\n{shown}"
+
+
+# === tables ======================================================================================
+
+
+def rows(*header: str) -> list[list[str]]:
+    """Return the cells of README's table with that header."""
+    head = "| " + " | ".join(header) + " |\n|" + "---|" * len(header) + "\n"
+    assert README.count(head) == 1, f"no table, or more than one: {head}"
+    lines = README.partition(head)[2].partition("\n\n")[0].splitlines()
+    return [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in lines]
+
+
+def commands() -> dict[str, Callable[..., object]]:
+    """Return every command by the words that call it."""
+    main = vmrm.Commands(None, vmrm.Screen())
+    found = {}
+    for name in dir(main):
+        item = getattr(main, name)
+        if callable(item):
+            found[name] = item
+        else:
+            found |= {f"{name} {part}": getattr(item, part) for part in dir(item)}
+    return found
+
+
+def usage(name: str, method: Callable[..., object]) -> str:
+    """Return a command line as README writes it: what must be there, what may be, options last."""
+    words = [name]
+    for parameter in parameters(method):
+        word = parameter.name.upper()
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            words.append(f"{word.removesuffix('S')} …")
+        elif parameter.default is parameter.empty:
+            words.append(word)
+        elif not is_option(parameter):
+            words.append(f"[{word}]")
+    return " ".join([*words, *(["PROGRAM [ARG …]"] if name == "exec" else [])])
+
+
+def parameters(method: Callable[..., object]) -> list[inspect.Parameter]:
+    """Return a command's parameters."""
+    return [p for p in inspect.signature(method).parameters.values() if p.name != "self"]
+
+
+def is_option(parameter: inspect.Parameter) -> bool:
+    """Whether README writes a parameter as --name: it may be left out and is no name of a thing."""
+    things = ("file", "vm", "entry", "pattern", "local")
+    optional = parameter.default is not parameter.empty
+    return optional and parameter.name not in things
+
+
+def options(name: str, method: Callable[..., object]) -> Iterator[list[str]]:
+    """Yield a row per option of a command, with the text of its docstring."""
+    doc = inspect.getdoc(method) or ""
+    texts = {m[1]: " ".join(m[2].split()) for m in re.finditer(DOC_ARGUMENT, doc, re.MULTILINE)}
+    for parameter in parameters(method):
+        if is_option(parameter):
+            flag = "--" + parameter.name.replace("_", "-")
+            value = "" if "bool" in str(parameter.annotation) else f" {parameter.name.upper()}"
+            yield [f"`{name} {flag}{value}`", texts[parameter.name]]
+
+
+DOC_ARGUMENT = r"^    (\w+): (.*(?:\n     .*)*)"
+
+
+def test_every_command_is_in_the_table_with_its_help() -> None:
+    expected = [
+        [f"`{usage(name, method)}`", (method.__doc__ or "").splitlines()[0]]
+        for name, method in commands().items()
+    ]
+    assert rows("command", "does") == expected
+
+
+def test_every_option_is_in_the_table_with_its_help() -> None:
+    expected = [row for name, method in commands().items() for row in options(name, method)]
+    assert rows("option", "means") == expected
+
+
+def test_every_key_of_experiment_files_is_in_a_table() -> None:
+    for header, keys in (
+        ("[experiment]", vmrm.EXPERIMENT_KEYS),
+        ("[[vm]]", vmrm.VM_KEYS),
+        ("[[vm.schedule]]", vmrm.ENTRY_KEYS),
+    ):
+        table = {row[0].strip("`"): row[1] for row in rows(header, "must be", "means")}
+        wanted = {key: text for key, (_, text) in keys.items()}
+        if header == "[[vm.schedule]]":
+            wanted |= dict.fromkeys(vmrm.DATA_KEYS, "a list of tables")
+        assert table == wanted
+
+
+def test_the_parts_of_files_contents_and_transfers_are_named() -> None:
+    table = {row[0].strip("`"): row[2] for row in rows("[[vm.schedule]]", "must be", "means")}
+    for kind, keys in vmrm.DATA_KEYS.items():
+        for key in keys.keys() - {"sha256"}:  # which loading adds
+            assert f"`{key}`" in table[kind], (kind, key)
+
+
+def test_the_table_of_states_is_that_of_the_code() -> None:
+    expected = [
+        [f"`{state}`", ", ".join(f"`{to}`" for to in vmrm.VMState if to in moves and to != state)]
+        for state, moves in vmrm.VM_MOVES.items()
+    ]
+    assert [row[:2] for row in rows("state", "may become", "means")] == expected
+
+
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    def family(error: type[vmrm.VmrmError]) -> set[int]:
+        return {error.code}.union(*map(family, error.__subclasses__()))
+
+    documented = {int(row[0]) for row in rows("exit code", "means")}
+    assert documented == family(vmrm.VmrmError) | {0, 130, 255}
+
+
+# === other blocks ================================================================================
+
+
+def test_every_block_is_of_a_kind_that_is_checked() -> None:
+    assert {block.language for block in blocks()} == {"console", "toml", "python", "sh", "text"}
+    for block in blocks():
+        if block.language in ("toml", "python"):  # runs as a file of its section, or is loaded
+            assert re.match(r"# \S+\.(toml|py)\n", block.text), block.text
+
+
+def test_every_experiment_file_is_accepted(tmp_path: Path) -> None:
+    found = [block.text for block in blocks() if block.language == "toml"]
+    assert len(found) == 2
+    used: set[str] = set()
+    for text in found:
+        path = tmp_path / "shown.toml"
+        path.write_text(text)
+        assert vmrm.read_experiment(path).vms
+        used |= set(re.findall(r"^(\w+) =", text, re.MULTILINE))
+    keys = {*vmrm.EXPERIMENT_KEYS, *vmrm.VM_KEYS, *vmrm.ENTRY_KEYS, *vmrm.DATA_KEYS}
+    # Those that no session can show: what is refused, or needs a file beside this one.
+    assert keys - used == {"schedule", "on_host", "pause", "resume", "file"}
+
+
+def test_shell_blocks_are_commands_of_this_project() -> None:
+    """`pip install` is run by test_package, QEMU's options by every micro VM."""
+    text = "".join(block.text for block in blocks() if block.language == "sh")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    for path in re.findall(r"python (\S+\.py)", text):
+        assert (ROOT / path).is_file(), path
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", text)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert extras
+    assert all(extra in setup["options.extras_require"] for extra in extras)
+    real = (ROOT / "tests" / "guests.py").read_text()
+    for option in ("virtio-serial-pci", "virtserialport", "server=on,wait=off", "-chardev"):
+        assert option in text
+        assert option in real
+    assert guests.PORT == "org.qemu.guest_agent.0"
+    assert f"name={guests.PORT}" in text
+
+
+def test_the_numbers_of_the_text_are_those_of_the_code() -> None:
+    assert f"({vmrm.MAX_REBOOTS} times at most)" in README
+    assert f"exit code {vmrm.REBOOT_EXIT_CODE}, or leaves" in README
+    assert f"up to {vmrm.MAX_OUTPUT_BYTES >> 20} MiB per entry" in README
+    assert f"### {vmrm.__version__}\n" in README
+
+
+def test_names_in_the_text_exist() -> None:
+    section = README.partition("## From Python")[2].partition("## How it works")[0]
+    for name in re.findall(r"`([A-Z]\w+)`", section):
+        assert hasattr(vmrm, name) or hasattr(builtins, name), name
