@@ -54,7 +54,8 @@ CREATE TABLE vms (
 ) STRICT;
 
 -- The schedule of one VM: the JSON text exactly as it was put. A generation ends when the schedule
--- is destroyed (text becomes NULL) so that its entries are never taken for those of the next one.
+-- is destroyed (text becomes NULL) or replaced, so that its entries are never taken for those of
+-- the next one; entries that are only added belong to the same one.
 -- No foreign key: a schedule may come before its VM, and `run` reports one without.
 CREATE TABLE schedules (
     server_name TEXT PRIMARY KEY COLLATE NOCASE,

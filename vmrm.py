@@ -251,6 +251,8 @@ class Timeouts:
 
 CLOCK = Clock()
 MAX_REBOOTS = 10
+MAX_SECONDS = 1e9  # of any time in a schedule: 31 years, which every calendar here can add
+MAX_VMS = 10_000  # of one table with `count`
 MAX_OUTPUT_BYTES = 256 << 20
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
@@ -386,9 +388,8 @@ class WriterLock:
             try:
                 yield
             finally:
-                if fd == self._fd:
-                    fcntl.flock(fd, fcntl.LOCK_UN)
-                else:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing: a child may have inherited it
+                if fd != self._fd:
                     os.close(fd)
         finally:
             self._threads.release()
@@ -412,12 +413,16 @@ class WriterLock:
                     os.close(fd)
 
         threading.Thread(target=wait, daemon=True, name="vmrm-writer").start()
-        if not done.wait(self.timeout_s):
+        try:
+            if done.wait(self.timeout_s):
+                return fd
+            raise self._busy()
+        except BaseException:  # an interrupt, too, must not leave the lock to nobody
             with handover:
-                if not done.is_set():
-                    given_up.set()
-                    raise self._busy()
-        return fd
+                given_up.set()
+                if done.is_set():
+                    os.close(fd)
+            raise
 
     def _busy(self) -> Busy:
         holder = f"process {pid}" if (pid := lock_holder(self.path)) else "another process"
@@ -437,18 +442,29 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path) -> int | None:
-    """Return a descriptor that holds the exclusive lock on a file, or None if it is taken.
+def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+    """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
+    return fd
+
+
+LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def take_lock(path: Path) -> int | None:
+    """Do what `try_lock` does, but outlast those who only look whether it is held."""
+    deadline = CLOCK.monotonic() + LOOK_S
+    while (fd := try_lock(path)) is None and CLOCK.monotonic() < deadline:
+        time_to_wait(LOOK_S / 100)
     return fd
 
 
@@ -480,7 +496,8 @@ class Database:
         self.timeouts = timeouts or Timeouts.from_environment()
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
-        self._connection: sqlite3.Connection | None = None
+        self._connections: dict[threading.Thread, sqlite3.Connection] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -490,12 +507,17 @@ class Database:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """The open connection of this very process."""
-        if self._connection is None or self._pid != os.getpid():
-            self.close()
-            self._open()
-        assert self._connection is not None
-        return self._connection
+        """The open connection of this very process and thread: SQLite's cannot be shared."""
+        if self._pid == os.getpid() and (
+            found := self._connections.get(threading.current_thread())
+        ):
+            return found
+        with self._opening:
+            if self._pid != os.getpid():
+                self.close()
+            for thread in [thread for thread in self._connections if not thread.is_alive()]:
+                self._connections.pop(thread).close()
+            return self._open()
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
@@ -505,7 +527,7 @@ class Database:
             path.mkdir(exist_ok=True, mode=0o700)
         return path
 
-    def _open(self) -> None:
+    def _open(self) -> sqlite3.Connection:
         if not self._create and not self.path.exists():
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
@@ -520,11 +542,12 @@ class Database:
                 )
             for name in ("store", "logs", "transfers", "locks", "wake", "requests"):
                 self.directory(name)
-            self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
+            if not self._connections:
+                self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
             self._make_private()
         except OSError as error:
             raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
-        self._connect()
+        return self._connect()
 
     def _refuse_foreign(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
@@ -539,14 +562,18 @@ class Database:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
-    def _connect(self) -> None:
+    def _connect(self) -> sqlite3.Connection:
+        me = threading.current_thread()
         try:
             connection = sqlite3.connect(
-                self.path, isolation_level=None, timeout=self.timeouts.writer
+                self.path,
+                isolation_level=None,
+                timeout=self.timeouts.writer,
+                check_same_thread=False,  # used by one, but closed by whoever closes all
             )
             connection.row_factory = sqlite3.Row
             connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
-            self._connection, self._pid = connection, os.getpid()
+            self._connections[me], self._pid = connection, os.getpid()
             self._check_schema(connection)
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -554,14 +581,15 @@ class Database:
             if not self._checkpoint:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
         except sqlite3.OperationalError as error:
-            self._connection = None
+            self._connections.pop(me, None)
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
-            self._connection = None
+            self._connections.pop(me, None)
             raise SchemaError(
                 f"{str(self.path)!r} is not usable: {error}",
                 "Name another file with --db, or move this one away",
             ) from error
+        return connection
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
         wanted = _wanted_identity()
@@ -654,13 +682,14 @@ class Database:
         return Utils(self.connection, execute_plugins=False)
 
     def close(self) -> None:
-        """Close the connection, if this process opened one; leave a parent's alone."""
-        if self._connection is not None and self._pid != os.getpid():
-            _inherited.append(self._connection)
-        elif self._connection is not None:
-            self._connection.close()
+        """Close the connections that this process opened; leave a parent's alone."""
+        opened, self._connections = self._connections, {}
+        if self._pid != os.getpid():
+            _inherited.append(opened)
+        elif opened:
+            for connection in opened.values():
+                connection.close()
             self._writer.close()
-        self._connection = None
 
 
 def _schema() -> str:
@@ -841,7 +870,7 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 def _is_locked(path: Path) -> bool:
     if not path.exists():
         return False
-    fd = try_lock(path)
+    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
     if fd is not None:
         os.close(fd)
     return fd is None
@@ -1245,8 +1274,16 @@ class ScheduleEvent:
         return self.event_type
 
 
+def _is_content(value: object) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # UTF-8 has none
+
+
+def _is_word(value: object) -> bool:
+    return _is_content(value) and "\0" not in cast(str, value)
+
+
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value) and "\0" not in value
+    return _is_word(value) and value != ""
 
 
 def _is_number(value: object) -> bool:
@@ -1258,26 +1295,30 @@ def _is_number(value: object) -> bool:
         return False
 
 
+def _is_time(value: object) -> bool:
+    return _is_number(value) and (abs(cast(float, value)) <= MAX_SECONDS or math.isinf(value))  # type: ignore[arg-type]
+
+
 def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
 def _is_duration(value: object) -> bool:
-    return _is_number(value) and cast(float, value) > 0
+    return _is_time(value) and cast(float, value) > 0
 
 
 def _is_positive(value: object) -> bool:
-    return _is_duration(value) and cast(float, value) < math.inf
+    return _is_duration(value) and cast(float, value) <= MAX_SECONDS
 
 
 def _is_arguments(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) and "\0" not in item for item in items)
+    return all(_is_word(item) for item in items)
 
 
 def _is_environment(value: object) -> bool:
     return isinstance(value, dict) and all(
-        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and isinstance(item, str) and "\0" not in item
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
         for key, item in value.items()
     )
 
@@ -1290,7 +1331,7 @@ _Keys = dict[str, tuple[Callable[[object], bool], str]]
 
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
-    "start_time": (_is_number, "a number of seconds"),
+    "start_time": (_is_time, "a number of seconds"),
     "executable": (_is_text, "a program's name"),
     "arguments": (_is_arguments, "a list of strings, or one string for the guest's shell"),
     "env": (_is_environment, "a table of NAME = string"),
@@ -1313,7 +1354,7 @@ DATA_KEYS: dict[str, _Keys] = {
     },
     "content": {
         "location": (_is_text, "a path in the guest"),
-        "content": (lambda value: isinstance(value, str), "a string"),
+        "content": (_is_content, "a string"),
         "executable": (_is_switch, "true or false"),
     },
     "transfer": {
@@ -1371,6 +1412,10 @@ def entry_faults(item: object, where: str) -> list[str]:
     return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
 
 
+# What our script keeps in an entry's directory.
+_OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
+
+
 def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with an entry whose keys and types are right."""
     if "start_time" not in item:
@@ -1390,6 +1435,9 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time"
+    for part in [*item.get("file", []), *item.get("content", [])]:
+        if _OUR_OWN.match(os.path.normpath(part["location"])):
+            yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in item:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
@@ -1799,28 +1847,38 @@ class ScheduleDb(_Rows):
 
 def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> None:
     """Write one schedule inside the caller's transaction, if it keeps what has begun to run."""
-    begun = db.row(
-        """SELECT text FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL
-           AND EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
+    old = db.row(
+        """SELECT text, EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
                AND a.experiment_id = (SELECT id FROM current_experiment)
-               AND a.server_name = s.server_name)""",
+               AND a.server_name = s.server_name) AS begun
+           FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL""",
         name=name,
     )
-    if begun:
-        new = json.loads(text)
-        for ordinal, entry in enumerate(json.loads(begun["text"]), 1):
-            if new[ordinal - 1 : ordinal] != [entry]:
-                raise ValueError(
-                    f"the schedule of VM {name!r} has begun to run, and entry {ordinal} of "
-                    "the new one differs; entries can only be added at the end"
-                )
+    differs = _first_difference(old["text"], text) if old else None
+    if old and old["begun"] and differs:
+        raise ValueError(
+            f"the schedule of VM {name!r} has begun to run, and entry {differs} of "
+            "the new one differs; entries can only be added at the end"
+        )
+    # A handler may hold the old entries: under a new generation they are not taken for these.
     db.connection.execute(
         """INSERT INTO schedules (server_name, text, vm_resources_ip, put_at)
            VALUES (:name, :text, :ip, :now)
            ON CONFLICT (server_name) DO UPDATE SET text = excluded.text,
+               generation = generation + :replaced,
                vm_resources_ip = excluded.vm_resources_ip, put_at = excluded.put_at""",
-        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()},
+        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()}
+        | {"replaced": differs is not None},
     )
+
+
+def _first_difference(old: str, new: str) -> int | None:
+    """Return the ordinal of the first entry that a longer schedule does not keep, if any."""
+    kept = json.loads(new)
+    for ordinal, entry in enumerate(json.loads(old), 1):
+        if kept[ordinal - 1 : ordinal] != [entry]:
+            return ordinal
+    return None
 
 
 # === journal =====================================================================================
@@ -1893,9 +1951,13 @@ class Journal:
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+
+        Raises:
+            _Leave: the schedule was replaced meanwhile.
         """
         armed = {}
         with self.db.transaction():
+            self.check_generation()
             for ordinal, planned_at in planned.items():
                 row = self.db.connection.execute(
                     """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
@@ -1911,6 +1973,12 @@ class Journal:
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
+
+    def check_generation(self) -> None:
+        """Raise `_Leave` if these entries are no longer the VM's schedule."""
+        sql = "SELECT generation FROM schedules WHERE server_name = :name"
+        if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
+            raise _Leave("the schedule was replaced")
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
@@ -1972,7 +2040,9 @@ def retry_failed(db: Database, server_name: str | None = None, ordinal: int | No
         How many entries and VMs that is.
     """
     with _changing_vms(db):
-        return retry_in(db, server_name, ordinal)
+        count = retry_in(db, server_name, ordinal)
+    wake_all(db)
+    return count
 
 
 def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
@@ -2584,12 +2654,12 @@ if [ "$2" != {token} ]; then
     echo "this launch directory is used by another VM or experiment" >&2
     exit {claim_failed}
 fi
-attempt=$1
-read -r line < /proc/$$/stat
+attempt=$1 session=$3
+[ -r /proc/$$/stat ] && read -r line < /proc/$$/stat
 set -f; set -- ${{line##*) }}; set +f
 group=$3 started=${{20}}
-if [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
-    exec setsid /bin/sh {script} "$attempt" {token}
+if [ "$session" != own ] && [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
+    exec setsid /bin/sh {script} "$attempt" {token} own
 fi
 cd {working_dir} || exit {claim_failed}
 mkdir "attempt.$attempt" || exit {claim_failed}
@@ -2673,7 +2743,10 @@ done
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
+_KILL_SCRIPT = """\
+name=$1; shift
+for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2751,7 +2824,7 @@ def _running(entry: ScheduleEntry) -> str:
 
 
 def _run_script_path(entry: ScheduleEntry) -> PurePosixPath:
-    return PurePosixPath(entry.working_dir) / "run.sh"
+    return PurePosixPath(entry.working_dir) / "call_program.sh"
 
 
 def run_commands(entry: ScheduleEntry) -> str:
@@ -2760,9 +2833,9 @@ def run_commands(entry: ScheduleEntry) -> str:
     A list of arguments arrives as written; a string is the guest's shell's to take apart.
     """
     assert entry.executable is not None
-    own = {item["location"] for item in entry_files(entry)}
-    name = entry.executable
-    program = guest_path(entry, name) if name in own else name
+    own = {guest_path(entry, item["location"]) for item in entry_files(entry)}
+    placed = guest_path(entry, entry.executable)
+    program = placed if placed in own else entry.executable
     cwd = guest_path(entry, entry.options.get("cwd", "."))
     lines = [f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
     for key, value in entry.options.get("env", {}).items():
@@ -3302,7 +3375,7 @@ class VMResourceHandler:
         Raises:
             Conflict: another handler has this VM, or another client its agent.
         """
-        lock = try_lock(_handler_lock(self.db, self.config["ordinal"]))
+        lock = take_lock(_handler_lock(self.db, self.config["ordinal"]))
         if lock is None:
             raise Conflict(f"VM {self.vm_name!r} has a handler already")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
@@ -3315,11 +3388,9 @@ class VMResourceHandler:
             self._answer_lost_requests()
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
-                self._run()
-        except _Leave as leave:
+                self._run_until_told()
+        except _Leave as leave:  # while it waited for the agent
             self.log.info("leaving: %s", leave)
-            if leave.halt is Halt.KILL:
-                self._kill_all()
         finally:
             if self.driver is not None:
                 self.driver.close()
@@ -3327,6 +3398,14 @@ class VMResourceHandler:
             os.close(lock)
             wake(self.db, SUPERVISOR)
         return 0
+
+    def _run_until_told(self) -> None:
+        try:
+            self._run()
+        except _Leave as leave:
+            self.log.info("leaving: %s", leave)
+            if leave.halt is Halt.KILL:
+                self._kill_all()
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -3447,6 +3526,7 @@ class VMResourceHandler:
 
     def _take_news(self) -> None:
         """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        self._journal.check_generation()  # which is read before the entries are, never after
         self.updater.check()
         for event in self.get_events():
             kind, data = event.get_type(), event.get_data()
@@ -3461,9 +3541,8 @@ class VMResourceHandler:
         self._halt = Halt(halt) if halt else None
         for row in self._open_requests():
             self.agenda.spawn(self._request_steps(row))
-        for task in [self._life, *self._tasks.values()]:
-            if task is not None:
-                self.agenda.wake(task)
+        if self._life:  # and nobody else: an armed entry sleeps until it is due
+            self.agenda.wake(self._life)
 
     def get_events(self) -> list[ScheduleEvent]:
         """Take all events off the queue, in the order of their times."""
@@ -3576,10 +3655,11 @@ class VMResourceHandler:
             FileNotFoundError: the store does not have a file.
         """
         placed = []
-        own_program = entry.executable
+        own_program = guest_path(entry, entry.executable or "")
         for item in entry_files(entry):
             staged = text_content(item["content"]) if "content" in item else self._stored(item)
-            is_program = item.get("executable") or item["location"] == own_program
+            location = guest_path(entry, item["location"])
+            is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
 
@@ -3705,10 +3785,10 @@ class VMResourceHandler:
         pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
         launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
         delay = sum(pause for pause in pauses if not math.isinf(pause))
-        while (left := launched + delay - CLOCK.wall()) > 0:
+        while (left := launched + delay - CLOCK.wall()) > 0 and self._halt is None:
             yield left
         breaks = sum(math.isinf(pause) for pause in pauses)
-        while breaks > len(self._resumes) and self._next_negative() is not None:
+        while breaks > len(self._resumes) and self._halt is None and self._next_negative():
             yield math.inf
 
     def _at(self, at: float) -> list[ScheduleEntry]:
@@ -3873,7 +3953,7 @@ class VMResourceHandler:
             else:
                 self._journal.started(attempt, CLOCK.wall(), None, entry.start_time)
             yield from self._transfer_once_steps(entry)
-            if not entry.runs_script:
+            if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
@@ -4007,12 +4087,11 @@ class VMResourceHandler:
             raise drivers.LinkLost("the agent was restarted")
         raise _Unknown("it ended, and nobody saw how")
 
-    def _kill_steps(self, pid: int | None) -> Steps:
-        """End a program's process group in the guest: TERM, a moment of grace, KILL."""
-        if pid is None:
-            return
-        for name in ("TERM", "KILL"):
-            self._sh(_KILL_SCRIPT, name, str(pid))
+    def _kill_steps(self, *pids: int | None) -> Steps:
+        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+        known = [str(pid) for pid in pids if pid is not None]
+        for name in ("TERM", "KILL") if known else ():
+            self._sh(_KILL_SCRIPT, name, *known)
             yield self.timeouts.term_grace if name == "TERM" else 0
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -4219,19 +4298,17 @@ class VMResourceHandler:
     def _kill_all(self) -> None:
         """End the guest programs of all open attempts, on the way out."""
         self._leaving = True
-        latest = self._journal.latest()
-        opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
+        opened = [attempt for attempt in self._journal.latest().values() if attempt.is_open]
         try:
             self.driver.connect(timeout=self.timeouts.lock)
-            for entry in opened:
-                self._drain(self._kill_steps(latest[entry.ordinal].pid))
+            boot = self.driver.boot_id()
+            # A pid of an earlier boot is somebody else's now.
+            self._drain(self._kill_steps(*(a.pid for a in opened if a.boot_id == boot)))
         except (drivers.DriverError, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
             return
-        for entry in opened:
-            self._journal.ended(
-                latest[entry.ordinal], Outcome.FAILED, error="killed by stop --kill"
-            )
+        for attempt in opened:
+            self._journal.ended(attempt, Outcome.FAILED, error="killed by stop --kill")
 
     # --- transfers out of the guest
 
@@ -4585,18 +4662,19 @@ class OutputLog:
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
-        lines = [content] if isinstance(content, Mapping) else content.splitlines()
+        lines = [content] if isinstance(content, Mapping) else content.split("\n")
         path = self.db.directory("logs") / f"{self.vm_name}.json"
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
-            except (ValueError, RecursionError):
+                record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
+                text = json.dumps(record, default=str)
+            except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
                 continue
             if not isinstance(item, dict):
                 continue
-            record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
             with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(json.dumps(record, default=str) + "\n")
+                target.write(text + "\n")
 
 
 class LogFormatter(logging.Formatter):
@@ -4910,7 +4988,7 @@ class Supervisor:
             Conflict: another supervisor runs; it is named.
         """
         path = self.db.directory("locks") / "supervisor"
-        lock = try_lock(path)
+        lock = take_lock(path)
         if lock is None:
             raise Conflict(
                 f"the experiment is being run already, by process {lock_holder(path)}",
@@ -4955,9 +5033,9 @@ class Supervisor:
         poll = select.poll()
         for descriptor in (self.wake.fileno(), self._signals.fileno()):
             poll.register(descriptor, select.POLLIN)
-        dues = [self._leave_by, *self._not_before.values()]
-        wait = min([1.0, *(due - CLOCK.monotonic() for due in dues)])
-        poll.poll(math.ceil(max(0.01, wait) * 1000))
+        now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
+        wait = min([1.0, *(due - now for due in dues if due > now)])  # what is past had its turn
+        poll.poll(math.ceil(wait * 1000))
         self.wake.drain()
         with contextlib.suppress(BlockingIOError):
             while self._signals.recv(4096):
@@ -5212,7 +5290,7 @@ def _supervise(words: Sequence[str]) -> int:
 
 EXPERIMENT_KEYS: _Keys = {
     "start_buffer": (
-        lambda v: _is_number(v) and 0 <= cast(float, v) < math.inf,
+        lambda v: v == 0 or _is_positive(v),
         "seconds, 0 or more",
     ),
     "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
@@ -5222,12 +5300,15 @@ VM_KEYS: _Keys = {
     "path": (_is_text, "an agent's address"),
     "engine": (_is_text, "a driver's engine"),
     "uuid": (_is_text, "a uuid"),
-    "control_ip": (lambda v: isinstance(v, str), "an address"),
+    "control_ip": (_is_word, "an address"),
     "use_vm_manager": (_is_switch, "true or false"),
     "launch_dir": (_is_text, "a directory in the guest"),
     "agent_timeout": (_is_positive, "a positive number of seconds"),
     "set_time": (_is_switch, "true or false"),
-    "count": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a whole number"),
+    "count": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= MAX_VMS,
+        f"a whole number up to {MAX_VMS}",
+    ),
     "schedule": (lambda v: isinstance(v, list), "a list of entries"),
 }
 
@@ -5591,6 +5672,9 @@ def report(db: Database) -> Report:
             }
         )
         faults += _vm_faults(vm, entries)
+        left = vm["finished_at"] is None and vm["state"] not in (VMState.FAILED, "n/a")
+        if left and experiment["halt"] in (Halt.STOP, Halt.KILL):
+            faults.append(f"{name}: was stopped before its work was done")
     loose = db.query(
         """SELECT server_name FROM schedules WHERE text IS NOT NULL
            AND server_name NOT IN (SELECT server_name FROM vms)"""
@@ -5820,9 +5904,9 @@ class Viewer:
         update()
 
     def _is_running(self, process: Any) -> bool:
-        if process is not None:
-            return process.poll() is None
-        return supervisor_pid(self.db) is not None
+        # Ours may have come second to that of another `run`, which is then the one to watch.
+        ours = process is not None and process.poll() is None
+        return ours or supervisor_pid(self.db) is not None
 
     def _stop(self, process: Any) -> None:
         halt_experiment(self.db, Halt.STOP)

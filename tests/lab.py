@@ -172,13 +172,14 @@ class Lab:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if b"_supervise" in words and str(self.db).encode() in words:
+                if b"_supervise" not in words or str(self.db).encode() not in words:
+                    continue
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                 siblings = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-                if b"_supervise" not in siblings:
-                    return int(folder.name)
+            except OSError:  # it has just ended
+                continue
+            if b"_supervise" not in siblings:
+                return int(folder.name)
         return None
 
     def logs(self) -> str:
