@@ -189,8 +189,8 @@ def test_a_borrowed_database_stays_open_and_an_own_one_is_closed(tmp_path: Path)
     with vmrm.Database(tmp_path / "lab.db") as db:
         with VMMapping(db=db) as borrowing:
             borrowing.put("u", "web")
-        assert db._connection is not None
+        assert db._connections
     own = VMMapping(db=tmp_path / "lab.db")
     assert own.get_all(length=True) == 1
     own.close()
-    assert own.db._connection is None
+    assert own.db._connections == {}
