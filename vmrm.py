@@ -3109,58 +3109,229 @@ def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
     return ScheduleEventType.NEW_ITEM if entry.runs_script else ScheduleEventType.TRANSFER
 
 
-# === handler =====================================================================================
+# === logs, and output of programs ================================================================
 
 
-class _Leave(Exception):
-    """The handler must end now; guest programs go on, unless it says kill."""
+class OutputLog:
+    """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
 
-    def __init__(self, why: str, halt: Halt | None = None) -> None:
-        super().__init__(why)
-        self.halt = halt
-
-
-class VMFailed(VmrmError):
-    """The VM cannot go on: it becomes `failed` with this reason."""
-
-
-class _EntryFailed(Exception):
-    """This attempt failed; the message goes to the journal."""
-
-
-class _Unknown(Exception):
-    """This attempt may or may not have run to its end; nobody can tell any more."""
-
-
-class NextStep(Enum):
-    """What an entry needs next."""
-
-    RUN = 1
-    WATCH = 2  # an attempt is open
-    REBOOT = 3  # it ran, and asks to run again after a reboot
-    NOTHING = 4
-    FAILED = 5
-
-
-def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextStep:
-    """Return what an entry needs next; the one place that decides whether something runs again.
+    A full disk on the host loses output, never an outcome: it is told once and then left.
 
     Args:
-        entry: The entry.
-        latest: Its latest attempt, if there is one.
-        boot: The guest's present boot id.
+        db: Its state directory holds the logs.
+        vm_name: The VM.
+        log: The VM's text log.
     """
-    if latest is None or latest.retried:
-        return NextStep.RUN
-    if latest.is_open:
-        return NextStep.WATCH
-    if latest.outcome is Outcome.DONE and latest.reboot:
-        return NextStep.REBOOT if latest.boot_id == boot else NextStep.RUN
-    if latest.outcome in (Outcome.DONE, Outcome.SKIPPED):
-        return NextStep.NOTHING
-    if latest.outcome is Outcome.UNKNOWN and entry.options.get("rerun"):
-        return NextStep.RUN if latest.attempt <= MAX_REBOOTS else NextStep.FAILED
-    return NextStep.NOTHING if entry.ignore_failure else NextStep.FAILED
+
+    def __init__(self, db: Database, vm_name: str, log: logging.Logger) -> None:
+        self.db, self.vm_name, self.log = db, vm_name, log
+        self._partial: dict[tuple[int, str], str] = {}
+        self._decoders: dict[tuple[int, str], Any] = {}
+        self._lost: set[tuple[int, int]] = set()
+
+    def path(self, ordinal: int, attempt: int, stream: str) -> Path:
+        """Return the file with the raw output of one attempt; `stream` is out or err."""
+        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
+
+    def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
+        """Return how many bytes of a stream are here: the offset to go on from."""
+        path = self.path(entry.ordinal, attempt.attempt, stream)
+        return path.stat().st_size if path.exists() else 0
+
+    def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
+        """Return how many more bytes may be fetched of an attempt."""
+        if (entry.ordinal, attempt.attempt) in self._lost:
+            return 0
+        used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
+        if used >= MAX_OUTPUT_BYTES:
+            self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
+        return MAX_OUTPUT_BYTES - used
+
+    def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
+        self._lost.add((entry.ordinal, attempt.attempt))
+        self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
+
+    def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
+        """Append raw output; return whether the host could keep it."""
+        path = self.path(entry.ordinal, attempt.attempt, stream)
+        try:
+            with path.open("ab") as target:
+                target.write(data)
+        except OSError as error:
+            self._lose(entry, attempt, str(error))
+            return False
+        self._add_text(entry, stream, data)
+        return True
+
+    def _add_text(
+        self, entry: ScheduleEntry, stream: str, data: bytes, final: bool = False
+    ) -> None:
+        import codecs
+
+        key = (entry.ordinal, stream)
+        if key not in self._decoders:
+            self._decoders[key] = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = self._partial.pop(key, "") + self._decoders[key].decode(data, final)
+        *lines, rest = text.split("\n")
+        if rest and not final and len(rest) < 1 << 16:
+            self._partial[key] = rest
+        elif rest:
+            lines.append(rest)
+        for line in lines:
+            self.line(str(entry), stream, line)
+
+    def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Write what is left of a last line without an end."""
+        for stream in ("out", "err"):
+            if (entry.ordinal, stream) in self._decoders:
+                self._add_text(entry, stream, b"", final=True)
+                del self._decoders[entry.ordinal, stream]
+
+    def line(self, entry: str, stream: str, line: str) -> None:
+        """Write one line of a program's output."""
+        self.log.info("[%s %s] %s", entry, stream, line)
+        if line.lstrip().startswith("{"):
+            self.json_lines(line)
+
+    def json_lines(self, content: str | Mapping[str, Any]) -> None:
+        """Write every line that is a JSON object to <vm>.json, with time and VM."""
+        lines = [content] if isinstance(content, Mapping) else content.split("\n")
+        path = self.db.directory("logs") / f"{self.vm_name}.json"
+        for line in lines:
+            try:
+                item = json.loads(line) if isinstance(line, str) else dict(line)
+                record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
+                text = json.dumps(record, default=str)
+            except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
+                continue
+            if not isinstance(item, dict):
+                continue
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+                target.write(text + "\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one record as one line, an exception as one line each."""
+        lines = [record.getMessage()]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).splitlines()
+        head = f"{_iso(record.created)} {record.levelname.lower():7}"
+        return "\n".join(f"{head} {_shown(line)}" for line in lines)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+def log_to(logger: logging.Logger, path: Path) -> None:
+    """Make a logger write to a file, and nowhere else."""
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(LogFormatter())
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _iso(seconds: float) -> str:
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _words(data: bytes) -> str:
+    """Return a guest's error output as a few printable words."""
+    text = " ".join(data.decode(errors="replace").split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# === files out of a guest: what it lists, and where that may go ==================================
+
+_LIST_SCRIPT = """\
+IFS=
+for top in $1; do
+    [ -e "$top" ] || continue
+    find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        for path; do
+            kind=f; [ -d "$path" ] && kind=d
+            printf "%s %s %s\\0" "$kind" "$(stat -L -c "%s %Y" "$path")" "$path"
+        done' sh {} +
+done
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One file or directory as a guest lists it."""
+
+    is_dir: bool
+    size: int  # bytes
+    mtime: int  # seconds since the epoch
+    path: str
+
+
+def parse_listed(record: bytes) -> Listed:
+    """Return one record of the guest's list.
+
+    Raises:
+        RuntimeError: it is no such record, or its path is not text that an agent could be sent.
+    """
+    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
+    try:
+        if match is None:
+            raise ValueError("not in the expected form")
+        kind, size, mtime, path = match.groups()
+        return Listed(kind == b"d", int(size), int(mtime), path.decode())
+    except ValueError as error:
+        raise RuntimeError(f"the VM lists {record[:200]!r}: {error}") from error
+
+
+def safe_parts(path: str) -> list[str]:
+    """Return the components of a guest's absolute path, none of which leads elsewhere.
+
+    Raises:
+        ValueError: one of them does.
+    """
+    parts = [part for part in path.split("/") if part]
+    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
+        raise ValueError("its path leads out of the destination")
+    return parts
+
+
+@contextlib.contextmanager
+def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
+    """Open a directory below `root`, making what is missing and following no link on the way."""
+    root.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(root, flags)
+    try:
+        for part in parts:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=fd)
+            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
+    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
+    try:
+        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
+    return stat.S_ISREG(present.st_mode) and same
+
+
+# === one client per agent ========================================================================
 
 
 @contextlib.contextmanager
@@ -3216,6 +3387,60 @@ def _agent_lock_path(path: str) -> Path:
         if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
             return directory / name
     raise UsageError(f"no directory for the lock of agent {path!r} can be written")
+
+
+# === handler =====================================================================================
+
+
+class _Leave(Exception):
+    """The handler must end now; guest programs go on, unless it says kill."""
+
+    def __init__(self, why: str, halt: Halt | None = None) -> None:
+        super().__init__(why)
+        self.halt = halt
+
+
+class VMFailed(VmrmError):
+    """The VM cannot go on: it becomes `failed` with this reason."""
+
+
+class _EntryFailed(Exception):
+    """This attempt failed; the message goes to the journal."""
+
+
+class _Unknown(Exception):
+    """This attempt may or may not have run to its end; nobody can tell any more."""
+
+
+class NextStep(Enum):
+    """What an entry needs next."""
+
+    RUN = 1
+    WATCH = 2  # an attempt is open
+    REBOOT = 3  # it ran, and asks to run again after a reboot
+    NOTHING = 4
+    FAILED = 5
+
+
+def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextStep:
+    """Return what an entry needs next; the one place that decides whether something runs again.
+
+    Args:
+        entry: The entry.
+        latest: Its latest attempt, if there is one.
+        boot: The guest's present boot id.
+    """
+    if latest is None or latest.retried:
+        return NextStep.RUN
+    if latest.is_open:
+        return NextStep.WATCH
+    if latest.outcome is Outcome.DONE and latest.reboot:
+        return NextStep.REBOOT if latest.boot_id == boot else NextStep.RUN
+    if latest.outcome in (Outcome.DONE, Outcome.SKIPPED):
+        return NextStep.NOTHING
+    if latest.outcome is Outcome.UNKNOWN and entry.options.get("rerun"):
+        return NextStep.RUN if latest.attempt <= MAX_REBOOTS else NextStep.FAILED
+    return NextStep.NOTHING if entry.ignore_failure else NextStep.FAILED
 
 
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
@@ -4493,228 +4718,6 @@ class VMResourceHandler:
         )
         for row in lost:
             self._answer(row["id"], {"unknown": "it may have run: the connection was lost"})
-
-
-# --- what a guest lists, and where it may go on the host
-
-_LIST_SCRIPT = """\
-IFS=
-for top in $1; do
-    [ -e "$top" ] || continue
-    find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
-        for path; do
-            kind=f; [ -d "$path" ] && kind=d
-            printf "%s %s %s\\0" "$kind" "$(stat -L -c "%s %Y" "$path")" "$path"
-        done' sh {} +
-done
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Listed:
-    """One file or directory as a guest lists it."""
-
-    is_dir: bool
-    size: int  # bytes
-    mtime: int  # seconds since the epoch
-    path: str
-
-
-def parse_listed(record: bytes) -> Listed:
-    """Return one record of the guest's list.
-
-    Raises:
-        RuntimeError: it is no such record, or its path is not text that an agent could be sent.
-    """
-    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
-    try:
-        if match is None:
-            raise ValueError("not in the expected form")
-        kind, size, mtime, path = match.groups()
-        return Listed(kind == b"d", int(size), int(mtime), path.decode())
-    except ValueError as error:
-        raise RuntimeError(f"the VM lists {record[:200]!r}: {error}") from error
-
-
-def safe_parts(path: str) -> list[str]:
-    """Return the components of a guest's absolute path, none of which leads elsewhere.
-
-    Raises:
-        ValueError: one of them does.
-    """
-    parts = [part for part in path.split("/") if part]
-    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
-        raise ValueError("its path leads out of the destination")
-    return parts
-
-
-@contextlib.contextmanager
-def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
-    """Open a directory below `root`, making what is missing and following no link on the way."""
-    root.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    fd = os.open(root, flags)
-    try:
-        for part in parts:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o755, dir_fd=fd)
-            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
-    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
-    try:
-        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
-    return stat.S_ISREG(present.st_mode) and same
-
-
-# --- output of programs, on the host
-
-
-class OutputLog:
-    """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
-
-    A full disk on the host loses output, never an outcome: it is told once and then left.
-
-    Args:
-        db: Its state directory holds the logs.
-        vm_name: The VM.
-        log: The VM's text log.
-    """
-
-    def __init__(self, db: Database, vm_name: str, log: logging.Logger) -> None:
-        self.db, self.vm_name, self.log = db, vm_name, log
-        self._partial: dict[tuple[int, str], str] = {}
-        self._decoders: dict[tuple[int, str], Any] = {}
-        self._lost: set[tuple[int, int]] = set()
-
-    def path(self, ordinal: int, attempt: int, stream: str) -> Path:
-        """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
-
-    def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
-        """Return how many bytes of a stream are here: the offset to go on from."""
-        path = self.path(entry.ordinal, attempt.attempt, stream)
-        return path.stat().st_size if path.exists() else 0
-
-    def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
-        """Return how many more bytes may be fetched of an attempt."""
-        if (entry.ordinal, attempt.attempt) in self._lost:
-            return 0
-        used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
-        if used >= MAX_OUTPUT_BYTES:
-            self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
-        return MAX_OUTPUT_BYTES - used
-
-    def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
-        self._lost.add((entry.ordinal, attempt.attempt))
-        self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
-
-    def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
-        """Append raw output; return whether the host could keep it."""
-        path = self.path(entry.ordinal, attempt.attempt, stream)
-        try:
-            with path.open("ab") as target:
-                target.write(data)
-        except OSError as error:
-            self._lose(entry, attempt, str(error))
-            return False
-        self._add_text(entry, stream, data)
-        return True
-
-    def _add_text(
-        self, entry: ScheduleEntry, stream: str, data: bytes, final: bool = False
-    ) -> None:
-        import codecs
-
-        key = (entry.ordinal, stream)
-        if key not in self._decoders:
-            self._decoders[key] = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = self._partial.pop(key, "") + self._decoders[key].decode(data, final)
-        *lines, rest = text.split("\n")
-        if rest and not final and len(rest) < 1 << 16:
-            self._partial[key] = rest
-        elif rest:
-            lines.append(rest)
-        for line in lines:
-            self.line(str(entry), stream, line)
-
-    def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Write what is left of a last line without an end."""
-        for stream in ("out", "err"):
-            if (entry.ordinal, stream) in self._decoders:
-                self._add_text(entry, stream, b"", final=True)
-                del self._decoders[entry.ordinal, stream]
-
-    def line(self, entry: str, stream: str, line: str) -> None:
-        """Write one line of a program's output."""
-        self.log.info("[%s %s] %s", entry, stream, line)
-        if line.lstrip().startswith("{"):
-            self.json_lines(line)
-
-    def json_lines(self, content: str | Mapping[str, Any]) -> None:
-        """Write every line that is a JSON object to <vm>.json, with time and VM."""
-        lines = [content] if isinstance(content, Mapping) else content.split("\n")
-        path = self.db.directory("logs") / f"{self.vm_name}.json"
-        for line in lines:
-            try:
-                item = json.loads(line) if isinstance(line, str) else dict(line)
-                record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
-                text = json.dumps(record, default=str)
-            except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
-                continue
-            if not isinstance(item, dict):
-                continue
-            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(text + "\n")
-
-
-class LogFormatter(logging.Formatter):
-    """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return one record as one line, an exception as one line each."""
-        lines = [record.getMessage()]
-        if record.exc_info:
-            lines += self.formatException(record.exc_info).splitlines()
-        head = f"{_iso(record.created)} {record.levelname.lower():7}"
-        return "\n".join(f"{head} {_shown(line)}" for line in lines)
-
-
-def _shown(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
-
-
-def log_to(logger: logging.Logger, path: Path) -> None:
-    """Make a logger write to a file, and nowhere else."""
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(LogFormatter())
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
-def _iso(seconds: float) -> str:
-    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def _words(data: bytes) -> str:
-    """Return a guest's error output as a few printable words."""
-    text = " ".join(data.decode(errors="replace").split())
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # === commands on a VM at once ====================================================================
