@@ -4494,7 +4494,8 @@ for top in $1; do
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
         for path; do
             kind=f; [ -d "$path" ] && kind=d
-            printf "%s %s %s\\0" "$kind" "$(stat -L -c "%s %Y" "$path")" "$path"
+            facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
+            printf "%s %s %s\\0" "$kind" "$facts" "$path"
         done' sh {} +
 done
 """
