@@ -3259,7 +3259,8 @@ for top in $1; do
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
         for path; do
             kind=f; [ -d "$path" ] && kind=d
-            printf "%s %s %s\\0" "$kind" "$(stat -L -c "%s %Y" "$path")" "$path"
+            facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
+            printf "%s %s %s\\0" "$kind" "$facts" "$path"
         done' sh {} +
 done
 """
@@ -5560,8 +5561,9 @@ def _write_experiment(db: Database, experiment: Experiment) -> bool:
 
 def _is_same(db: Database, experiment: Experiment) -> bool:
     """Whether the database holds this very experiment; false if it holds none."""
-    row = current_experiment(db) if not db.connection.in_transaction else None
-    row = row or cast("dict[str, Any]", db.row("SELECT * FROM current_experiment"))
+    row = db.row("SELECT * FROM current_experiment")
+    if row is None:
+        return False
     if row["content_hash"] == experiment.content_hash:
         return True
     if row["content_hash"] or db.value("SELECT count(*) FROM vms"):

@@ -185,6 +185,18 @@ def test_nested_json_of_any_depth_does_not_break_the_handler(tmp_path: Path) -> 
     assert json.loads(last)["output"] == {"a": "x\u2028y"}
 
 
+def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    (tmp_path / "gone").touch()
+    # What find has found is gone when stat looks.
+    script = vmrm._LIST_SCRIPT.replace("kind=f;", 'rm -f "${path%/*}/gone"; kind=f;')
+    command = ["/bin/sh", "-c", script, "sh", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    listed = [vmrm.parse_listed(record) for record in done.stdout.split(b"\0") if record]
+    assert str(tmp_path / "kept") in [item.path for item in listed]
+    assert str(tmp_path / "gone") not in [item.path for item in listed]
+
+
 # --- schedules and experiment files
 
 
