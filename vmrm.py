@@ -254,6 +254,7 @@ MAX_REBOOTS = 10
 MAX_SECONDS = 1e9  # of any time in a schedule: 31 years, which every calendar here can add
 MAX_VMS = 10_000  # of one table with `count`
 MAX_OUTPUT_BYTES = 256 << 20
+MAX_FILES = 1 << 16  # open at once by the supervisor; the hard limit may be without sense
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
 
@@ -3280,16 +3281,13 @@ def parse_listed(record: bytes) -> Listed:
     """Return one record of the guest's list.
 
     Raises:
-        RuntimeError: it is no such record, or its path is not text that an agent could be sent.
+        ValueError: it is no such record, or its path is not text that an agent could be sent.
     """
     match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
-    try:
-        if match is None:
-            raise ValueError("not in the expected form")
-        kind, size, mtime, path = match.groups()
-        return Listed(kind == b"d", int(size), int(mtime), path.decode())
-    except ValueError as error:
-        raise RuntimeError(f"the VM lists {record[:200]!r}: {error}") from error
+    if match is None:
+        raise ValueError("the VM lists it in an unexpected form")
+    kind, size, mtime, path = match.groups()
+    return Listed(kind == b"d", int(size), int(mtime), path.decode())
 
 
 def safe_parts(path: str) -> list[str]:
@@ -3333,6 +3331,11 @@ def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
 
 
 # === one client per agent ========================================================================
+
+
+def _is_link_trouble(error: BaseException) -> bool:
+    """Whether the connection to an agent is at fault, and not what was asked of it."""
+    return isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError)
 
 
 @contextlib.contextmanager
@@ -3384,7 +3387,8 @@ def _agent_lock_path(path: str) -> Path:
     name = hashlib.sha256(address.encode()).hexdigest()[:32]
     for directory in (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks")):  # noqa: S108
         with contextlib.suppress(OSError):
-            directory.mkdir(mode=0o1777, exist_ok=True)
+            directory.mkdir()
+            directory.chmod(0o1777)  # which the umask would cut
         if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
             return directory / name
     raise UsageError(f"no directory for the lock of agent {path!r} can be written")
@@ -3997,14 +4001,18 @@ class VMResourceHandler:
 
     def _configure_steps(self) -> Steps:
         yield from self._delay_steps()
-        while (at := self._next_negative()) is not None:
-            if self._halt is Halt.ABORT:
-                return
-            self.set_current_time(int(at) if float(at).is_integer() else at)
-            yield from self._negative_steps(at)
+        yield from self._all_negative_steps()
+        if self._halt is Halt.ABORT:
+            return
         _crash("before-configured")
         self.set_state(VMState.CONFIGURED)
         _crash("configured")
+
+    def _all_negative_steps(self) -> Steps:
+        """Every negative time that is not done, in order; later ones come by retry or addition."""
+        while (at := self._next_negative()) is not None and self._halt is not Halt.ABORT:
+            self.set_current_time(at)
+            yield from self._negative_steps(at)
 
     def _delay_steps(self) -> Steps:
         """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
@@ -4114,8 +4122,9 @@ class VMResourceHandler:
             if CLOCK.monotonic() > going_down:
                 raise VMFailed("the VM accepted a reboot but does not go down")
             self.driver.close()
-            yield 0.2
+            self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
         self.log.info("the VM is back (boot %s)", self._boot)
+        yield 0
 
     def _clock_steps(self) -> Steps:
         """Set the guest's clock, in negative time only, and measure by how much it is off."""
@@ -4289,7 +4298,7 @@ class VMResourceHandler:
     ) -> tuple[int | None, bool] | None:
         self._check_boot()  # after a reboot, another program may have this pid
         left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if not left.claimed:
+        if not left.claimed and status.exitcode in (CLAIM_FAILED, None):
             raise _EntryFailed(
                 f"the guest did not begin it: {_words(status.err) or 'no reason given'}"
             )
@@ -4415,6 +4424,7 @@ class VMResourceHandler:
         _crash("start-seen")
         while True:
             yield from self._prepare_steps()
+            yield from self._all_negative_steps()
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -4599,15 +4609,13 @@ class VMResourceHandler:
         root = Path(destination) if destination else self.db.directory("transfers")
         while True:
             faults: list[str] = []
-            for listed in (yield from self._list_steps(location)):
+            for record in (yield from self._list_steps(location)):
                 try:
-                    yield from self._pull_steps(listed, root)
+                    yield from self._pull_steps(parse_listed(record), root)
                 except (OSError, ValueError) as error:
-                    if isinstance(error, drivers.DriverError) and not isinstance(
-                        error, drivers.AgentError
-                    ):
+                    if _is_link_trouble(error):
                         raise
-                    faults.append(f"{listed.path!r}: {error}")
+                    faults.append(f"{os.fsdecode(record)!r}: {error}")
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
             if not interval or self._ending:
@@ -4617,10 +4625,10 @@ class VMResourceHandler:
             yield interval
 
     def _list_steps(self, location: str) -> Steps:
-        """Return the files and directories at a guest's path or glob.
+        """Return a record for each file and directory at a guest's path or glob.
 
         Raises:
-            RuntimeError: there are none, or the guest's list cannot be read.
+            RuntimeError: there are none, or too many to list.
         """
         pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
         interval = 0.002
@@ -4629,10 +4637,10 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
-        listed = [parse_listed(record) for record in status.out.split(b"\0") if record]
-        if not listed:
+        records = [record for record in status.out.split(b"\0") if record]
+        if not records:
             raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
-        return listed
+        return records
 
     def _pull_steps(self, listed: Listed, root: Path) -> Steps:
         """Bring one listed file or directory under <root>/<vm>, if it is not there as it is."""
@@ -4695,7 +4703,7 @@ class VMResourceHandler:
                     self.driver, row["operation"], arguments, folder
                 )
         except (drivers.AgentError, VmrmError, OSError) as error:
-            if isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError):
+            if _is_link_trouble(error):
                 raise
             answer = {"error": _one_line(error)}
         self._answer(row["id"], answer)
@@ -4808,7 +4816,7 @@ def _info_steps(
         try:
             facts[name] = ask()
         except (drivers.AgentError, OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError):
+            if _is_link_trouble(error):
                 raise
             facts[name] = f"unknown: {_one_line(error)}"
     return {**facts, "disabled": disabled}
@@ -5015,7 +5023,8 @@ class Supervisor:
 
         assert inspect and queue  # imported here, so that handlers share them
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
         self.wake = WakeSocket(self.db, SUPERVISOR)
         self._lifeline, self._held = os.pipe()
         signals, sent = socket.socketpair()
@@ -5052,9 +5061,8 @@ class Supervisor:
             self._told_to_stop = False
             halt_experiment(self.db, Halt.STOP)
         halt = self.db.value("SELECT halt FROM current_experiment")
-        if halt is None and not self.stay and self._is_over():
+        if halt is None and self._end_if_over():
             halt = Halt.END
-            halt_experiment(self.db, Halt.END)
             _crash("end-set")
         if halt is None:
             self._start_handlers()
@@ -5064,6 +5072,17 @@ class Supervisor:
             self._hurry()
         self._checkpoint()
         return False
+
+    def _end_if_over(self) -> bool:
+        """Tell everybody if all work is done; looking again and telling are one decision."""
+        if self.stay or not self._is_over():
+            return False
+        with self.db.transaction():
+            if not self._is_over():  # an entry was added meanwhile
+                return False
+            _set_halt(self.db, Halt.END)
+        wake_all(self.db)
+        return True
 
     def _is_over(self) -> bool:
         """Whether no VM has anything left to do, or none is left that could."""
@@ -5142,8 +5161,8 @@ class Supervisor:
 
     def _give_up(self, name: str, reason: str) -> None:
         self.log.error("%s: %s", name, reason)
-        with _changing_vms(self.db) as connection:
-            move_vm(connection, name, VMState.FAILED, reason)
+        with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
+            move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
 
     def _hurry(self) -> None:
         """Give handlers a while to leave, then kill them."""
@@ -5219,13 +5238,18 @@ def handle(db: Database, name: str, **more: Any) -> int:
 
 def halt_experiment(db: Database, halt: Halt) -> None:
     """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
-    db.write(
+    with db.transaction():
+        _set_halt(db, halt)
+    wake_all(db)
+
+
+def _set_halt(db: Database, halt: Halt) -> None:
+    db.connection.execute(
         """UPDATE experiments SET halt = :halt WHERE destroyed_at IS NULL
            AND (halt IS NULL OR halt IN ('end', 'abort') AND :halt IN ('stop', 'kill')
                 OR halt = 'stop' AND :halt = 'kill')""",
-        halt=halt.value,
+        {"halt": halt.value},
     )
-    wake_all(db)
 
 
 def launch(
@@ -6461,7 +6485,7 @@ class Commands(_Public):
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        if current_experiment(db)["launched_at"] is None:
+        if supervisor_pid(db) is None:
             launch(db)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
