@@ -3448,6 +3448,22 @@ def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextSt
     return NextStep.NOTHING if entry.ignore_failure else NextStep.FAILED
 
 
+def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
+    """Return what becomes of an open attempt that somebody else began: RUN, WATCH or FAILED.
+
+    Args:
+        found: What it has left in the guest.
+        same_boot: Whether the guest still runs the boot it was armed in.
+        due: Whether it may have been sent at all.
+    """
+    if not found.claimed:  # what a reboot may have erased was perhaps there
+        return NextStep.RUN if same_boot or not due else NextStep.FAILED
+    if found.exit_code is not None:
+        return NextStep.WATCH
+    begun = found.alive or found.pid is None  # a claim comes a moment before its pid
+    return NextStep.WATCH if same_boot and begun else NextStep.FAILED
+
+
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
     """Return every usable driver class of the drivers module.
 
@@ -4399,13 +4415,11 @@ class VMResourceHandler:
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
         same_boot = attempt.boot_id == self._boot
-        not_due = (attempt.planned_at or 0) > CLOCK.wall()
-        if not found.claimed and (same_boot or not_due):
+        step = recovered(found, same_boot=same_boot, due=(attempt.planned_at or 0) <= CLOCK.wall())
+        if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
             self._spawn_attempt(entry, attempt, at=self._due(attempt))
-        elif (found.claimed and (found.exit_code is not None or (same_boot and found.alive))) or (
-            found.claimed and same_boot and found.pid is None
-        ):
+        elif step is NextStep.WATCH:
             self._spawn_attempt(entry, attempt, found)
         else:
             why = "nobody saw its end" if same_boot else "the guest was rebooted"

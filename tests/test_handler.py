@@ -328,6 +328,31 @@ def test_a_file_missing_in_the_store_fails_the_vm_before_anything_runs(lab: Lab)
     assert outcomes(lab) == []
 
 
+NONE, CLAIM = vmrm.Found(claimed=False), vmrm.Found(claimed=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "same_boot", "due", "step"),
+    [
+        (NONE, True, True, "RUN"),  # it was never begun
+        (NONE, True, False, "RUN"),
+        (NONE, False, True, "FAILED"),  # the reboot may have taken its claim along
+        (NONE, False, False, "RUN"),  # it cannot have been sent
+        (CLAIM, True, True, "WATCH"),  # begun this very moment
+        (CLAIM, False, True, "FAILED"),
+        (vmrm.Found(claimed=True, exit_code=0, pid=7), True, True, "WATCH"),
+        (vmrm.Found(claimed=True, exit_code=3, pid=7), False, True, "WATCH"),
+        (vmrm.Found(claimed=True, pid=7, alive=True), True, True, "WATCH"),
+        (vmrm.Found(claimed=True, pid=7, alive=True), False, True, "FAILED"),  # another's pid
+        (vmrm.Found(claimed=True, pid=7), True, True, "FAILED"),
+    ],
+)
+def test_what_becomes_of_an_open_attempt(
+    found: vmrm.Found, same_boot: bool, due: bool, step: str
+) -> None:
+    assert vmrm.recovered(found, same_boot=same_boot, due=due) is vmrm.NextStep[step]
+
+
 # --- transfers
 
 
