@@ -3238,7 +3238,7 @@ class VmManager(_Rows):
                 f"{row['idle']} of them idle in other sandboxes)"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet, others busy"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
             f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
@@ -7468,7 +7468,7 @@ class PoolCommands(_Group):
     """VMs that are lent to jobs."""
 
     def _manager(self) -> VmManager:
-        return VmManager(db=self._main._db())
+        return VmManager(db=self._main._open("Make a group: vmrm pool group NAME"))
 
     @command
     def group(self, name: str | None = None, **settings: str) -> object:
@@ -7478,13 +7478,15 @@ class PoolCommands(_Group):
             name: The group's name.
             settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
         """
-        db = self._main._db()
-        if name is None:
-            return db.query("SELECT * FROM pool_groups ORDER BY position")
-        row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
-        if settings or row is None:
-            put_group(db, name, {key: _setting(text) for key, text in settings.items()})
-        return db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
+        db = self._manager().db if name is None else self._main._db()
+        rows = db.query("SELECT * FROM pool_groups ORDER BY position")
+        if name is not None:
+            if settings or name.lower() not in [row["name"].lower() for row in rows]:
+                put_group(db, name, {key: _setting(text) for key, text in settings.items()})
+            rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
+        known = {"name": "name", **group_settings(db)}
+        shown = [{key: row[column] for key, column in known.items()} for row in rows]
+        return shown if name is None else shown[0]
 
     @command
     def add(self, vm: str, group: str, path: str = "", ip: str = "") -> object:
@@ -7507,7 +7509,7 @@ class PoolCommands(_Group):
         Args:
             group: Only those of this group.
         """
-        pool = VmManager(db=self._main._open())
+        pool = self._manager()
         vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
         return [_vm_line(vm) for vm in vms]
 
@@ -7518,7 +7520,7 @@ class PoolCommands(_Group):
         Args:
             vm: The VM's name.
         """
-        pool = VmManager(db=self._main._open())
+        pool = self._manager()
         return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
 
     @command
@@ -7561,7 +7563,7 @@ class PoolCommands(_Group):
         if pid is None and lease is None and not runs:
             lease = 3600.0
         holder = os.getpid() if runs else pid
-        pool = VmManager(db=self._main._open())
+        pool = self._manager()
         import getpass
 
         request = Request(
@@ -7649,7 +7651,7 @@ class PoolCommands(_Group):
         Args:
             vm: The VM's name.
         """
-        db = self._main._open()
+        db = self._manager().db
         path = pool_log(db, vm)
         if not path.exists():
             VmDescriptor.load(db, vm)  # which says so, if there is no such VM
@@ -7663,7 +7665,7 @@ class PoolCommands(_Group):
         Args:
             vm: Only of this VM.
         """
-        rows = self._main._open().query(
+        rows = self._manager().db.query(
             "SELECT * FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id", vm=vm
         )
         return [
@@ -7683,7 +7685,7 @@ class PoolCommands(_Group):
     @command
     def metrics(self) -> object:
         """Print the pool's figures as Prometheus text."""
-        return VmManager(db=self._main._open()).metrics().rstrip("\n")
+        return self._manager().metrics().rstrip("\n")
 
 
 class Commands(_Public):
@@ -7710,11 +7712,11 @@ class Commands(_Public):
         if self._database is not None:
             self._database.close()
 
-    def _open(self) -> Database:
+    def _open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
         if not path.exists():
-            raise NotFound(f"no database at {str(path)!r}", "Load an experiment: vmrm load FILE")
+            raise NotFound(f"no database at {str(path)!r}", hint)
         return self._db()
 
     def _vm(self, name: str) -> str:

@@ -229,7 +229,7 @@ def test_completion_names_each_command(vm: Vm, shell: list[str]) -> None:
 
 def test_every_parameter_has_a_parser_by_its_type(vm: Vm) -> None:
     vm("--help")
-    for group in (vmrm.Commands, vmrm.ScheduleCommands, vmrm.StoreCommands):
+    for group in (vmrm.Commands, *vmrm._GROUPS.values()):
         for name, method in vars(group).items():
             if name.startswith("_") or not callable(method):
                 continue
@@ -261,6 +261,19 @@ READING = [
     "handle vm1",
     "check",
     "backup copy.db",
+    "pool group",
+    "pool add a lab",
+    "pool list",
+    "pool info",
+    "pool acquire lab",
+    "pool renew a",
+    "pool release a",
+    "pool hold a 1h",
+    "pool terminate a",
+    "pool remove a",
+    "pool log a",
+    "pool history",
+    "pool metrics",
 ]
 
 
