@@ -1836,7 +1836,9 @@ class Timeline:
             if entry.start_time < 0:
                 self.times[entry.ordinal] = entry.start_time
                 continue
-            while given and given[0][0] <= entry.start_time + self._shift:
+            while given and given[0][0] <= (at := entry.start_time + self._shift):
+                if given[0][0] == at and entry.pause is not None:
+                    break  # a pause of the schedule at the same time was there before
                 self._hold(*given.pop(0))
             at = entry.start_time + self._shift
             self.times.setdefault(entry.ordinal, at)  # a resume that ended a break has its time
@@ -1852,8 +1854,9 @@ class Timeline:
         begin = max(at, self._free)
         end = begin + duration
         if math.isinf(duration):
-            end = max(begin, self._resume(at, planned))
-            self.breaks.append((at, end))
+            resumed = self._resume(at, planned)
+            self.breaks.append((at, resumed))
+            end = max(begin, resumed)
         self._shift += end - begin
         self._free = end
 

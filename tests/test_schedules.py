@@ -485,7 +485,7 @@ def test_a_resume_ends_one_break() -> None:
     assert times(*items) == [10, 40, 30, INF]
     assert times(*items, resumes=(100,)) == [10, 40, 30, 120]
     # Ended by a command before, it leaves the planned resume to the second break.
-    assert times(*items, resumes=(15,)) == [10, 25, 35, 50]
+    assert times(*items, resumes=(15,)) == [10, 25, 35, 55]
 
 
 @pytest.mark.parametrize(

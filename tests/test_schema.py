@@ -144,6 +144,8 @@ REFUSED = [
     ("attempts", {"ended_at": 3.0}),
     ("attempts", {"reboot": 2}),
     ("attempts", {"retried": 2}),
+    ("holds", {"duration_s": 0.0}),
+    ("holds", {"ignored": 2}),
     ("requests", {"arguments": "{"}),
     ("requests", {"answer": "{"}),
     ("requests", {"withdrawn": 2}),
