@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,24 +219,18 @@ def test_a_break_at_minus_infinity_holds_a_vm_before_its_first_entry(lab: Lab) -
 # === what is appended ============================================================================
 
 
-def append(folder: str, word: str, count: int) -> None:
-    with vmrm.Database(f"{folder}/lab.db") as db:
-        for n in range(count):
-            path = Path(folder) / f"{word}{n}.json"
-            path.write_text(json.dumps([note(1, f"{word}{n}")]))
-            vmrm.append_entries(db, "vm1", path)
-
-
 def test_two_who_append_at_once_lose_nothing(lab: Lab) -> None:
     load_both(lab, note(0.2, "first"))
-    processes = [
-        get_context("spawn").Process(target=append, args=(str(lab.folder), word, 10))
-        for word in "ab"
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+
+    def append(word: str) -> None:
+        with vmrm.Database(lab.db) as db:
+            for n in range(10):
+                path = lab.folder / f"{word}{n}.json"
+                path.write_text(json.dumps([note(1, f"{word}{n}")]))
+                vmrm.append_entries(db, "vm1", path)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(append, "ab"))
     done(lab, "run")
     ran = record(lab)
     assert sorted(ran) == sorted(["first", *(f"{word}{n}" for word in "ab" for n in range(10))])
