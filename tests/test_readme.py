@@ -169,7 +169,8 @@ def usage(name: str, method: Callable[..., object]) -> str:
         elif parameter.kind is parameter.VAR_KEYWORD:
             words.append(f"[--{word.removesuffix('S')} VALUE …]")
         elif parameter.default is parameter.empty:
-            words.append(word)
+            is_word = parameter.kind is not parameter.KEYWORD_ONLY
+            words.append(word if is_word else f"--{parameter.name} {word}")
         elif not is_option(parameter):
             words.append(f"[{word}]")
     tail = {"exec": "PROGRAM [ARG …]", "pool acquire": "[-- COMMAND …]"}
