@@ -2889,7 +2889,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -3330,20 +3330,27 @@ class VmManager(_Rows):
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
         """Lease what is asked for; when something is missing, after looking for the dead once."""
         rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+        if not rows and (self.reap(32) or self.drop_dead_waiters()):
             rows = self._try_to_acquire(request)
         return rows
 
     def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since, queue = self._see_server(request), self._queue()
-            if not queue:
-                return self._take_all(request, since)
-            names = self._left_by_queue(queue, request, since)
-            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
-            return [self._lease(name, request) for name in names]
-        return []
+        try:
+            with self.db.transaction(durable=True) as db:
+                since, queue = self._see_server(request), self._queue()
+                if queue:
+                    names = self._left_by_queue(queue, request, since)
+                    sql = "DELETE FROM pool_waiters WHERE token = ?"
+                    db.connection.execute(sql, (request.token,))
+                    rows = [self._lease(name, request) for name in names]
+                else:
+                    rows = self._take_all(request, since)
+                _crash("pool-acquiring")
+        except NoVmAvailable:
+            return []
+        _crash("pool-acquired")
+        return rows
 
     def _see_server(self, request: Request) -> float:
         """Return since when health checks count; refuse a holder whom nobody there can see."""
@@ -3537,20 +3544,34 @@ class VmManager(_Rows):
             **vars(waiter),
         )
 
-    def _drop_dead_waiters(self) -> int:
+    def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        dead = [
-            row["id"]
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
-        ]
+        dead = [row["id"] for row in self._dead_waiters()]
         if dead:
             self.db.write(
                 "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
                 ids=json.dumps(dead),
             )
         return len(dead)
+
+    def _dead_waiters(self) -> list[dict[str, Any]]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
+        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        loose = self.db.query(
+            """SELECT vm_name, "group" FROM pool_vms
+               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
+        )
+        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
 
     # --- renewal, release ---
 
@@ -3588,6 +3609,8 @@ class VmManager(_Rows):
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
         wake_pool(self.db)
         return True
@@ -3795,7 +3818,7 @@ class VmManager(_Rows):
                 if present is None:
                     continue
                 if row["vm_name"] in over:
-                    self._release(present, over[row["vm_name"]])
+                    self._release(present, f"taken back: {over[row['vm_name']]}")
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
@@ -3807,10 +3830,10 @@ class VmManager(_Rows):
         """Return why a lease is over, or '' if it is not."""
         end = row["lease_end_at"]
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return "taken back: its lease ended"
+            return f"its lease ended {_iso(end)}"
         holder = _holder(row)
         if holder and holder.is_dead():
-            return f"taken back: its holder, process {holder.pid}, is dead"
+            return f"its holder, process {holder.pid}, is dead"
         return ""
 
 
@@ -7306,7 +7329,8 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents and left-over requests.
+        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
+            pool from the dead.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -7326,7 +7350,11 @@ def check(db: Database, fix: bool = False) -> list[str]:
         if process_started(row["client_pid"]) != row["client_started"]
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
+    pool = VmManager(db=db)
+    faults += pool.check()
     if fix:
+        pool.reap()
+        pool.drop_dead_waiters()
         remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
@@ -8345,10 +8373,10 @@ class Commands(_Public):
 
     @command
     def check(self, *, fix: bool = False) -> object:
-        """Check database, file store and requests; exit code 1 if something is wrong.
+        """Check database, file store, requests and pool; exit code 1 if something is wrong.
 
         Args:
-            fix: Remove what nothing needs any more.
+            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
         """
         db = self._open()
         faults = check(db, fix)
