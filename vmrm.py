@@ -2668,6 +2668,8 @@ class Holder:
         Raises:
             UsageError: there is none, as far as can be seen.
         """
+        if pid == os.getpid():
+            return _this_process(pid)
         boot, namespace = _viewpoint(os.getpid())
         started = process_started(pid) if namespace else 0
         if started is None:
@@ -2689,6 +2691,12 @@ def _viewpoint(pid: int) -> tuple[str, int]:
     """Return the boot and the pid namespace from which this process, `pid`, sees others."""
     itself = Path("/proc/self")
     return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Holder:
+    boot, namespace = _viewpoint(pid)
+    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2818,18 +2826,31 @@ NO_LEASE: dict[str, Any] = {
 
 
 def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+    db: Database,
+    vm_name: str,
+    state: str,
+    reason: str = "",
+    *,
+    row: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction, and set columns; return the new row.
+    """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. Whoever may have made a VM available calls
-    `wake_waiters` after the transaction.
+    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM's name.
+        state: Where it moves to, or stays.
+        reason: For the history, if it moves.
+        row: The row, if it was read in this transaction already.
+        columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = _pool_vm(db, vm_name)["state"]
+    old = (row or _pool_vm(db, vm_name))["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -2901,7 +2922,8 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 def wake_pool(db: Database) -> None:
     """Wake the keeper, and those waiters who would be given a VM now."""
-    wake(db, KEEPER)
+    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
+        wake(db, KEEPER)
     if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
         wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
@@ -3192,7 +3214,11 @@ class VmManager(_Rows):
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
-        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        columns: dict[str, Any] = {
+            "last_health_check": now,
+            "check_fails": fails,
+            "check_started_at": None,
+        }
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
@@ -3296,8 +3322,9 @@ class VmManager(_Rows):
         )
         return self.acquire(request, wait)[0]
 
-    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(self._group(group)["name"] for group in groups)
+    @staticmethod
+    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(str(group) for group in groups)
         if not names:
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
@@ -3338,8 +3365,8 @@ class VmManager(_Rows):
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
         try:
             with self.db.transaction(durable=True) as db:
-                since, queue = self._see_server(request), self._queue()
-                if queue:
+                since, waiting = self._see_server(request)
+                if waiting and (queue := self._queue()):
                     names = self._left_by_queue(queue, request, since)
                     sql = "DELETE FROM pool_waiters WHERE token = ?"
                     db.connection.execute(sql, (request.token,))
@@ -3352,25 +3379,30 @@ class VmManager(_Rows):
         _crash("pool-acquired")
         return rows
 
-    def _see_server(self, request: Request) -> float:
-        """Return since when health checks count; refuse a holder whom nobody there can see."""
-        row = self.db.row("SELECT * FROM pool_server")
+    def _see_server(self, request: Request) -> tuple[float, bool]:
+        """Return since when health checks count, and whether there is a queue.
+
+        Raises:
+            UsageError: the holder is one that the pool's other processes cannot see.
+        """
+        row = self.db.query(
+            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+               FROM (SELECT 1) LEFT JOIN pool_server"""
+        )[0]
         holder = request.holder
-        if holder is None:
-            return 0.0 if row is None else cast(float, row["started_at"])
-        if row is None or row["boot"] != holder.boot:
+        if holder and row["boot"] != holder.boot:
             self.db.connection.execute(
                 """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
                    ON CONFLICT DO UPDATE
                    SET boot = excluded.boot, namespace = excluded.namespace""",
                 {"boot": holder.boot, "namespace": holder.namespace},
             )
-        elif holder.namespace != row["namespace"] and request.lease_s is None:
+        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return 0.0 if row is None else cast(float, row["started_at"])
+        return row["started_at"] or 0.0, bool(row["waiting"])
 
     def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
         return [self._take(groups, request, since) for groups in request.wants]
@@ -3380,6 +3412,7 @@ class VmManager(_Rows):
         for group in groups:
             found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
             if found is None:
+                self._group(group)  # which says that there is none
                 continue
             if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
@@ -3393,6 +3426,7 @@ class VmManager(_Rows):
             vm_name,
             VmStates.IN_USE,
             f"task {request.task_id}" if request.task_id else "",
+            row=_READY,
             bound_to_user=request.owner,
             bound_sandbox=request.sandbox,
             token=request.token,
@@ -3618,15 +3652,17 @@ class VmManager(_Rows):
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
         """End a lease, inside the caller's transaction."""
         if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
             return
-        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
         state = VmStates.CHECK_HEALTH if hook else VmStates.READY
         move_pool_vm(
             self.db,
             row["vm_name"],
             VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
             reason,
+            row=row,
             releasing_at=now if hook else None,
             last_release=now,
             builds_count=row["builds_count"] + 1,
@@ -3779,7 +3815,7 @@ class VmManager(_Rows):
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
             clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
             move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
         wake_pool(self.db)
 
@@ -3856,6 +3892,8 @@ def _descends_from(holder: Holder) -> bool:
 _LEASE_KEY = ("vm_name", "token", "lease_end_at")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
     AND token = :token AND lease_end_at IS :lease_end_at"""
+
+_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
 # The owner's VMs of a group: those are what max_vm_per_user limits.
 _BOUND = """(SELECT count(*) FROM pool_vms
@@ -7826,6 +7864,8 @@ class PoolCommands(_Group):
         pool = self._manager()
         import getpass
 
+        for group in groups:
+            pool._group(group)
         request = Request(
             (pool._group_names(groups),),
             getpass.getuser() if owner is None else owner,
