@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
@@ -1018,7 +1018,8 @@ class VMMapping(_Served):
         db: The database's path, an open `Database`, or None for the default database.
     """
 
-    def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
 
         Args:
@@ -1473,6 +1474,11 @@ def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ())
     return faults
 
 
+def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
+    """Return what of a table has a known key and a value of the right kind."""
+    return {key: value for key, value in item.items() if key in keys and keys[key][0](value)}
+
+
 def entry_faults(item: object, where: str) -> list[str]:
     """Return everything that is wrong with an entry as a table, one line each.
 
@@ -1483,47 +1489,51 @@ def entry_faults(item: object, where: str) -> list[str]:
     faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
     if not isinstance(item, dict):
         return faults
+    sound = _sound(item, ENTRY_KEYS)
     for kind, keys in DATA_KEYS.items():
         parts = item.get(kind, [])
         if not isinstance(parts, list):
             faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
             continue
-        for part in parts:
-            faults += _key_faults(part, keys, f"{where}, {kind}")
-            missing = set(_NEEDED.get(kind, ("location",))) - set(
-                part if isinstance(part, dict) else ()
-            )
-            faults += [f"{where}, {kind}: {key} is missing" for key in sorted(missing)]
-    return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
+        wrong = [_part_faults(kind, part, keys, f"{where}, {kind}") for part in parts]
+        faults += itertools.chain(*wrong)
+        if kind in item and not any(wrong):
+            sound[kind] = parts
+    return faults + [f"{where}: {fault}" for fault in _entry_sense(sound, item.keys())]
+
+
+def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
+    faults = _key_faults(part, keys, where)
+    missing = set(_NEEDED.get(kind, ("location",))) - set(part if isinstance(part, dict) else ())
+    return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
 # What our script keeps in an entry's directory.
 _OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
 
 
-def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with an entry whose keys and types are right."""
-    if "start_time" not in item:
+def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of an entry, `given` being all its keys."""
+    if "start_time" not in given:
         yield "start_time is missing"
-        return
-    at, pause = item["start_time"], "pause" in item
+    at, pause = item.get("start_time", math.nan), "pause" in given
     if math.isinf(at) and not (pause and at < 0):
         yield f"start_time {at} is only for a pause, and only negative"
     if at == 0 and not pause:
         yield "start_time 0 is the barrier itself; use a negative or a positive time"
     if pause and at < 0 and not math.isinf(at):
         yield "a pause in negative time must be at -inf, before the first entry"
-    work = [key for key in ("executable", *DATA_KEYS) if item.get(key)]
+    work = [key for key in ("executable", *DATA_KEYS) if key in given and item.get(key, True)]
     if (pause or item.get("resume")) and work:
         yield f"a pause or resume cannot also have {work[0]!r}"
-    if not work and not pause and not item.get("resume"):
+    if not work and not pause and not item.get("resume") and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"])):
             yield f"location {part['location']!r} is that of vmrm's own files"
-    if "executable" not in item:
+    if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
                 yield f"{key} needs an executable"
@@ -6381,32 +6391,34 @@ class _ExperimentReader:
     ) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
-        faults = _key_faults(table, VM_KEYS, where)
-        if isinstance(table, dict) and "name" not in table:
-            faults.append(f"{where}: name is missing")
-        self.faults += faults
-        if not isinstance(table, dict) or not isinstance(table.get("schedule", []), list):
+        self.faults += _key_faults(table, VM_KEYS, where)
+        if not isinstance(table, dict):
             return
-        entries = self._read_schedule(table.get("schedule", []), where)
-        if faults:
+        sound = _sound(table, VM_KEYS)
+        entries = self._read_schedule(sound.get("schedule", []), where)
+        if "name" not in table:
+            self.faults.append(f"{where}: name is missing")
+        if "name" not in sound:
             return
-        for complete in self._expand(table, where):
+        for complete in self._expand(sound, table.keys(), where):
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
 
-    def _expand(self, table: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _expand(
+        self, table: dict[str, Any], given: Collection[str], where: str
+    ) -> Iterator[dict[str, Any]]:
         """Yield the VMs of one table: one, or `count` with {n} in name and path."""
         count = table.get("count")
         if count is not None and "{n}" not in table["name"]:
             self.faults.append(f"{where}: with count, the name needs {{n}}")
             return
         for n in range(1, (count or 1) + 1):
-            try:
-                yield self._complete(table if count is None else _numbered(table, n))
-            except ValueError as error:
-                self.faults.append(f"{where}: {error}")
+            numbered = table if count is None else _numbered(table, n)
+            if faults := list(_vm_table_faults(numbered, given)):
+                self.faults += [f"{where}: {fault}" for fault in faults]
                 return
+            yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
         managed = table.get("use_vm_manager", True)
@@ -6417,20 +6429,14 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        elif managed:
-            raise ValueError("path to the guest agent is missing")
         for key in ("control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
-        engines = sorted(driver.get_engine() for driver in plug_ins())
-        if entry.get("engine", "QemuVM") not in engines:
-            raise ValueError(f"unknown engine {entry['engine']!r}; one of {', '.join(engines)}")
-        return VMMapping.prepare_put(cast(VMMapping, None), entry)
+        return VMMapping.prepare_put(entry)
 
     def _address(self, text: str) -> str:
-        drivers.parse_address(text)
         if text.startswith(("tcp:", "vsock:")):
             return text
         return str(self.base / text.removeprefix("unix:"))
@@ -6443,7 +6449,14 @@ class _ExperimentReader:
             self.faults += faults
             if not faults:
                 entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
+            elif isinstance(item, dict):
+                self._look_for_files(item.get("file"), place)
         return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _look_for_files(self, parts: object, place: str) -> None:
+        for part in parts if isinstance(parts, list) else []:
+            if not _part_faults("file", part, DATA_KEYS["file"], place):
+                self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
@@ -6484,6 +6497,25 @@ class _ExperimentReader:
                         f"vm {seen[value]!r}"
                     )
                 seen.setdefault(value, vm["server_name"])
+
+
+def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
+    checks: list[tuple[Callable[[str], object], str]] = [
+        (functools.partial(checked_name, "VM"), table["name"]),
+        (drivers.parse_address, table.get("path", "/")),
+    ]
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            yield str(error)
+    misspelt = any(key not in VM_KEYS for key in given)
+    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+        yield "path to the guest agent is missing"
+    engines = sorted(driver.get_engine() for driver in plug_ins())
+    if table.get("engine", "QemuVM") not in engines:
+        yield f"unknown engine {table['engine']!r}; one of {', '.join(engines)}"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
