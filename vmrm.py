@@ -1529,7 +1529,7 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
     if not work and not pause and not item.get("resume") and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
-        yield "a resume must be at a positive time"
+        yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"])):
             yield f"location {part['location']!r} is that of vmrm's own files"
@@ -1796,39 +1796,111 @@ def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
     return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
 
 
-def effective_times(
-    entries: Sequence[ScheduleEntry], resumes: Sequence[float] = ()
-) -> dict[int, float]:
-    """Return when each entry really happens, by ordinal: its time plus all shifts before it.
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """A pause, break or resume that a command gave.
 
-    A pause shifts what comes after it by its duration. A break holds it until a resume, and shifts
-    by (time of the resume - effective time of the break); a resume before the break is none of
-    its business. Pauses at -inf delay negative time only and shift nothing here.
+    Attributes:
+        time: When, in seconds of experiment time; before time 0 it counts as 0. A resume of a
+            break at -inf has -inf.
+        duration: Seconds; inf is a break, None a resume.
+    """
+
+    time: float
+    duration: float | None
+
+    def __str__(self) -> str:
+        if self.duration is None:
+            return "resume"
+        return "break" if math.isinf(self.duration) else f"pause of {self.duration:g} s"
+
+
+class Timeline:
+    """When each entry really happens: its time plus all shifts before it; a pure function.
+
+    A pause shifts what comes after it by its duration; pauses add up. A break holds it until a
+    resume, and shifts by (time of the resume - effective time of the break); the break that begins
+    in a pause takes effect at its end. A resume ends one break: a given one that which holds then,
+    one in the schedule the first break of the schedule before it that nothing else has ended; its
+    own time is not shifted by that break. Pauses at -inf delay negative time only and shift nothing
+    here; `opening_delay` is about them. What is given never changes what happened before.
 
     Args:
         entries: The whole schedule.
-        resumes: Experiment times in seconds at which resumes were given, in any order.
+        holds: What commands gave, in any order.
 
-    Returns:
-        Seconds of experiment time; inf for what a break holds.
+    Attributes:
+        times: Seconds of experiment time by ordinal; inf for what a break holds.
+        breaks: When each break began and ended; it holds still if that is inf.
     """
-    times: dict[int, float] = {}
-    shift = 0.0
-    for entry in in_order(entries):
-        times[entry.ordinal] = at = entry.start_time + (shift if entry.start_time >= 0 else 0.0)
-        if entry.pause is None or entry.start_time < 0:
-            continue
-        if not math.isinf(entry.pause):
-            shift += entry.pause
-            continue
-        planned = [
-            later.start_time + shift
-            for later in entries
-            if later.options.get("resume") and later.start_time >= entry.start_time
-        ]
-        ends = [resume for resume in (*resumes, *planned) if resume >= at]
-        shift += min(ends, default=math.inf) - at if not math.isinf(at) else 0.0
-    return times
+
+    def __init__(self, entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()) -> None:
+        self.times: dict[int, float] = {}
+        self.breaks: list[tuple[float, float]] = []
+        self._shift = self._free = 0.0  # what follows is shifted by the one, none before the other
+        in_time = sorted((hold for hold in holds if hold.time >= 0), key=lambda hold: hold.time)
+        self._resumes = [hold.time for hold in in_time if hold.duration is None]
+        given = [(hold.time, hold.duration) for hold in in_time if hold.duration is not None]
+        self._planned = [entry for entry in in_order(entries) if entry.options.get("resume")]
+        for entry in in_order(entries):
+            if entry.start_time < 0:
+                self.times[entry.ordinal] = entry.start_time
+                continue
+            while given and given[0][0] <= (at := entry.start_time + self._shift):
+                if given[0][0] == at and entry.pause is not None:
+                    break  # a pause of the schedule at the same time was there before
+                self._hold(*given.pop(0))
+            at = entry.start_time + self._shift
+            self.times.setdefault(entry.ordinal, at)  # a resume that ended a break has its time
+            if entry.pause is not None:
+                self._hold(at, entry.pause, entry.start_time)
+        for hold in given:
+            self._hold(*hold)
+
+    def _hold(self, at: float, duration: float, planned: float = math.inf) -> None:
+        """Take one pause or break into account; `planned` is its own time in the schedule."""
+        if math.isinf(self._free):
+            return
+        begin = max(at, self._free)
+        end = begin + duration
+        if math.isinf(duration):
+            resumed = self._resume(at, planned)
+            self.breaks.append((at, resumed))
+            end = max(begin, resumed)
+        self._shift += end - begin
+        self._free = end
+
+    def _resume(self, at: float, planned: float) -> float:
+        """Use up the resume that ends a break which began at `at`; return its time."""
+        while self._resumes and self._resumes[0] < at:
+            self._resumes.pop(0)
+        given = self._resumes[0] if self._resumes else math.inf
+        entry = next((entry for entry in self._planned if entry.start_time >= planned), None)
+        if entry and entry.start_time + self._shift <= given:
+            self._planned.remove(entry)
+            self.times[entry.ordinal] = entry.start_time + self._shift
+            return self.times[entry.ordinal]
+        del self._resumes[:1]
+        return given
+
+    def break_at(self, at: float) -> float | None:
+        """Return when the break that holds at a time began, None if there is none."""
+        return next((begin for begin, end in self.breaks if begin <= at < end), None)
+
+
+def effective_times(
+    entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()
+) -> dict[int, float]:
+    """Return when each entry really happens, by ordinal: `Timeline.times`."""
+    return Timeline(entries, holds).times
+
+
+def opening_delay(entries: Iterable[ScheduleEntry], holds: Iterable[Hold] = ()) -> float:
+    """Return by how many seconds pauses at -inf delay the first negative entry; inf: a break."""
+    pauses = [entry.pause for entry in entries if entry.pause and entry.start_time == -math.inf]
+    resumed = sum(hold.time == -math.inf for hold in holds)
+    delay = sum(pause for pause in pauses if not math.isinf(pause))
+    return math.inf if sum(map(math.isinf, pauses)) > resumed else delay
 
 
 class ScheduleDb(_Rows):
@@ -1976,6 +2048,102 @@ def _first_difference(old: str, new: str) -> int | None:
     return None
 
 
+def read_holds(db: Database, server_name: str) -> list[Hold]:
+    """Return the pauses, breaks and resumes that commands gave a VM and that have effect."""
+    rows = db.query(
+        """SELECT experiment_time, duration_s FROM holds WHERE server_name = :name AND NOT ignored
+           AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
+        name=server_name,
+    )
+    return [Hold(row["experiment_time"], row["duration_s"]) for row in rows]
+
+
+def pause_vms(
+    db: Database, server_names: Iterable[str], duration: float = math.inf
+) -> list[dict[str, Any]]:
+    """Pause the schedules of VMs from now on; before time 0, from time 0 on.
+
+    Args:
+        db: The database.
+        server_names: The VMs.
+        duration: Seconds by which everything that has not started is shifted; inf is a break.
+
+    Returns:
+        For each VM its name, the experiment time, and what was done; a break in a break is ignored.
+
+    Raises:
+        ValueError: the duration is not positive.
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    if not _is_duration(duration):
+        raise ValueError(f"pause of {duration!r} s is not positive")
+    return _give(db, list(server_names), duration)
+
+
+def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """End the break that each VM is in; one that is in none is told so, and that recorded.
+
+    Args:
+        db: The database.
+        server_names: The VMs; None means all that are in a break.
+
+    Returns:
+        As `pause_vms`.
+
+    Raises:
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    return _give(db, None if server_names is None else list(server_names), None)
+
+
+def _give(
+    db: Database, server_names: list[str] | None, duration: float | None
+) -> list[dict[str, Any]]:
+    with db.transaction():
+        known = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
+        states = {row["server_name"].lower(): row for row in known}
+        if server_names is None:
+            chosen = [row for row in known if _break_of(db, row)[1] is not None]
+        elif missing := [name for name in server_names if name.lower() not in states]:
+            raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
+        else:
+            chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
+        given = [_give_one(db, row, duration) for row in chosen]
+    for row in given:
+        wake_vm(db, row["vm"])
+    return given
+
+
+def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return the experiment time, and when the break that holds the VM now began, if one does."""
+    name, start = vm["server_name"], db.value("SELECT start_at FROM current_experiment")
+    now = 0.0 if start is None else max(0.0, CLOCK.wall() - start)
+    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=name)
+    entries, holds = parse_schedule(text or "[]"), read_holds(db, name)
+    waits = vm["state"] in (VMState.UNINITIALIZED, VMState.CONFIGURING)
+    if waits and math.isinf(opening_delay(entries, holds)):
+        return now, -math.inf
+    return now, Timeline(entries, holds).break_at(now)
+
+
+def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
+    """Record one pause, break or resume inside the caller's transaction."""
+    now, begun = _break_of(db, vm)
+    at = -math.inf if duration is None and begun == -math.inf else now
+    hold, done = Hold(at, duration), f"{Hold(at, duration)}"
+    ignored = begun is None if duration is None else math.isinf(duration) and begun is not None
+    if ignored:
+        done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
+    elif begun is not None and duration is None:
+        done = f"resume: ends the break of {begun:g}"
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+    return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
+
+
 # === journal =====================================================================================
 
 
@@ -2068,6 +2236,16 @@ class Journal:
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
+
+    def withdraw(self, ordinals: Iterable[int]) -> None:
+        """Take back armed attempts that were not sent; the next ones have their numbers again."""
+        self.db.write(
+            """DELETE FROM attempts WHERE experiment_id = :experiment AND server_name = :name
+               AND generation = :generation AND outcome = 'armed' AND sent_at IS NULL
+               AND ordinal IN (SELECT value FROM json_each(:ordinals))""",
+            ordinals=json.dumps(list(ordinals)),
+            **self._key,
+        )
 
     def check_generation(self) -> None:
         """Raise `_Leave` if these entries are no longer the VM's schedule."""
@@ -2584,6 +2762,19 @@ class VmDescriptor:
     hook_started: int | None = None
     hook_boot: str = ""
 
+    def __str__(self) -> str:
+        """Return name, state and what a person wants to know, in one line."""
+        words = [f"{self.vm_name}  {self.state}", self.vm_ip]
+        if self.bound_to_user:
+            words.append(f"bound to {self.bound_to_user}/{self.bound_sandbox}")
+        if self.state == VmStates.IN_USE:
+            words.append(f"process {self.holder_pid}" if self.holder_pid else "")
+            words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
+        words.append(f"task {self.task_id}" if self.task_id else "")
+        words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
+        words.append(f"({self.reason})" if self.reason else "")
+        return "  ".join(word for word in words if word)
+
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
         """Return the descriptor of a row of pool_vms."""
@@ -2658,6 +2849,8 @@ def move_pool_vm(
     if target != old:
         columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
         columns |= {"reason": reason}
+    if not columns:
+        return _pool_vm(db, vm_name)
     changes = ", ".join(f'"{column}" = :{column}' for column in columns)
     found = db.connection.execute(
         f"UPDATE pool_vms SET {changes} WHERE vm_name = :vm_name RETURNING *",  # noqa: S608
@@ -2717,8 +2910,10 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 
 def wake_pool(db: Database) -> None:
-    """Wake the keeper, and every waiter that could have a VM now."""
+    """Wake the keeper, and those waiters who would be given a VM now."""
     wake(db, KEEPER)
+    if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
+        wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2733,7 +2928,22 @@ class Request:
     task_id: str | None = None
     build_id: str | None = None
     chroot: str | None = None
+    priority: int = 0  # in the queue: higher ones first
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def party(self) -> dict[str, str]:
+        """Whom VMs are bound to by it."""
+        return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+def pool_log(db: Database, vm_name: str) -> Path:
+    """Return the file that holds what a VM's hooks printed."""
+    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+
+
+class _AtLimit(NoVmAvailable):
+    """There may be VMs, but the owner may bind no more."""
 
 
 class VmManager(_Rows):
@@ -2830,6 +3040,51 @@ class VmManager(_Rows):
     def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
         sql = f"SELECT * FROM pool_vms WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
         return [VmDescriptor.from_row(row) for row in self.db.query(sql, **parameters)]
+
+    def info(self) -> str:
+        """Return all groups and VMs in a form for people."""
+        lines = []
+        for group in self.vm_groups:
+            vms = self.get_all_vm_in_group(group)
+            states = ", ".join(
+                f"{count} {state}"
+                for state in VmStates
+                if (count := sum(vm.state == state for vm in vms))
+            )
+            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines += [f"  {vm}" for vm in vms]
+        if queue := self._queue():
+            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+        return "\n".join(lines)
+
+    def metrics(self) -> str:
+        """Return the pool's figures as Prometheus text."""
+        rows = self.db.query(
+            """SELECT "group", state, count(*) AS n FROM pool_vms GROUP BY "group", state"""
+        )
+        present = {(row["group"].lower(), row["state"]): row["n"] for row in rows}
+        groups = [str(group) for group in self.vm_groups]
+        lines = ["# HELP vmrm_pool_vms VMs of the pool.", "# TYPE vmrm_pool_vms gauge"]
+        lines += [
+            f'vmrm_pool_vms{{group="{group}",state="{state}"}} '
+            f"{present.get((group.lower(), state), 0)}"
+            for group in groups
+            for state in VmStates
+        ]
+        lines += [
+            "# HELP vmrm_pool_waiters Requests in the queue.",
+            "# TYPE vmrm_pool_waiters gauge",
+        ]
+        lines += [f"vmrm_pool_waiters {len(self._queue())}"]
+        lines += [
+            "# HELP vmrm_pool_moves_total How often VMs came to a state.",
+            "# TYPE vmrm_pool_moves_total counter",
+        ]
+        lines += [
+            f'vmrm_pool_moves_total{{group="{row["group"]}",state="{row["state"]}"}} {row["times"]}'
+            for row in self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        ]
+        return "\n".join(lines) + "\n"
 
     def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
         """Remember a value, as text, about a group."""
@@ -3014,6 +3269,8 @@ class VmManager(_Rows):
         chroot: str | None = None,
         *,
         lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
     ) -> VmDescriptor:
         """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
 
@@ -3027,9 +3284,12 @@ class VmManager(_Rows):
             build_id: See `task_id`.
             chroot: See `task_id`.
             lease: Seconds after which the lease ends, unless renewed; None means never.
+            wait: Seconds to wait in the queue if there is none now; None means not at all.
+            priority: In the queue: higher ones first, equal ones as they came.
 
         Raises:
             NoVmAvailable: there is none now; the message says why, per group.
+            TimedOut: there was none within `wait` seconds.
             NotFound: there is no such group.
             UsageError: there is no such process, or it needs a `lease` with an end.
         """
@@ -3042,8 +3302,9 @@ class VmManager(_Rows):
             None if task_id is None else str(task_id),
             None if build_id is None else str(build_id),
             chroot,
+            priority,
         )
-        return self.acquire(request)[0]
+        return self.acquire(request, wait)[0]
 
     def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
         names = tuple(self._group(group)["name"] for group in groups)
@@ -3051,26 +3312,47 @@ class VmManager(_Rows):
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
 
-    def acquire(self, request: Request) -> list[VmDescriptor]:
-        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`."""
+    def acquire(
+        self,
+        request: Request,
+        wait: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`.
+
+        Args:
+            request: What is wanted.
+            wait: Seconds to wait in the queue; None means not at all.
+            tell: Called with the place in the queue, and the reason, whenever they change.
+        """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
-        taken = self._acquire(request)
-        if not taken and self.reap(32):
-            taken = self._acquire(request)
-        if not taken:
+        rows = self._acquire(request)
+        if not rows and wait is None:
             raise NoVmAvailable(self._why_none(request))
-        for row in taken:
+        rows = rows or self._wait(request, wait or 0.0, tell or self.log.info)
+        for row in rows:
             self._tokens[row["vm_name"].lower()] = request.token
-        return [VmDescriptor.from_row(row) for row in taken]
+        return [VmDescriptor.from_row(row) for row in rows]
 
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
+        """Lease what is asked for; when something is missing, after looking for the dead once."""
+        rows = self._try_to_acquire(request)
+        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+            rows = self._try_to_acquire(request)
+        return rows
+
+    def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
         with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since = self._see_server(request)
-            return [self._take(groups, request, since) for groups in request.wants]
+            since, queue = self._see_server(request), self._queue()
+            if not queue:
+                return self._take_all(request, since)
+            names = self._left_by_queue(queue, request, since)
+            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
+            return [self._lease(name, request) for name in names]
         return []
 
     def _see_server(self, request: Request) -> float:
@@ -3093,13 +3375,19 @@ class VmManager(_Rows):
             )
         return 0.0 if row is None else cast(float, row["started_at"])
 
+    def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
+        return [self._take(groups, request, since) for groups in request.wants]
+
     def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
+        at_limit = True
         for group in groups:
-            found = self.db.row(_CHOOSE, group=group, since=since, **_party(request))
-            name = found and (found["own"] or (found["may_bind"] and found["fresh"]))
-            if name:
+            found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
+            if found is None:
+                continue
+            if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
-        raise NoVmAvailable("no VM is available")
+            at_limit = at_limit and not found["may_bind"]
+        raise (_AtLimit if at_limit else NoVmAvailable)("no VM is available")
 
     def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
         now, holder = CLOCK.wall(), request.holder
@@ -3128,7 +3416,7 @@ class VmManager(_Rows):
         """Return in words why a group has no VM for this request."""
         limit = self._group(group)["max_vm_per_user"]
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        row = self.db.query(_COUNTS, group=group, since=since, **_party(request))[0]
+        row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
         bound = self._bound(request.owner, group)
         if not row["vms"]:
             return f"group {group} has no VMs"
@@ -3138,11 +3426,143 @@ class VmManager(_Rows):
                 f"{row['idle']} of them idle in other sandboxes)"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet, others busy"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
             f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
+
+    # --- the queue ---
+
+    def _queue(self) -> list[Request]:
+        """Return what those want who wait and live, the first one first."""
+        now = CLOCK.wall()
+        rows = self.db.query(
+            """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
+               AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
+            now=now,
+            alive=now - self.db.timeouts.heartbeat,
+        )
+        return [
+            Request(
+                tuple(map(tuple, json.loads(row["wants"]))),
+                row["owner"],
+                row["sandbox"],
+                _holder(row),
+                priority=row["priority"],
+                token=row["token"],
+            )
+            for row in rows
+        ]
+
+    def _left_by_queue(self, queue: list[Request], request: Request, since: float) -> list[str]:
+        """Return the VMs for a request once those before it in the queue have theirs."""
+        with self._trial():
+            self._take_all(request, since)  # there is nothing in any case: no need to try the queue
+        with self._trial():
+            for other in queue:
+                if other.token == request.token:
+                    break
+                self._serve(other, since)
+            return [row["vm_name"] for row in self._take_all(request, since)]
+
+    def next_in_queue(self) -> list[str]:
+        """Return the tokens of the waiters who would be given all they want now."""
+        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        with self.db.transaction(), self._trial():
+            return [other.token for other in self._queue() if self._serve(other, since)]
+
+    def _serve(self, request: Request, since: float) -> bool:
+        """Give a waiter, on trial, what there is: the first VMs of several are kept for it.
+
+        But nothing while its owner is at the limit, so that it holds up nobody.
+        """
+        connection = self.db.connection
+        connection.execute("SAVEPOINT served")
+        try:
+            self._take_all(request, since)
+            return True
+        except _AtLimit:
+            connection.execute("ROLLBACK TO served")
+            return False
+        except NoVmAvailable:
+            return False
+        finally:
+            connection.execute("RELEASE served")
+
+    @contextlib.contextmanager
+    def _trial(self) -> Iterator[None]:
+        """Undo what the block does in the open transaction."""
+        self.db.connection.execute("SAVEPOINT trial")
+        try:
+            yield
+        finally:
+            self.db.connection.execute("ROLLBACK TO trial")
+            self.db.connection.execute("RELEASE trial")
+
+    def _wait(
+        self, request: Request, timeout: float, tell: Callable[[str], object]
+    ) -> list[dict[str, Any]]:
+        """Stand in the queue until there is what is wanted; leave it in any case."""
+        told, deadline = "", CLOCK.monotonic() + timeout
+        poll, socket = select.poll(), WakeSocket(self.db, f"wait-{request.token}")
+        poll.register(socket.fileno(), select.POLLIN)
+        try:
+            while True:
+                self._queue_up(request, deadline - CLOCK.monotonic())
+                if rows := self._acquire(request):
+                    return rows
+                if (left := deadline - CLOCK.monotonic()) <= 0:
+                    raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
+                ahead = itertools.takewhile(lambda r: r.token != request.token, self._queue())
+                place = len(list(ahead)) + 1
+                if (now := f"number {place} in the queue; {self._why_none(request)}") != told:
+                    tell(told := now)
+                poll.poll(1000 * min(left, self.db.timeouts.look))
+                socket.drain()
+        finally:
+            socket.close()
+            if self.db.write(
+                "DELETE FROM pool_waiters WHERE token = :token RETURNING id", token=request.token
+            ):
+                wake_pool(self.db)  # who came after may have what was kept for us
+
+    def _queue_up(self, request: Request, left: float) -> None:
+        """Enter the queue, or say that we still wait."""
+        now, waiter = CLOCK.wall(), Holder.of(os.getpid())
+        self.db.write(
+            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder_pid,
+                   holder_started, holder_boot, holder_namespace, queued_at, heartbeat_at,
+                   deadline_at)
+               VALUES (:token, :wants, :owner, :sandbox, :priority, :pid, :started, :boot,
+                   :namespace, :now, :now, :deadline)
+               ON CONFLICT (token) DO UPDATE SET heartbeat_at = excluded.heartbeat_at""",
+            token=request.token,
+            wants=json.dumps(request.wants),
+            owner=request.owner,
+            sandbox=request.sandbox,
+            priority=request.priority,
+            now=now,
+            deadline=None if math.isinf(left) else now + left,
+            **vars(waiter),
+        )
+
+    def _drop_dead_waiters(self) -> int:
+        """Remove those from the queue who are dead or long silent; return how many that is."""
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        dead = [
+            row["id"]
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
+        ]
+        if dead:
+            self.db.write(
+                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
+                ids=json.dumps(dead),
+            )
+        return len(dead)
+
+    # --- renewal, release ---
 
     def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
         """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
@@ -3199,6 +3619,133 @@ class VmManager(_Rows):
             builds_count=row["builds_count"] + 1,
         )
 
+    def hold_vm(
+        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
+    ) -> None:
+        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
+
+        Args:
+            vm_name: The VM's name.
+            until: In seconds since the epoch; an earlier time than before is allowed, too.
+            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
+            force: Whoever holds it.
+
+        Raises:
+            VmError: the lease is not yours, or the VM is in no state to be held.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            lease = {key: row[key] for key in NO_LEASE}
+            if row["token"] is not None and not force:
+                self._own(row, token)
+            words = f"until {_iso(until)}"
+            move_pool_vm(
+                db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
+            )
+        wake_pool(self.db)
+
+    @contextlib.contextmanager
+    def lease(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None = None,
+        *,
+        lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+    ) -> Iterator[VmDescriptor]:
+        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
+
+        A lease with an end is renewed meanwhile. At the end the VM is released.
+
+        Raises:
+            VmError: at the end: the lease was lost meanwhile (the log said so at once).
+        """
+        vm = self.acquire_vm(
+            groups,
+            ownername,
+            sandbox,
+            os.getpid(),
+            task_id,
+            build_id,
+            chroot,
+            lease=lease,
+            wait=wait,
+            priority=priority,
+        )
+        with self.keep(vm, lease):
+            try:
+                yield vm
+            except BaseException:
+                with contextlib.suppress(VmError):
+                    self.release_vm(vm.vm_name, token=vm.token)
+                raise
+        self.release_vm(vm.vm_name, token=vm.token)
+
+    @contextlib.contextmanager
+    def keep(
+        self,
+        vm: VmDescriptor,
+        lease: float | None,
+        lost: Callable[[VmError], object] | None = None,
+    ) -> Iterator[None]:
+        """Renew a lease for the length of the block, and look whether it still stands.
+
+        Args:
+            vm: As `acquire_vm` returned it.
+            lease: How many seconds to renew it for; None if it has no end.
+            lost: Called, in a thread, if the lease is lost; by default that is logged.
+        """
+        over = threading.Event()
+        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
+
+        def renew() -> None:
+            while not over.wait(pause):
+                try:
+                    self._still_own(vm, lease)
+                except Busy as error:
+                    self.log.warning("lease of VM %s: %s", vm.vm_name, error)
+                except VmError as error:
+                    (lost or self.log.error)(error)
+                    return
+
+        thread = threading.Thread(target=renew, name="vmrm-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def check_lease(self, vm_name: str, token: str | None = None) -> None:
+        """Refuse, by a `VmError`, whoever does not have the lease of a VM that is leased."""
+        row = _pool_vm(self.db, vm_name)
+        if row["token"] is not None:
+            self._own(row, token)
+
+    def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
+        """Make another process the holder of a leased VM.
+
+        Raises:
+            VmError: the lease was lost.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm.vm_name)
+            self._own(row, vm.token)
+            columns = {f"holder_{key}": value for key, value in vars(holder).items()}
+            lease = {key: row[key] for key in NO_LEASE} | columns
+            move_pool_vm(db, vm.vm_name, row["state"], **lease)
+
+    def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
+        if lease is None:
+            self._own(_pool_vm(self.db, vm.vm_name), vm.token)
+        else:
+            self.renew_vm(vm.vm_name, lease, token=vm.token)
+
     def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
         """Record how the release hook of a VM ended; without it the VM is given to nobody.
 
@@ -3227,17 +3774,15 @@ class VmManager(_Rows):
         """Refuse whoever does not have the lease of a VM."""
         name = row["vm_name"]
         token = token or self._tokens.get(name.lower())
-        if row["token"] is None:
+        if row["token"] is None and token is None:
             raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
         if token is None and (holder := _holder(row)) and _descends_from(holder):
             return
         if token != row["token"]:
-            raise VmError(
-                f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
-                if token is None
-                else f"the lease of VM {name!r} was lost: it ended, or its holder seemed dead",
-                "Name its token (--token), or use --force",
-            )
+            if token is None:
+                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
+                raise VmError(message, "Name its token (--token), or use --force")
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
 
     def reap(self, limit: int = -1) -> list[str]:
         """Take back VMs whose holder is dead or whose lease has ended; return their names.
@@ -3277,10 +3822,6 @@ class VmManager(_Rows):
         if holder and holder.is_dead():
             return f"taken back: its holder, process {holder.pid}, is dead"
         return ""
-
-
-def _party(request: Request) -> dict[str, str]:
-    return {"owner": request.owner, "sandbox": request.sandbox}
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -3523,7 +4064,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
         if purge:
             run("DELETE FROM attempts WHERE experiment_id = ?", (old,))
-            run("DELETE FROM resumes WHERE experiment_id = ?", (old,))
+            run("DELETE FROM holds WHERE experiment_id = ?", (old,))
             run("DELETE FROM history WHERE experiment_id = ?", (old,))
     import shutil
 
@@ -3840,7 +4381,7 @@ class Task:
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        self.done = False
+        self.begun = self.done = False
         self.waiting: list[Task] = []  # who awaits this one
         self.when = math.inf
         self.awaited = 0  # how many others this one awaits
@@ -3872,6 +4413,11 @@ class Agenda:
         if not task.done and not self._awaits(task):
             self._push(task, self.clock.monotonic())
 
+    def cancel(self, task: Task) -> None:
+        """End a task that has not begun."""
+        task.steps.close()
+        self._finish(task)
+
     def next_due(self) -> float:
         """Return the monotonic time at which something is due, inf if nothing ever is."""
         while self._heap and (self._heap[0][2].done or self._heap[0][0] != self._heap[0][2].when):
@@ -3883,6 +4429,7 @@ class Agenda:
         if self.next_due() > self.clock.monotonic():
             return
         task = heapq.heappop(self._heap)[2]
+        task.begun = True
         try:
             wish = next(task.steps)
         except StopIteration:
@@ -3959,7 +4506,7 @@ class ScheduleUpdater(threading.Thread):
         self.interval_time = interval_time
         self._stop_asked = threading.Event()
         self._seen = 0  # entries told so far
-        self._resumes_seen = 0
+        self._holds_seen = 0
         self._start_told = False
         self._empty_told = False
 
@@ -4002,16 +4549,12 @@ class ScheduleUpdater(threading.Thread):
             self._start_told = True
             kind = ScheduleEventType.EXPERIMENT_START_TIME_SET
             events.append((0, ScheduleEvent(kind, start)))
-        resumes = self.schedule_db.db.query(
-            """SELECT experiment_time FROM resumes WHERE server_name = :name
-               AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
-            name=self.config["vm_name"],
-        )
-        for row in resumes[self._resumes_seen :]:
-            at = row["experiment_time"]
-            event = ScheduleEvent(ScheduleEventType.RESUME, at)
-            events.append((-math.inf if at is None else at, event))
-        self._resumes_seen = len(resumes)
+        holds = read_holds(self.schedule_db.db, self.config["vm_name"])
+        for hold in holds[self._holds_seen :]:
+            resume = hold.duration is None
+            kind = ScheduleEventType.RESUME if resume else ScheduleEventType.PAUSE
+            events.append((hold.time, ScheduleEvent(kind, hold)))
+        self._holds_seen = len(holds)
         return events
 
     def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
@@ -4497,11 +5040,13 @@ class VMResourceHandler:
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
-        self._resumes: list[float] = []
+        self._holds: list[Hold] = []
         self._halt: Halt | None = None
         self._boot = ""
-        self._prepared_boot: str | None = None
+        self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
+        self._ready_boot = ""
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
+        self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._ending = False  # they make their last pass
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
@@ -4637,8 +5182,7 @@ class VMResourceHandler:
     def _loop(self) -> None:
         """Do what is due and wait for what is next, until the life of the VM is over."""
         self.agenda = Agenda()
-        self._tasks, self._repeating, self._ending = {}, {}, False
-        self._prepared_boot = None if self._prepared_boot != self._boot else self._prepared_boot
+        self._tasks, self._armed, self._repeating, self._ending = {}, {}, {}, False
         self._woken = True
         self._refresh()
         self._life = self.agenda.spawn(self._life_steps())
@@ -4647,7 +5191,10 @@ class VMResourceHandler:
             pause = self.agenda.next_due() - CLOCK.monotonic()
             if pause > 0:
                 self._idle(pause)
-            self.agenda.run_next()
+            elif not self._woken:
+                self._poll(-1, 0, 0)
+            if not self._woken:  # a pause that was given before an entry is due holds it
+                self.agenda.run_next()
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
@@ -4716,15 +5263,16 @@ class VMResourceHandler:
             self._take_news()
 
     def _take_news(self) -> None:
-        """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        """Read what changed: new entries, pauses and resumes, the start time, a halt, requests."""
         self._journal.check_generation()  # which is read before the entries are, never after
         self.updater.check()
         for event in self.get_events():
             kind, data = event.get_type(), event.get_data()
             if kind is ScheduleEventType.EXPERIMENT_START_TIME_SET:
                 self._plan_start(float(data))
-            elif kind is ScheduleEventType.RESUME and not isinstance(data, ScheduleEntry):
-                self._resumes.append(-math.inf if data is None else data)
+            elif isinstance(data, Hold):
+                self._holds.append(data)
+                self.log.info("%s at %.3f", data, data.time)
             elif isinstance(data, ScheduleEntry):
                 self._add_entry(data)
         self.schedule.sort(key=lambda entry: entry.ordinal)
@@ -4732,6 +5280,7 @@ class VMResourceHandler:
         self._halt = Halt(halt) if halt else None
         for row in self._open_requests():
             self.agenda.spawn(self._request_steps(row))
+        self._withdraw_moved()
         if self._life:  # and nobody else: an armed entry sleeps until it is due
             self.agenda.wake(self._life)
 
@@ -4745,7 +5294,6 @@ class VMResourceHandler:
 
     def _add_entry(self, entry: ScheduleEntry) -> None:
         self.schedule.append(entry)
-        self._prepared_boot = None
         self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
 
     def _plan_start(self, start_at: float) -> None:
@@ -4774,7 +5322,9 @@ class VMResourceHandler:
         if self._halt is Halt.ABORT:
             return
         while self.start_at is None:
-            yield math.inf
+            yield from self._all_negative_steps()
+            if self.start_at is None:
+                yield math.inf
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
@@ -4803,18 +5353,22 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self._prepared_boot == self._boot:
-            return
         if self.driver.is_windows:
             raise VMFailed("Windows guests are not supported by this version")
-        self.driver.used_agent_paths.clear()
-        for entry in self.schedule:
-            self.driver.create_paths(entry)
-        work = [entry for entry in self.schedule if entry.runs_script]
-        if work:
-            yield from self._stage_steps(work)
-        self._prepared_boot = self._boot
-        self._progress()
+        if self._ready_boot != self._boot:
+            self._ready, self._ready_boot = set(), self._boot
+        while added := self._unprepared():
+            self.driver.used_agent_paths.clear()
+            for entry in self.schedule:
+                self.driver.create_paths(entry)
+            work = [entry for entry in added if entry.runs_script]
+            if work:
+                yield from self._stage_steps(work)
+            self._ready.update(entry.ordinal for entry in added)
+            self._progress()
+
+    def _unprepared(self) -> list[ScheduleEntry]:
+        return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)
@@ -4826,7 +5380,7 @@ class VMResourceHandler:
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
-        fresh = "keep" if self._journal.latest() else "fresh"
+        fresh = "keep" if self._ready or self._journal.latest() else "fresh"
         folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
@@ -4924,17 +5478,17 @@ class VMResourceHandler:
         So nothing is written to the guest's disk by us right after a reboot, which Windows does
         not take well. Returns whether that worked.
         """
-        self._prepared_boot = None
+        self._ready_boot = ""
         return self._quietly(self._prepare_steps())
 
     def _load_one_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
         everything, self.schedule = self.schedule, list(entries)
         try:
-            self._prepared_boot = None
+            self._ready_boot = ""
             yield from self._prepare_steps()
         finally:
             self.schedule = everything
-            self._prepared_boot = None
+            self._ready_boot = ""
 
     def _quietly(self, steps: Steps) -> bool:
         """Run steps to their end; log a failure and return false instead of raising it."""
@@ -4971,23 +5525,29 @@ class VMResourceHandler:
 
     def _all_negative_steps(self) -> Steps:
         """Every negative time that is not done, in order; later ones come by retry or addition."""
-        while (at := self._next_negative()) is not None and self._halt is not Halt.ABORT:
+        while self._halt is not Halt.ABORT:
+            yield from self._prepare_steps()
+            if (at := self._next_negative()) is None:
+                return
             self.set_current_time(at)
             yield from self._negative_steps(at)
 
     def _delay_steps(self) -> Steps:
         """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
-        pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
         launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
-        delay = sum(pause for pause in pauses if not math.isinf(pause))
-        while (left := launched + delay - CLOCK.wall()) > 0 and self._halt is None:
+        negative = {entry.ordinal for entry in self.schedule if entry.start_time < 0}
+        while self._halt is None and not negative & self._journal.latest().keys():
+            left = launched + opening_delay(self.schedule, self._holds) - CLOCK.wall()
+            if left <= 0:
+                return
             yield left
-        breaks = sum(math.isinf(pause) for pause in pauses)
-        while breaks > len(self._resumes) and self._halt is None and self._next_negative():
-            yield math.inf
 
     def _at(self, at: float) -> list[ScheduleEntry]:
-        return [e for e in self.schedule if e.start_time == at and e.pause is None]
+        return [e for e in self._unpaused() if e.start_time == at]
+
+    def _unpaused(self) -> list[ScheduleEntry]:
+        """Return what can be run: all entries but pauses, as far as they are prepared."""
+        return [e for e in self.schedule if e.pause is None and e.ordinal in self._ready]
 
     def _needs(self, entries: Iterable[ScheduleEntry]) -> dict[NextStep, list[ScheduleEntry]]:
         latest = self._journal.latest()
@@ -4997,7 +5557,7 @@ class VMResourceHandler:
         return needs
 
     def _next_negative(self) -> float | None:
-        entries = [e for e in self.schedule if e.start_time < 0 and e.pause is None]
+        entries = [e for e in self._unpaused() if e.start_time < 0]
         needs = self._needs(entries)
         todo = [e.start_time for e in entries if e not in needs[NextStep.NOTHING]]
         return min(todo, default=None)
@@ -5352,7 +5912,7 @@ class VMResourceHandler:
             self._recover_attempt(entry, latest[entry.ordinal], found)
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
-                self._spawn_attempt(entry, latest[entry.ordinal])
+                self._again(entry, latest[entry.ordinal])
         for entry in self.schedule:
             if entry.ordinal in latest and not latest[entry.ordinal].is_open:
                 self._repeat(entry)
@@ -5360,21 +5920,48 @@ class VMResourceHandler:
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
         same_boot = attempt.boot_id == self._boot
-        step = recovered(found, same_boot=same_boot, due=(attempt.planned_at or 0) <= CLOCK.wall())
+        planned = (attempt.planned_at or 0) <= CLOCK.wall()
+        due = planned or self._due(entry) <= CLOCK.monotonic()
+        step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._spawn_attempt(entry, attempt, at=self._due(attempt))
+            self._again(entry, attempt)
         elif step is NextStep.WATCH:
             self._spawn_attempt(entry, attempt, found)
         else:
             why = "nobody saw its end" if same_boot else "the guest was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
-    def _due(self, attempt: Attempt) -> float:
-        """Return the monotonic time at which an armed attempt is due."""
-        if attempt.planned_at is None:
+    def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
+        due = self._due(entry)
+        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
+            self._journal.withdraw([entry.ordinal])
+        else:
+            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+
+    def _times(self) -> dict[int, float]:
+        return effective_times(self.schedule, self._holds)
+
+    def _due(self, entry: ScheduleEntry) -> float:
+        """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
+        if entry.start_time < 0:
             return CLOCK.monotonic()
-        return CLOCK.monotonic() + max(0.0, attempt.planned_at - CLOCK.wall())
+        return self._start_monotonic + self._times()[entry.ordinal]
+
+    def _withdraw_moved(self) -> None:
+        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
+        times = self._times() if self._armed else {}
+        moved = [
+            ordinal
+            for ordinal, at in self._armed.items()
+            if not self._tasks[ordinal].begun and times[ordinal] != at
+        ]
+        if moved:
+            self._journal.withdraw(moved)
+        for ordinal in moved:
+            self.agenda.cancel(self._tasks.pop(ordinal))
+            del self._armed[ordinal]
 
     # --- positive time
 
@@ -5382,8 +5969,10 @@ class VMResourceHandler:
         """Arm entries shortly before they are due, and see the VM to the end of its work."""
         _crash("start-seen")
         while True:
-            yield from self._prepare_steps()
+            yield from self._prepare_added_steps()
             yield from self._all_negative_steps()
+            if self._unprepared():  # added meanwhile
+                continue
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -5391,10 +5980,18 @@ class VMResourceHandler:
                 continue
             yield max(0.0, next_arming - CLOCK.monotonic())
 
+    def _prepare_added_steps(self) -> Steps:
+        """Prepare what was added, while what is prepared goes on starting on time."""
+        arming = -math.inf
+        for wish in self._prepare_steps():
+            if CLOCK.monotonic() >= arming:
+                arming = self._arm_due()
+            yield wish
+
     def _arm_due(self) -> float:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
-        times = effective_times(self.schedule, self._resumes)
-        entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
+        times = self._times()
+        entries = [e for e in self._unpaused() if e.start_time > 0]
         now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
         for entry in self._needs(entries)[NextStep.RUN]:
             at = times[entry.ordinal]
@@ -5414,12 +6011,13 @@ class VMResourceHandler:
         armed = self._journal.arm(planned, self._boot)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
+            self._armed[entry.ordinal] = soon[entry]
             due = self._start_monotonic + soon[entry]
             self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
-        times = effective_times(self.schedule, self._resumes)
+        times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
             if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
@@ -5815,7 +6413,7 @@ class Remote:
 
     def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
         self.db, self.timeout = db, timeout
-        self.config = handler_config(db, server_name)
+        self.config = _pool_config(db, server_name) or handler_config(db, server_name)
         self.name: str = self.config["vm_name"]
         self.id = uuid.uuid4().hex
         self.folder = db.directory("requests", self.id)
@@ -5920,6 +6518,20 @@ class Remote:
     def _withdraw(self) -> bool:
         sql = "UPDATE requests SET withdrawn = 1 WHERE id = :id AND claimed_by IS NULL RETURNING id"
         return bool(self.db.write(sql, id=self.id))
+
+
+def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
+    """Return a pool VM as `handler_config` does one of the experiment; None if there is none."""
+    if db.value("SELECT 1 FROM vms WHERE server_name = :name", name=vm_name):
+        return None
+    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+    if row is None:
+        return None
+    if not row["path"]:
+        raise UsageError(f"VM {row['vm_name']!r} of the pool has no path to a guest agent")
+    name = row["vm_name"]
+    common = {"vm_name": name, "vm_uuid": "", "path": row["path"], "engine": "QemuVM", "db": db}
+    return {**common, "ordinal": f"pool.{name}", "launch_dir": "", "set_time": False}
 
 
 def time_to_wait(seconds: float) -> None:
@@ -6610,14 +7222,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     start = db.value("SELECT start_at FROM current_experiment")
     text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
     entries = parse_schedule(text) if text else []
-    resumes = db.query(
-        """SELECT experiment_time FROM resumes WHERE server_name = :name
-           AND experiment_id = (SELECT id FROM current_experiment)""",
-        name=server_name,
-    )
-    times = effective_times(
-        entries, [r["experiment_time"] for r in resumes if r["experiment_time"] is not None]
-    )
+    times = effective_times(entries, read_holds(db, server_name))
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
@@ -7123,6 +7728,230 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
+class PoolCommands(_Group):
+    """VMs that are lent to jobs."""
+
+    def _manager(self) -> VmManager:
+        return VmManager(db=self._main._open("Make a group: vmrm pool group NAME"))
+
+    @command
+    def group(self, name: str | None = None, **settings: str) -> object:
+        """Show the groups, or make one, or change it, or show its settings.
+
+        Args:
+            name: The group's name.
+            settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
+        """
+        db = self._manager().db if name is None else self._main._db()
+        rows = db.query("SELECT * FROM pool_groups ORDER BY position")
+        if name is not None:
+            if settings or name.lower() not in [row["name"].lower() for row in rows]:
+                put_group(db, name, {key: _setting(text) for key, text in settings.items()})
+            rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
+        known = {"name": "name", **group_settings(db)}
+        shown = [{key: row[column] for key, column in known.items()} for row in rows]
+        return shown if name is None else shown[0]
+
+    @command
+    def add(self, vm: str, group: str, path: str = "", ip: str = "") -> object:
+        """Add a VM that is there; it is lent once the keeper has found it well.
+
+        Args:
+            vm: The VM's name.
+            group: Its group.
+            path: The guest agent's address.
+            ip: The VM's own address.
+        """
+        if path:
+            drivers.parse_address(path)
+        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+
+    @command
+    def list(self, group: str | None = None) -> object:
+        """List the pool's VMs.
+
+        Args:
+            group: Only those of this group.
+        """
+        pool = self._manager()
+        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
+        return [_vm_line(vm) for vm in vms]
+
+    @command
+    def info(self, vm: str | None = None) -> object:
+        """Show everything about a VM, or the whole pool in short.
+
+        Args:
+            vm: The VM's name.
+        """
+        pool = self._manager()
+        return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
+
+    @command
+    def acquire(
+        self,
+        *groups: str,
+        owner: str | None = None,
+        sandbox: str = "",
+        wait: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+        pid: int | None = None,
+        task: str | None = None,
+        format: str | None = None,  # noqa: A002 (an option's name)
+    ) -> object:
+        """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
+
+        A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
+        VM is released after it, and its exit code is passed on. Without one, name, ip, path and
+        token of the lease are printed.
+
+        Args:
+            groups: The groups it may come from, in order of preference.
+            owner: Whom it counts for; default: you.
+            sandbox: What for: VMs used before by this owner for this come first.
+            wait: Wait in the queue if there is none now.
+            timeout: Seconds to wait at most (exit code 124).
+            priority: In the queue: higher ones first.
+            lease: Seconds after which the lease ends unless renewed; default 1 h without --pid.
+            pid: The process that holds it: when it is dead, the VM is taken back.
+            task: A name for the job, shown in listings.
+            format: Print this, with {name}, {ip}, {path}, {token}, {group} filled in.
+        """
+        runs = bool(self._main._tail)
+        if runs and pid is not None:
+            raise UsageError("a COMMAND holds the VM itself: it takes no --pid")
+        if format is not None:
+            _filled_in(format, dict.fromkeys(_LEASED, ""))
+        if pid is None and lease is None and not runs:
+            lease = 3600.0
+        holder = os.getpid() if runs else pid
+        pool = self._manager()
+        import getpass
+
+        request = Request(
+            (pool._group_names(groups),),
+            getpass.getuser() if owner is None else owner,
+            sandbox,
+            None if holder is None else Holder.of(holder),
+            lease,
+            task,
+            priority=priority,
+        )
+        patience = None if not wait else math.inf if timeout is None else timeout
+        vm = pool.acquire(request, patience, self._main._screen.tell)[0]
+        if runs:
+            raise SystemExit(run_leased(pool, vm, lease, self._main._tail, self._main._screen))
+        leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
+        return leased if format is None else _filled_in(format, leased)
+
+    @command
+    def renew(self, vm: str, lease: float = 3600.0, token: str | None = None) -> object:
+        """Have a lease end later.
+
+        Args:
+            vm: The VM's name.
+            lease: Seconds from now.
+            token: The lease's token; default $VMRM_LEASE.
+        """
+        pool = self._manager()
+        return {"until": _iso(pool.renew_vm(vm, lease, token=_token(vm, token)))}
+
+    @command
+    def release(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Give a VM back to the pool.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().release_vm(vm, token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def hold(self, vm: str, until: str, token: str | None = None, *, force: bool = False) -> object:
+        """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time.
+
+        Args:
+            vm: The VM's name.
+            until: A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def terminate(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Have the keeper end a VM and forget it.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        pool = self._manager()
+        if not force:
+            pool.check_lease(vm, _token(vm, token))
+        pool.start_vm_termination(vm, reason="terminated by command")
+        return None
+
+    @command
+    def remove(self, vm: str) -> object:
+        """Forget a terminating VM whose machine is known to be gone.
+
+        Args:
+            vm: The VM's name.
+        """
+        self._manager().remove_vm_from_pool(vm)
+        return None
+
+    @command
+    def log(self, vm: str) -> object:
+        """Print what the hooks of a VM printed, and how they ended.
+
+        Args:
+            vm: The VM's name.
+        """
+        db = self._manager().db
+        path = pool_log(db, vm)
+        if not path.exists():
+            VmDescriptor.load(db, vm)  # which says so, if there is no such VM
+        print_log(path, lambda: False)
+        return _SHOWN
+
+    @command
+    def history(self, vm: str | None = None) -> object:
+        """Show every change of state: when, who, why.
+
+        Args:
+            vm: Only of this VM.
+        """
+        rows = self._manager().db.query(
+            "SELECT * FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id", vm=vm
+        )
+        return [
+            {
+                "at": _iso(row["at"]),
+                "vm": row["vm_name"],
+                "group": row["group"],
+                "from": row["old_state"],
+                "to": row["new_state"] or "(gone)",
+                "owner": row["owner"],
+                "who": row["who"],
+                "why": row["reason"],
+            }
+            for row in rows
+        ]
+
+    @command
+    def metrics(self) -> object:
+        """Print the pool's figures as Prometheus text."""
+        return self._manager().metrics().rstrip("\n")
+
+
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
@@ -7136,6 +7965,7 @@ class Commands(_Public):
         self._database: Database | None = None
         self.schedule = ScheduleCommands(self)
         self.store = StoreCommands(self)
+        self.pool = PoolCommands(self)
 
     def _db(self) -> Database:
         if self._database is None:
@@ -7146,16 +7976,26 @@ class Commands(_Public):
         if self._database is not None:
             self._database.close()
 
-    def _open(self) -> Database:
+    def _open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
         if not path.exists():
-            raise NotFound(f"no database at {str(path)!r}", "Load an experiment: vmrm load FILE")
+            raise NotFound(f"no database at {str(path)!r}", hint)
         return self._db()
 
     def _vm(self, name: str) -> str:
         """Return a VM's name as it is written in the database."""
-        sql = "SELECT server_name FROM vms WHERE server_name = :name"
+        return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
+
+    def _any_vm(self, name: str) -> str:
+        """Return the name of a VM of the experiment, or else of the pool."""
+        return self._name(
+            """SELECT server_name FROM vms WHERE server_name = :name
+               UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name""",
+            name,
+        )
+
+    def _name(self, sql: str, name: str) -> str:
         found = self._open().value(sql, name=name)
         if found is None:
             raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
@@ -7300,7 +8140,7 @@ class Commands(_Public):
         """
         if not self._tail:
             raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             answer = remote.do("exec", argv=self._tail)
             for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
                 stream.write((remote.folder / name).read_bytes())
@@ -7321,7 +8161,7 @@ class Commands(_Public):
             remote: Its absolute path in the VM; directories are made.
             timeout: Seconds within which the VM must begin to answer.
         """
-        source, name = Path(local), self._vm(vm)
+        source, name = Path(local), self._any_vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
         if not remote.startswith("/"):
@@ -7354,7 +8194,7 @@ class Commands(_Public):
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil
 
-        with Remote(self._open(), self._vm(vm), timeout) as access:
+        with Remote(self._open(), self._any_vm(vm), timeout) as access:
             with self._progress(access.folder, None):
                 answer = access.do("pull", remote=remote)
             temporary = target.with_name(f".vmrm-{secrets.token_hex(4)}")
@@ -7400,7 +8240,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds within which the VM must begin to answer.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("info")
 
     @command
@@ -7411,7 +8251,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds it may take.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("reboot")
 
     @command
@@ -7426,6 +8266,44 @@ class Commands(_Public):
         if not count:
             raise UsageError(f"nothing of VM {vm!r} has failed")
         return {"retried": count}
+
+    @command
+    def pause(self, *vms: str, duration: float) -> object:
+        """Shift everything of VMs that has not started yet; pauses add up.
+
+        Given before time 0, it begins at time 0. The start time itself never changes.
+
+        Args:
+            vms: The VMs' names.
+            duration: Seconds.
+        """
+        return self._hold(vms, duration)
+
+    @command
+    def break_(self, *vms: str) -> object:
+        """Hold everything of VMs that has not started yet, until resume.
+
+        Args:
+            vms: The VMs' names.
+        """
+        return self._hold(vms, math.inf)
+
+    def _hold(self, vms: Sequence[str], duration: float) -> object:
+        if not vms:
+            raise UsageError("no VM is named", "See which there are: vmrm status")
+        return pause_vms(self._open(), vms, duration)
+
+    @command
+    def resume(self, *vms: str) -> object:
+        """End the break that VMs are in; timed pauses go on.
+
+        Args:
+            vms: The VMs' names; without any, all that are in a break.
+        """
+        given = resume_vms(self._open(), vms or None)
+        if not given:
+            raise UsageError("no VM is in a break")
+        return given
 
     @command
     def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
@@ -7534,7 +8412,130 @@ class Commands(_Public):
         return None
 
 
+setattr(Commands, "break", Commands.break_)  # which Python's grammar does not let us write
+del Commands.break_
+
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+
+
+_LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
+
+
+def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
+    until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
+    return {
+        "vm": vm.vm_name,
+        "group": vm.group,
+        "state": vm.state,
+        "ip": vm.vm_ip,
+        "owner": vm.bound_to_user,
+        "sandbox": vm.bound_sandbox,
+        "holder": vm.holder_pid,
+        "until": _iso(until) if until else None,
+        "task": vm.task_id,
+        "builds": vm.builds_count,
+        "reason": vm.reason,
+    }
+
+
+def _setting(text: str) -> object:
+    """Return a group's setting as its column takes it."""
+    if text in ("none", "True", "False"):
+        return {"none": None, "True": 1, "False": 0}[text]
+    try:
+        return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
+    except ValueError:
+        return text
+
+
+def _filled_in(text: str, values: Mapping[str, object]) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UsageError(f"--format: {match[0]} is none of {', '.join(values)}")
+        return str(values[match[1]])
+
+    return re.sub(r"\{(\w*)\}", value, text)
+
+
+def _token(vm: str, given: str | None) -> str | None:
+    """Return the token of a command: the given one, or that of the job it runs in."""
+    of_job = os.environ.get("VMRM_VM", vm).lower() == vm.lower()
+    return given or (os.environ.get("VMRM_LEASE") if of_job else None)
+
+
+def _moment(text: str) -> float:
+    """Return a time from now, or a date, in seconds since the epoch."""
+    try:
+        return CLOCK.wall() + parse_seconds(text)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is neither a time like 90s, 2h, 3d nor a date") from None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def run_leased(
+    pool: VmManager, vm: VmDescriptor, lease: float | None, words: Sequence[str], screen: Screen
+) -> int:
+    """Run a command that holds a leased VM; release it afterwards; return the exit code.
+
+    The command itself becomes the holder before it begins, so that the VM is its own for as long
+    as it lives, whatever happens to us. Signals go on to it; it is ended if the lease is lost.
+    """
+    environment = os.environ | {
+        "VMRM_VM": vm.vm_name,
+        "VMRM_IP": vm.vm_ip,
+        "VMRM_PATH": vm.path,
+        "VMRM_GROUP": str(vm.group),
+        "VMRM_LEASE": cast(str, vm.token),
+        "VMRM_DB": str(pool.db.path),
+    }
+    pool.db.close()  # no connection crosses a fork
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        _become(words, environment, ready)
+    os.close(ready)
+    process = os.pidfd_open(child)
+
+    def send(number: int, _: object = None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, number)
+
+    def lost(error: VmError) -> None:
+        screen.tell(f"vmrm: {error}; the command is ended")
+        send(signal.SIGTERM)
+
+    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    try:
+        pool.hand_over(vm, Holder.of(child))
+        os.write(go, b"g")
+        with pool.keep(vm, lease, lost):
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        os.close(go)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(process)
+    pool.release_vm(vm.vm_name, token=vm.token)
+    return code if code >= 0 else 128 - code
+
+
+def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
+    """Become a command, in a forked child, once the parent says so; end if it died before."""
+    code = 127
+    try:
+        if os.read(ready, 1):
+            os.execvpe(words[0], list(words), environment)  # noqa: S606
+    except OSError as error:
+        print(f"error: {words[0]!r}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+    finally:
+        os._exit(code)
 
 
 def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
@@ -7713,15 +8714,21 @@ def _switch(value: str) -> bool:
     return value == "True"
 
 
+def parse_seconds(text: str) -> float:
+    """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
+    seconds = float(text[:-1]) * unit if unit else float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is no duration")
+    return seconds
+
+
 def _seconds(value: str) -> float:
     """Return a duration; every number with a fraction on our command line is one."""
     try:
-        seconds = float(value)
+        return parse_seconds(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number of seconds") from None
-    if not 0 <= seconds < math.inf:
-        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more")
-    return seconds
+        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more") from None
 
 
 def _whole(value: str) -> int:
@@ -7736,6 +8743,11 @@ def _fire_error(message: str) -> Exception:
     return cast(Exception, FireError(message))
 
 
+_GROUPS: dict[str, type] = {
+    "schedule": ScheduleCommands,
+    "store": StoreCommands,
+    "pool": PoolCommands,
+}
 _PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
 
 
@@ -7767,12 +8779,12 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
         return cast(Pending, getattr(commands, words[0])())
     if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
-        raise UsageError("'--' is for exec alone, after VM", "See: vmrm exec --help")
+        raise UsageError("'--' is for exec and pool acquire alone", "See: vmrm exec --help")
     import fire
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
     fire.decorators.FIRE_METADATA = "_fire_metadata"
-    for group in (Commands, ScheduleCommands, StoreCommands):
+    for group in (Commands, *_GROUPS.values()):
         _teach_fire(group)
     understood: list[Pending] = []
 
@@ -7816,7 +8828,7 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
         if word not in known:
             break
         at.append(word)
-        group = {"schedule": ScheduleCommands, "store": StoreCommands}.get(word)
+        group = _GROUPS.get(word)
         known = [] if group is None else list(vars(group))
     if len(at) == 1 or known:
         text = text.replace("not understood:", "no such command:")
@@ -7841,6 +8853,11 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         word = rest.pop(0)
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
+            break
+        if line.words[:2] == ["pool", "acquire"] and word == "--" and rest != ["--help"]:
+            if not rest:
+                raise UsageError("no command follows --", "See: vmrm pool acquire --help")
+            line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
             line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")
