@@ -5797,8 +5797,8 @@ class Run:
     @property
     def end(self) -> float:
         """When it ended, or was read; nothing that happened is later."""
-        ends = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
-        return max(self.experiment["ended_at"] or self.now, *ends, self.begin)
+        ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
+        return max(self.begin, float(self.experiment["ended_at"] or self.now), *ends)
 
     def marks(self, vm: VMRun) -> list[Mark]:
         """Return what happened to a VM besides its attempts, oldest first."""
@@ -6122,6 +6122,7 @@ h2 { font-size: 17px; margin: 36px 0 10px; }
 .verdict { color: #fff; border-radius: 4px; padding: 2px 9px; margin-left: 10px; font-size: 14px;
   font-weight: 600; vertical-align: 3px; }
 .summary, .facts, .note { color: var(--faint); margin: 0; }
+ul { max-height: 20em; overflow-y: auto; margin: 0; padding-left: 20px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--faint); font-weight: 500; }
@@ -6135,14 +6136,14 @@ td.bad { color: var(--failed); font-weight: 600; }
   border-bottom: 1px solid var(--line); }
 .corner { color: var(--faint); font-size: 12px; padding-top: 4px; }
 .name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  padding-right: 12px; display: flex; align-items: center; }
+  padding-right: 12px; }
 .name:nth-child(even) { background: var(--band); }
 .names { min-width: 0; }
 svg { display: block; width: 100%; overflow: visible; }
 svg text { fill: var(--faint); font-size: 12px; text-anchor: middle; }
 .grid { stroke: var(--line); } .zebra { fill: var(--band); }
 .start { stroke: var(--ink); stroke-dasharray: 4 3; } text.start { stroke: none; fill: var(--ink); }
-rect { stroke-width: 1.5px; } rect:hover { stroke: var(--ink); }
+rect { stroke-width: 1px; } rect:hover { stroke: var(--ink); }
 .done { fill: var(--done); stroke: var(--done); } .failed { fill: var(--failed);
   stroke: var(--failed); } .unknown { fill: var(--unknown); stroke: var(--unknown); }
 .skipped { fill: var(--skipped); stroke: var(--skipped); } .running { fill: var(--running);
@@ -6153,7 +6154,7 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { background: var(--band); border: 1px solid var(--line); border-radius: 4px; margin: 6px 0;
   padding: 8px 12px; overflow-x: auto; font-size: 12.5px; }
 li { overflow-wrap: anywhere; }
-footer { margin-top: 40px; }
+p.note { margin: 4px 0 0; } footer { color: var(--faint); margin-top: 40px; }
 """
 _TAIL_LINES, _TAIL_BYTES, _MAX_TAILS = 20, 8192, 200
 
@@ -6170,7 +6171,7 @@ def report_page(db: Database, run: Run) -> str:
     if not ended:
         word, colour = "running", "running"
     start = run.experiment["start_at"]
-    times = {"launched": run.begin, "time 0": start, "ended": ended, "read": run.now}
+    times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
     facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
     faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
     parts = [
@@ -6181,13 +6182,13 @@ def report_page(db: Database, run: Run) -> str:
         f"<title>{source}: {word}</title><style>{_STYLE}</style></head><body>",
         f'<h1>{source}<span class="verdict" style="background:var(--{colour})">{word}</span></h1>',
         f'<p class="summary">{_html(outcome.summary)}</p><p class="facts">{facts}</p>',
+        f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
         "<h2>Timeline</h2>",
         *_page_timeline(run),
-        f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
         *_page_failures(db, run),
         "<h2>VMs</h2>",
         _page_table(outcome.rows),
-        f'<footer class="note">vmrm {__version__}, Python {sys.version.split()[0]}, '
+        f"<footer>vmrm {__version__}, Python {sys.version.split()[0]}, "
         f"SQLite {sqlite3.sqlite_version}, experiment {run.experiment['id']}</footer>",
         "</body></html>",
     ]
@@ -6234,7 +6235,8 @@ def _page_timeline(run: Run) -> Iterator[str]:
     yield '</svg><div class="names">'
     for vm, _, _, height in rows:
         said = _html(f"{vm.name}: {vm.state} {vm.reason}".strip())
-        yield f'<div class="name" style="height:{height:g}px" title="{said}">{_html(vm.name)}</div>'
+        style = f'style="line-height:{height:g}px"'
+        yield f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>'
     yield f'</div><svg role="img" aria-label="attempts over time" height="{top:g}">'
     for _, _, y, height in rows[1::2]:
         yield f'<rect class="zebra" y="{y:g}" width="100%" height="{height:g}"/>'
@@ -6271,7 +6273,7 @@ def _page_row(
     for lane, attempts in enumerate(dealt):
         y = top + (height - deep * len(dealt)) / 2 + lane * deep
         for attempt in attempts:
-            yield _page_bar(vm, attempt, x, f'y="{y + 1:g}" height="{deep - 2:g}"')
+            yield _page_bar(vm, attempt, x, f'y="{y + deep / 6:g}" height="{deep * 2 / 3:g}"')
 
 
 def _lane_height(count: int) -> float:
@@ -6312,6 +6314,7 @@ def _page_bar(
 def _page_failures(db: Database, run: Run) -> Iterator[str]:
     """Yield every failed attempt with the end of its output."""
     failed = [(vm, a) for vm in run.vms for a in vm.attempts if _counts_as_failed(a)]
+    failed.sort(key=lambda item: item[1]["ignored"])  # what matters comes first
     if failed:
         yield "<h2>Failed and unknown attempts</h2>"
     for vm, attempt in failed[:_MAX_TAILS]:
@@ -6320,10 +6323,11 @@ def _page_failures(db: Database, run: Run) -> Iterator[str]:
         head += f"{attempt['attempt']}: {attempt['outcome']}{ignored}: {attempt['error']}"
         shown = " open" if len(failed) <= 10 else ""
         yield f"<details{shown}><summary>{_html(head)}</summary>"
-        for stream in ("out", "err"):
-            if text := _output_tail(db, run, vm, attempt, stream):
+        tails = {s: _output_tail(db, run, vm, attempt, s) for s in ("out", "err")}
+        for stream, text in tails.items():
+            if text:
                 yield f'<p class="note">std{stream}</p><pre>{_html(text)}</pre>'
-        yield "</details>"
+        yield "</details>" if any(tails.values()) else '<p class="note">no output</p></details>'
     if len(failed) > _MAX_TAILS:
         yield f'<p class="note">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
 
@@ -6814,8 +6818,9 @@ class Commands(_Public):
         """
         experiment = read_experiment(file)
         rows = plan_rows(experiment)
+        self._screen.show(rows)
         self._screen.tell(_plan_summary(experiment, rows))
-        return rows
+        return _SHOWN
 
     @command
     def run(
@@ -6860,10 +6865,10 @@ class Commands(_Public):
             return {"supervisor": pid if process is None else process.pid}
         try:
             Viewer(db, self._screen, timeout).watch(process)
+            return self._report(report_of(read_run(db)))
         finally:
             if report is not None:
-                self._write(report, report_page(db, read_run(db)))
-        return self._report(report_of(read_run(db)))
+                self._write_report(db, report)
 
     @staticmethod
     def _check_new(report: str, detach: bool) -> None:
@@ -6874,6 +6879,13 @@ class Commands(_Public):
             raise UsageError(f"{report!r} exists already")
         if not os.access(Path(report).absolute().parent, os.W_OK):
             raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
+
+    def _write_report(self, db: Database, file: str) -> None:
+        try:
+            self._write(file, report_page(db, read_run(db)))
+        except (OSError, UsageError) as error:
+            why = f"the report was not written: {_one_line(error)}"
+            raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
 
     def _report(self, outcome: Report) -> object:
         if self._screen.as_json:

@@ -275,7 +275,7 @@ def test_a_trace_keeps_to_the_format_and_agrees_with_the_journal(ran: Lab, tmp_p
 def test_a_trace_of_a_running_experiment_ends_now(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     with stand_ins(tmp_path / "agents", 1):
-        long = vm("vm1", tmp_path / "agents/1.sock", tmp_path / "launch", sh(0.1, "sleep 60"))
+        long = vm("vm1", tmp_path / "agents/1.sock", lab.guest(1) / "launch", sh(0.1, "sleep 60"))
         load(lab, long)
         early = lab.run("trace")
         assert (early.returncode, early.stdout) == (2, "")
