@@ -1519,7 +1519,7 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
     if not work and not pause and not item.get("resume"):
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
-        yield "a resume must be at a positive time"
+        yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"])):
             yield f"location {part['location']!r} is that of vmrm's own files"
@@ -1786,39 +1786,111 @@ def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
     return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
 
 
-def effective_times(
-    entries: Sequence[ScheduleEntry], resumes: Sequence[float] = ()
-) -> dict[int, float]:
-    """Return when each entry really happens, by ordinal: its time plus all shifts before it.
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """A pause, break or resume that a command gave.
 
-    A pause shifts what comes after it by its duration. A break holds it until a resume, and shifts
-    by (time of the resume - effective time of the break); a resume before the break is none of
-    its business. Pauses at -inf delay negative time only and shift nothing here.
+    Attributes:
+        time: When, in seconds of experiment time; before time 0 it counts as 0. A resume of a
+            break at -inf has -inf.
+        duration: Seconds; inf is a break, None a resume.
+    """
+
+    time: float
+    duration: float | None
+
+    def __str__(self) -> str:
+        if self.duration is None:
+            return "resume"
+        return "break" if math.isinf(self.duration) else f"pause of {self.duration:g} s"
+
+
+class Timeline:
+    """When each entry really happens: its time plus all shifts before it; a pure function.
+
+    A pause shifts what comes after it by its duration; pauses add up. A break holds it until a
+    resume, and shifts by (time of the resume - effective time of the break); the break that begins
+    in a pause takes effect at its end. A resume ends one break: a given one that which holds then,
+    one in the schedule the first break of the schedule before it that nothing else has ended; its
+    own time is not shifted by that break. Pauses at -inf delay negative time only and shift nothing
+    here; `opening_delay` is about them. What is given never changes what happened before.
 
     Args:
         entries: The whole schedule.
-        resumes: Experiment times in seconds at which resumes were given, in any order.
+        holds: What commands gave, in any order.
 
-    Returns:
-        Seconds of experiment time; inf for what a break holds.
+    Attributes:
+        times: Seconds of experiment time by ordinal; inf for what a break holds.
+        breaks: When each break began and ended; it holds still if that is inf.
     """
-    times: dict[int, float] = {}
-    shift = 0.0
-    for entry in in_order(entries):
-        times[entry.ordinal] = at = entry.start_time + (shift if entry.start_time >= 0 else 0.0)
-        if entry.pause is None or entry.start_time < 0:
-            continue
-        if not math.isinf(entry.pause):
-            shift += entry.pause
-            continue
-        planned = [
-            later.start_time + shift
-            for later in entries
-            if later.options.get("resume") and later.start_time >= entry.start_time
-        ]
-        ends = [resume for resume in (*resumes, *planned) if resume >= at]
-        shift += min(ends, default=math.inf) - at if not math.isinf(at) else 0.0
-    return times
+
+    def __init__(self, entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()) -> None:
+        self.times: dict[int, float] = {}
+        self.breaks: list[tuple[float, float]] = []
+        self._shift = self._free = 0.0  # what follows is shifted by the one, none before the other
+        in_time = sorted((hold for hold in holds if hold.time >= 0), key=lambda hold: hold.time)
+        self._resumes = [hold.time for hold in in_time if hold.duration is None]
+        given = [(hold.time, hold.duration) for hold in in_time if hold.duration is not None]
+        self._planned = [entry for entry in in_order(entries) if entry.options.get("resume")]
+        for entry in in_order(entries):
+            if entry.start_time < 0:
+                self.times[entry.ordinal] = entry.start_time
+                continue
+            while given and given[0][0] <= (at := entry.start_time + self._shift):
+                if given[0][0] == at and entry.pause is not None:
+                    break  # a pause of the schedule at the same time was there before
+                self._hold(*given.pop(0))
+            at = entry.start_time + self._shift
+            self.times.setdefault(entry.ordinal, at)  # a resume that ended a break has its time
+            if entry.pause is not None:
+                self._hold(at, entry.pause, entry.start_time)
+        for hold in given:
+            self._hold(*hold)
+
+    def _hold(self, at: float, duration: float, planned: float = math.inf) -> None:
+        """Take one pause or break into account; `planned` is its own time in the schedule."""
+        if math.isinf(self._free):
+            return
+        begin = max(at, self._free)
+        end = begin + duration
+        if math.isinf(duration):
+            resumed = self._resume(at, planned)
+            self.breaks.append((at, resumed))
+            end = max(begin, resumed)
+        self._shift += end - begin
+        self._free = end
+
+    def _resume(self, at: float, planned: float) -> float:
+        """Use up the resume that ends a break which began at `at`; return its time."""
+        while self._resumes and self._resumes[0] < at:
+            self._resumes.pop(0)
+        given = self._resumes[0] if self._resumes else math.inf
+        entry = next((entry for entry in self._planned if entry.start_time >= planned), None)
+        if entry and entry.start_time + self._shift <= given:
+            self._planned.remove(entry)
+            self.times[entry.ordinal] = entry.start_time + self._shift
+            return self.times[entry.ordinal]
+        del self._resumes[:1]
+        return given
+
+    def break_at(self, at: float) -> float | None:
+        """Return when the break that holds at a time began, None if there is none."""
+        return next((begin for begin, end in self.breaks if begin <= at < end), None)
+
+
+def effective_times(
+    entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()
+) -> dict[int, float]:
+    """Return when each entry really happens, by ordinal: `Timeline.times`."""
+    return Timeline(entries, holds).times
+
+
+def opening_delay(entries: Iterable[ScheduleEntry], holds: Iterable[Hold] = ()) -> float:
+    """Return by how many seconds pauses at -inf delay the first negative entry; inf: a break."""
+    pauses = [entry.pause for entry in entries if entry.pause and entry.start_time == -math.inf]
+    resumed = sum(hold.time == -math.inf for hold in holds)
+    delay = sum(pause for pause in pauses if not math.isinf(pause))
+    return math.inf if sum(map(math.isinf, pauses)) > resumed else delay
 
 
 class ScheduleDb(_Rows):
@@ -1966,6 +2038,102 @@ def _first_difference(old: str, new: str) -> int | None:
     return None
 
 
+def read_holds(db: Database, server_name: str) -> list[Hold]:
+    """Return the pauses, breaks and resumes that commands gave a VM and that have effect."""
+    rows = db.query(
+        """SELECT experiment_time, duration_s FROM holds WHERE server_name = :name AND NOT ignored
+           AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
+        name=server_name,
+    )
+    return [Hold(row["experiment_time"], row["duration_s"]) for row in rows]
+
+
+def pause_vms(
+    db: Database, server_names: Iterable[str], duration: float = math.inf
+) -> list[dict[str, Any]]:
+    """Pause the schedules of VMs from now on; before time 0, from time 0 on.
+
+    Args:
+        db: The database.
+        server_names: The VMs.
+        duration: Seconds by which everything that has not started is shifted; inf is a break.
+
+    Returns:
+        For each VM its name, the experiment time, and what was done; a break in a break is ignored.
+
+    Raises:
+        ValueError: the duration is not positive.
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    if not _is_duration(duration):
+        raise ValueError(f"pause of {duration!r} s is not positive")
+    return _give(db, list(server_names), duration)
+
+
+def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """End the break that each VM is in; one that is in none is told so, and that recorded.
+
+    Args:
+        db: The database.
+        server_names: The VMs; None means all that are in a break.
+
+    Returns:
+        As `pause_vms`.
+
+    Raises:
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    return _give(db, None if server_names is None else list(server_names), None)
+
+
+def _give(
+    db: Database, server_names: list[str] | None, duration: float | None
+) -> list[dict[str, Any]]:
+    with db.transaction():
+        known = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
+        states = {row["server_name"].lower(): row for row in known}
+        if server_names is None:
+            chosen = [row for row in known if _break_of(db, row)[1] is not None]
+        elif missing := [name for name in server_names if name.lower() not in states]:
+            raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
+        else:
+            chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
+        given = [_give_one(db, row, duration) for row in chosen]
+    for row in given:
+        wake_vm(db, row["vm"])
+    return given
+
+
+def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return the experiment time, and when the break that holds the VM now began, if one does."""
+    name, start = vm["server_name"], db.value("SELECT start_at FROM current_experiment")
+    now = 0.0 if start is None else max(0.0, CLOCK.wall() - start)
+    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=name)
+    entries, holds = parse_schedule(text or "[]"), read_holds(db, name)
+    waits = vm["state"] in (VMState.UNINITIALIZED, VMState.CONFIGURING)
+    if waits and math.isinf(opening_delay(entries, holds)):
+        return now, -math.inf
+    return now, Timeline(entries, holds).break_at(now)
+
+
+def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
+    """Record one pause, break or resume inside the caller's transaction."""
+    now, begun = _break_of(db, vm)
+    at = -math.inf if duration is None and begun == -math.inf else now
+    hold, done = Hold(at, duration), f"{Hold(at, duration)}"
+    ignored = begun is None if duration is None else math.isinf(duration) and begun is not None
+    if ignored:
+        done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
+    elif begun is not None and duration is None:
+        done = f"resume: ends the break of {begun:g}"
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+    return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
+
+
 # === journal =====================================================================================
 
 
@@ -2058,6 +2226,16 @@ class Journal:
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
+
+    def withdraw(self, ordinals: Iterable[int]) -> None:
+        """Take back armed attempts that were not sent; the next ones have their numbers again."""
+        self.db.write(
+            """DELETE FROM attempts WHERE experiment_id = :experiment AND server_name = :name
+               AND generation = :generation AND outcome = 'armed' AND sent_at IS NULL
+               AND ordinal IN (SELECT value FROM json_each(:ordinals))""",
+            ordinals=json.dumps(list(ordinals)),
+            **self._key,
+        )
 
     def check_generation(self) -> None:
         """Raise `_Leave` if these entries are no longer the VM's schedule."""
@@ -3511,7 +3689,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         run("DELETE FROM requests")
         run("UPDATE schedules SET text = NULL, generation = generation + 1")
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
-        for table in ("attempts", "resumes", "history", "past_schedules") if purge else ():
+        for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
@@ -3828,7 +4006,7 @@ class Task:
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        self.done = False
+        self.begun = self.done = False
         self.waiting: list[Task] = []  # who awaits this one
         self.when = math.inf
         self.awaited = 0  # how many others this one awaits
@@ -3860,6 +4038,11 @@ class Agenda:
         if not task.done and not self._awaits(task):
             self._push(task, self.clock.monotonic())
 
+    def cancel(self, task: Task) -> None:
+        """End a task that has not begun."""
+        task.steps.close()
+        self._finish(task)
+
     def next_due(self) -> float:
         """Return the monotonic time at which something is due, inf if nothing ever is."""
         while self._heap and (self._heap[0][2].done or self._heap[0][0] != self._heap[0][2].when):
@@ -3871,6 +4054,7 @@ class Agenda:
         if self.next_due() > self.clock.monotonic():
             return
         task = heapq.heappop(self._heap)[2]
+        task.begun = True
         try:
             wish = next(task.steps)
         except StopIteration:
@@ -3947,7 +4131,7 @@ class ScheduleUpdater(threading.Thread):
         self.interval_time = interval_time
         self._stop_asked = threading.Event()
         self._seen = 0  # entries told so far
-        self._resumes_seen = 0
+        self._holds_seen = 0
         self._start_told = False
         self._empty_told = False
 
@@ -3990,16 +4174,12 @@ class ScheduleUpdater(threading.Thread):
             self._start_told = True
             kind = ScheduleEventType.EXPERIMENT_START_TIME_SET
             events.append((0, ScheduleEvent(kind, start)))
-        resumes = self.schedule_db.db.query(
-            """SELECT experiment_time FROM resumes WHERE server_name = :name
-               AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
-            name=self.config["vm_name"],
-        )
-        for row in resumes[self._resumes_seen :]:
-            at = row["experiment_time"]
-            event = ScheduleEvent(ScheduleEventType.RESUME, at)
-            events.append((-math.inf if at is None else at, event))
-        self._resumes_seen = len(resumes)
+        holds = read_holds(self.schedule_db.db, self.config["vm_name"])
+        for hold in holds[self._holds_seen :]:
+            resume = hold.duration is None
+            kind = ScheduleEventType.RESUME if resume else ScheduleEventType.PAUSE
+            events.append((hold.time, ScheduleEvent(kind, hold)))
+        self._holds_seen = len(holds)
         return events
 
     def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
@@ -4485,11 +4665,13 @@ class VMResourceHandler:
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
-        self._resumes: list[float] = []
+        self._holds: list[Hold] = []
         self._halt: Halt | None = None
         self._boot = ""
-        self._prepared_boot: str | None = None
+        self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
+        self._ready_boot = ""
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
+        self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._ending = False  # they make their last pass
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
@@ -4625,8 +4807,7 @@ class VMResourceHandler:
     def _loop(self) -> None:
         """Do what is due and wait for what is next, until the life of the VM is over."""
         self.agenda = Agenda()
-        self._tasks, self._repeating, self._ending = {}, {}, False
-        self._prepared_boot = None if self._prepared_boot != self._boot else self._prepared_boot
+        self._tasks, self._armed, self._repeating, self._ending = {}, {}, {}, False
         self._woken = True
         self._refresh()
         self._life = self.agenda.spawn(self._life_steps())
@@ -4635,7 +4816,10 @@ class VMResourceHandler:
             pause = self.agenda.next_due() - CLOCK.monotonic()
             if pause > 0:
                 self._idle(pause)
-            self.agenda.run_next()
+            elif not self._woken:
+                self._poll(-1, 0, 0)
+            if not self._woken:  # a pause that was given before an entry is due holds it
+                self.agenda.run_next()
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
@@ -4704,15 +4888,16 @@ class VMResourceHandler:
             self._take_news()
 
     def _take_news(self) -> None:
-        """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        """Read what changed: new entries, pauses and resumes, the start time, a halt, requests."""
         self._journal.check_generation()  # which is read before the entries are, never after
         self.updater.check()
         for event in self.get_events():
             kind, data = event.get_type(), event.get_data()
             if kind is ScheduleEventType.EXPERIMENT_START_TIME_SET:
                 self._plan_start(float(data))
-            elif kind is ScheduleEventType.RESUME and not isinstance(data, ScheduleEntry):
-                self._resumes.append(-math.inf if data is None else data)
+            elif isinstance(data, Hold):
+                self._holds.append(data)
+                self.log.info("%s at %.3f", data, data.time)
             elif isinstance(data, ScheduleEntry):
                 self._add_entry(data)
         self.schedule.sort(key=lambda entry: entry.ordinal)
@@ -4720,6 +4905,7 @@ class VMResourceHandler:
         self._halt = Halt(halt) if halt else None
         for row in self._open_requests():
             self.agenda.spawn(self._request_steps(row))
+        self._withdraw_moved()
         if self._life:  # and nobody else: an armed entry sleeps until it is due
             self.agenda.wake(self._life)
 
@@ -4733,7 +4919,6 @@ class VMResourceHandler:
 
     def _add_entry(self, entry: ScheduleEntry) -> None:
         self.schedule.append(entry)
-        self._prepared_boot = None
         self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
 
     def _plan_start(self, start_at: float) -> None:
@@ -4762,7 +4947,9 @@ class VMResourceHandler:
         if self._halt is Halt.ABORT:
             return
         while self.start_at is None:
-            yield math.inf
+            yield from self._all_negative_steps()
+            if self.start_at is None:
+                yield math.inf
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
@@ -4791,18 +4978,22 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self._prepared_boot == self._boot:
-            return
         if self.driver.is_windows:
             raise VMFailed("Windows guests are not supported by this version")
-        self.driver.used_agent_paths.clear()
-        for entry in self.schedule:
-            self.driver.create_paths(entry)
-        work = [entry for entry in self.schedule if entry.runs_script]
-        if work:
-            yield from self._stage_steps(work)
-        self._prepared_boot = self._boot
-        self._progress()
+        if self._ready_boot != self._boot:
+            self._ready, self._ready_boot = set(), self._boot
+        while added := self._unprepared():
+            self.driver.used_agent_paths.clear()
+            for entry in self.schedule:
+                self.driver.create_paths(entry)
+            work = [entry for entry in added if entry.runs_script]
+            if work:
+                yield from self._stage_steps(work)
+            self._ready.update(entry.ordinal for entry in added)
+            self._progress()
+
+    def _unprepared(self) -> list[ScheduleEntry]:
+        return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)
@@ -4814,7 +5005,7 @@ class VMResourceHandler:
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
-        fresh = "keep" if self._journal.latest() else "fresh"
+        fresh = "keep" if self._ready or self._journal.latest() else "fresh"
         folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
@@ -4912,17 +5103,17 @@ class VMResourceHandler:
         So nothing is written to the guest's disk by us right after a reboot, which Windows does
         not take well. Returns whether that worked.
         """
-        self._prepared_boot = None
+        self._ready_boot = ""
         return self._quietly(self._prepare_steps())
 
     def _load_one_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
         everything, self.schedule = self.schedule, list(entries)
         try:
-            self._prepared_boot = None
+            self._ready_boot = ""
             yield from self._prepare_steps()
         finally:
             self.schedule = everything
-            self._prepared_boot = None
+            self._ready_boot = ""
 
     def _quietly(self, steps: Steps) -> bool:
         """Run steps to their end; log a failure and return false instead of raising it."""
@@ -4959,23 +5150,29 @@ class VMResourceHandler:
 
     def _all_negative_steps(self) -> Steps:
         """Every negative time that is not done, in order; later ones come by retry or addition."""
-        while (at := self._next_negative()) is not None and self._halt is not Halt.ABORT:
+        while self._halt is not Halt.ABORT:
+            yield from self._prepare_steps()
+            if (at := self._next_negative()) is None:
+                return
             self.set_current_time(at)
             yield from self._negative_steps(at)
 
     def _delay_steps(self) -> Steps:
         """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
-        pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
         launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
-        delay = sum(pause for pause in pauses if not math.isinf(pause))
-        while (left := launched + delay - CLOCK.wall()) > 0 and self._halt is None:
+        negative = {entry.ordinal for entry in self.schedule if entry.start_time < 0}
+        while self._halt is None and not negative & self._journal.latest().keys():
+            left = launched + opening_delay(self.schedule, self._holds) - CLOCK.wall()
+            if left <= 0:
+                return
             yield left
-        breaks = sum(math.isinf(pause) for pause in pauses)
-        while breaks > len(self._resumes) and self._halt is None and self._next_negative():
-            yield math.inf
 
     def _at(self, at: float) -> list[ScheduleEntry]:
-        return [e for e in self.schedule if e.start_time == at and e.pause is None]
+        return [e for e in self._unpaused() if e.start_time == at]
+
+    def _unpaused(self) -> list[ScheduleEntry]:
+        """Return what can be run: all entries but pauses, as far as they are prepared."""
+        return [e for e in self.schedule if e.pause is None and e.ordinal in self._ready]
 
     def _needs(self, entries: Iterable[ScheduleEntry]) -> dict[NextStep, list[ScheduleEntry]]:
         latest = self._journal.latest()
@@ -4985,7 +5182,7 @@ class VMResourceHandler:
         return needs
 
     def _next_negative(self) -> float | None:
-        entries = [e for e in self.schedule if e.start_time < 0 and e.pause is None]
+        entries = [e for e in self._unpaused() if e.start_time < 0]
         needs = self._needs(entries)
         todo = [e.start_time for e in entries if e not in needs[NextStep.NOTHING]]
         return min(todo, default=None)
@@ -5340,7 +5537,7 @@ class VMResourceHandler:
             self._recover_attempt(entry, latest[entry.ordinal], found)
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
-                self._spawn_attempt(entry, latest[entry.ordinal])
+                self._again(entry, latest[entry.ordinal])
         for entry in self.schedule:
             if entry.ordinal in latest and not latest[entry.ordinal].is_open:
                 self._repeat(entry)
@@ -5348,21 +5545,48 @@ class VMResourceHandler:
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
         same_boot = attempt.boot_id == self._boot
-        step = recovered(found, same_boot=same_boot, due=(attempt.planned_at or 0) <= CLOCK.wall())
+        planned = (attempt.planned_at or 0) <= CLOCK.wall()
+        due = planned or self._due(entry) <= CLOCK.monotonic()
+        step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._spawn_attempt(entry, attempt, at=self._due(attempt))
+            self._again(entry, attempt)
         elif step is NextStep.WATCH:
             self._spawn_attempt(entry, attempt, found)
         else:
             why = "nobody saw its end" if same_boot else "the guest was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
-    def _due(self, attempt: Attempt) -> float:
-        """Return the monotonic time at which an armed attempt is due."""
-        if attempt.planned_at is None:
+    def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
+        due = self._due(entry)
+        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
+            self._journal.withdraw([entry.ordinal])
+        else:
+            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+
+    def _times(self) -> dict[int, float]:
+        return effective_times(self.schedule, self._holds)
+
+    def _due(self, entry: ScheduleEntry) -> float:
+        """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
+        if entry.start_time < 0:
             return CLOCK.monotonic()
-        return CLOCK.monotonic() + max(0.0, attempt.planned_at - CLOCK.wall())
+        return self._start_monotonic + self._times()[entry.ordinal]
+
+    def _withdraw_moved(self) -> None:
+        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
+        times = self._times() if self._armed else {}
+        moved = [
+            ordinal
+            for ordinal, at in self._armed.items()
+            if not self._tasks[ordinal].begun and times[ordinal] != at
+        ]
+        if moved:
+            self._journal.withdraw(moved)
+        for ordinal in moved:
+            self.agenda.cancel(self._tasks.pop(ordinal))
+            del self._armed[ordinal]
 
     # --- positive time
 
@@ -5370,8 +5594,10 @@ class VMResourceHandler:
         """Arm entries shortly before they are due, and see the VM to the end of its work."""
         _crash("start-seen")
         while True:
-            yield from self._prepare_steps()
+            yield from self._prepare_added_steps()
             yield from self._all_negative_steps()
+            if self._unprepared():  # added meanwhile
+                continue
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -5379,10 +5605,18 @@ class VMResourceHandler:
                 continue
             yield max(0.0, next_arming - CLOCK.monotonic())
 
+    def _prepare_added_steps(self) -> Steps:
+        """Prepare what was added, while what is prepared goes on starting on time."""
+        arming = -math.inf
+        for wish in self._prepare_steps():
+            if CLOCK.monotonic() >= arming:
+                arming = self._arm_due()
+            yield wish
+
     def _arm_due(self) -> float:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
-        times = effective_times(self.schedule, self._resumes)
-        entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
+        times = self._times()
+        entries = [e for e in self._unpaused() if e.start_time > 0]
         now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
         for entry in self._needs(entries)[NextStep.RUN]:
             at = times[entry.ordinal]
@@ -5402,12 +5636,13 @@ class VMResourceHandler:
         armed = self._journal.arm(planned, self._boot)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
+            self._armed[entry.ordinal] = soon[entry]
             due = self._start_monotonic + soon[entry]
             self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
-        times = effective_times(self.schedule, self._resumes)
+        times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
             if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
@@ -6576,23 +6811,10 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     start = db.value("SELECT start_at FROM current_experiment")
     text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
     entries = parse_schedule(text) if text else []
-    resumes = db.query(
-        """SELECT experiment_time FROM resumes WHERE server_name = :name
-           AND experiment_id = (SELECT id FROM current_experiment)""",
-        name=server_name,
-    )
-    times = _times(entries, resumes)
+    times = effective_times(entries, read_holds(db, server_name))
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
-
-
-def _times(
-    entries: Sequence[ScheduleEntry], resumes: Iterable[Mapping[str, Any]]
-) -> dict[int, float]:
-    """Return effective times by entries and rows of `resumes`."""
-    given = [row["experiment_time"] for row in resumes]
-    return effective_times(entries, [at for at in given if at is not None])
 
 
 def _entry_row(
@@ -6700,7 +6922,7 @@ class VMRun:
     row: dict[str, Any] | None = None  # of vm_status, while the VM is there
     generation: int = 0  # the schedule's last one
     entries: list[ScheduleEntry] = dataclasses.field(default_factory=list)
-    resumes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    holds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -6746,7 +6968,11 @@ class Run:
             for row in vm.moves
             if row["at"] >= self.begin
         ]
-        found += [Mark(row["at"], "resume", "resume") for row in vm.resumes]
+        for row in vm.holds:
+            text = str(Hold(row["experiment_time"], row["duration_s"]))
+            found.append(
+                Mark(row["at"], text.split()[0], f"{text} given", {"ignored": row["ignored"]})
+            )
         boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
         for before, after in itertools.pairwise(boots):
             if after["boot_id"] != before["boot_id"]:
@@ -6756,7 +6982,12 @@ class Run:
         return sorted(found, key=lambda mark: mark.at)
 
     def _pauses(self, vm: VMRun) -> Iterator[Mark]:
-        times, start = _times(vm.entries, vm.resumes), self.experiment["start_at"]
+        given = [
+            Hold(row["experiment_time"], row["duration_s"])
+            for row in vm.holds
+            if not row["ignored"]
+        ]
+        times, start = effective_times(vm.entries, given), self.experiment["start_at"]
         for entry in vm.entries:
             if entry.pause is None and not entry.options.get("resume"):
                 continue
@@ -6812,8 +7043,8 @@ class _RunReader:
                 vm.generation, vm.entries = generation, parsed(text or "[]")
             elif text:
                 loose.append(name)
-        for row in self._rows("resumes"):
-            self._vm(row).resumes.append(row)
+        for row in self._rows("holds"):
+            self._vm(row).holds.append(row)
         for row in attempts:
             text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
             entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
@@ -8065,6 +8296,44 @@ class Commands(_Public):
         return {"retried": count}
 
     @command
+    def pause(self, *vms: str, duration: float) -> object:
+        """Shift everything of VMs that has not started yet; pauses add up.
+
+        Given before time 0, it begins at time 0. The start time itself never changes.
+
+        Args:
+            vms: The VMs' names.
+            duration: Seconds.
+        """
+        return self._hold(vms, duration)
+
+    @command
+    def break_(self, *vms: str) -> object:
+        """Hold everything of VMs that has not started yet, until resume.
+
+        Args:
+            vms: The VMs' names.
+        """
+        return self._hold(vms, math.inf)
+
+    def _hold(self, vms: Sequence[str], duration: float) -> object:
+        if not vms:
+            raise UsageError("no VM is named", "See which there are: vmrm status")
+        return pause_vms(self._open(), vms, duration)
+
+    @command
+    def resume(self, *vms: str) -> object:
+        """End the break that VMs are in; timed pauses go on.
+
+        Args:
+            vms: The VMs' names; without any, all that are in a break.
+        """
+        given = resume_vms(self._open(), vms or None)
+        if not given:
+            raise UsageError("no VM is in a break")
+        return given
+
+    @command
     def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
         """Stop the experiment: handlers leave, guest programs go on; run continues it.
 
@@ -8162,6 +8431,9 @@ class Commands(_Public):
             source.backup(target)
         return None
 
+
+setattr(Commands, "break", Commands.break_)  # which Python's grammar does not let us write
+del Commands.break_
 
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
 

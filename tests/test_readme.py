@@ -167,7 +167,8 @@ def usage(name: str, method: Callable[..., object]) -> str:
         if parameter.kind is parameter.VAR_POSITIONAL:
             words.append(f"{word.removesuffix('S')} …")
         elif parameter.default is parameter.empty:
-            words.append(word)
+            is_word = parameter.kind is not parameter.KEYWORD_ONLY
+            words.append(word if is_word else f"--{parameter.name} {word}")
         elif not is_option(parameter):
             words.append(f"[{word}]")
     return " ".join([*words, *(["PROGRAM [ARG …]"] if name == "exec" else [])])
