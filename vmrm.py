@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
@@ -1018,7 +1018,8 @@ class VMMapping(_Served):
         db: The database's path, an open `Database`, or None for the default database.
     """
 
-    def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
 
         Args:
@@ -1473,6 +1474,11 @@ def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ())
     return faults
 
 
+def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
+    """Return what of a table has a known key and a value of the right kind."""
+    return {key: value for key, value in item.items() if key in keys and keys[key][0](value)}
+
+
 def entry_faults(item: object, where: str) -> list[str]:
     """Return everything that is wrong with an entry as a table, one line each.
 
@@ -1483,47 +1489,51 @@ def entry_faults(item: object, where: str) -> list[str]:
     faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
     if not isinstance(item, dict):
         return faults
+    sound = _sound(item, ENTRY_KEYS)
     for kind, keys in DATA_KEYS.items():
         parts = item.get(kind, [])
         if not isinstance(parts, list):
             faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
             continue
-        for part in parts:
-            faults += _key_faults(part, keys, f"{where}, {kind}")
-            missing = set(_NEEDED.get(kind, ("location",))) - set(
-                part if isinstance(part, dict) else ()
-            )
-            faults += [f"{where}, {kind}: {key} is missing" for key in sorted(missing)]
-    return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
+        wrong = [_part_faults(kind, part, keys, f"{where}, {kind}") for part in parts]
+        faults += itertools.chain(*wrong)
+        if kind in item and not any(wrong):
+            sound[kind] = parts
+    return faults + [f"{where}: {fault}" for fault in _entry_sense(sound, item.keys())]
+
+
+def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
+    faults = _key_faults(part, keys, where)
+    missing = set(_NEEDED.get(kind, ("location",))) - set(part if isinstance(part, dict) else ())
+    return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
 # What our script keeps in an entry's directory.
 _OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
 
 
-def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with an entry whose keys and types are right."""
-    if "start_time" not in item:
+def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of an entry, `given` being all its keys."""
+    if "start_time" not in given:
         yield "start_time is missing"
-        return
-    at, pause = item["start_time"], "pause" in item
+    at, pause = item.get("start_time", math.nan), "pause" in given
     if math.isinf(at) and not (pause and at < 0):
         yield f"start_time {at} is only for a pause, and only negative"
     if at == 0 and not pause:
         yield "start_time 0 is the barrier itself; use a negative or a positive time"
     if pause and at < 0 and not math.isinf(at):
         yield "a pause in negative time must be at -inf, before the first entry"
-    work = [key for key in ("executable", *DATA_KEYS) if item.get(key)]
+    work = [key for key in ("executable", *DATA_KEYS) if key in given and item.get(key, True)]
     if (pause or item.get("resume")) and work:
         yield f"a pause or resume cannot also have {work[0]!r}"
-    if not work and not pause and not item.get("resume"):
+    if not work and not pause and not item.get("resume") and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"])):
             yield f"location {part['location']!r} is that of vmrm's own files"
-    if "executable" not in item:
+    if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
                 yield f"{key} needs an executable"
@@ -2752,6 +2762,19 @@ class VmDescriptor:
     hook_started: int | None = None
     hook_boot: str = ""
 
+    def __str__(self) -> str:
+        """Return name, state and what a person wants to know, in one line."""
+        words = [f"{self.vm_name}  {self.state}", self.vm_ip]
+        if self.bound_to_user:
+            words.append(f"bound to {self.bound_to_user}/{self.bound_sandbox}")
+        if self.state == VmStates.IN_USE:
+            words.append(f"process {self.holder_pid}" if self.holder_pid else "")
+            words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
+        words.append(f"task {self.task_id}" if self.task_id else "")
+        words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
+        words.append(f"({self.reason})" if self.reason else "")
+        return "  ".join(word for word in words if word)
+
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
         """Return the descriptor of a row of pool_vms."""
@@ -2826,6 +2849,8 @@ def move_pool_vm(
     if target != old:
         columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
         columns |= {"reason": reason}
+    if not columns:
+        return _pool_vm(db, vm_name)
     changes = ", ".join(f'"{column}" = :{column}' for column in columns)
     found = db.connection.execute(
         f"UPDATE pool_vms SET {changes} WHERE vm_name = :vm_name RETURNING *",  # noqa: S608
@@ -2885,8 +2910,10 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 
 def wake_pool(db: Database) -> None:
-    """Wake the keeper, and every waiter that could have a VM now."""
+    """Wake the keeper, and those waiters who would be given a VM now."""
     wake(db, KEEPER)
+    if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
+        wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2901,7 +2928,22 @@ class Request:
     task_id: str | None = None
     build_id: str | None = None
     chroot: str | None = None
+    priority: int = 0  # in the queue: higher ones first
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def party(self) -> dict[str, str]:
+        """Whom VMs are bound to by it."""
+        return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+def pool_log(db: Database, vm_name: str) -> Path:
+    """Return the file that holds what a VM's hooks printed."""
+    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+
+
+class _AtLimit(NoVmAvailable):
+    """There may be VMs, but the owner may bind no more."""
 
 
 class VmManager(_Rows):
@@ -2998,6 +3040,51 @@ class VmManager(_Rows):
     def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
         sql = f"SELECT * FROM pool_vms WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
         return [VmDescriptor.from_row(row) for row in self.db.query(sql, **parameters)]
+
+    def info(self) -> str:
+        """Return all groups and VMs in a form for people."""
+        lines = []
+        for group in self.vm_groups:
+            vms = self.get_all_vm_in_group(group)
+            states = ", ".join(
+                f"{count} {state}"
+                for state in VmStates
+                if (count := sum(vm.state == state for vm in vms))
+            )
+            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines += [f"  {vm}" for vm in vms]
+        if queue := self._queue():
+            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+        return "\n".join(lines)
+
+    def metrics(self) -> str:
+        """Return the pool's figures as Prometheus text."""
+        rows = self.db.query(
+            """SELECT "group", state, count(*) AS n FROM pool_vms GROUP BY "group", state"""
+        )
+        present = {(row["group"].lower(), row["state"]): row["n"] for row in rows}
+        groups = [str(group) for group in self.vm_groups]
+        lines = ["# HELP vmrm_pool_vms VMs of the pool.", "# TYPE vmrm_pool_vms gauge"]
+        lines += [
+            f'vmrm_pool_vms{{group="{group}",state="{state}"}} '
+            f"{present.get((group.lower(), state), 0)}"
+            for group in groups
+            for state in VmStates
+        ]
+        lines += [
+            "# HELP vmrm_pool_waiters Requests in the queue.",
+            "# TYPE vmrm_pool_waiters gauge",
+        ]
+        lines += [f"vmrm_pool_waiters {len(self._queue())}"]
+        lines += [
+            "# HELP vmrm_pool_moves_total How often VMs came to a state.",
+            "# TYPE vmrm_pool_moves_total counter",
+        ]
+        lines += [
+            f'vmrm_pool_moves_total{{group="{row["group"]}",state="{row["state"]}"}} {row["times"]}'
+            for row in self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        ]
+        return "\n".join(lines) + "\n"
 
     def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
         """Remember a value, as text, about a group."""
@@ -3182,6 +3269,8 @@ class VmManager(_Rows):
         chroot: str | None = None,
         *,
         lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
     ) -> VmDescriptor:
         """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
 
@@ -3195,9 +3284,12 @@ class VmManager(_Rows):
             build_id: See `task_id`.
             chroot: See `task_id`.
             lease: Seconds after which the lease ends, unless renewed; None means never.
+            wait: Seconds to wait in the queue if there is none now; None means not at all.
+            priority: In the queue: higher ones first, equal ones as they came.
 
         Raises:
             NoVmAvailable: there is none now; the message says why, per group.
+            TimedOut: there was none within `wait` seconds.
             NotFound: there is no such group.
             UsageError: there is no such process, or it needs a `lease` with an end.
         """
@@ -3210,8 +3302,9 @@ class VmManager(_Rows):
             None if task_id is None else str(task_id),
             None if build_id is None else str(build_id),
             chroot,
+            priority,
         )
-        return self.acquire(request)[0]
+        return self.acquire(request, wait)[0]
 
     def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
         names = tuple(self._group(group)["name"] for group in groups)
@@ -3219,26 +3312,47 @@ class VmManager(_Rows):
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
 
-    def acquire(self, request: Request) -> list[VmDescriptor]:
-        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`."""
+    def acquire(
+        self,
+        request: Request,
+        wait: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`.
+
+        Args:
+            request: What is wanted.
+            wait: Seconds to wait in the queue; None means not at all.
+            tell: Called with the place in the queue, and the reason, whenever they change.
+        """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
-        taken = self._acquire(request)
-        if not taken and self.reap(32):
-            taken = self._acquire(request)
-        if not taken:
+        rows = self._acquire(request)
+        if not rows and wait is None:
             raise NoVmAvailable(self._why_none(request))
-        for row in taken:
+        rows = rows or self._wait(request, wait or 0.0, tell or self.log.info)
+        for row in rows:
             self._tokens[row["vm_name"].lower()] = request.token
-        return [VmDescriptor.from_row(row) for row in taken]
+        return [VmDescriptor.from_row(row) for row in rows]
 
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
+        """Lease what is asked for; when something is missing, after looking for the dead once."""
+        rows = self._try_to_acquire(request)
+        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+            rows = self._try_to_acquire(request)
+        return rows
+
+    def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
         with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since = self._see_server(request)
-            return [self._take(groups, request, since) for groups in request.wants]
+            since, queue = self._see_server(request), self._queue()
+            if not queue:
+                return self._take_all(request, since)
+            names = self._left_by_queue(queue, request, since)
+            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
+            return [self._lease(name, request) for name in names]
         return []
 
     def _see_server(self, request: Request) -> float:
@@ -3261,13 +3375,19 @@ class VmManager(_Rows):
             )
         return 0.0 if row is None else cast(float, row["started_at"])
 
+    def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
+        return [self._take(groups, request, since) for groups in request.wants]
+
     def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
+        at_limit = True
         for group in groups:
-            found = self.db.row(_CHOOSE, group=group, since=since, **_party(request))
-            name = found and (found["own"] or (found["may_bind"] and found["fresh"]))
-            if name:
+            found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
+            if found is None:
+                continue
+            if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
-        raise NoVmAvailable("no VM is available")
+            at_limit = at_limit and not found["may_bind"]
+        raise (_AtLimit if at_limit else NoVmAvailable)("no VM is available")
 
     def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
         now, holder = CLOCK.wall(), request.holder
@@ -3296,7 +3416,7 @@ class VmManager(_Rows):
         """Return in words why a group has no VM for this request."""
         limit = self._group(group)["max_vm_per_user"]
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        row = self.db.query(_COUNTS, group=group, since=since, **_party(request))[0]
+        row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
         bound = self._bound(request.owner, group)
         if not row["vms"]:
             return f"group {group} has no VMs"
@@ -3306,11 +3426,143 @@ class VmManager(_Rows):
                 f"{row['idle']} of them idle in other sandboxes)"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet, others busy"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
             f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
+
+    # --- the queue ---
+
+    def _queue(self) -> list[Request]:
+        """Return what those want who wait and live, the first one first."""
+        now = CLOCK.wall()
+        rows = self.db.query(
+            """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
+               AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
+            now=now,
+            alive=now - self.db.timeouts.heartbeat,
+        )
+        return [
+            Request(
+                tuple(map(tuple, json.loads(row["wants"]))),
+                row["owner"],
+                row["sandbox"],
+                _holder(row),
+                priority=row["priority"],
+                token=row["token"],
+            )
+            for row in rows
+        ]
+
+    def _left_by_queue(self, queue: list[Request], request: Request, since: float) -> list[str]:
+        """Return the VMs for a request once those before it in the queue have theirs."""
+        with self._trial():
+            self._take_all(request, since)  # there is nothing in any case: no need to try the queue
+        with self._trial():
+            for other in queue:
+                if other.token == request.token:
+                    break
+                self._serve(other, since)
+            return [row["vm_name"] for row in self._take_all(request, since)]
+
+    def next_in_queue(self) -> list[str]:
+        """Return the tokens of the waiters who would be given all they want now."""
+        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        with self.db.transaction(), self._trial():
+            return [other.token for other in self._queue() if self._serve(other, since)]
+
+    def _serve(self, request: Request, since: float) -> bool:
+        """Give a waiter, on trial, what there is: the first VMs of several are kept for it.
+
+        But nothing while its owner is at the limit, so that it holds up nobody.
+        """
+        connection = self.db.connection
+        connection.execute("SAVEPOINT served")
+        try:
+            self._take_all(request, since)
+            return True
+        except _AtLimit:
+            connection.execute("ROLLBACK TO served")
+            return False
+        except NoVmAvailable:
+            return False
+        finally:
+            connection.execute("RELEASE served")
+
+    @contextlib.contextmanager
+    def _trial(self) -> Iterator[None]:
+        """Undo what the block does in the open transaction."""
+        self.db.connection.execute("SAVEPOINT trial")
+        try:
+            yield
+        finally:
+            self.db.connection.execute("ROLLBACK TO trial")
+            self.db.connection.execute("RELEASE trial")
+
+    def _wait(
+        self, request: Request, timeout: float, tell: Callable[[str], object]
+    ) -> list[dict[str, Any]]:
+        """Stand in the queue until there is what is wanted; leave it in any case."""
+        told, deadline = "", CLOCK.monotonic() + timeout
+        poll, socket = select.poll(), WakeSocket(self.db, f"wait-{request.token}")
+        poll.register(socket.fileno(), select.POLLIN)
+        try:
+            while True:
+                self._queue_up(request, deadline - CLOCK.monotonic())
+                if rows := self._acquire(request):
+                    return rows
+                if (left := deadline - CLOCK.monotonic()) <= 0:
+                    raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
+                ahead = itertools.takewhile(lambda r: r.token != request.token, self._queue())
+                place = len(list(ahead)) + 1
+                if (now := f"number {place} in the queue; {self._why_none(request)}") != told:
+                    tell(told := now)
+                poll.poll(1000 * min(left, self.db.timeouts.look))
+                socket.drain()
+        finally:
+            socket.close()
+            if self.db.write(
+                "DELETE FROM pool_waiters WHERE token = :token RETURNING id", token=request.token
+            ):
+                wake_pool(self.db)  # who came after may have what was kept for us
+
+    def _queue_up(self, request: Request, left: float) -> None:
+        """Enter the queue, or say that we still wait."""
+        now, waiter = CLOCK.wall(), Holder.of(os.getpid())
+        self.db.write(
+            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder_pid,
+                   holder_started, holder_boot, holder_namespace, queued_at, heartbeat_at,
+                   deadline_at)
+               VALUES (:token, :wants, :owner, :sandbox, :priority, :pid, :started, :boot,
+                   :namespace, :now, :now, :deadline)
+               ON CONFLICT (token) DO UPDATE SET heartbeat_at = excluded.heartbeat_at""",
+            token=request.token,
+            wants=json.dumps(request.wants),
+            owner=request.owner,
+            sandbox=request.sandbox,
+            priority=request.priority,
+            now=now,
+            deadline=None if math.isinf(left) else now + left,
+            **vars(waiter),
+        )
+
+    def _drop_dead_waiters(self) -> int:
+        """Remove those from the queue who are dead or long silent; return how many that is."""
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        dead = [
+            row["id"]
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
+        ]
+        if dead:
+            self.db.write(
+                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
+                ids=json.dumps(dead),
+            )
+        return len(dead)
+
+    # --- renewal, release ---
 
     def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
         """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
@@ -3367,6 +3619,133 @@ class VmManager(_Rows):
             builds_count=row["builds_count"] + 1,
         )
 
+    def hold_vm(
+        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
+    ) -> None:
+        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
+
+        Args:
+            vm_name: The VM's name.
+            until: In seconds since the epoch; an earlier time than before is allowed, too.
+            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
+            force: Whoever holds it.
+
+        Raises:
+            VmError: the lease is not yours, or the VM is in no state to be held.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            lease = {key: row[key] for key in NO_LEASE}
+            if row["token"] is not None and not force:
+                self._own(row, token)
+            words = f"until {_iso(until)}"
+            move_pool_vm(
+                db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
+            )
+        wake_pool(self.db)
+
+    @contextlib.contextmanager
+    def lease(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None = None,
+        *,
+        lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+    ) -> Iterator[VmDescriptor]:
+        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
+
+        A lease with an end is renewed meanwhile. At the end the VM is released.
+
+        Raises:
+            VmError: at the end: the lease was lost meanwhile (the log said so at once).
+        """
+        vm = self.acquire_vm(
+            groups,
+            ownername,
+            sandbox,
+            os.getpid(),
+            task_id,
+            build_id,
+            chroot,
+            lease=lease,
+            wait=wait,
+            priority=priority,
+        )
+        with self.keep(vm, lease):
+            try:
+                yield vm
+            except BaseException:
+                with contextlib.suppress(VmError):
+                    self.release_vm(vm.vm_name, token=vm.token)
+                raise
+        self.release_vm(vm.vm_name, token=vm.token)
+
+    @contextlib.contextmanager
+    def keep(
+        self,
+        vm: VmDescriptor,
+        lease: float | None,
+        lost: Callable[[VmError], object] | None = None,
+    ) -> Iterator[None]:
+        """Renew a lease for the length of the block, and look whether it still stands.
+
+        Args:
+            vm: As `acquire_vm` returned it.
+            lease: How many seconds to renew it for; None if it has no end.
+            lost: Called, in a thread, if the lease is lost; by default that is logged.
+        """
+        over = threading.Event()
+        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
+
+        def renew() -> None:
+            while not over.wait(pause):
+                try:
+                    self._still_own(vm, lease)
+                except Busy as error:
+                    self.log.warning("lease of VM %s: %s", vm.vm_name, error)
+                except VmError as error:
+                    (lost or self.log.error)(error)
+                    return
+
+        thread = threading.Thread(target=renew, name="vmrm-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def check_lease(self, vm_name: str, token: str | None = None) -> None:
+        """Refuse, by a `VmError`, whoever does not have the lease of a VM that is leased."""
+        row = _pool_vm(self.db, vm_name)
+        if row["token"] is not None:
+            self._own(row, token)
+
+    def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
+        """Make another process the holder of a leased VM.
+
+        Raises:
+            VmError: the lease was lost.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm.vm_name)
+            self._own(row, vm.token)
+            columns = {f"holder_{key}": value for key, value in vars(holder).items()}
+            lease = {key: row[key] for key in NO_LEASE} | columns
+            move_pool_vm(db, vm.vm_name, row["state"], **lease)
+
+    def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
+        if lease is None:
+            self._own(_pool_vm(self.db, vm.vm_name), vm.token)
+        else:
+            self.renew_vm(vm.vm_name, lease, token=vm.token)
+
     def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
         """Record how the release hook of a VM ended; without it the VM is given to nobody.
 
@@ -3395,17 +3774,15 @@ class VmManager(_Rows):
         """Refuse whoever does not have the lease of a VM."""
         name = row["vm_name"]
         token = token or self._tokens.get(name.lower())
-        if row["token"] is None:
+        if row["token"] is None and token is None:
             raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
         if token is None and (holder := _holder(row)) and _descends_from(holder):
             return
         if token != row["token"]:
-            raise VmError(
-                f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
-                if token is None
-                else f"the lease of VM {name!r} was lost: it ended, or its holder seemed dead",
-                "Name its token (--token), or use --force",
-            )
+            if token is None:
+                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
+                raise VmError(message, "Name its token (--token), or use --force")
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
 
     def reap(self, limit: int = -1) -> list[str]:
         """Take back VMs whose holder is dead or whose lease has ended; return their names.
@@ -3445,10 +3822,6 @@ class VmManager(_Rows):
         if holder and holder.is_dead():
             return f"taken back: its holder, process {holder.pid}, is dead"
         return ""
-
-
-def _party(request: Request) -> dict[str, str]:
-    return {"owner": request.owner, "sandbox": request.sandbox}
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -6038,7 +6411,7 @@ class Remote:
 
     def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
         self.db, self.timeout = db, timeout
-        self.config = handler_config(db, server_name)
+        self.config = _pool_config(db, server_name) or handler_config(db, server_name)
         self.name: str = self.config["vm_name"]
         self.id = uuid.uuid4().hex
         self.folder = db.directory("requests", self.id)
@@ -6143,6 +6516,20 @@ class Remote:
     def _withdraw(self) -> bool:
         sql = "UPDATE requests SET withdrawn = 1 WHERE id = :id AND claimed_by IS NULL RETURNING id"
         return bool(self.db.write(sql, id=self.id))
+
+
+def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
+    """Return a pool VM as `handler_config` does one of the experiment; None if there is none."""
+    if db.value("SELECT 1 FROM vms WHERE server_name = :name", name=vm_name):
+        return None
+    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+    if row is None:
+        return None
+    if not row["path"]:
+        raise UsageError(f"VM {row['vm_name']!r} of the pool has no path to a guest agent")
+    name = row["vm_name"]
+    common = {"vm_name": name, "vm_uuid": "", "path": row["path"], "engine": "QemuVM", "db": db}
+    return {**common, "ordinal": f"pool.{name}", "launch_dir": "", "set_time": False}
 
 
 def time_to_wait(seconds: float) -> None:
@@ -6614,32 +7001,34 @@ class _ExperimentReader:
     ) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
-        faults = _key_faults(table, VM_KEYS, where)
-        if isinstance(table, dict) and "name" not in table:
-            faults.append(f"{where}: name is missing")
-        self.faults += faults
-        if not isinstance(table, dict) or not isinstance(table.get("schedule", []), list):
+        self.faults += _key_faults(table, VM_KEYS, where)
+        if not isinstance(table, dict):
             return
-        entries = self._read_schedule(table.get("schedule", []), where)
-        if faults:
+        sound = _sound(table, VM_KEYS)
+        entries = self._read_schedule(sound.get("schedule", []), where)
+        if "name" not in table:
+            self.faults.append(f"{where}: name is missing")
+        if "name" not in sound:
             return
-        for complete in self._expand(table, where):
+        for complete in self._expand(sound, table.keys(), where):
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
 
-    def _expand(self, table: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _expand(
+        self, table: dict[str, Any], given: Collection[str], where: str
+    ) -> Iterator[dict[str, Any]]:
         """Yield the VMs of one table: one, or `count` with {n} in name and path."""
         count = table.get("count")
         if count is not None and "{n}" not in table["name"]:
             self.faults.append(f"{where}: with count, the name needs {{n}}")
             return
         for n in range(1, (count or 1) + 1):
-            try:
-                yield self._complete(table if count is None else _numbered(table, n))
-            except ValueError as error:
-                self.faults.append(f"{where}: {error}")
+            numbered = table if count is None else _numbered(table, n)
+            if faults := list(_vm_table_faults(numbered, given)):
+                self.faults += [f"{where}: {fault}" for fault in faults]
                 return
+            yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
         managed = table.get("use_vm_manager", True)
@@ -6650,20 +7039,14 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        elif managed:
-            raise ValueError("path to the guest agent is missing")
         for key in ("control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
-        engines = sorted(driver.get_engine() for driver in plug_ins())
-        if entry.get("engine", "QemuVM") not in engines:
-            raise ValueError(f"unknown engine {entry['engine']!r}; one of {', '.join(engines)}")
-        return VMMapping.prepare_put(cast(VMMapping, None), entry)
+        return VMMapping.prepare_put(entry)
 
     def _address(self, text: str) -> str:
-        drivers.parse_address(text)
         if text.startswith(("tcp:", "vsock:")):
             return text
         return str(self.base / text.removeprefix("unix:"))
@@ -6676,7 +7059,14 @@ class _ExperimentReader:
             self.faults += faults
             if not faults:
                 entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
+            elif isinstance(item, dict):
+                self._look_for_files(item.get("file"), place)
         return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _look_for_files(self, parts: object, place: str) -> None:
+        for part in parts if isinstance(parts, list) else []:
+            if not _part_faults("file", part, DATA_KEYS["file"], place):
+                self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
@@ -6717,6 +7107,25 @@ class _ExperimentReader:
                         f"vm {seen[value]!r}"
                     )
                 seen.setdefault(value, vm["server_name"])
+
+
+def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
+    checks: list[tuple[Callable[[str], object], str]] = [
+        (functools.partial(checked_name, "VM"), table["name"]),
+        (drivers.parse_address, table.get("path", "/")),
+    ]
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            yield str(error)
+    misspelt = any(key not in VM_KEYS for key in given)
+    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+        yield "path to the guest agent is missing"
+    engines = sorted(driver.get_engine() for driver in plug_ins())
+    if table.get("engine", "QemuVM") not in engines:
+        yield f"unknown engine {table['engine']!r}; one of {', '.join(engines)}"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -7917,6 +8326,230 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
+class PoolCommands(_Group):
+    """VMs that are lent to jobs."""
+
+    def _manager(self) -> VmManager:
+        return VmManager(db=self._main._open("Make a group: vmrm pool group NAME"))
+
+    @command
+    def group(self, name: str | None = None, **settings: str) -> object:
+        """Show the groups, or make one, or change it, or show its settings.
+
+        Args:
+            name: The group's name.
+            settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
+        """
+        db = self._manager().db if name is None else self._main._db()
+        rows = db.query("SELECT * FROM pool_groups ORDER BY position")
+        if name is not None:
+            if settings or name.lower() not in [row["name"].lower() for row in rows]:
+                put_group(db, name, {key: _setting(text) for key, text in settings.items()})
+            rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
+        known = {"name": "name", **group_settings(db)}
+        shown = [{key: row[column] for key, column in known.items()} for row in rows]
+        return shown if name is None else shown[0]
+
+    @command
+    def add(self, vm: str, group: str, path: str = "", ip: str = "") -> object:
+        """Add a VM that is there; it is lent once the keeper has found it well.
+
+        Args:
+            vm: The VM's name.
+            group: Its group.
+            path: The guest agent's address.
+            ip: The VM's own address.
+        """
+        if path:
+            drivers.parse_address(path)
+        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+
+    @command
+    def list(self, group: str | None = None) -> object:
+        """List the pool's VMs.
+
+        Args:
+            group: Only those of this group.
+        """
+        pool = self._manager()
+        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
+        return [_vm_line(vm) for vm in vms]
+
+    @command
+    def info(self, vm: str | None = None) -> object:
+        """Show everything about a VM, or the whole pool in short.
+
+        Args:
+            vm: The VM's name.
+        """
+        pool = self._manager()
+        return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
+
+    @command
+    def acquire(
+        self,
+        *groups: str,
+        owner: str | None = None,
+        sandbox: str = "",
+        wait: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+        pid: int | None = None,
+        task: str | None = None,
+        format: str | None = None,  # noqa: A002 (an option's name)
+    ) -> object:
+        """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
+
+        A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
+        VM is released after it, and its exit code is passed on. Without one, name, ip, path and
+        token of the lease are printed.
+
+        Args:
+            groups: The groups it may come from, in order of preference.
+            owner: Whom it counts for; default: you.
+            sandbox: What for: VMs used before by this owner for this come first.
+            wait: Wait in the queue if there is none now.
+            timeout: Seconds to wait at most (exit code 124).
+            priority: In the queue: higher ones first.
+            lease: Seconds after which the lease ends unless renewed; default 1 h without --pid.
+            pid: The process that holds it: when it is dead, the VM is taken back.
+            task: A name for the job, shown in listings.
+            format: Print this, with {name}, {ip}, {path}, {token}, {group} filled in.
+        """
+        runs = bool(self._main._tail)
+        if runs and pid is not None:
+            raise UsageError("a COMMAND holds the VM itself: it takes no --pid")
+        if format is not None:
+            _filled_in(format, dict.fromkeys(_LEASED, ""))
+        if pid is None and lease is None and not runs:
+            lease = 3600.0
+        holder = os.getpid() if runs else pid
+        pool = self._manager()
+        import getpass
+
+        request = Request(
+            (pool._group_names(groups),),
+            getpass.getuser() if owner is None else owner,
+            sandbox,
+            None if holder is None else Holder.of(holder),
+            lease,
+            task,
+            priority=priority,
+        )
+        patience = None if not wait else math.inf if timeout is None else timeout
+        vm = pool.acquire(request, patience, self._main._screen.tell)[0]
+        if runs:
+            raise SystemExit(run_leased(pool, vm, lease, self._main._tail, self._main._screen))
+        leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
+        return leased if format is None else _filled_in(format, leased)
+
+    @command
+    def renew(self, vm: str, lease: float = 3600.0, token: str | None = None) -> object:
+        """Have a lease end later.
+
+        Args:
+            vm: The VM's name.
+            lease: Seconds from now.
+            token: The lease's token; default $VMRM_LEASE.
+        """
+        pool = self._manager()
+        return {"until": _iso(pool.renew_vm(vm, lease, token=_token(vm, token)))}
+
+    @command
+    def release(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Give a VM back to the pool.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().release_vm(vm, token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def hold(self, vm: str, until: str, token: str | None = None, *, force: bool = False) -> object:
+        """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time.
+
+        Args:
+            vm: The VM's name.
+            until: A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def terminate(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Have the keeper end a VM and forget it.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        pool = self._manager()
+        if not force:
+            pool.check_lease(vm, _token(vm, token))
+        pool.start_vm_termination(vm, reason="terminated by command")
+        return None
+
+    @command
+    def remove(self, vm: str) -> object:
+        """Forget a terminating VM whose machine is known to be gone.
+
+        Args:
+            vm: The VM's name.
+        """
+        self._manager().remove_vm_from_pool(vm)
+        return None
+
+    @command
+    def log(self, vm: str) -> object:
+        """Print what the hooks of a VM printed, and how they ended.
+
+        Args:
+            vm: The VM's name.
+        """
+        db = self._manager().db
+        path = pool_log(db, vm)
+        if not path.exists():
+            VmDescriptor.load(db, vm)  # which says so, if there is no such VM
+        print_log(path, lambda: False)
+        return _SHOWN
+
+    @command
+    def history(self, vm: str | None = None) -> object:
+        """Show every change of state: when, who, why.
+
+        Args:
+            vm: Only of this VM.
+        """
+        rows = self._manager().db.query(
+            "SELECT * FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id", vm=vm
+        )
+        return [
+            {
+                "at": _iso(row["at"]),
+                "vm": row["vm_name"],
+                "group": row["group"],
+                "from": row["old_state"],
+                "to": row["new_state"] or "(gone)",
+                "owner": row["owner"],
+                "who": row["who"],
+                "why": row["reason"],
+            }
+            for row in rows
+        ]
+
+    @command
+    def metrics(self) -> object:
+        """Print the pool's figures as Prometheus text."""
+        return self._manager().metrics().rstrip("\n")
+
+
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
@@ -7930,6 +8563,7 @@ class Commands(_Public):
         self._database: Database | None = None
         self.schedule = ScheduleCommands(self)
         self.store = StoreCommands(self)
+        self.pool = PoolCommands(self)
 
     def _db(self) -> Database:
         if self._database is None:
@@ -7940,16 +8574,26 @@ class Commands(_Public):
         if self._database is not None:
             self._database.close()
 
-    def _open(self) -> Database:
+    def _open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
         if not path.exists():
-            raise NotFound(f"no database at {str(path)!r}", "Load an experiment: vmrm load FILE")
+            raise NotFound(f"no database at {str(path)!r}", hint)
         return self._db()
 
     def _vm(self, name: str) -> str:
         """Return a VM's name as it is written in the database."""
-        sql = "SELECT server_name FROM vms WHERE server_name = :name"
+        return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
+
+    def _any_vm(self, name: str) -> str:
+        """Return the name of a VM of the experiment, or else of the pool."""
+        return self._name(
+            """SELECT server_name FROM vms WHERE server_name = :name
+               UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name""",
+            name,
+        )
+
+    def _name(self, sql: str, name: str) -> str:
         found = self._open().value(sql, name=name)
         if found is None:
             raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
@@ -8168,7 +8812,7 @@ class Commands(_Public):
         """
         if not self._tail:
             raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             answer = remote.do("exec", argv=self._tail)
             for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
                 stream.write((remote.folder / name).read_bytes())
@@ -8189,7 +8833,7 @@ class Commands(_Public):
             remote: Its absolute path in the VM; directories are made.
             timeout: Seconds within which the VM must begin to answer.
         """
-        source, name = Path(local), self._vm(vm)
+        source, name = Path(local), self._any_vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
         if not remote.startswith("/"):
@@ -8222,7 +8866,7 @@ class Commands(_Public):
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil
 
-        with Remote(self._open(), self._vm(vm), timeout) as access:
+        with Remote(self._open(), self._any_vm(vm), timeout) as access:
             with self._progress(access.folder, None):
                 answer = access.do("pull", remote=remote)
             temporary = target.with_name(f".vmrm-{secrets.token_hex(4)}")
@@ -8268,7 +8912,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds within which the VM must begin to answer.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("info")
 
     @command
@@ -8279,7 +8923,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds it may take.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("reboot")
 
     @command
@@ -8454,6 +9098,126 @@ def new_file(path: Path) -> Iterator[Path]:
     except BaseException:
         path.unlink()
         raise
+
+
+_LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
+
+
+def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
+    until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
+    return {
+        "vm": vm.vm_name,
+        "group": vm.group,
+        "state": vm.state,
+        "ip": vm.vm_ip,
+        "owner": vm.bound_to_user,
+        "sandbox": vm.bound_sandbox,
+        "holder": vm.holder_pid,
+        "until": _iso(until) if until else None,
+        "task": vm.task_id,
+        "builds": vm.builds_count,
+        "reason": vm.reason,
+    }
+
+
+def _setting(text: str) -> object:
+    """Return a group's setting as its column takes it."""
+    if text in ("none", "True", "False"):
+        return {"none": None, "True": 1, "False": 0}[text]
+    try:
+        return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
+    except ValueError:
+        return text
+
+
+def _filled_in(text: str, values: Mapping[str, object]) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UsageError(f"--format: {match[0]} is none of {', '.join(values)}")
+        return str(values[match[1]])
+
+    return re.sub(r"\{(\w*)\}", value, text)
+
+
+def _token(vm: str, given: str | None) -> str | None:
+    """Return the token of a command: the given one, or that of the job it runs in."""
+    of_job = os.environ.get("VMRM_VM", vm).lower() == vm.lower()
+    return given or (os.environ.get("VMRM_LEASE") if of_job else None)
+
+
+def _moment(text: str) -> float:
+    """Return a time from now, or a date, in seconds since the epoch."""
+    try:
+        return CLOCK.wall() + parse_seconds(text)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is neither a time like 90s, 2h, 3d nor a date") from None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def run_leased(
+    pool: VmManager, vm: VmDescriptor, lease: float | None, words: Sequence[str], screen: Screen
+) -> int:
+    """Run a command that holds a leased VM; release it afterwards; return the exit code.
+
+    The command itself becomes the holder before it begins, so that the VM is its own for as long
+    as it lives, whatever happens to us. Signals go on to it; it is ended if the lease is lost.
+    """
+    environment = os.environ | {
+        "VMRM_VM": vm.vm_name,
+        "VMRM_IP": vm.vm_ip,
+        "VMRM_PATH": vm.path,
+        "VMRM_GROUP": str(vm.group),
+        "VMRM_LEASE": cast(str, vm.token),
+        "VMRM_DB": str(pool.db.path),
+    }
+    pool.db.close()  # no connection crosses a fork
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        _become(words, environment, ready)
+    os.close(ready)
+    process = os.pidfd_open(child)
+
+    def send(number: int, _: object = None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, number)
+
+    def lost(error: VmError) -> None:
+        screen.tell(f"vmrm: {error}; the command is ended")
+        send(signal.SIGTERM)
+
+    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    try:
+        pool.hand_over(vm, Holder.of(child))
+        os.write(go, b"g")
+        with pool.keep(vm, lease, lost):
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        os.close(go)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(process)
+    pool.release_vm(vm.vm_name, token=vm.token)
+    return code if code >= 0 else 128 - code
+
+
+def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
+    """Become a command, in a forked child, once the parent says so; end if it died before."""
+    code = 127
+    try:
+        if os.read(ready, 1):
+            os.execvpe(words[0], list(words), environment)  # noqa: S606
+    except OSError as error:
+        print(f"error: {words[0]!r}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+    finally:
+        os._exit(code)
 
 
 def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
@@ -8632,15 +9396,21 @@ def _switch(value: str) -> bool:
     return value == "True"
 
 
+def parse_seconds(text: str) -> float:
+    """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
+    seconds = float(text[:-1]) * unit if unit else float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is no duration")
+    return seconds
+
+
 def _seconds(value: str) -> float:
     """Return a duration; every number with a fraction on our command line is one."""
     try:
-        seconds = float(value)
+        return parse_seconds(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number of seconds") from None
-    if not 0 <= seconds < math.inf:
-        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more")
-    return seconds
+        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more") from None
 
 
 def _whole(value: str) -> int:
@@ -8655,6 +9425,11 @@ def _fire_error(message: str) -> Exception:
     return cast(Exception, FireError(message))
 
 
+_GROUPS: dict[str, type] = {
+    "schedule": ScheduleCommands,
+    "store": StoreCommands,
+    "pool": PoolCommands,
+}
 _PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
 
 
@@ -8686,12 +9461,12 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
         return cast(Pending, getattr(commands, words[0])())
     if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
-        raise UsageError("'--' is for exec alone, after VM", "See: vmrm exec --help")
+        raise UsageError("'--' is for exec and pool acquire alone", "See: vmrm exec --help")
     import fire
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
     fire.decorators.FIRE_METADATA = "_fire_metadata"
-    for group in (Commands, ScheduleCommands, StoreCommands):
+    for group in (Commands, *_GROUPS.values()):
         _teach_fire(group)
     understood: list[Pending] = []
 
@@ -8735,7 +9510,7 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
         if word not in known:
             break
         at.append(word)
-        group = {"schedule": ScheduleCommands, "store": StoreCommands}.get(word)
+        group = _GROUPS.get(word)
         known = [] if group is None else list(vars(group))
     if len(at) == 1 or known:
         text = text.replace("not understood:", "no such command:")
@@ -8760,6 +9535,11 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         word = rest.pop(0)
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
+            break
+        if line.words[:2] == ["pool", "acquire"] and word == "--" and rest != ["--help"]:
+            if not rest:
+                raise UsageError("no command follows --", "See: vmrm pool acquire --help")
+            line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
             line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")

@@ -103,7 +103,7 @@ def test_a_plan_of_a_faulty_file_tells_all_faults(cli: Cli, tmp_path: Path) -> N
     shown = cli("plan", "lab.toml")
     assert (shown.code, shown.out) == (2, "")
     assert shown.err == cli("load", "lab.toml").err
-    assert "2 faults" in shown.err
+    assert "3 faults" in shown.err
 
 
 # === an experiment to look at ====================================================================
