@@ -176,8 +176,9 @@ def test_the_command_line_pauses(lab: Lab) -> None:
 def test_an_armed_entry_that_was_not_sent_is_held_and_starts_once(lab: Lab) -> None:
     load_both(lab, note(0.2, "first"), note(3, "second"), note(3.2, "third"))
     done(lab, "run", "--detach")
-    until(lambda: armed(lab, 2))
-    done(lab, "break", "vm1")
+    until(lambda: record(lab) and armed(lab, 2))
+    with vmrm.Database(lab.db) as db:
+        vmrm.pause_vms(db, ["vm1"])
     until(lambda: not armed(lab, 2))
     until(lambda: record(lab, 2) == ["first", "second", "third"])
     assert record(lab) == ["first"]
