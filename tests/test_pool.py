@@ -487,7 +487,7 @@ def test_groups_and_their_settings_come_from_opts_as_in_the_reference(tmp_path: 
             pool.remove_vm_from_pool("v")
     with (
         VmManager(db=tmp_path / "lab.db") as pool,
-        pytest.raises(vmrm.NotFound, match="no group 1"),
+        pytest.raises(vmrm.NotFound, match="no group '1'"),
     ):
         pool.acquire_vm([1], "ann", "s", ME)
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
-import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -213,39 +213,35 @@ TestPoolModel = PoolMachine.TestCase
 
 # === eight processes =============================================================================
 
-WORKERS, VMS, OWNERS, LIMIT, PAIRS = 8, 50, 16, 4, 20_000
+WORKERS, VMS, OWNERS, LIMIT, PAIRS = 8, 50, 12, 4, 20_000
 
-# A worker: what it holds it writes to a record of its own, before and after, by single writes.
-WORKER = """
-import os, random, sys, time, vmrm
-path, seed, record = sys.argv[1:]
-chance, out = random.Random(int(seed)), os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-pool = vmrm.VmManager(db=path)
-def write(word, vm, owner):
-    os.write(out, b"%s %3s %3s %20d\\n" % (word, vm.encode(), owner.encode(), time.monotonic_ns()))
-while True:
-    owner = f"o{chance.randrange(OWNERS)}"
-    try:
-        vm = pool.acquire_vm(["g"], owner, chance.choice("st"), os.getpid()).vm_name
-    except vmrm.NoVmAvailable:
-        continue
-    write(b"+", vm, owner)
-    if chance.random() < 0.02:
-        time.sleep(0.002)
-    write(b"-", vm, owner)
-    pool.release_vm(vm)
-    if chance.random() < 0.02:  # so that owners change
-        try:
-            pool.start_vm_termination(vm, allowed_pre_state="ready")
-        except vmrm.VmError:
-            continue
-        pool.remove_vm_from_pool(vm)
-        pool.add_vm_to_pool("", vm, "g")
-        with pool.db.transaction():
-            vmrm.move_pool_vm(pool.db, vm, "check_health")
-        pool.mark_vm_checked(vm)
-""".replace("OWNERS", str(OWNERS))
 LINE = len("+ v49 o15 ") + 21
+
+
+def work(path: Path, seed: int, record: Path) -> None:
+    """Lease and release until killed; write each use to a record of our own, by single writes."""
+    chance, pool = random.Random(seed), vmrm.VmManager(db=path)
+    out = os.open(record, os.O_WRONLY | os.O_APPEND)
+
+    def write(word: str) -> None:
+        os.write(out, f"{word} {vm:3} {owner:3} {time.monotonic_ns():20}\n".encode())
+
+    while True:
+        owner = f"o{chance.randrange(OWNERS)}"
+        try:
+            vm = pool.acquire_vm(["g"], owner, chance.choice("st"), os.getpid()).vm_name
+        except vmrm.NoVmAvailable:
+            continue
+        write("+")
+        if chance.random() < 0.02:
+            time.sleep(0.002)
+        write("-")
+        pool.release_vm(vm)
+        if chance.random() < 0.02:  # so that owners change
+            with suppress(vmrm.VmError):
+                pool.start_vm_termination(vm, allowed_pre_state="ready")
+                pool.remove_vm_from_pool(vm)
+                add(pool, vm)
 
 
 class Use:
@@ -268,14 +264,12 @@ def uses(record: Path, killed_at: int) -> list[Use]:
     return found
 
 
-def fill(pool: vmrm.VmManager) -> None:
-    """Make a group of VMs that are ready."""
-    vmrm.put_group(pool.db, "g", {"max_vm_per_user": LIMIT})
-    for number in range(VMS):
-        pool.add_vm_to_pool("", f"v{number}", "g")
-        with pool.db.transaction():
-            vmrm.move_pool_vm(pool.db, f"v{number}", "check_health")
-        pool.mark_vm_checked(f"v{number}")
+def add(pool: vmrm.VmManager, vm: str) -> None:
+    """Add a VM and find it well."""
+    pool.add_vm_to_pool("", vm, "g")
+    with pool.db.transaction():
+        vmrm.move_pool_vm(pool.db, vm, "check_health")
+    pool.mark_vm_checked(vm)
 
 
 @pytest.mark.slow
@@ -284,30 +278,38 @@ def test_no_vm_has_two_holders_and_no_owner_too_many_whoever_is_killed(tmp_path:
     print(f"seed {seed}")
     chance = random.Random(seed)
     path = tmp_path / "lab.db"
-    workers: dict[Path, subprocess.Popen[bytes]] = {}
+    workers: dict[Path, int] = {}
     ended: dict[Path, int] = {}
 
     def start() -> None:
         record = tmp_path / f"record.{len(workers) + len(ended)}"
-        words = [sys.executable, "-c", WORKER, str(path), str(chance.randrange(1 << 30))]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        workers[record] = subprocess.Popen([*words, str(record)], env=environment)
         record.touch()
+        seed = chance.randrange(1 << 30)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work(path, seed, record)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        workers[record] = pid
 
     def kill(record: Path) -> None:
-        process = workers.pop(record)
-        assert process.poll() is None, "a worker ended by itself"
+        pid = workers.pop(record)
         ended[record] = time.monotonic_ns()
-        process.kill()
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it ended by itself"
 
     with vmrm.VmManager(db=path) as pool:
-        fill(pool)
+        vmrm.put_group(pool.db, "g", {"max_vm_per_user": LIMIT})
+        for number in range(VMS):
+            add(pool, f"v{number}")
+        pool.db.close()  # no connection crosses a fork
         try:
             for _ in range(WORKERS):
                 start()
             while sum(r.stat().st_size for r in [*workers, *ended]) < 2 * PAIRS * LINE:
-                time.sleep(chance.uniform(0.2, 0.6))
+                time.sleep(chance.uniform(0.3, 1.2))
                 kill(chance.choice(list(workers)))
                 start()
         finally:
@@ -329,4 +331,3 @@ def test_no_vm_has_two_holders_and_no_owner_too_many_whoever_is_killed(tmp_path:
         assert pool.db.value(sql) <= LIMIT
         assert not pool.get_vm_by_group_and_state_list(None, ["in_use"])
         assert vmrm.check(pool.db) == []
-        print(f"{len(found)} uses, {len(ended)} workers, {max(use.end for use in found)}")
