@@ -69,8 +69,9 @@ __version__ = "0.1.0"
 #   │   ├── NotFound           nothing of that name
 #   │   └── Conflict           held by, or already done by, someone else
 #   ├── Unavailable            code 75: fine later
-#   │   └── Busy               the database's writer lock was not free in time
-#   │       └── ScheduleDbTimeoutError
+#   │   ├── Busy               the database's writer lock was not free in time
+#   │   │   └── ScheduleDbTimeoutError
+#   │   └── Unwritable         the database's disk is full, for example
 #   ├── TimedOut               code 124
 #   └── SchemaError            code 3: the database file is not ours, damaged or of another version
 
@@ -109,6 +110,10 @@ class Unavailable(VmrmError):
 
 class Busy(Unavailable):
     """The database's writer lock was not free in time."""
+
+
+class Unwritable(Unavailable):
+    """The database cannot be used at present: its disk is full, for example."""
 
 
 class ScheduleDbTimeoutError(Busy):
@@ -354,6 +359,32 @@ def _file_system(path: Path) -> str:
     return ""
 
 
+# What SQLite says when it is not the request that is wrong, and which may pass.
+_TROUBLE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+
+
+@contextlib.contextmanager
+def _telling_trouble() -> Iterator[None]:
+    """Raise `Unwritable` for what the disk, or another program, keeps us from."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _TROUBLE:
+            raise
+        raise Unwritable(
+            f"the database cannot be used now: {error}",
+            "Make room on its disk, or see who else has it open; nothing is lost",
+        ) from error
+
+
 class WriterLock:
     """The queue of writers: an exclusive flock on `locks/writer`, taken before BEGIN IMMEDIATE.
 
@@ -564,6 +595,10 @@ class Database:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
+        with _telling_trouble():
+            return self._connected()
+
+    def _connected(self) -> sqlite3.Connection:
         me = threading.current_thread()
         try:
             connection = sqlite3.connect(
@@ -583,6 +618,8 @@ class Database:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
         except sqlite3.OperationalError as error:
             self._connections.pop(me, None)
+            if error.sqlite_errorcode & 0xFF in _TROUBLE:
+                raise
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
             self._connections.pop(me, None)
@@ -616,7 +653,11 @@ class Database:
 
     def query(self, sql: str, **parameters: object) -> list[dict[str, Any]]:
         """Return all rows of one reading statement, as dictionaries."""
-        return [dict(row) for row in self.connection.execute(sql, parameters).fetchall()]
+        return [dict(row) for row in self._rows(sql, parameters)]
+
+    def _rows(self, sql: str, parameters: Mapping[str, object]) -> list[sqlite3.Row]:
+        with _telling_trouble():
+            return self.connection.execute(sql, parameters).fetchall()
 
     def row(self, sql: str, **parameters: object) -> dict[str, Any] | None:
         """Return the first row, or None if there is none."""
@@ -625,7 +666,8 @@ class Database:
 
     def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row, or None if there is none."""
-        row = self.connection.execute(sql, parameters).fetchone()
+        with _telling_trouble():
+            row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
 
     @contextlib.contextmanager
@@ -637,9 +679,10 @@ class Database:
 
         Raises:
             Busy: other writers did not let us in within the writer time-out.
+            Unwritable: the disk is full, for example.
         """
         connection = self.connection
-        with self._writer.held():
+        with self._writer.held(), _telling_trouble():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
@@ -667,10 +710,10 @@ class Database:
     def checkpoint(self, truncate: bool = False) -> None:
         """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
         if not truncate:
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(PASSIVE)", {})
             return
         with self._writer.held():
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)", {})
 
     @property
     def utils(self) -> sqlite_utils.Database:
@@ -2646,6 +2689,7 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
+KILLED = "killed by stop --kill"
 
 _CALL_SCRIPT = """\
 #!/bin/sh
@@ -2705,8 +2749,12 @@ if [ "$fresh" = fresh ]; then
         mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
     done
 fi
-cd "$stage" && ls
+cd "$stage" && wc -c * 2>/dev/null
+exit 0
 """
+
+_STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})$", re.MULTILINE | re.ASCII)
+
 
 # Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
 # puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
@@ -2729,18 +2777,27 @@ script() {{
 }}
 """
 
+# Life comes before the exit code: what is gone by then has written its code.
 _PROBE_SCRIPT = """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
-    [ -f "$here/exit" ] && read -r code < "$here/exit"
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
         [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
     fi
+    [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
 done
+"""
+
+# Takes the place of attempts that have not begun, so that they never will.
+_FORBID_SCRIPT = f"""\
+for here; do
+    mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
+done
+exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
@@ -3128,11 +3185,11 @@ class OutputLog:
         self.db, self.vm_name, self.log = db, vm_name, log
         self._partial: dict[tuple[int, str], str] = {}
         self._decoders: dict[tuple[int, str], Any] = {}
-        self._lost: set[tuple[int, int]] = set()
+        self._lost: dict[tuple[int, int], str] = {}
 
     def path(self, ordinal: int, attempt: int, stream: str) -> Path:
         """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
+        return self.db.state_dir / "logs" / self.vm_name / f"{ordinal}.{attempt}.{stream}"
 
     def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
         """Return how many bytes of a stream are here: the offset to go on from."""
@@ -3141,25 +3198,30 @@ class OutputLog:
 
     def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
         """Return how many more bytes may be fetched of an attempt."""
-        if (entry.ordinal, attempt.attempt) in self._lost:
+        if self.loss(entry, attempt):
             return 0
         used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
         if used >= MAX_OUTPUT_BYTES:
             self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
         return MAX_OUTPUT_BYTES - used
 
+    def loss(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        """Return why the output of an attempt is incomplete, '' if it is not."""
+        return self._lost.get((entry.ordinal, attempt.attempt), "")
+
     def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
-        self._lost.add((entry.ordinal, attempt.attempt))
+        self._lost[entry.ordinal, attempt.attempt] = f"its output is incomplete: {why}"
         self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
 
     def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
         """Append raw output; return whether the host could keep it."""
         path = self.path(entry.ordinal, attempt.attempt, stream)
         try:
+            self.db.directory("logs", self.vm_name)
             with path.open("ab") as target:
                 target.write(data)
         except OSError as error:
-            self._lose(entry, attempt, str(error))
+            self._lose(entry, attempt, error.strerror or str(error))
             return False
         self._add_text(entry, stream, data)
         return True
@@ -3197,7 +3259,7 @@ class OutputLog:
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
         lines = [content] if isinstance(content, Mapping) else content.split("\n")
-        path = self.db.directory("logs") / f"{self.vm_name}.json"
+        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
@@ -3227,11 +3289,30 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
+class LogFile(logging.Handler):
+    """A log that a full disk cannot break: what it cannot keep is counted, and told later."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self._lost = path, 0
+        self.setFormatter(LogFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one record; the file is open for no longer, so it can neither leak nor linger."""
+        lines = f"{self.format(record)}\n"
+        if self._lost:
+            lines = f"{_iso(record.created)} error   {self._lost} records lost here\n{lines}"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                whole = file.write(data := lines.encode(errors="backslashreplace")) == len(data)
+        except OSError:
+            whole = False
+        self._lost = 0 if whole else self._lost + 1
+
+
 def log_to(logger: logging.Logger, path: Path) -> None:
     """Make a logger write to a file, and nowhere else."""
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(LogFormatter())
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [LogFile(path)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -3365,8 +3446,9 @@ def agent_lock(
             )
         wait(0.1)
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is held without a name
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -3458,10 +3540,7 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     """
     if not found.claimed:  # what a reboot may have erased was perhaps there
         return NextStep.RUN if same_boot or not due else NextStep.FAILED
-    if found.exit_code is not None:
-        return NextStep.WATCH
-    begun = found.alive or found.pid is None  # a claim comes a moment before its pid
-    return NextStep.WATCH if same_boot and begun else NextStep.FAILED
+    return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
 
 
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
@@ -3563,10 +3642,11 @@ class VMResourceHandler:
         self._life: Task | None = None
         self._wake: WakeSocket | None = None
         self._woken = True
-        self._leaving = False  # told so already
+        self._killing = False  # on the way out, with all guest programs
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
         self._trouble_at: float | None = None
+        self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
 
@@ -3604,14 +3684,15 @@ class VMResourceHandler:
             return False
         return True
 
-    def _connect(self) -> None:
+    def _connect(self, timeout: float | None = None) -> None:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
             self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
             self.driver.wait = self._wait
-        self.driver.connect(timeout=float(self.config.get("agent_timeout") or 300))
-        self._boot = self.driver.boot_id()
+        self.driver.connect(timeout=timeout or float(self.config.get("agent_timeout") or 300))
+        # Twice, since an agent that is restarted between open and read has none to tell.
+        self._boot = self.driver.boot_id() or self.driver.boot_id()
 
     # --- life
 
@@ -3626,11 +3707,7 @@ class VMResourceHandler:
             raise Conflict(f"VM {self.vm_name!r} has a handler already")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
-            self.db.write(
-                "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
-                pid=os.getpid(),
-                name=self.vm_name,
-            )
+            self._check_in()
             self._answer_lost_requests()
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
@@ -3645,13 +3722,38 @@ class VMResourceHandler:
             wake(self.db, SUPERVISOR)
         return 0
 
+    def _check_in(self) -> None:
+        self.db.write(
+            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            pid=os.getpid(),
+            name=self.vm_name,
+        )
+
     def _run_until_told(self) -> None:
         try:
-            self._run()
+            self._leave_if_told()
+            while True:
+                try:
+                    self._run()
+                    return
+                except Unavailable as error:
+                    self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
             if leave.halt is Halt.KILL:
                 self._kill_all()
+
+    def _await_database(self, error: Unavailable) -> None:
+        """Wait until rows can be written again; what happens meanwhile stays in the guest."""
+        self.log.error("%s; waiting, the programs in the VM go on", error)
+        if self.driver is not None:
+            self.driver.close()
+        while True:
+            with contextlib.suppress(Unavailable):
+                self._wait(-1, 0, self.timeouts.reconnect)
+                self._check_in()
+                self.log.warning("the database can be used again")
+                return
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -3661,14 +3763,23 @@ class VMResourceHandler:
                     self._connect()
                     self._loop()
                     return
-                except drivers.AgentError as error:
-                    raise VMFailed(str(error)) from error
-                except drivers.ConnectError as error:
-                    raise VMFailed(str(error)) from error
                 except drivers.DriverError as error:
+                    if self._is_final(error):
+                        raise VMFailed(str(error)) from error
                     self._link_trouble(error)
         except VMFailed as failed:
             self._fail(str(failed))
+
+    def _is_final(self, error: drivers.DriverError) -> bool:
+        """Whether another try is no use: nobody is there, it is forbidden, or refused twice.
+
+        Once is not enough: an agent that was restarted knows neither our files nor our programs.
+        """
+        refused, self._refused = self._refused, str(error)
+        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        again = isinstance(error, drivers.AgentError) and refused == str(error)
+        lost = isinstance(error, drivers.UnknownPid)
+        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -3682,7 +3793,7 @@ class VMResourceHandler:
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at = None
+        self._trouble_at, self._refused = None, ""
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -3745,7 +3856,7 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        if self._leaving:
+        if self._killing:
             return
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt in (Halt.STOP, Halt.KILL):
@@ -3785,7 +3896,7 @@ class VMResourceHandler:
         self.schedule.sort(key=lambda entry: entry.ordinal)
         halt = self.db.value("SELECT halt FROM current_experiment")
         self._halt = Halt(halt) if halt else None
-        for row in self._open_requests():
+        for row in [] if self._killing else self._open_requests():
             self.agenda.spawn(self._request_steps(row))
         if self._life:  # and nobody else: an armed entry sleeps until it is due
             self.agenda.wake(self._life)
@@ -3862,37 +3973,52 @@ class VMResourceHandler:
             return
         if self.driver.is_windows:
             raise VMFailed("Windows guests are not supported by this version")
-        self.driver.used_agent_paths.clear()
-        for entry in self.schedule:
-            self.driver.create_paths(entry)
+        self._name_places()
         work = [entry for entry in self.schedule if entry.runs_script]
         if work:
             yield from self._stage_steps(work)
         self._prepared_boot = self._boot
         self._progress()
 
+    def _name_places(self) -> None:
+        """Give every entry its places in the guest, which follow from the whole schedule."""
+        self.driver.used_agent_paths.clear()
+        for entry in self.schedule:
+            self.driver.create_paths(entry)
+
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present = self._list_stage(work)
+        present = self._list_stage(work)  # in full: a reset may cut short what was not synced
         layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
 
-    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
-        """Make the stage and return what lies there; move an older experiment's folders aside."""
+    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[tuple[str, int]]:
+        """Make the stage and return the names and sizes of what lies there.
+
+        An older experiment's folders are moved aside.
+        """
         fresh = "keep" if self._journal.latest() else "fresh"
         folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *owner, *folders)
+        words = self._stage, old, fresh, *owner, *folders
+        status = self.driver.run(
+            ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words], timeout=self.timeouts.call
+        )
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
-        return set(status.out.decode(errors="replace").split("\n"))
+        listed = _STAGED.findall(status.out.decode(errors="replace"))
+        return {(sha256, int(size)) for size, sha256 in listed}
 
     def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
         argv = ["/bin/sh", "-c", script, "sh", *words]
-        return self.driver.run(argv, timeout=self.timeouts.call)
+        try:
+            return self.driver.run(argv, timeout=self.timeouts.call)
+        except drivers.AgentError as error:
+            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -3918,7 +4044,9 @@ class VMResourceHandler:
             )
         return Staged(sha256, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
 
-    def _load_steps(self, entry: ScheduleEntry, present: set[str], layout: list[str]) -> Steps:
+    def _load_steps(
+        self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
+    ) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
         try:
             placed = self._contents(entry)
@@ -3936,14 +4064,15 @@ class VMResourceHandler:
         if entry.executable and (user := entry.options.get("user")):
             scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
         for staged, _ in placed:
-            if staged.sha256 not in present:
+            if (staged.sha256, staged.size) not in present:
                 yield from self._push_steps(staged)
-                present.add(staged.sha256)
+                present.add((staged.sha256, staged.size))
                 layout.append(f"keep {staged.sha256} {staged.size}")
         for text, path, user in scripts:
-            sha256 = text_content(text).sha256
-            if sha256 not in present:
-                present.add(sha256)
+            content = text_content(text)
+            sha256 = content.sha256
+            if (sha256, content.size) not in present:
+                present.add((sha256, content.size))
                 layout.append(f"text {sha256} {shlex.quote(text)}")
             layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
 
@@ -4214,7 +4343,12 @@ class VMResourceHandler:
             error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
         self.output.end(entry, attempt)
         _crash("before-journal")
-        again = entry.start_time < 0 and not error and (reboot or exit_code == REBOOT_EXIT_CODE)
+        again = (
+            outcome is Outcome.DONE
+            and entry.start_time < 0
+            and (reboot or exit_code == REBOOT_EXIT_CODE)
+        )
+        error = error or self.output.loss(entry, attempt)
         self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
         self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
         self._progress()
@@ -4222,9 +4356,10 @@ class VMResourceHandler:
         if self._life:
             self.agenda.wake(self._life)
 
-    @staticmethod
-    def _judge(entry: ScheduleEntry, exit_code: int | None) -> str:
+    def _judge(self, entry: ScheduleEntry, exit_code: int | None) -> str:
         """Return what is wrong with an exit code, '' if nothing is."""
+        if self._killing and exit_code == CLAIM_FAILED:
+            return KILLED
         reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
@@ -4251,92 +4386,85 @@ class VMResourceHandler:
         limit = entry.options.get("timeout") or (
             self.timeouts.negative_entry if entry.start_time < 0 else math.inf
         )
-        if found.pid is None and found.exit_code is None:
-            found = yield from self._claim_steps(entry, attempt)
+        why = f"timed out after {limit:g} s and was killed"
         deadline = CLOCK.monotonic() + limit
-        if attempt.sent_at is not None:
-            deadline -= CLOCK.wall() - attempt.sent_at
+        if attempt.sent_at is not None:  # by the wall clock, which may have been set back
+            deadline -= max(0.0, CLOCK.wall() - attempt.sent_at)
+        if self._killing:
+            deadline, why = -math.inf, KILLED
         interval, fetch_at = self.timeouts.poll_first, 0.0
         while True:
             yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
             interval = min(interval * 1.5, self.timeouts.poll_last)
-            ended = self._ended(entry, attempt, found)
-            if ended is not None:
+            found = yield from self._look_steps(entry, attempt, found)
+            if found.exit_code is not None:
                 yield from self._fetch_steps(entry, attempt)
-                return ended
+                return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(found.pid)
                 yield from self._fetch_steps(entry, attempt)
-                raise _EntryFailed(f"timed out after {limit:g} s and was killed")
+                raise _EntryFailed(why)
 
-    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Give a script that has claimed a moment to say who it is; return what it says."""
-        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
-        while True:
-            found = self._probe([self._attempt_dir(entry, attempt)])[0]
-            if found.exit_code is not None or found.alive:
-                return found
-            if found.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it began, and nobody saw its end")
-            yield self.timeouts.claim_grace / 10
+    def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
+        """Look once how an attempt is; return it as found now, with an exit code if it has ended.
 
-    def _ended(
-        self, entry: ScheduleEntry, attempt: Attempt, found: Found
-    ) -> tuple[int | None, bool] | None:
-        """Return exit code and reboot wish if the program has ended, else None.
-
-        The guest's own file is asked first, then the agent; an agent that does not know the pid
+        The agent is asked first, then the guest's own files; an agent that does not know the pid
         (it was restarted) leaves the probe of the process itself.
 
         Raises:
             _EntryFailed: it was never begun, or died by a signal.
         """
         if found.exit_code is not None:
-            return found.exit_code, found.reboot
+            return found
+        if found.pid is None:
+            return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self.driver.status(cast(int, found.pid))
+            status = self.driver.status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
-            return self._ended_by_probe(entry, attempt)
+            return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
-            return None
+            return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            return parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
-        return self._ended_without_file(entry, attempt, status, found)
-
-    def _ended_without_file(
-        self, entry: ScheduleEntry, attempt: Attempt, status: drivers.ExecStatus, found: Found
-    ) -> tuple[int | None, bool] | None:
+            code, reboot = parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
+            return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if not left.claimed and status.exitcode in (CLAIM_FAILED, None):
-            raise _EntryFailed(
-                f"the guest did not begin it: {_words(status.err) or 'no reason given'}"
-            )
+        left = self._probe([here])[0]
         if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.pid not in (None, found.pid):  # another start of this attempt has the claim
-            return None if left.alive else self._ended_by_probe(entry, attempt)
+            return left
+        # A script of ours has nothing to tell the agent once it has made its claim.
+        if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
+            why = _words(status.err) or "no reason given"
+            raise _EntryFailed(f"the guest did not begin it: {why}")
+        if left.claimed and status.err:  # another start of this attempt was faster
+            return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        return status.exitcode, self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = self.check_for_reboot(str(entry.reboot_filepath))
+        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
-    def _ended_by_probe(
-        self, entry: ScheduleEntry, attempt: Attempt
-    ) -> tuple[int | None, bool] | None:
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.alive:
-            return None
-        if not left.claimed:  # recovery knows what to do with what never began
-            raise drivers.LinkLost("the agent was restarted")
-        raise _Unknown("it ended, and nobody saw how")
+    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
+        """Ask an attempt's own files how it is, and give it a moment to say who it is.
+
+        Raises:
+            LinkLost: it has not begun; recovery knows what to do with it.
+            _Unknown: it has begun, and ended without a word.
+        """
+        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
+        while True:
+            found = self._probe([self._attempt_dir(entry, attempt)])[0]
+            if found.exit_code is not None or found.alive:
+                return found
+            if not found.claimed:
+                raise drivers.LinkLost("the agent was restarted")
+            if found.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it ended, and nobody saw how")
+            yield self.timeouts.claim_grace / 10
 
     def _kill_steps(self, *pids: int | None) -> Steps:
         """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
@@ -4402,9 +4530,13 @@ class VMResourceHandler:
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
         scripts = [e for e in opened if e.runs_script]
-        probed = self._probe([self._attempt_dir(e, latest[e.ordinal]) for e in scripts])
-        for entry, found in zip(scripts, probed, strict=True):
+        places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+        if self._killing:
+            self._sh(_FORBID_SCRIPT, *places)
+        for entry, found in zip(scripts, self._probe(places), strict=True):
             self._recover_attempt(entry, latest[entry.ordinal], found)
+        if self._killing:
+            return
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
                 self._spawn_attempt(entry, latest[entry.ordinal])
@@ -4418,9 +4550,11 @@ class VMResourceHandler:
         step = recovered(found, same_boot=same_boot, due=(attempt.planned_at or 0) <= CLOCK.wall())
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._spawn_attempt(entry, attempt, at=self._due(attempt))
-        elif step is NextStep.WATCH:
-            self._spawn_attempt(entry, attempt, found)
+            if not self._killing:  # else it is not even laid out
+                self._spawn_attempt(entry, attempt, at=self._due(attempt))
+        elif step is NextStep.WATCH:  # on a full disk the guest has no note of the pid
+            pid = found.pid if found.pid is not None else attempt.pid
+            self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
             why = "nobody saw its end" if same_boot else "the guest was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
@@ -4547,18 +4681,20 @@ class VMResourceHandler:
 
     def _kill_all(self) -> None:
         """End the guest programs of all open attempts, on the way out."""
-        self._leaving = True
-        opened = [attempt for attempt in self._journal.latest().values() if attempt.is_open]
+        self._killing = True
         try:
-            self.driver.connect(timeout=self.timeouts.lock)
-            boot = self.driver.boot_id()
-            # A pid of an earlier boot is somebody else's now.
-            self._drain(self._kill_steps(*(a.pid for a in opened if a.boot_id == boot)))
-        except (drivers.DriverError, _Leave) as error:
+            self._connect(self.timeouts.lock)
+            self._drain(self._kill_all_steps())
+        except (drivers.DriverError, VMFailed, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
-            return
-        for attempt in opened:
-            self._journal.ended(attempt, Outcome.FAILED, error="killed by stop --kill")
+
+    def _kill_all_steps(self) -> Steps:
+        """Find every open attempt as a recovery does; to watch one means to kill it now."""
+        self._tasks = {}
+        self._take_news()
+        self._name_places()
+        self._recover()
+        yield list(self._tasks.values())
 
     # --- transfers out of the guest
 
@@ -5005,7 +5141,10 @@ class Supervisor:
         self._progress: dict[str, object] = {}
         self._not_before: dict[str, float] = {}  # when a dead handler may be started again
         self._leave_by = math.inf
+        self._hurrying: Halt | None = None
         self._told_to_stop = False
+        self._trouble = False  # with the database, and told so
+        self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0.
@@ -5022,12 +5161,28 @@ class Supervisor:
             )
         self._prepare()
         try:
-            while not self._step():
+            while not self._ended():
                 self._pause()
-            self._end()
         finally:
             os.close(lock)
         return 0
+
+    def _ended(self) -> bool:
+        """Do what is to be done now; return whether the experiment is over, or we must leave.
+
+        While the database cannot be used nothing is decided; handlers wait for it as we do.
+        """
+        try:
+            if self._step():
+                self._end()
+                return True
+        except Unavailable as error:
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            self._trouble = True
+            return self._told_to_stop  # which no row can say now: the lifeline does
+        self._trouble = False
+        return False
 
     def _prepare(self) -> None:
         import gc
@@ -5072,18 +5227,20 @@ class Supervisor:
         """Look at everything once; return whether the experiment is over."""
         self._reap()
         if self._told_to_stop:
-            self._told_to_stop = False
             halt_experiment(self.db, Halt.STOP)
+            self._told_to_stop = False
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt is None and self._end_if_over():
             halt = Halt.END
             _crash("end-set")
         if halt is None:
             self._start_handlers()
-        elif not self._children:
+        elif halt == Halt.KILL:
+            self._start_killers()
+        if halt is not None and not self._children:
             return True
-        elif halt in (Halt.STOP, Halt.KILL):
-            self._hurry()
+        if halt in (Halt.STOP, Halt.KILL):
+            self._hurry(Halt(halt))
         self._checkpoint()
         return False
 
@@ -5120,18 +5277,32 @@ class Supervisor:
             """SELECT server_name FROM vms WHERE state IN
                    ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
         )
-        present, now = set(self._children.values()), CLOCK.monotonic()
-        absent = [row["server_name"] for row in wanted if row["server_name"] not in present]
-        due = [name for name in absent if self._not_before.get(name, 0) <= now]
-        if due:
-            self.db.close()
-        for name in due:
-            self._not_before.pop(name, None)
-            self._fork(name)
+        now = CLOCK.monotonic()
+        for name in self._without_handler(row["server_name"] for row in wanted):
+            if self._not_before.get(name, 0) <= now:
+                self._not_before.pop(name, None)
+                self._fork(name)
+
+    def _start_killers(self) -> None:
+        """Where a program is left without a handler, start one, once: it knows what to do."""
+        for name in self._without_handler(vms_with_programs(self.db)):
+            if name not in self._last_rites:
+                self._last_rites.add(name)
+                self._fork(name)
+
+    def _without_handler(self, names: Iterable[str]) -> list[str]:
+        present = set(self._children.values())
+        return [name for name in names if name not in present]
 
     def _fork(self, name: str) -> None:
+        self.db.close()  # no connection crosses a fork
         _crash("before-fork")
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or too little memory, for the moment
+            self.log.error("cannot start the handler of %s: %s", name, error)
+            self._not_before[name] = CLOCK.monotonic() + 1
+            return
         if pid == 0:
             handler_process(self.db.path, name, self._lifeline)
         self._children[pid] = name
@@ -5154,6 +5325,9 @@ class Supervisor:
         self._not_before[name] = CLOCK.monotonic() + 0.5
 
     def _died(self, name: str, code: int) -> None:
+        if code == Unavailable.code:  # it can do nothing without the database, nor can we
+            self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
+            return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
@@ -5178,14 +5352,16 @@ class Supervisor:
         with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
             move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
 
-    def _hurry(self) -> None:
+    def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
-        now = CLOCK.monotonic()
-        self._leave_by = min(self._leave_by, now + self.timeouts.leave)
+        now, grace = CLOCK.monotonic(), self.timeouts.leave
+        if halt is Halt.KILL:  # they connect anew, and end programs in two steps
+            grace += self.timeouts.lock + self.timeouts.claim_grace + self.timeouts.term_grace
+        if halt is not self._hurrying:
+            self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
-            self._leave_by = math.inf
 
     def _checkpoint(self) -> None:
         wal = Path(f"{self.db.path}-wal")
@@ -5207,7 +5383,6 @@ class Supervisor:
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
     """Be the handler of one VM, in a process just forked; never returns."""
     code, logger = 1, logging.getLogger(f"vmrm.{name}")
-    inherited = logging.getLogger("vmrm").handlers[:]  # kept: closing one would close a stranger
     try:
         logging.getLogger("vmrm").handlers.clear()
         signal.set_wakeup_fd(-1)
@@ -5223,10 +5398,12 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
                 logger.error("%s", conflict)
                 sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
                 db.write(sql, reason=str(conflict), name=name)
+    except Unavailable as error:
+        code = error.code
+        logger.error("%s", error)
     except BaseException:
         logger.exception("the handler broke")
     finally:
-        assert inherited is not None
         os._exit(code)
 
 
@@ -5241,7 +5418,7 @@ def handle(db: Database, name: str, **more: Any) -> int:
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
         return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
-    except Conflict:
+    except (Conflict, Unavailable):
         raise
     except VmrmError as error:
         logger.error("%s", error)
@@ -5251,10 +5428,30 @@ def handle(db: Database, name: str, **more: Any) -> int:
 
 
 def halt_experiment(db: Database, halt: Halt) -> None:
-    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
-    with db.transaction():
-        _set_halt(db, halt)
+    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill.
+
+    Raises:
+        Unwritable: the database cannot be used, and there is nobody who could be told otherwise.
+    """
+    try:
+        with db.transaction():
+            _set_halt(db, halt)
+    except Unavailable:
+        pid = supervisor_pid(db)
+        if halt is not Halt.STOP or pid in (None, os.getpid()):
+            raise
+        os.kill(pid, signal.SIGTERM)  # its end is the end of all handlers
+        return
     wake_all(db)
+
+
+def vms_with_programs(db: Database) -> list[str]:
+    """Return the VMs in which programs of ours run, as far as rows know."""
+    rows = db.query(
+        """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
+           WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
+    )
+    return [row["server_name"] for row in rows]
 
 
 def _set_halt(db: Database, halt: Halt) -> None:
@@ -5952,14 +6149,15 @@ class Viewer:
         return ours or supervisor_pid(self.db) is not None
 
     def _stop(self, process: Any) -> None:
-        halt_experiment(self.db, Halt.STOP)
         try:
+            halt_experiment(self.db, Halt.STOP)
             while self._is_running(process):
                 time_to_wait(0.05)
         except KeyboardInterrupt:
             if pid := supervisor_pid(self.db):
                 os.kill(pid, signal.SIGKILL)
             if process is not None:
+                process.kill()
                 process.wait()
 
     @contextlib.contextmanager
@@ -6464,16 +6662,30 @@ class Commands(_Public):
             kill: End the running guest programs, too.
             timeout: Seconds to wait for the handlers (exit code 124).
         """
-        db = self._open()
-        if supervisor_pid(db) is None and not live_handlers(db):
+        db, process = self._open(), None
+        running = supervisor_pid(db) is not None or live_handlers(db)
+        if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
+        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+            process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
-        while supervisor_pid(db) is not None or live_handlers(db):
+        while self._is_leaving(db, process):
             if CLOCK.monotonic() >= deadline:
                 raise TimedOut(f"not all handlers have left after {timeout:g} s")
             time_to_wait(0.05)
+        if kill and (left := vms_with_programs(db)):
+            raise VmrmError(
+                f"programs of {len(left)} VMs could not be ended: {', '.join(left[:3])}"
+                f"{', …' if len(left) > 3 else ''}",
+                f"See why: vmrm logs {left[0]}",
+            )
         return _SHOWN
+
+    @staticmethod
+    def _is_leaving(db: Database, process: Any) -> bool:
+        ours = process is not None and process.poll() is None
+        return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
 
     @command
     def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
