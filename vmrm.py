@@ -356,7 +356,7 @@ def _crash(label: str) -> None:
     """Die here, as by kill -9, if `VMRM_CRASH=label:n` names this point and its n-th passing.
 
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
-    many processes one dies, once.
+    many processes one dies, once. With `$VMRM_CRASH_PARENT` set, our parent dies instead.
     """
     if not _CRASH:
         return
@@ -371,7 +371,8 @@ def _crash(label: str) -> None:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return
-    os.kill(os.getpid(), signal.SIGKILL)
+    victim = os.getppid() if "VMRM_CRASH_PARENT" in os.environ else os.getpid()
+    os.kill(victim, signal.SIGKILL)
 
 
 def boot_id() -> str:
