@@ -4176,8 +4176,7 @@ class OutputLog:
             self._partial[key] = rest
         elif rest:
             lines.append(rest)
-        for line in lines:
-            self.line(str(entry), stream, line)
+        self.lines(str(entry), stream, lines)
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -4186,16 +4185,17 @@ class OutputLog:
                 self._add_text(entry, stream, b"", final=True)
                 del self._decoders[entry.ordinal, stream]
 
-    def line(self, entry: str, stream: str, line: str) -> None:
-        """Write one line of a program's output."""
-        self.log.info("[%s %s] %s", entry, stream, line)
-        if line.lstrip().startswith("{"):
-            self.json_lines(line)
+    def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
+        """Write lines of a program's output, all at once: there may be very many, and short."""
+        if lines:
+            told = [f"[{entry} {stream}] {line}" for line in lines]
+            self.log.info("output", extra={"lines": told})
+            self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
         lines = [content] if isinstance(content, Mapping) else content.split("\n")
-        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
+        records = []
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
@@ -4203,10 +4203,13 @@ class OutputLog:
                 text = json.dumps(record, default=str)
             except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
                 continue
-            if not isinstance(item, dict):
-                continue
-            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(text + "\n")
+            if isinstance(item, dict):
+                records.append(f"{text}\n")
+        if not records:
+            return
+        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+            target.writelines(records)
 
 
 class LogFormatter(logging.Formatter):
@@ -4214,7 +4217,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one record as one line, an exception as one line each."""
-        lines = [record.getMessage()]
+        lines = getattr(record, "lines", [record.getMessage()])
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
         head = f"{_iso(record.created)} {record.levelname.lower():7}"
@@ -4222,6 +4225,8 @@ class LogFormatter(logging.Formatter):
 
 
 def _shown(text: str) -> str:
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
 
 
@@ -4688,8 +4693,9 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
-                self.log.warning("the database can be used again")
-                return
+                break
+        self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
+        self.log.warning("the database can be used again")
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -5424,8 +5430,7 @@ class VMResourceHandler:
 
     def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
         """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
-        for line in (output or "").splitlines():
-            self.output.line(stream, stream_name, line)
+        self.output.lines(stream, stream_name, (output or "").splitlines())
 
     def log_json(self, content: str | Mapping[str, Any]) -> None:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
