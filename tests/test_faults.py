@@ -292,11 +292,10 @@ def only(lab: Lab, *schedule: dict[str, Any]) -> None:
     load(lab, vm("vm1", lab.folder / "agents/1.sock", lab.guest(1) / "launch", *schedule))
 
 
-def pid_in(lab: Lab, ordinal: int = 1) -> int:
-    """Return the pid that an entry's script has noted."""
-    at = lab.query("SELECT start_time FROM entry_status WHERE ordinal = ?", ordinal)
-    folder = lab.guest(1) / "launch" / f"{at[0]['start_time']:g}"
-    return int(next(folder.glob("*/attempt.1/pid")).read_text().split()[0])
+def pid_in(lab: Lab) -> int:
+    """Return the pid that the script of the only entry notes."""
+    until(lambda: list(lab.guest(1).glob("launch/*/*/attempt.1/pid")))
+    return int(next(lab.guest(1).glob("launch/*/*/attempt.1/pid")).read_text().split()[0])
 
 
 def test_a_probe_misses_no_end(tmp_path: Path) -> None:
