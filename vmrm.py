@@ -5328,6 +5328,540 @@ def _supervise(words: Sequence[str]) -> int:
         return Supervisor(db, stay="--stay" in words).run()
 
 
+# === hooks of the pool ===========================================================================
+
+HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
+HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
+EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
+# A hook waits behind its gate until its pid is on record; if the keeper dies first, it never runs.
+_GATE = 'read -r _ && exec /bin/sh -c "$1" </dev/null'
+
+
+class HookKind(StrEnum):
+    """What a hook is for; also the name of its column of a group."""
+
+    SPAWN = "spawn"
+    CHECK = "check"
+    RELEASE = "release"
+    TERMINATE = "terminate"
+    LIST = "list"
+
+
+class _Kept:
+    """The last `HOOK_KEPT_BYTES` of what a stream gave, and how much that was in all."""
+
+    def __init__(self) -> None:
+        self.data, self.total = bytearray(), 0
+
+    def add(self, data: bytes) -> None:
+        self.data += data
+        self.total += len(data)
+        if len(self.data) > 2 * HOOK_KEPT_BYTES:
+            del self.data[:-HOOK_KEPT_BYTES]
+
+    def text(self) -> str:
+        return self.data[-HOOK_KEPT_BYTES:].decode(errors="replace")
+
+    @property
+    def dropped(self) -> int:
+        return max(0, self.total - HOOK_KEPT_BYTES)
+
+
+class Hook:
+    """One running hook: a command line in a session of its own, killed with all that is in it.
+
+    It has ended when its main process has, whoever else keeps its pipes open.
+
+    Args:
+        kind: What it is for.
+        group: The group whose hook it is.
+        vm_name: The VM it is for; '' for `list`.
+        command: What /bin/sh -c gets.
+        environment: All of it.
+        timeout_s: Seconds until it is killed.
+    """
+
+    def __init__(
+        self,
+        kind: HookKind,
+        group: str,
+        vm_name: str,
+        command: str,
+        environment: Mapping[str, str],
+        timeout_s: float,
+    ) -> None:
+        import subprocess
+
+        self.kind, self.group, self.vm_name = kind, group, vm_name
+        self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
+        self.deadline = self.began_at + timeout_s
+        self.verdict = ""  # why it was killed
+        self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
+        self.exit_code: int | None = None  # negative for a signal; None until `end`
+        self.seconds = 0.0
+        self.spawned: Spawned | None = None  # by a spawn hook that succeeded
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "sh", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+        self.started = process_started(self.pid) or 0
+        self.pidfd = os.pidfd_open(self.pid)
+        out, err = (cast(IO[bytes], pipe) for pipe in (self.process.stdout, self.process.stderr))
+        self.pipes = {out.fileno(): out, err.fileno(): err}
+        self.kept = {out.fileno(): _Kept(), err.fileno(): _Kept()}
+        self.out, self.err = self.kept.values()
+        for fd in self.pipes:
+            os.set_blocking(fd, False)
+
+    def open_gate(self) -> None:
+        """Let it run."""
+        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], self.process.stdin) as gate:
+            gate.write(b"\n")
+
+    def read(self, fd: int) -> bool:
+        """Take what a pipe holds, at most 1 MiB; return whether there is more to come."""
+        for _ in range(16):
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                self.pipes.pop(fd).close()
+                return False
+            self.kept[fd].add(data)
+        return True
+
+    def abandon(self) -> None:
+        """Leave it behind its gate, where it ends without having run."""
+        for pipe in [cast(IO[bytes], self.process.stdin), *self.pipes.values()]:
+            pipe.close()
+        self.process.wait()
+        os.close(self.pidfd)
+
+    def kill(self, verdict: str, grace_s: float) -> None:
+        """Begin to kill it, politely first; the first reason given stands."""
+        if not self.verdict:
+            self.verdict, self.deadline = verdict, -math.inf
+            self.enforce(grace_s)
+
+    def enforce(self, grace_s: float) -> bool:
+        """Do what is due if its deadline has passed; return whether there is nothing left to do."""
+        now = CLOCK.monotonic()
+        if now < self.deadline:
+            return False
+        if not self._signals:
+            self.verdict += " and could not be killed"
+            return True
+        self.verdict = self.verdict or f"took longer than {self.timeout_s:g} s"
+        signal_session(self.pid, self.started, self._signals.pop(0))
+        self.deadline = now + grace_s
+        return False
+
+    def end(self) -> None:
+        """Take in the rest of its output and how it ended; end what it may not leave behind."""
+        for fd in list(self.pipes):
+            self.read(fd)
+        for pipe in [*self.pipes.values(), cast(IO[bytes], self.process.stdin)]:
+            pipe.close()
+        self.pipes.clear()
+        status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None:
+            exited = status.si_code == os.CLD_EXITED
+            self.exit_code = status.si_status if exited else -status.si_status
+        self.seconds = CLOCK.monotonic() - self.began_at
+        if self.kind == HookKind.SPAWN and not self.fault:
+            try:
+                self.spawned = parse_spawned(self.out.text(), self.vm_name)
+            except ValueError as error:
+                self.verdict = _one_line(error)
+        if self.spawned is None:
+            signal_session(self.pid, self.started, signal.SIGKILL)
+        # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
+        self.process.poll()
+        os.close(self.pidfd)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with how it ended, as a few words; '' if nothing is."""
+        code = self.exit_code
+        if self.verdict or code == 0:
+            return self.verdict
+        ended = "did not end" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            ended = f"killed by {signal.Signals(-code).name}"
+        lines = self.err.text().split("\n") + self.out.text().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"{ended}: {_words(last.encode())}" if last else ended
+
+
+def session_members(session: int, started: int) -> list[int]:
+    """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append((int(path.parent.name), int(fields[19])))
+    # Another leader of that number has begun another session; so have members older than it.
+    if any(began < started or (pid == session and began != started) for pid, began in found):
+        return []
+    return [pid for pid, _ in found]
+
+
+def signal_session(session: int, started: int, number: signal.Signals) -> None:
+    """Send a signal to all processes of a session, those being forked meanwhile included."""
+    told: set[int] = set()
+    for _ in range(8):  # who forks faster than that meets KILL, or the next deadline
+        new = set(session_members(session, started)) - told
+        if not new:
+            return
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        told |= new
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawned:
+    """What a spawn hook says it has made."""
+
+    name: str
+    ip: str
+    path: str
+
+
+def parse_spawned(text: str, name: str) -> Spawned:
+    """Return what a spawn hook has printed about its VM.
+
+    That is one JSON object with any of ip, name and path: the whole text, or its last line that
+    is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it.
+
+    Args:
+        text: What it printed.
+        name: The VM's name if none is printed.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    import ipaddress
+
+    said = _last_object(text)
+    if said is None:
+        words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
+        said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
+    known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
+    if wrong := [key for key, value in known.items() if not isinstance(value, str)]:
+        raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
+    if not known["ip"] and not known["path"]:
+        raise ValueError("it printed neither IP=… nor a JSON object with ip or path")
+    if known["ip"]:
+        try:
+            ipaddress.ip_address(known["ip"])
+        except ValueError:
+            raise ValueError(f"it printed {known['ip']!r:.80}, which is no IP address") from None
+    if known["path"]:
+        drivers.parse_address(known["path"])
+    return Spawned(checked_name("VM", known["name"] or name), known["ip"], known["path"])
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    for part in [text, *reversed(text.splitlines())]:
+        if part.strip().startswith("{") and part.strip().endswith("}"):
+            with contextlib.suppress(ValueError, RecursionError):
+                return cast("dict[str, Any]", json.loads(part))
+    return None
+
+
+def log_hook(path: Path, hook: Hook) -> None:
+    """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > HOOK_LOG_BYTES:
+            path.rename(path.with_name(path.name + ".1"))
+    head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
+    lines = []
+    for name, kept in (("out", hook.out), ("err", hook.err)):
+        if kept.dropped:
+            lines.append(f"[{name}] … {kept.dropped} bytes before this are dropped")
+        text = kept.text()
+        lines += [f"[{name}] {_shown(line)}" for line in text.split("\n") if text and line]
+    level, end = ("warning", hook.fault) if hook.fault else ("info   ", "done")
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as log:
+        for line in lines:
+            log.write(f"{head.format('info   ')} {line}\n")
+        log.write(f"{head.format(level)}: {end}, {hook.seconds:.1f} s\n")
+
+
+def check_agent(path: str, database: Path, timeout: float) -> str:
+    """Return how a VM's guest agent is: ok, frozen, no-exec, no-answer; in-use if others have it.
+
+    Args:
+        path: The agent's address.
+        database: Named to whoever comes second.
+        timeout: Seconds within which it must begin to answer.
+    """
+    driver = drivers.QemuGuestAgentDriver({"path": path, "name": "vm"}, logging.getLogger("vmrm"))
+    try:
+        with agent_lock(path, database, time_to_wait, 0):
+            driver.connect(timeout)
+            return driver.health()
+    except Conflict as error:
+        return f"in-use: {error}"
+    except drivers.DriverError as error:
+        return f"no-answer: {error}"
+    finally:
+        driver.close()
+
+
+def _check_agent(words: Sequence[str]) -> int:
+    """The default check's main, `_check_agent PATH DATABASE SECONDS`."""
+    path, database, seconds = words
+    health = check_agent(path, Path(database), float(seconds)) if path else "the VM has no path"
+    print(health)
+    return {"ok": 0, "in-use": EX_TEMPFAIL}.get(health.partition(":")[0], 1)
+
+
+# === VMs by QEMU =================================================================================
+
+QEMU = "qemu-system-x86_64"
+QEMU_START_S = 30.0  # for QEMU to answer on its control socket
+QEMU_GRACE_S = 5.0  # to leave when it is asked to, and again when it is told to
+GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
+
+
+class QemuVm:
+    """A VM of a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
+
+    QEMU inherits the lock from whoever starts it, so the lock says whether it runs, whenever that
+    one dies; pid and start time are written by the process that becomes QEMU.
+
+    Args:
+        root: Holds the VMs' directories.
+        name: The VM.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.folder = root / checked_name("VM", name)
+        self.name = name
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process holds the lock."""
+        return _is_locked(self.folder / "pid")
+
+    def _lock(self) -> int | None:
+        """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
+        while (fd := take_lock(self.folder / "pid")) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
+                    return fd
+            os.close(fd)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return None
+
+    def spawn(self, words: Sequence[str]) -> dict[str, str]:
+        """Start QEMU, which outlives us; return name, ip (not known: '') and the agent's path.
+
+        Args:
+            words: QEMU's, but for its name, sockets and agent port.
+
+        Raises:
+            Conflict: it runs already.
+            VmrmError: QEMU does not start; its words are told, and nothing is left.
+        """
+        import shutil
+        import subprocess
+
+        if (program := shutil.which(QEMU)) is None:
+            raise UsageError(f"{QEMU} is not installed")
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = self._lock()
+        if lock is None:
+            raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
+        agent, control = self._listen("agent.sock"), self._listen("qmp.sock")
+        with (self.folder / "qemu.log").open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    [program, *self._own_words(agent, control), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
+                    pass_fds=(lock, agent.fileno(), control.fileno()),
+                    preexec_fn=lambda: _sign(lock),  # noqa: PLW1509 - there is one thread
+                    start_new_session=True,
+                )
+            finally:
+                agent.close()  # so that it is QEMU alone that keeps them open
+                control.close()
+                os.close(lock)
+        _crash("qemu-started")
+        try:
+            self.control("query-status", QEMU_START_S)
+        except (OSError, ValueError) as error:
+            said = _words((self.folder / "qemu.log").read_bytes()) or _one_line(error)
+            process.kill()
+            process.wait()
+            self.terminate()
+            raise VmrmError(f"QEMU did not start VM {self.name!r}: {said}") from error
+        return {"name": self.name, "ip": "", "path": str(self.folder / "agent.sock")}
+
+    def _listen(self, name: str) -> socket.socket:
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        _through_directory(path, listening.bind)
+        listening.listen(1)
+        return listening
+
+    def _own_words(self, agent: socket.socket, control: socket.socket) -> list[str]:
+        words = ["-name", self.name, "-nodefaults", "-no-user-config", "-display", "none"]
+        for name, listening in (("agent", agent), ("control", control)):
+            words += ["-chardev", f"socket,id={name},fd={listening.fileno()},server=on,wait=off"]
+        words += ["-mon", "chardev=control,mode=control", "-device", "virtio-serial-pci"]
+        words += ["-device", f"virtserialport,chardev=agent,name={GUEST_AGENT_PORT}"]
+        return words
+
+    def control(self, command: str, timeout: float) -> None:
+        """Have QEMU carry out a command on its control socket (QMP).
+
+        Raises:
+            OSError: it does not answer in time, or is gone.
+            ValueError: it refuses.
+        """
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            _through_directory(self.folder / "qmp.sock", connection.connect)
+            with connection.makefile("rwb") as stream:
+                for words in ("", "qmp_capabilities", command):
+                    if words:
+                        stream.write(json.dumps({"execute": words}).encode())
+                        stream.flush()
+                    _await_qmp(stream, "return" if words else "QMP")
+
+    def terminate(self) -> None:
+        """End QEMU for certain and remove the directory; what is gone already is no error.
+
+        Raises:
+            VmrmError: it does not die; everything is left as it is.
+        """
+        import shutil
+
+        ends = [None, signal.SIGTERM, signal.SIGKILL]
+        while self.folder.exists():
+            if (lock := self._lock()) is not None:
+                _crash("qemu-ended")
+                shutil.rmtree(self.folder)
+                os.close(lock)
+            elif ends:
+                self._end(ends.pop(0))
+            else:
+                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self.folder}/pid")
+
+    def _end(self, number: signal.Signals | None) -> None:
+        """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
+
+        A process that is about to become QEMU has not signed yet.
+        """
+        deadline = CLOCK.monotonic() + QEMU_GRACE_S
+        while not (signed := (self.folder / "pid").read_text().split()):
+            if CLOCK.monotonic() >= deadline:
+                return
+            time_to_wait(0.02)
+        pid, started = int(signed[0]), int(signed[1])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            signal_session(pid, started, signal.SIGKILL)  # its children keep the lock
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        try:
+            if number is not None:
+                signal_session(pid, started, number)
+            else:
+                with contextlib.suppress(OSError, ValueError):
+                    self.control("quit", QEMU_GRACE_S)
+            if process_started(pid) == started:
+                poll.poll(QEMU_GRACE_S * 1000)
+        finally:
+            os.close(pidfd)
+
+
+def _sign(lock: int) -> None:
+    """Write our own pid and start time, which stay when this process becomes QEMU."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()} {process_started(os.getpid())}\n".encode(), 0)
+
+
+def _await_qmp(stream: io.BufferedRWPair, key: str) -> None:
+    """Read QEMU's lines, events among them, up to the one with `key`."""
+    for _ in range(1000):
+        line = stream.readline(1 << 20)
+        if not line:
+            raise ConnectionError("it closed its control socket")
+        said = json.loads(line)
+        if "error" in said:
+            raise ValueError(said["error"].get("desc"))
+        if key in said:
+            return
+    raise ValueError("it does not answer on its control socket")
+
+
+def qemu_words(
+    *,
+    memory: int,
+    cpus: int,
+    disk: str | None,
+    kernel: str | None,
+    initrd: str | None,
+    append: str | None,
+    accel: str | None,
+) -> list[str]:
+    """Return the part of QEMU's command line that says what machine it is and what it boots.
+
+    Args:
+        memory: MiB.
+        cpus: Virtual processors.
+        disk: An image, qcow2 or raw, that is only read: what the VM writes goes to an overlay,
+            which QEMU removes at its end.
+        kernel: A kernel to boot; with initrd and append, its initial RAM disk and command line.
+        initrd: See kernel.
+        append: See kernel.
+        accel: QEMU's -accel; None takes KVM if it works, else software emulation.
+
+    Raises:
+        UsageError: there is nothing to boot, or a file is missing.
+    """
+    if not disk and not kernel:
+        raise UsageError("there is nothing to boot", "Name --disk IMAGE, or --kernel FILE")
+    for file in (disk, kernel, initrd):
+        if file and not Path(file).is_file():
+            raise UsageError(f"there is no file {file!r}")
+    words = ["-machine", "q35", "-cpu", "max", "-m", str(memory), "-smp", str(cpus)]
+    for name in [accel] if accel else ["kvm", "tcg"]:
+        words += ["-accel", name]
+    for option, value in (("kernel", kernel), ("initrd", initrd), ("append", append)):
+        words += [f"-{option}", value] if value else []
+    if disk:
+        with Path(disk).open("rb") as image:  # not left to QEMU: a guest could write a header
+            kind = "qcow2" if image.read(4) == b"QFI\xfb" else "raw"
+        file = disk.replace(",", ",,")
+        words += ["-drive", f"if=virtio,format={kind},snapshot=on,file={file}"]
+    return words
+
+
+def qemu_running(root: Path) -> list[str]:
+    """Return the names of the VMs below a directory that run."""
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and QemuVm(root, f.name).runs]
+
+
 # === experiment files ============================================================================
 
 EXPERIMENT_KEYS: _Keys = {
@@ -6908,6 +7442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["_supervise"]:
             return _supervise(words[1:])
+        if words[:1] == ["_check_agent"]:
+            return _check_agent(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
         with contextlib.ExitStack() as stack:
