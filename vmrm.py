@@ -51,7 +51,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TypeVar, cast
 
 import drivers
 
@@ -67,8 +67,11 @@ __version__ = "0.1.0"
 #   VmrmError                  message, hint; exit code 1
 #   ├── UsageError             code 2: the request is wrong
 #   │   ├── NotFound           nothing of that name
-#   │   └── Conflict           held by, or already done by, someone else
+#   │   ├── Conflict           held by, or already done by, someone else
+#   │   └── VmError            the pool's VM is not in a state, or not yours, for that
+#   │       └── VmDescriptorNotFound   also a NotFound
 #   ├── Unavailable            code 75: fine later
+#   │   ├── NoVmAvailable      the pool has no VM to give now
 #   │   └── Busy               the database's writer lock was not free in time
 #   │       └── ScheduleDbTimeoutError
 #   ├── TimedOut               code 124
@@ -101,10 +104,22 @@ class Conflict(UsageError):
     """Somebody else holds it, or did it already."""
 
 
+class VmError(UsageError):
+    """The pool's VM is not in a state for that, or is somebody else's."""
+
+
+class VmDescriptorNotFound(VmError, NotFound):
+    """The pool has no VM of that name."""
+
+
 class Unavailable(VmrmError):
     """Nothing is wrong with the request; it may well succeed later."""
 
     code = 75
+
+
+class NoVmAvailable(Unavailable):
+    """The pool has no VM to give now; the message says why, per group."""
 
 
 class Busy(Unavailable):
@@ -182,19 +197,86 @@ class Halt(StrEnum):
     END = "end"  # all work is done: one last pass of repeating transfers, then leave
 
 
+class VmStates(StrEnum):
+    """Where a VM of the pool is between its spawning and its end."""
+
+    SPAWNING = "spawning"  # its row exists; its spawn hook may be running
+    GOT_IP = "got_ip"  # it is there, and was never checked
+    CHECK_HEALTH = "check_health"  # being checked, or waiting for its release hook
+    CHECK_HEALTH_FAILED = "check_health_failed"
+    READY = "ready"
+    IN_USE = "in_use"  # somebody's, by a lease
+    HELD = "held"  # kept for a person, until a date
+    TERMINATING = "terminating"  # being ended, until its row is removed
+
+
+VmState = VmStates  # the reference spells it both ways
+
+POOL_MOVES: dict[VmStates, frozenset[VmStates]] = {
+    VmStates.SPAWNING: frozenset({VmStates.GOT_IP, VmStates.TERMINATING}),
+    VmStates.GOT_IP: frozenset(
+        {VmStates.CHECK_HEALTH, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
+    ),
+    VmStates.CHECK_HEALTH: frozenset(
+        {VmStates.READY, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
+    ),
+    VmStates.CHECK_HEALTH_FAILED: frozenset(
+        {VmStates.CHECK_HEALTH, VmStates.HELD, VmStates.TERMINATING}
+    ),
+    VmStates.READY: frozenset(
+        {
+            VmStates.CHECK_HEALTH,
+            VmStates.CHECK_HEALTH_FAILED,
+            VmStates.IN_USE,
+            VmStates.HELD,
+            VmStates.TERMINATING,
+        }
+    ),
+    # A release goes to check_health where a release hook has to run first.
+    VmStates.IN_USE: frozenset(
+        {
+            VmStates.READY,
+            VmStates.CHECK_HEALTH,
+            VmStates.CHECK_HEALTH_FAILED,
+            VmStates.HELD,
+            VmStates.TERMINATING,
+        }
+    ),
+    VmStates.HELD: frozenset({VmStates.TERMINATING}),  # whatever a person did with it
+    VmStates.TERMINATING: frozenset(),
+}
+
+_State = TypeVar("_State", VMState, VmStates)
+
+
 def checked_move(old: str, new: str) -> VMState:
     """Return `new` as a state if a VM may move there from `old`; staying put is no move.
 
     Raises:
         ValueError: the word is no state, or the move is not in `VM_MOVES`; both are named.
     """
+    return _checked("VM", VM_MOVES, VMState, old, new)
+
+
+def checked_pool_move(old: str, new: str) -> VmStates:
+    """Return `new` as a state if a VM of the pool may move there from `old`, as `checked_move`."""
+    return _checked("pool VM", POOL_MOVES, VmStates, old, new)
+
+
+def _checked(
+    kind: str,
+    moves: Mapping[_State, frozenset[_State]],
+    states: type[_State],
+    old: str,
+    new: str,
+) -> _State:
     try:
-        target = VMState(new)
+        target = states(new)
     except ValueError:
-        known = ", ".join(VMState)
-        raise ValueError(f"unknown VM state {new!r} (from {old!r}); one of {known}") from None
-    if old != new and target not in VM_MOVES[VMState(old)]:
-        raise ValueError(f"a VM cannot move from {old!r} to {new!r}")
+        known = ", ".join(states)
+        raise ValueError(f"unknown {kind} state {new!r} (from {old!r}); one of {known}") from None
+    if old != new and target not in moves[states(old)]:
+        raise ValueError(f"a {kind} cannot move from {old!r} to {new!r}")
     return target
 
 
@@ -225,7 +307,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """Every time-out and interval of the experiment side, in seconds; tests scale them."""
+    """Every time-out and interval, in seconds; tests scale them."""
 
     writer: float = 60.0  # for the database's writer lock
     call: float = 30.0  # one guest-agent call
@@ -240,6 +322,8 @@ class Timeouts:
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
     leave: float = 10.0  # for handlers to leave before they are killed
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
+    lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
+    heartbeat: float = 30.0  # after which a silent waiter for a pool VM counts no more
 
     @classmethod
     def from_environment(cls) -> Timeouts:
@@ -2385,6 +2469,857 @@ def unused_contents(db: Database) -> list[Path]:
         for path in sorted(db.directory("store").iterdir())
         if path.name not in named and not any(path.name in text for text in texts)
     ]
+
+
+# === pool ========================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A process of this host, so named that no other is ever taken for it."""
+
+    pid: int
+    started: int  # clock ticks after boot
+    boot: str
+    namespace: int  # of its pid: the inode of /proc/self/ns/pid; 0 if /proc shows another one's
+
+    @classmethod
+    def of(cls, pid: int) -> Holder:
+        """Return the process that has this pid now.
+
+        Raises:
+            UsageError: there is none, as far as can be seen.
+        """
+        boot, namespace = _viewpoint(os.getpid())
+        started = process_started(pid) if namespace else 0
+        if started is None:
+            raise UsageError(f"there is no process {pid} that could hold a VM")
+        return cls(pid, started, boot, namespace)
+
+    def is_dead(self) -> bool:
+        """Whether it has ended, for certain; of another pid namespace nobody here can say."""
+        boot, namespace = _viewpoint(os.getpid())
+        if self.boot != boot:
+            return True
+        if self.namespace != namespace or not namespace:
+            return False
+        return process_started(self.pid) != self.started
+
+
+@functools.lru_cache(maxsize=1)
+def _viewpoint(pid: int) -> tuple[str, int]:
+    """Return the boot and the pid namespace from which this process, `pid`, sees others."""
+    itself = Path("/proc/self")
+    return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _who(pid: int) -> str:
+    """Return this process, `pid`, in words for the pool's history."""
+    import getpass
+
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        return f"{getpass.getuser()}, process {pid}"
+    return f"user {os.getuid()}, process {pid}"
+
+
+def _holder(row: Mapping[str, Any]) -> Holder | None:
+    if row["holder_pid"] is None:
+        return None
+    return Holder(*(row[f"holder_{field.name}"] for field in dataclasses.fields(Holder)))
+
+
+def _group_id(name: str) -> int | str:
+    """Return a group's name as the reference has it: those of digits only are numbers."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]*", name) else name
+
+
+@dataclasses.dataclass
+class VmDescriptor:
+    """A VM of the pool as its row was when it was read; schema.sql says what each field means."""
+
+    vm_ip: str
+    vm_name: str
+    group: int | str
+    state: str
+    path: str = ""
+    state_at: float = 0.0
+    who: str = ""
+    reason: str = ""
+    spawned_at: float = 0.0
+    last_health_check: float | None = None
+    check_fails: int = 0
+    check_started_at: float | None = None
+    bound_to_user: str | None = None
+    bound_sandbox: str = ""
+    token: str | None = None
+    holder_pid: int | None = None
+    holder_started: int | None = None
+    holder_boot: str = ""
+    holder_namespace: int = 0
+    holder_seen_at: float | None = None
+    acquired_at: float | None = None
+    lease_end_at: float | None = None
+    task_id: str | None = None
+    build_id: str | None = None
+    chroot: str | None = None
+    held_until: float | None = None
+    releasing_at: float | None = None
+    last_release: float | None = None
+    builds_count: int = 0
+    terminating_at: float | None = None
+    terminate_tries: int = 0
+    hook: str = ""
+    hook_pid: int | None = None
+    hook_started: int | None = None
+    hook_boot: str = ""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
+        """Return the descriptor of a row of pool_vms."""
+        return cls(**{**row, "group": _group_id(row["group"])})
+
+    @classmethod
+    def load(cls, db: Database, vm_name: str) -> VmDescriptor:
+        """Read a VM's row.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        return cls.from_row(_pool_vm(db, vm_name))
+
+    def store(self, db: Database) -> None:
+        """Write every field whose value differs from the row's; the state moves by `POOL_MOVES`.
+
+        Raises:
+            VmError: the pool has no such VM, or it cannot move to this state.
+        """
+        with db.transaction(durable=True):
+            row = _pool_vm(db, self.vm_name)
+            fields = dataclasses.asdict(self) | {"group": str(self.group)}
+            changed = {key: value for key, value in fields.items() if value != row[key]}
+            if changed:
+                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+
+    def store_field(self, db: Database, field: str, value: Any) -> None:
+        """Set one field, here and in the row."""
+        current = VmDescriptor.load(db, self.vm_name)
+        setattr(current, field, value)
+        current.store(db)
+        setattr(self, field, value)
+
+
+def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
+    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+    if row is None:
+        raise VmDescriptorNotFound(
+            f"the pool has no VM {vm_name!r}", "See which there are: vmrm pool list"
+        )
+    return row
+
+
+NO_LEASE: dict[str, Any] = {
+    **dict.fromkeys(("token", "holder_pid", "holder_started", "holder_seen_at")),
+    **dict.fromkeys(("acquired_at", "lease_end_at", "task_id", "build_id", "chroot")),
+    "holder_boot": "",
+    "holder_namespace": 0,
+}
+
+
+def move_pool_vm(
+    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+) -> dict[str, Any]:
+    """Move one VM inside the caller's transaction, and set columns; return the new row.
+
+    A lease ends where the state allows none. Whoever may have made a VM available calls
+    `wake_waiters` after the transaction.
+
+    Raises:
+        VmDescriptorNotFound: the pool has no such VM.
+        VmError: `POOL_MOVES` does not allow the move.
+    """
+    old = _pool_vm(db, vm_name)["state"]
+    try:
+        target = checked_pool_move(old, state)
+    except ValueError as error:
+        raise VmError(f"VM {vm_name!r}: {error}") from None
+    if target not in (VmStates.IN_USE, VmStates.HELD):
+        columns = {**NO_LEASE, **columns}
+    if target != old:
+        columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
+        columns |= {"reason": reason}
+    changes = ", ".join(f'"{column}" = :{column}' for column in columns)
+    found = db.connection.execute(
+        f"UPDATE pool_vms SET {changes} WHERE vm_name = :vm_name RETURNING *",  # noqa: S608
+        {**columns, "vm_name": vm_name},
+    )
+    return dict(found.fetchall()[0])
+
+
+def group_settings(db: Database) -> dict[str, str]:
+    """Return the settings of a group: each name with its column, which has a unit at its end."""
+    columns = [row["name"] for row in db.query("PRAGMA table_info(pool_groups)")]
+    skipped = ("name", "position", "last_spawn_at")
+    return {column.removesuffix("_s"): column for column in columns if column not in skipped}
+
+
+def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
+    """Add a group to the pool, or change settings of it.
+
+    Args:
+        db: The database.
+        name: The group's name; one of digits only is a number to `VmManager`.
+        settings: Those of `group_settings`, limits as None for none, durations in seconds.
+
+    Raises:
+        ValueError: the name is unusable, a setting unknown or its value impossible.
+    """
+    checked_name("group", name)
+    known = group_settings(db)
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"group {name!r}: {unknown_key(key, known)}")
+    columns = {known[key]: value for key, value in settings.items()}
+    row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
+    if row is not None and all(row[column] == value for column, value in columns.items()):
+        return
+    with db.transaction(durable=True):
+        db.connection.execute(
+            """INSERT INTO pool_groups (name, position)
+               VALUES (?, (SELECT coalesce(max(position), 0) + 1 FROM pool_groups))
+               ON CONFLICT DO NOTHING""",
+            (name,),
+        )
+        for column, value in columns.items():
+            try:
+                db.connection.execute(
+                    f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
+                    (value, name),
+                )
+            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+                raise ValueError(
+                    f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
+                ) from error
+    wake_pool(db)
+
+
+KEEPER = "keeper"  # its place among the wake-up sockets
+
+
+def wake_pool(db: Database) -> None:
+    """Wake the keeper, and every waiter that could have a VM now."""
+    wake(db, KEEPER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody wants of the pool: all of it, or nothing."""
+
+    wants: tuple[tuple[str, ...], ...]  # per VM, the groups it may come from, in order
+    owner: str
+    sandbox: str
+    holder: Holder | None  # None: only the end of the lease decides
+    lease_s: float | None = None
+    task_id: str | None = None
+    build_id: str | None = None
+    chroot: str | None = None
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+
+class VmManager(_Rows):
+    """The pool of VMs that are lent to jobs.
+
+    Args:
+        opts: A mapping, or an object with attributes, whose `build_groups` maps group ids to
+            their settings: these groups are written to the database and are the only ones this
+            manager lists. Without it, the groups are those of the database (`pool group`).
+        logger: Where to report.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
+
+    def __init__(
+        self,
+        opts: Any = None,
+        logger: logging.Logger | None = None,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(db)
+        self.log = logger or _log
+        self._tokens: dict[str, str] = {}  # of the leases this object has obtained
+        self._groups: list[str] | None = None
+        groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
+        groups = groups or getattr(opts, "build_groups", None)
+        if groups:
+            self._groups = [str(group) for group in groups]
+            for group, given in groups.items():
+                self._put_group(str(group), given if isinstance(given, Mapping) else vars(given))
+
+    def _put_group(self, name: str, given: Mapping[str, Any]) -> None:
+        known = group_settings(self.db)
+        if ignored := sorted(given.keys() - known.keys() - {"id", "name"}):
+            self.log.info("group %s: %s mean nothing here", name, ", ".join(ignored))
+        put_group(self.db, name, {key: value for key, value in given.items() if key in known})
+
+    def set_logger(self, logger: logging.Logger) -> None:
+        """Report to another logger from now on."""
+        self.log = logger
+
+    # --- what there is ---
+
+    @property
+    def vm_groups(self) -> list[int | str]:
+        """The ids of the groups, in order; those made of digits only are ints."""
+        names = self._groups
+        if names is None:
+            rows = self.db.query("SELECT name FROM pool_groups ORDER BY position, name")
+            names = [row["name"] for row in rows]
+        return [_group_id(name) for name in names]
+
+    def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
+        """Return a VM.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        return VmDescriptor.load(self.db, vm_name)
+
+    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+        """Return the VM that a task has leased, or None if it has none."""
+        found = self._select("task_id = :task", task=str(task_id))
+        return found[0] if found else None
+
+    def lookup_vms_by_ip(self, vm_ip: str) -> list[VmDescriptor]:
+        """Return the VMs with this address."""
+        return self._select("vm_ip = :ip", ip=vm_ip)
+
+    def _load_multi_safe(self, vm_name_list: Iterable[str]) -> list[VmDescriptor]:
+        """Return those of the named VMs that there are."""
+        names = json.dumps(list(vm_name_list))
+        return self._select("vm_name IN (SELECT value FROM json_each(:names))", names=names)
+
+    def get_all_vm_in_group(self, group: int | str) -> list[VmDescriptor]:
+        """Return all VMs of a group."""
+        return self._select('"group" = :group', group=str(group))
+
+    def get_all_vm(self) -> list[VmDescriptor]:
+        """Return all VMs of all groups."""
+        return [vm for group in self.vm_groups for vm in self.get_all_vm_in_group(group)]
+
+    def get_ready_vms(self, group: int | str) -> list[VmDescriptor]:
+        """Return the VMs of a group that are in state ready."""
+        return self.get_vm_by_group_and_state_list(group, [VmStates.READY])
+
+    def get_vm_by_group_and_state_list(
+        self, group: int | str | None, state_list: Iterable[str]
+    ) -> list[VmDescriptor]:
+        """Return the VMs of a group, or with None of all groups, that are in one of the states."""
+        states = set(state_list)
+        vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
+        return [vm for vm in vms if vm.state in states]
+
+    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
+        sql = f"SELECT * FROM pool_vms WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
+        return [VmDescriptor.from_row(row) for row in self.db.query(sql, **parameters)]
+
+    def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
+        """Remember a value, as text, about a group."""
+        self.db.write(
+            """INSERT INTO pool_info VALUES (:group, :key, :value)
+               ON CONFLICT DO UPDATE SET value = excluded.value""",
+            group=str(group),
+            key=key,
+            value=str(value),
+        )
+
+    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
+        """Return what was remembered about a group, or None."""
+        return cast(
+            "str | None",
+            self.db.value(
+                'SELECT value FROM pool_info WHERE "group" = :group AND key = :key',
+                group=str(group),
+                key=key,
+            ),
+        )
+
+    # --- moves ---
+
+    def add_vm_to_pool(
+        self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
+    ) -> VmDescriptor:
+        """Add a VM that is there; it is given out once it was checked.
+
+        Args:
+            vm_ip: Its address.
+            vm_name: Its name.
+            group: Its group, which there must be.
+            path: The guest agent's address.
+
+        Raises:
+            VmError: the pool has a VM of this name.
+            NotFound: there is no such group.
+        """
+        return self._add(VmStates.GOT_IP, vm_name, group, vm_ip, path)
+
+    def add_spawning_vm(self, vm_name: str, group: int | str) -> VmDescriptor:
+        """Add the row of a VM whose spawn hook is about to run; raises as `add_vm_to_pool`."""
+        return self._add(VmStates.SPAWNING, vm_name, group, "", "")
+
+    def _add(
+        self, state: VmStates, vm_name: str, group: int | str, vm_ip: str, path: str
+    ) -> VmDescriptor:
+        checked_name("VM", vm_name)
+        self._group(group)
+        try:
+            self.db.write(
+                """INSERT INTO pool_vms
+                       (vm_name, vm_ip, path, "group", state, state_at, spawned_at, who)
+                   VALUES (:name, :ip, :path, :group, :state, :now, :now, :who)""",
+                durable=True,
+                name=vm_name,
+                ip=vm_ip,
+                path=path,
+                group=str(group),
+                state=state.value,
+                now=CLOCK.wall(),
+                who=_who(os.getpid()),
+            )
+        except sqlite3.IntegrityError as error:
+            raise VmError(f"the pool has a VM {vm_name!r} already") from error
+        wake_pool(self.db)
+        return self.get_vm_by_name(vm_name)
+
+    def _group(self, group: int | str) -> dict[str, Any]:
+        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
+        if row is None:
+            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
+        return row
+
+    def mark_server_start(self) -> None:
+        """Distrust all health checks until now: VMs are given out after their next one."""
+        boot, namespace = _viewpoint(os.getpid())
+        self.db.write(
+            """INSERT INTO pool_server VALUES (1, :now, :boot, :namespace)
+               ON CONFLICT DO UPDATE SET started_at = excluded.started_at,
+                   boot = excluded.boot, namespace = excluded.namespace""",
+            durable=True,
+            now=CLOCK.wall(),
+            boot=boot,
+            namespace=namespace,
+        )
+
+    def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
+        """Count a failed health check; whoever has leased the VM keeps it.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            kept = (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING)
+            state = row["state"] if row["state"] in kept else VmStates.CHECK_HEALTH_FAILED
+            self._checked(vm_name, state, reason, row["check_fails"] + 1)
+        wake_pool(self.db)
+
+    def mark_vm_checked(self, vm_name: str) -> None:
+        """Record that a VM's health check, which put it in state check_health, found it well.
+
+        One that waits for its release hook goes on waiting; a leased one stays leased.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            well = row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None
+            self._checked(vm_name, VmStates.READY if well else row["state"], "", 0)
+        wake_pool(self.db)
+
+    def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
+        now = CLOCK.wall()
+        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        move_pool_vm(self.db, vm_name, state, reason, **columns)
+
+    def start_vm_termination(
+        self, vm_name: str, allowed_pre_state: str | None = None, reason: str = ""
+    ) -> None:
+        """Have the keeper terminate a VM; its lease, if there is one, ends.
+
+        Args:
+            vm_name: The VM's name.
+            allowed_pre_state: The only state in which this is allowed.
+            reason: For the history.
+
+        Raises:
+            VmError: the VM is in another state, or there is none.
+        """
+        with self.db.transaction(durable=True) as db:
+            state = _pool_vm(db, vm_name)["state"]
+            if allowed_pre_state is not None and state != allowed_pre_state:
+                raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+        wake_pool(self.db)
+
+    def remove_vm_from_pool(self, vm_name: str) -> None:
+        """Forget a VM.
+
+        Raises:
+            VmError: it is not in state terminating, or there is none.
+        """
+        with self.db.transaction(durable=True) as db:
+            state = _pool_vm(db, vm_name)["state"]
+            if state != VmStates.TERMINATING:
+                raise VmError(
+                    f"VM {vm_name!r} is {state}, and only a terminating one can be removed",
+                    f"Terminate it first: vmrm pool terminate {vm_name}",
+                )
+            db.connection.execute(
+                "UPDATE pool_vms SET state_at = ?, who = ?, reason = '' WHERE vm_name = ?",
+                (CLOCK.wall(), _who(os.getpid()), vm_name),
+            )
+            db.connection.execute("DELETE FROM pool_vms WHERE vm_name = ?", (vm_name,))
+        wake_pool(self.db)
+
+    # --- leases ---
+
+    def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
+        """Return True if an owner has fewer VMs of a group than `max_vm_per_user`.
+
+        A VM counts from its first lease until it is terminated, in use or not.
+        """
+        limit = self._group(group)["max_vm_per_user"]
+        return limit is None or self._bound(username, str(group)) < limit
+
+    def _bound(self, owner: str, group: str) -> int:
+        return cast(int, self.db.value(f"SELECT {_BOUND}", owner=owner, group=group))
+
+    def acquire_vm(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None,
+        pid: int | None,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+        *,
+        lease: float | None = None,
+    ) -> VmDescriptor:
+        """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
+
+        Args:
+            groups: The groups it may come from, in order of preference.
+            ownername: Whom it counts for; at most `max_vm_per_user` of a group are bound to one.
+            sandbox: What the owner uses it for.
+            pid: The process that holds it: when that is dead, the VM is taken back. None means
+                nobody, and needs a `lease`.
+            task_id: For `get_vm_by_task_id` and people, as are `build_id` and `chroot`.
+            build_id: See `task_id`.
+            chroot: See `task_id`.
+            lease: Seconds after which the lease ends, unless renewed; None means never.
+
+        Raises:
+            NoVmAvailable: there is none now; the message says why, per group.
+            NotFound: there is no such group.
+            UsageError: there is no such process, or it needs a `lease` with an end.
+        """
+        request = Request(
+            (self._group_names(groups),),
+            ownername,
+            sandbox or "",
+            None if pid is None else Holder.of(pid),
+            lease,
+            None if task_id is None else str(task_id),
+            None if build_id is None else str(build_id),
+            chroot,
+        )
+        return self.acquire(request)[0]
+
+    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(self._group(group)["name"] for group in groups)
+        if not names:
+            raise UsageError("no group is named, so there is no VM to choose from")
+        return names
+
+    def acquire(self, request: Request) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`."""
+        if not request.owner:
+            raise UsageError("a VM needs an owner whom it is lent to")
+        if request.holder is None and request.lease_s is None:
+            raise UsageError("a lease without a process needs an end", "Name one or the other")
+        taken = self._acquire(request)
+        if not taken and self.reap(32):
+            taken = self._acquire(request)
+        if not taken:
+            raise NoVmAvailable(self._why_none(request))
+        for row in taken:
+            self._tokens[row["vm_name"].lower()] = request.token
+        return [VmDescriptor.from_row(row) for row in taken]
+
+    def _acquire(self, request: Request) -> list[dict[str, Any]]:
+        """Choose and lease in one transaction; return the rows, or none if one is missing."""
+        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
+            since = self._see_server(request)
+            return [self._take(groups, request, since) for groups in request.wants]
+        return []
+
+    def _see_server(self, request: Request) -> float:
+        """Return since when health checks count; refuse a holder whom nobody there can see."""
+        row = self.db.row("SELECT * FROM pool_server")
+        holder = request.holder
+        if holder is None:
+            return 0.0 if row is None else cast(float, row["started_at"])
+        if row is None or row["boot"] != holder.boot:
+            self.db.connection.execute(
+                """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
+                   ON CONFLICT DO UPDATE
+                   SET boot = excluded.boot, namespace = excluded.namespace""",
+                {"boot": holder.boot, "namespace": holder.namespace},
+            )
+        elif holder.namespace != row["namespace"] and request.lease_s is None:
+            raise UsageError(
+                "the pool's processes cannot see this one, which is in another pid namespace",
+                "Give the lease an end, and renew it: --lease SECONDS",
+            )
+        return 0.0 if row is None else cast(float, row["started_at"])
+
+    def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
+        for group in groups:
+            found = self.db.row(_CHOOSE, group=group, since=since, **_party(request))
+            name = found and (found["own"] or (found["may_bind"] and found["fresh"]))
+            if name:
+                return self._lease(cast(str, name), request)
+        raise NoVmAvailable("no VM is available")
+
+    def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
+        now, holder = CLOCK.wall(), request.holder
+        return move_pool_vm(
+            self.db,
+            vm_name,
+            VmStates.IN_USE,
+            f"task {request.task_id}" if request.task_id else "",
+            bound_to_user=request.owner,
+            bound_sandbox=request.sandbox,
+            token=request.token,
+            acquired_at=now,
+            lease_end_at=None if request.lease_s is None else now + request.lease_s,
+            holder_seen_at=now,
+            task_id=request.task_id,
+            build_id=request.build_id,
+            chroot=request.chroot,
+            **{f"holder_{key}": value for key, value in vars(holder).items()} if holder else {},
+        )
+
+    def _why_none(self, request: Request) -> str:
+        names = dict.fromkeys(group for groups in request.wants for group in groups)
+        return "no VM is available: " + "; ".join(self._why(name, request) for name in names)
+
+    def _why(self, group: str, request: Request) -> str:
+        """Return in words why a group has no VM for this request."""
+        limit = self._group(group)["max_vm_per_user"]
+        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        row = self.db.query(_COUNTS, group=group, since=since, **_party(request))[0]
+        bound = self._bound(request.owner, group)
+        if not row["vms"]:
+            return f"group {group} has no VMs"
+        if limit is not None and bound >= limit:
+            return (
+                f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
+                f"{row['idle']} of them idle in other sandboxes)"
+            )
+        if row["unchecked"]:
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet, others busy"
+        return (
+            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"{row['others']} ready for others, {row['ill']} failed their check)"
+        )
+
+    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
+        """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
+
+        Raises:
+            VmError: the lease is not yours, or was lost.
+        """
+        with self.db.transaction(durable=True) as db:
+            self._own(_pool_vm(db, vm_name), token)
+            end = CLOCK.wall() + lease
+            db.connection.execute(
+                "UPDATE pool_vms SET lease_end_at = ? WHERE vm_name = ?", (end, vm_name)
+            )
+        return end
+
+    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
+        """Return a VM to the pool; it stays bound to its owner and sandbox.
+
+        Args:
+            vm_name: The VM's name.
+            token: The lease's token; None means the one that this object obtained, or else that
+                the holder is this process or an ancestor of it.
+            force: Whoever holds it.
+
+        Returns:
+            True.
+
+        Raises:
+            VmError: the lease is not yours, or was lost; or the VM is not in use.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if not force or row["token"] is None:
+                self._own(row, token)
+            self._release(row, "released" if not force else "released by force")
+        self._tokens.pop(vm_name.lower(), None)
+        wake_pool(self.db)
+        return True
+
+    def _release(self, row: Mapping[str, Any], reason: str) -> None:
+        """End a lease, inside the caller's transaction."""
+        if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            return
+        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        state = VmStates.CHECK_HEALTH if hook else VmStates.READY
+        move_pool_vm(
+            self.db,
+            row["vm_name"],
+            VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
+            reason,
+            releasing_at=now if hook else None,
+            last_release=now,
+            builds_count=row["builds_count"] + 1,
+        )
+
+    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
+        """Record how the release hook of a VM ended; without it the VM is given to nobody.
+
+        Args:
+            vm_name: The VM's name.
+            failure: Why the hook failed, which terminates the VM; '' if it succeeded.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if row["releasing_at"] is None:
+                return
+            if failure:
+                state = VmStates.TERMINATING
+            else:  # after a failed check, the next one decides
+                well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
+                state = VmStates.READY if well else row["state"]
+            clean = not failure and self._group(row["group"])["release_cleans"]
+            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
+        wake_pool(self.db)
+
+    def _own(self, row: Mapping[str, Any], token: str | None) -> None:
+        """Refuse whoever does not have the lease of a VM."""
+        name = row["vm_name"]
+        token = token or self._tokens.get(name.lower())
+        if row["token"] is None:
+            raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
+        if token is None and (holder := _holder(row)) and _descends_from(holder):
+            return
+        if token != row["token"]:
+            raise VmError(
+                f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
+                if token is None
+                else f"the lease of VM {name!r} was lost: it ended, or its holder seemed dead",
+                "Name its token (--token), or use --force",
+            )
+
+    def reap(self, limit: int = -1) -> list[str]:
+        """Take back VMs whose holder is dead or whose lease has ended; return their names.
+
+        Args:
+            limit: How many leases to look at, those unseen for the longest time first; -1: all.
+        """
+        rows = self.db.query(
+            """SELECT * FROM pool_vms WHERE state = 'in_use'
+               ORDER BY holder_seen_at LIMIT :limit""",
+            limit=limit,
+        )
+        over = {row["vm_name"]: why for row in rows if (why := self._over(row))}
+        if not over and len(rows) != limit:  # all leases were looked at: no need to take turns
+            return []
+        now, names = CLOCK.wall(), []
+        with self.db.transaction(durable=bool(over)) as db:
+            for row in rows:
+                present = db.row(_SAME_LEASE, **{key: row[key] for key in _LEASE_KEY})
+                if present is None:
+                    continue
+                if row["vm_name"] in over:
+                    self._release(present, over[row["vm_name"]])
+                    names.append(row["vm_name"])
+                else:
+                    move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
+        if names:
+            wake_pool(self.db)
+        return names
+
+    def _over(self, row: Mapping[str, Any]) -> str:
+        """Return why a lease is over, or '' if it is not."""
+        end = row["lease_end_at"]
+        if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
+            return "taken back: its lease ended"
+        holder = _holder(row)
+        if holder and holder.is_dead():
+            return f"taken back: its holder, process {holder.pid}, is dead"
+        return ""
+
+
+def _party(request: Request) -> dict[str, str]:
+    return {"owner": request.owner, "sandbox": request.sandbox}
+
+
+def _descends_from(holder: Holder) -> bool:
+    """Whether this process is that one, or a descendant of it."""
+    boot, namespace = _viewpoint(os.getpid())
+    if not namespace or (holder.boot, holder.namespace) != (boot, namespace):
+        return False
+    pid = os.getpid()
+    while pid != holder.pid:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if not pid:
+            return False
+    return not holder.is_dead()
+
+
+_LEASE_KEY = ("vm_name", "token", "lease_end_at")
+_SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
+    AND token = :token AND lease_end_at IS :lease_end_at"""
+
+# The owner's VMs of a group: those are what max_vm_per_user limits.
+_BOUND = """(SELECT count(*) FROM pool_vms
+    WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
+
+# One row: the group's choice for an owner and sandbox. Every part is one search of an index.
+_CHOOSE = f"""
+SELECT (SELECT vm_name FROM pool_vms
+        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
+          AND bound_sandbox = :sandbox AND last_health_check > :since
+        ORDER BY last_health_check DESC LIMIT 1) AS own,
+       (SELECT vm_name FROM pool_vms
+        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
+          AND bound_sandbox = '' AND last_health_check > :since
+        ORDER BY last_health_check DESC LIMIT 1) AS fresh,
+       g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
+FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)
+
+_COUNTS = """
+SELECT count(*) AS vms,
+       coalesce(sum(state = 'in_use'), 0) AS in_use,
+       coalesce(sum(state = 'check_health_failed'), 0) AS ill,
+       coalesce(sum(state = 'ready' AND bound_to_user <> :owner), 0) AS others,
+       coalesce(sum(state = 'ready' AND bound_to_user = :owner
+                    AND bound_sandbox <> :sandbox), 0) AS idle,
+       coalesce(sum(state IN ('got_ip', 'check_health') OR state = 'ready'
+                    AND coalesce(last_health_check, 0) <= :since), 0) AS unchecked
+FROM pool_vms WHERE "group" = :group"""
 
 
 # === the reference's functions ===================================================================
