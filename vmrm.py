@@ -51,7 +51,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
 
@@ -323,6 +323,8 @@ class Timeouts:
     leave: float = 10.0  # for handlers to leave before they are killed
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
     lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
+    recheck: float = 5.0  # until a pool VM's check that told nothing is repeated
+    young: float = 60.0  # of a pool VM whose absence, or unknown machine, is not acted upon yet
     heartbeat: float = 30.0  # after which a silent waiter for a pool VM counts no more
 
     @classmethod
@@ -6795,6 +6797,647 @@ def qemu_running(root: Path) -> list[str]:
     """Return the names of the VMs below a directory that run."""
     folders = sorted(root.iterdir()) if root.is_dir() else []
     return [f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and QemuVm(root, f.name).runs]
+
+
+# === the keeper ==================================================================================
+#
+# keeper_plan says what is to be done about the pool's rows at some instant, and knows nothing but
+# them. The keeper does it: it starts a hook behind its gate, claims the row for it in one
+# transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
+# So a machine never exists without its row, and who comes after a killed keeper finds every hook.
+
+MAX_HOOKS = 16  # at once
+SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
+STOPPED = "the keeper was stopped"  # why a hook was killed that did nothing wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolAction:
+    """One thing to do: run a hook, move a VM to `terminating`, or kill the hook it has."""
+
+    what: HookKind | Literal["end", "kill"]
+    group: str
+    vm_name: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolRows:
+    """What the keeper knows of the pool when it plans: rows, at one instant."""
+
+    groups: Sequence[Mapping[str, Any]]
+    vms: Sequence[Mapping[str, Any]]
+    waiters: Sequence[Mapping[str, Any]] = ()
+    info: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    server_started: float = 0.0
+
+
+class _Dues:
+    """Tells which of many times have passed, and remembers the first of those that have not."""
+
+    def __init__(self, now: float) -> None:
+        self.now, self.next_at = now, math.inf
+
+    def passed(self, at: float | None) -> bool:
+        if at is None:
+            return False
+        if at > self.now:
+            self.next_at = min(self.next_at, at)
+        return at <= self.now
+
+
+def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
+    """Return what is to be done now, most urgent first, and when to look again at the latest.
+
+    Args:
+        pool: The rows.
+        now: Seconds since the epoch.
+        timeouts: Supplies `recheck` and `young`.
+    """
+    dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
+    actions: list[PoolAction] = []
+    for vm in pool.vms:
+        group = groups[vm["group"].lower()]
+        if action := _plan_vm(vm, group, pool.server_started, dues, timeouts):
+            actions.append(action)
+    for group in pool.groups:
+        actions += _plan_spawns(pool, group, dues)
+        listed = pool.info.get((group["name"], "listed")) or {"at": 0}
+        doubtful = listed.get("missing") or listed.get("strangers")
+        period = timeouts.young if doubtful else group["vm_health_check_period_s"]
+        if group["list"] and not listed.get("hook") and dues.passed(listed["at"] + period):
+            actions.append(PoolAction(HookKind.LIST, group["name"]))
+    order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
+    return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
+
+
+def _plan_vm(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> PoolAction | None:
+    do = functools.partial(PoolAction, group=group["name"], vm_name=vm["vm_name"])
+    if vm["hook"]:
+        stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
+        return do("kill", reason="its VM is to be terminated") if stale else None
+    if vm["state"] == VmStates.TERMINATING:
+        again_at = (vm["terminating_at"] or 0) + group["vm_terminating_timeout_s"]
+        ripe = not vm["terminate_tries"] or dues.passed(again_at)
+        return do(HookKind.TERMINATE) if ripe else None
+    if reason := _why_to_end(vm, group, dues):
+        return do("end", reason=reason)
+    if vm["releasing_at"] is not None:
+        return do(HookKind.RELEASE)
+    return do(HookKind.CHECK) if _check_is_due(vm, group, server_started, dues, timeouts) else None
+
+
+def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) -> str:
+    """Return why a VM that is not terminating has to, '' if it has not."""
+
+    def passed(since: float, limit: float | None) -> bool:
+        return limit is not None and dues.passed(since + limit)
+
+    match vm["state"]:
+        case VmStates.SPAWNING:
+            return "its spawn hook was lost"
+        case VmStates.HELD if dues.passed(vm["held_until"]):
+            return "it was held until now"
+        case VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] > group["vm_max_check_fails"]:
+            return f"it failed {vm['check_fails']} checks in a row"
+        case VmStates.READY:
+            used_at = vm["last_release"] or vm["spawned_at"]
+            count = group["reuse_max_count"]
+            if count is not None and vm["builds_count"] >= count:
+                return f"it was used {vm['builds_count']} times"
+            if passed(vm["spawned_at"], group["reuse_max_age_s"]):
+                return f"it is over {group['reuse_max_age_s']:g} s old"
+            if passed(used_at, group["reuse_max_idle_s"]):
+                return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
+            dirty = group["vm_dirty_terminating_timeout_s"]
+            if vm["bound_to_user"] and passed(used_at, dirty):
+                return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
+    return ""
+
+
+def _check_is_due(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> bool:
+    """Whether to check a VM's health now.
+
+    The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
+    A check without a result is repeated after `recheck` seconds.
+    """
+    again_at = (vm["check_started_at"] or 0) + timeouts.recheck
+    period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
+    match vm["state"]:
+        case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
+            return dues.passed(again_at)
+        case VmStates.CHECK_HEALTH_FAILED:
+            return dues.passed(max(again_at, vm["state_at"] + period))
+        case VmStates.READY | VmStates.IN_USE:
+            if vm["state"] == VmStates.IN_USE and not group["check"]:
+                return False
+            return dues.passed(again_at if last <= server_started else max(again_at, last + period))
+    return False
+
+
+def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[PoolAction]:
+    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
+    mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
+    spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
+    fresh = (VmStates.SPAWNING, VmStates.GOT_IP, VmStates.CHECK_HEALTH, VmStates.READY)
+    coming = sum(
+        vm["state"] in fresh and not vm["bound_to_user"] and not vm["check_fails"] for vm in mine
+    )
+    lacking = max(group["min_ready"], _waiting(pool, group, mine)) - coming
+    room = min(group["max_vm_total"] - len(mine), group["max_spawn_processes"] - spawning)
+    count = min(lacking, room)
+    if count <= 0 or not group["spawn"]:
+        return []
+    interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
+    not_before = (group["last_spawn_at"] or 0) + interval
+    if failed:
+        pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S)
+        not_before = max(not_before, failed["at"] + pause)
+    if not dues.passed(not_before):
+        return []
+    return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
+
+
+def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many VMs of a group are waited for by owners who may have more of them.
+
+    Who takes a VM of several groups waits for the first of them that spawns.
+    """
+    spawning = {g["name"].lower() for g in pool.groups if g["spawn"]}
+    waiting: dict[str, int] = {}
+    for waiter in pool.waiters:
+        for groups in json.loads(waiter["wants"]):
+            first = next((str(g).lower() for g in groups if str(g).lower() in spawning), None)
+            if first == group["name"].lower():
+                waiting[waiter["owner"]] = waiting.get(waiter["owner"], 0) + 1
+    limit = group["max_vm_per_user"]
+    if limit is not None:
+        for owner in waiting:
+            bound = sum(
+                vm["bound_to_user"] == owner and vm["state"] != VmStates.TERMINATING for vm in mine
+            )
+            waiting[owner] = min(waiting[owner], max(0, limit - bound))
+    return sum(waiting.values())
+
+
+class Keeper:
+    """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
+
+    One process, one thread, one wait; several hooks at once. It may be killed at any instruction.
+
+    Args:
+        db: The database.
+        once: Do what is due and what follows from it, then leave; for cron.
+    """
+
+    def __init__(self, db: Database, once: bool = False) -> None:
+        self.db, self.once, self.timeouts = db, once, db.timeouts
+        self.log = logging.getLogger("vmrm.keeper")
+        self.manager = VmManager(logger=self.log, db=db)
+        self.hooks: dict[int, Hook] = {}  # by pid
+        self._stopping = False
+        self._reap_at = self._checkpoint_at = -math.inf
+        self._not_before = -math.inf  # when to fork again, after the system refused
+        self._seen = -1  # PRAGMA data_version
+
+    def run(self) -> int:
+        """Keep the pool until SIGTERM or SIGINT, or once; return 0.
+
+        Raises:
+            Conflict: another keeper runs; it is named.
+        """
+        path = self.db.directory("locks") / KEEPER
+        lock = take_lock(path)
+        if lock is None:
+            raise Conflict(
+                f"the pool is being kept already, by process {lock_holder(path)}",
+                "Let it, or stop it first",
+            )
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, lock)
+            self._prepare(stack)
+            self._bury()
+            while (actions := self._step()) or self.hooks or not (self.once or self._stopping):
+                self._wait(actions)
+            self.db.checkpoint(truncate=True)
+        return 0
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        self.wake = WakeSocket(self.db, KEEPER)
+        stack.callback(self.wake.close)
+        self._signals, sent = socket.socketpair()
+        for end in (self._signals, sent):
+            end.setblocking(False)
+            stack.callback(end.close)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sent.fileno()))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, self._stop))
+        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
+        temporary = tool.with_name(f"vmrm.{os.getpid()}")
+        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
+        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.chmod(0o700)
+        temporary.rename(tool)
+        if not self.once or _booted_at() > self._server_started():
+            self.manager.mark_server_start()
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True  # acted upon in the loop, never in the middle of a transaction
+
+    def _server_started(self) -> float:
+        return cast(float, self.db.value("SELECT started_at FROM pool_server") or 0.0)
+
+    def _bury(self) -> None:
+        """End the hooks that a dead keeper has left, and begin again where it stopped."""
+        left = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        listings = {name: self._info(name, "listed") for name in self._groups()}
+        sessions = [(row["hook_pid"], row["hook_started"], row["hook_boot"]) for row in left]
+        sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
+        deadline = CLOCK.monotonic() + self.timeouts.term_grace
+        for pid, started, boot in sessions:
+            while boot == boot_id() and session_members(pid, started):
+                signal_session(pid, started, signal.SIGKILL)
+                if CLOCK.monotonic() >= deadline:
+                    self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
+                    break
+                time_to_wait(0.02)
+        for row in left:
+            self._forget_hook(row["vm_name"], row["hook_pid"], again=True)
+        for name, found in listings.items():
+            if found.pop("hook", None):
+                self._put_info(name, "listed", found)
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        rows = self.db.query("SELECT * FROM pool_groups ORDER BY position, name")
+        return {row["name"]: row for row in rows}
+
+    def _info(self, group: str, key: str) -> dict[str, Any]:
+        return cast(
+            "dict[str, Any]", json.loads(self.manager.read_vm_pool_info(group, key) or "{}")
+        )
+
+    def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
+        self.manager.write_vm_pool_info(group, key, json.dumps(value))
+
+    def _row(self, vm_name: str) -> dict[str, Any] | None:
+        return self.db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+
+    # --- the loop ---
+
+    def _step(self) -> bool:
+        """Look at everything once and begin what is due; return whether something was."""
+        if self._stopping:
+            for hook in self.hooks.values():
+                hook.kill(STOPPED, self.timeouts.term_grace)
+            self._again_at = math.inf
+            return False
+        if CLOCK.monotonic() >= self._reap_at:
+            self._reap_at = CLOCK.monotonic() + self.timeouts.look
+            for name in self.manager.reap():
+                self.log.info("%s was taken back: its lease was over", name)
+        groups = self._groups()
+        rows = PoolRows(
+            list(groups.values()),
+            self.db.query("SELECT * FROM pool_vms ORDER BY state_at, vm_name"),
+            self.db.query("SELECT owner, wants FROM pool_waiters"),
+            {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
+            self._server_started(),
+        )
+        actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
+        seen = {row["vm_name"]: row for row in rows.vms}
+        begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
+        return any(begun)
+
+    def _wait(self, begun: bool) -> None:
+        """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        while not begun:
+            poll = select.poll()
+            fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
+            mine = {self.wake.fileno(), self._signals.fileno()}
+            for fd in fds | mine:
+                poll.register(fd, select.POLLIN)
+            now = CLOCK.monotonic()
+            dues = [hook.deadline - now for hook in self.hooks.values()]
+            wait = max(0.0, min([1.0, self._again_at - CLOCK.wall(), self._reap_at - now, *dues]))
+            ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
+            self.wake.drain()
+            with contextlib.suppress(BlockingIOError):
+                while self._signals.recv(4096):
+                    pass
+            self._checkpoint()
+            changed = self._seen != (version := self.db.data_version())
+            self._seen = version
+            late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
+            if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
+                return
+
+    def _attend(self, ready: set[int]) -> bool:
+        """Read what hooks print and hold them to their deadlines; return whether one has ended."""
+        ended = []
+        for hook in self.hooks.values():
+            for fd in ready.intersection(hook.pipes):
+                hook.read(fd)
+            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
+                ended.append(hook)
+        for hook in ended:
+            del self.hooks[hook.pid]
+            hook.end()
+            self._ended(hook)
+        return bool(ended)
+
+    def _checkpoint(self) -> None:
+        if CLOCK.monotonic() >= self._checkpoint_at:
+            self._checkpoint_at = CLOCK.monotonic() + 1.0
+            wal = Path(f"{self.db.path}-wal")
+            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+
+    # --- beginning ---
+
+    def _do(
+        self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Begin an action; return whether rows were moved by it."""
+        if action.what == "kill":
+            for hook in self.hooks.values():
+                if hook.vm_name == action.vm_name:
+                    hook.kill(action.reason, self.timeouts.term_grace)
+            return False
+        if action.what == "end":
+            return self._end_vm(action.vm_name, group)
+        if action.what == HookKind.TERMINATE and not group["terminate"]:
+            with contextlib.suppress(VmError):  # it came by hand, and goes by hand
+                self.manager.remove_vm_from_pool(action.vm_name)
+            return True
+        if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
+            return False
+        try:
+            hook = self._hook(action.what, group, seen)
+        except OSError as error:
+            self.log.error("no hook can be started: %s", error)
+            self._not_before = CLOCK.monotonic() + self.timeouts.recheck
+            return False
+        if not self._claim(hook, group, seen):
+            hook.abandon()
+            return False
+        self.hooks[hook.pid] = hook
+        _crash("hook-claimed")
+        hook.open_gate()
+        _crash("hook-begun")
+        return True
+
+    def _end_vm(self, vm_name: str, group: Mapping[str, Any]) -> bool:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(vm_name)
+            reason = "" if row is None else _why_to_end(row, group, _Dues(CLOCK.wall()))
+            if row is None or not reason or row["hook"]:  # somebody has acquired it meanwhile
+                return False
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+        self.log.info("%s is terminated: %s", vm_name, reason)
+        return True
+
+    def _hook(
+        self, kind: HookKind, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> Hook:
+        """Start a hook of a group behind its gate."""
+        vm = seen or {}
+        name = vm.get("vm_name", "")
+        if kind == HookKind.SPAWN:
+            name = f"{group['name'][:57]}-{secrets.token_hex(3)}"
+        limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
+        command = group[kind]
+        if not command:
+            patience = 0.9 * limit if vm.get("last_health_check") is None else min(limit / 2, 10.0)
+            words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
+            command = f"exec {shlex.join(map(str, words))}"
+        told = {
+            "HOOK": kind.value,
+            "VM": name,
+            "GROUP": group["name"],
+            "IP": vm.get("vm_ip"),
+            "PATH": vm.get("path"),
+            "STATE": vm.get("state"),
+            "OWNER": vm.get("bound_to_user"),
+            "SANDBOX": vm.get("bound_sandbox"),
+            "DB": str(self.db.path),
+            "STATE_DIR": str(self.db.state_dir),
+        }
+        environment = os.environ | {f"VMRM_{key}": value or "" for key, value in told.items()}
+        environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
+        return Hook(kind, group["name"], name, command, environment, limit)
+
+    def _claim(self, hook: Hook, group: Mapping[str, Any], seen: Mapping[str, Any] | None) -> bool:
+        """Put a hook on record, and move its VM; return whether it may run, as things are now."""
+        now, noted = CLOCK.wall(), (hook.pid, hook.started, boot_id())
+        if hook.kind == HookKind.LIST:
+            found = self._info(group["name"], "listed") | {"at": now, "hook": noted}
+            self._put_info(group["name"], "listed", found)
+            return True
+        columns: dict[str, Any] = {"hook": hook.kind.value}
+        columns |= zip(("hook_pid", "hook_started", "hook_boot"), noted, strict=True)
+        if hook.kind == HookKind.SPAWN:
+            return self._claim_spawn(hook, group, columns)
+        assert seen is not None
+        with self.db.transaction() as db:
+            row = self._row(hook.vm_name)
+            same = ("state", "hook", "token", "releasing_at")
+            if row is None or any(row[column] != seen[column] for column in same):
+                return False
+            state = row["state"]
+            if hook.kind == HookKind.CHECK:
+                columns["check_started_at"] = now
+                state = state if state == VmStates.IN_USE else VmStates.CHECK_HEALTH
+            elif hook.kind == HookKind.TERMINATE:
+                columns |= {"terminating_at": now, "terminate_tries": row["terminate_tries"] + 1}
+            move_pool_vm(db, hook.vm_name, state, **columns)
+        return True
+
+    def _claim_spawn(
+        self, hook: Hook, group: Mapping[str, Any], columns: Mapping[str, object]
+    ) -> bool:
+        with self.db.transaction(durable=True) as db:
+            count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
+            if count >= group["max_vm_total"]:
+                return False
+            self._add_row(hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
+            db.connection.execute(
+                "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
+                (CLOCK.wall(), group["name"]),
+            )
+        return True
+
+    def _add_row(self, name: str, group: str, state: VmStates, **columns: object) -> None:
+        """Add a VM inside the caller's transaction."""
+        now = CLOCK.wall()
+        values: dict[str, object] = {"vm_name": name, "group": group, "state": state.value}
+        values |= {"state_at": now, "spawned_at": now, "who": _who(os.getpid()), **columns}
+        names = ", ".join(f'"{column}"' for column in values)
+        places = ", ".join(f":{column}" for column in values)
+        sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
+        self.db.connection.execute(sql, values)
+
+    # --- ending ---
+
+    def _ended(self, hook: Hook) -> None:
+        """Write down how a hook ended."""
+        name = hook.vm_name or hook.group
+        if hook.fault:
+            self.log.warning("%s: %s hook: %s", name, hook.kind, hook.fault)
+        elif hook.kind not in (HookKind.CHECK, HookKind.LIST):
+            self.log.info("%s: %s hook done in %.1f s", name, hook.kind, hook.seconds)
+        if hook.kind == HookKind.LIST:
+            self._listed(hook)
+            return
+        _crash("hook-ended")
+        with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
+            getattr(self, f"_end_{hook.kind}")(hook)
+        self._forget_hook(hook.vm_name, hook.pid)
+        log_hook(self.db.directory("logs", "pool") / f"{hook.vm_name}.log", hook)
+        wake_pool(self.db)
+
+    def _forget_hook(self, vm_name: str, pid: int, *, again: bool = False) -> None:
+        """Take a hook off the record; `again` if what it was to do has to begin anew."""
+        with self.db.transaction() as db:
+            row = self._row(vm_name)
+            if row is None or row["hook_pid"] != pid:
+                return
+            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
+            if again:
+                columns |= {"terminate_tries": 0, "check_started_at": None}
+            lost = again and row["state"] == VmStates.SPAWNING
+            state = VmStates.TERMINATING if lost else row["state"]
+            reason = "the keeper died while it was spawned"
+            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+
+    def _end_spawn(self, hook: Hook) -> None:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(hook.vm_name)
+            if row is None:  # a machine may be there
+                reason = "it was removed while it was spawned"
+                self._add_row(hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
+            elif row["state"] == VmStates.SPAWNING:
+                if hook.spawned is not None and not hook.fault:
+                    self._settle(hook, hook.spawned)
+                if hook.fault:
+                    reason = f"spawn hook: {hook.fault}"
+                    move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
+        failed = self._info(hook.group, "failed")
+        if hook.fault and hook.verdict != STOPPED:
+            failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
+            self._put_info(hook.group, "failed", failed)
+        elif failed:
+            self._put_info(hook.group, "failed", {})
+
+    def _settle(self, hook: Hook, made: Spawned) -> None:
+        """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
+        if made.name != hook.vm_name:
+            if self._row(made.name):
+                hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
+                return
+            sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
+            self.db.connection.execute(sql, (made.name, hook.vm_name))
+            hook.vm_name = made.name
+        now = CLOCK.wall()
+        move_pool_vm(
+            self.db, made.name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
+        )
+
+    def _end_check(self, hook: Hook) -> None:
+        if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
+            return
+        if hook.fault:
+            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
+        else:
+            self.manager.mark_vm_checked(hook.vm_name)
+
+    def _end_release(self, hook: Hook) -> None:
+        if hook.verdict != STOPPED:
+            failure = hook.fault and f"release hook: {hook.fault}"
+            self.manager.mark_vm_released(hook.vm_name, failure)
+
+    def _end_terminate(self, hook: Hook) -> None:
+        if not hook.fault:
+            self.manager.remove_vm_from_pool(hook.vm_name)
+            return
+        self.db.write(
+            """UPDATE pool_vms SET reason = :reason,
+                   terminate_tries = iif(:stopped, 0, terminate_tries) WHERE vm_name = :name""",
+            reason=f"terminate hook: {hook.fault}",
+            stopped=hook.verdict == STOPPED,
+            name=hook.vm_name,
+        )
+
+    def _listed(self, hook: Hook) -> None:
+        """Compare the machines there are with the rows: what misses its other half twice is ended.
+
+        Young VMs are spared: a listing may be older than they are.
+        """
+        found, now = self._info(hook.group, "listed"), CLOCK.wall()
+        found.pop("hook", None)
+        names = hook.out.text().split()
+        wrong = hook.fault or next(
+            (f"it printed {n!r:.80}, which is no VM's name" for n in names if not _is_name(n)), ""
+        )
+        if hook.out.dropped:
+            wrong = "it printed too much"
+        if wrong:
+            self._put_info(hook.group, "listed", found)
+            self.log.warning("the list of group %s is of no use: %s", hook.group, wrong)
+            return
+        there, old = {name.lower(): name for name in names}, now - self.timeouts.young
+        began = now - hook.seconds
+        settled = (VmStates.SPAWNING, VmStates.TERMINATING)
+        rows = self.db.query("SELECT * FROM pool_vms")
+        missing = {
+            row["vm_name"]: began
+            for row in rows
+            if row["group"].lower() == hook.group.lower() and row["vm_name"].lower() not in there
+            if row["state"] not in settled and row["spawned_at"] < old
+        }
+        known = {row["vm_name"].lower() for row in rows}
+        strangers = {name: began for name in there.values() if name.lower() not in known}
+        for kind, present in (("missing", missing), ("strangers", strangers)):
+            before = found.get(kind, {})
+            present |= {name: at for name, at in before.items() if name in present}
+            for name in [name for name, at in present.items() if at < old]:
+                del present[name]
+                self._reconcile(kind, name, hook.group)
+        self._put_info(hook.group, "listed", {**found, "missing": missing, "strangers": strangers})
+
+    def _reconcile(self, kind: str, name: str, group: str) -> None:
+        """End a VM without a machine, or a machine without a VM, in the way of all others."""
+        with self.db.transaction(durable=True) as db:
+            row = self._row(name)
+            if kind == "missing" and row and row["state"] != VmStates.TERMINATING:
+                reason = "its machine is gone"
+                move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
+            elif kind == "strangers" and row is None:
+                reason = "a machine that the pool did not know"
+                self._add_row(name, group, VmStates.TERMINATING, reason=reason)
+            else:
+                return
+        self.log.warning("%s is terminated: %s", name, reason)
+        wake_pool(self.db)
+
+
+def _is_name(name: str) -> bool:
+    return NAME_PATTERN.fullmatch(name) is not None
+
+
+def _booted_at() -> float:
+    """Return when this host was booted, in seconds since the epoch."""
+    return CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 # === experiment files ============================================================================
