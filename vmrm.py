@@ -6598,7 +6598,7 @@ class QemuVm:
                 if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
                     return fd
             os.close(fd)
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
         return None
 
     def spawn(self, words: Sequence[str]) -> dict[str, str]:
@@ -6616,7 +6616,8 @@ class QemuVm:
 
         if (program := shutil.which(QEMU)) is None:
             raise UsageError(f"{QEMU} is not installed")
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
         lock = self._lock()
         if lock is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
@@ -7011,6 +7012,7 @@ class Keeper:
         self._reap_at = self._checkpoint_at = -math.inf
         self._not_before = -math.inf  # when to fork again, after the system refused
         self._seen = -1  # PRAGMA data_version
+        self._done: set[PoolAction] = set()  # what `once` does not do twice
 
     def run(self) -> int:
         """Keep the pool until SIGTERM or SIGINT, or once; return 0.
@@ -7182,6 +7184,8 @@ class Keeper:
             return True
         if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
             return False
+        if self.once and action in self._done:
+            return False
         try:
             hook = self._hook(action.what, group, seen)
         except OSError as error:
@@ -7192,6 +7196,8 @@ class Keeper:
             hook.abandon()
             return False
         self.hooks[hook.pid] = hook
+        if self.once and action.what != HookKind.SPAWN:
+            self._done.add(action)
         _crash("hook-claimed")
         hook.open_gate()
         _crash("hook-begun")
@@ -7292,7 +7298,8 @@ class Keeper:
     def _ended(self, hook: Hook) -> None:
         """Write down how a hook ended."""
         name = hook.vm_name or hook.group
-        if hook.fault:
+        undecided = hook.kind == HookKind.CHECK and hook.exit_code == EX_TEMPFAIL
+        if hook.fault and not undecided:
             self.log.warning("%s: %s hook: %s", name, hook.kind, hook.fault)
         elif hook.kind not in (HookKind.CHECK, HookKind.LIST):
             self.log.info("%s: %s hook done in %.1f s", name, hook.kind, hook.seconds)
@@ -8264,6 +8271,109 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
+class KeeperCommands(_Group):
+    """Keep the pool, and VMs by QEMU for it."""
+
+    @command
+    def serve(self, *, once: bool = False) -> object:
+        """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
+
+        Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
+        VMs stay.
+
+        Args:
+            once: Do what is due now and what follows from it, then leave: for cron.
+        """
+        db = self._main._open()
+        logger = logging.getLogger("vmrm.keeper")
+        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        if not self._main._screen.quiet:
+            told = logging.StreamHandler()
+            told.setFormatter(LogFormatter())
+            logger.addHandler(told)
+        Keeper(db, once).run()
+        return _SHOWN
+
+    @command
+    def spawn_qemu(
+        self,
+        vm: str | None = None,
+        *,
+        disk: str | None = None,
+        kernel: str | None = None,
+        initrd: str | None = None,
+        append: str | None = None,
+        memory: int = 512,
+        cpus: int = 1,
+        accel: str | None = None,
+        dir: str | None = None,  # noqa: A002 - the option's name
+    ) -> object:
+        """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
+
+        It has a guest-agent socket and a control socket in a directory of its own, and no network
+        unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            disk: A disk image, qcow2 or raw; what the VM writes is kept apart, until its end.
+            kernel: A kernel to boot instead of what is on the disk.
+            initrd: The kernel's initial RAM disk.
+            append: The kernel's command line.
+            memory: MiB.
+            cpus: Virtual processors.
+            accel: QEMU's accelerator; without it, KVM if that works, else software emulation.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        words = qemu_words(
+            memory=memory,
+            cpus=cpus,
+            disk=disk,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            accel=accel,
+        )
+        machine = self._qemu(vm, dir)
+        if not dir:
+            assert self._main._db().connection  # it makes the state directory, private
+        made = machine.spawn([*words, *self._main._tail])
+        print(json.dumps(made), flush=True)
+        return _SHOWN
+
+    @command
+    def terminate_qemu(self, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
+        """End a VM of spawn-qemu for certain, and remove what it had; if it is gone, that is well.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        self._qemu(vm, dir).terminate()
+        return _SHOWN
+
+    @command
+    def list_qemu(self, *, dir: str | None = None) -> object:  # noqa: A002
+        """List the VMs of spawn-qemu that run, one name per line: a list hook.
+
+        Args:
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        names = qemu_running(self._qemu_root(dir))
+        if self._main._screen.as_json:
+            return names
+        print("".join(f"{name}\n" for name in names), end="")
+        return _SHOWN
+
+    def _qemu(self, vm: str | None, folder: str | None) -> QemuVm:
+        name = vm or os.environ.get("VMRM_VM")
+        if not name:
+            raise UsageError("no VM is named", "Name one, or set VMRM_VM")
+        return QemuVm(self._qemu_root(folder), name)
+
+    def _qemu_root(self, folder: str | None) -> Path:
+        return Path(folder).absolute() if folder else self._main._db().state_dir / "qemu"
+
+
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
@@ -8277,6 +8387,7 @@ class Commands(_Public):
         self._database: Database | None = None
         self.schedule = ScheduleCommands(self)
         self.store = StoreCommands(self)
+        self.pool = KeeperCommands(self)
 
     def _db(self) -> Database:
         if self._database is None:
@@ -8913,7 +9024,7 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
     fire.decorators.FIRE_METADATA = "_fire_metadata"
-    for group in (Commands, ScheduleCommands, StoreCommands):
+    for group in (Commands, ScheduleCommands, StoreCommands, KeeperCommands):
         _teach_fire(group)
     understood: list[Pending] = []
 
@@ -8982,6 +9093,9 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         word = rest.pop(0)
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
+            break
+        if word == "--" and line.words[:2] == ["pool", "spawn-qemu"]:
+            line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
             line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")
