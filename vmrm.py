@@ -6932,7 +6932,7 @@ def _check_is_due(
     """Whether to check a VM's health now.
 
     The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
-    A check without a result is repeated after `recheck` seconds.
+    A check that told nothing is repeated after `recheck` seconds.
     """
     again_at = (vm["check_started_at"] or 0) + timeouts.recheck
     period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
@@ -7224,7 +7224,8 @@ class Keeper:
         limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
         command = group[kind]
         if not command:
-            patience = 0.9 * limit if vm.get("last_health_check") is None else min(limit / 2, 10.0)
+            fresh = vm["last_health_check"] is None  # it may be booting
+            patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
             words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
             command = f"exec {shlex.join(map(str, words))}"
         told = {
@@ -7362,8 +7363,12 @@ class Keeper:
 
     def _end_check(self, hook: Hook) -> None:
         if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
-            return
-        if hook.fault:
+            with self.db.transaction() as db:  # what the check before it told goes on to hold
+                row = _pool_vm(db, hook.vm_name)
+                well = row["last_health_check"] is not None and not row["check_fails"]
+                if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
+                    move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
+        elif hook.fault:
             self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
         else:
             self.manager.mark_vm_checked(hook.vm_name)

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Provider:
             "terminate": f"cd {folder}; [ -e $VMRM_VM ] || exit 0; "
             "until flock -n $VMRM_VM rm $VMRM_VM; do kill -9 $(cat $VMRM_VM.pid); sleep 0.01; "
             "done; rm -f $VMRM_VM.pid",
-            "list": f"cd {folder}; for f in *; do case $f in *.pid) continue;; esac; "
+            "list": f"cd {folder}; for f in *; do case $f in *.pid | '*') continue;; esac; "
             "flock -n $f true || echo $f; done",
             "check": "true",
         }
@@ -73,15 +73,25 @@ def keep(db: vmrm.Database) -> None:
     vmrm.Keeper(db, once=True).run()
 
 
-def served(path: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a keeper in a process of its own."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def served(path: Path, *words: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a keeper in a process of its own, which ends by itself, or is told to, within the block.
+
+    When the block fails, it is killed.
+    """
+    keeper = subprocess.Popen(
         [sys.executable, str(ROOT / "vmrm.py"), "--db", str(path), "pool", "serve", *words],
         env=os.environ | {"VMRM_TIMEOUT_SCALE": "0.1"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
+    try:
+        yield keeper
+        keeper.wait(30)
+    finally:
+        keeper.kill()
+        keeper.wait()
 
 
 def states(db: vmrm.Database) -> dict[str, str]:
