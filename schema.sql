@@ -95,14 +95,26 @@ CREATE TABLE attempts (
 CREATE UNIQUE INDEX one_open_attempt ON attempts (experiment_id, server_name, generation, ordinal)
     WHERE outcome IN ('armed', 'running');
 
--- One row per resume of a VM's schedule, with the experiment time at which it was given (NULL
--- before there is a start time). Effective times are always recomputed from these rows.
-CREATE TABLE resumes (
+-- What the journal's rows of a former generation are about: the schedule's text when its generation
+-- or its experiment ended, kept by a trigger.
+CREATE TABLE past_schedules (
+    experiment_id INTEGER NOT NULL,
+    server_name TEXT NOT NULL COLLATE NOCASE,
+    generation INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    PRIMARY KEY (experiment_id, server_name, generation)
+) STRICT;
+
+-- One row per pause, break or resume that a command gave a VM. Effective times are always
+-- recomputed from the schedule and those of these rows that are not ignored.
+CREATE TABLE holds (
     id INTEGER PRIMARY KEY,
     experiment_id INTEGER NOT NULL,
     server_name TEXT NOT NULL COLLATE NOCASE,
     at REAL NOT NULL,
-    experiment_time REAL
+    experiment_time REAL NOT NULL,             -- 0 before time 0; -inf resumes a break at -inf
+    duration_s REAL CHECK (duration_s > 0),    -- inf is a break, NULL a resume
+    ignored INTEGER NOT NULL DEFAULT 0 CHECK (ignored IN (0, 1))  -- without a break; break in one
 ) STRICT;
 
 -- One row per request of a command to a live handler (exec, push, pull, …). The client writes it,
@@ -158,7 +170,7 @@ CREATE TRIGGER vm_moved AFTER UPDATE OF state ON vms WHEN old.state <> new.state
             old.state, new.state, new.reason);
 END;
 
--- What makes a handler look again: its schedule, a resume, a request, a retry, the experiment.
+-- What makes a handler look again: its schedule, a pause or resume, a request, a retry, the experiment.
 CREATE TRIGGER schedule_put AFTER INSERT ON schedules BEGIN
     UPDATE vms SET revision = revision + 1, finished_at = NULL
     WHERE server_name = new.server_name;
@@ -167,7 +179,13 @@ CREATE TRIGGER schedule_changed AFTER UPDATE ON schedules BEGIN
     UPDATE vms SET revision = revision + 1, finished_at = NULL
     WHERE server_name = new.server_name;
 END;
-CREATE TRIGGER resumed AFTER INSERT ON resumes BEGIN
+CREATE TRIGGER schedule_ended AFTER UPDATE OF generation ON schedules
+WHEN old.generation <> new.generation AND old.text IS NOT NULL AND EXISTS (
+    SELECT 1 FROM current_experiment WHERE launched_at IS NOT NULL) BEGIN
+    INSERT INTO past_schedules (experiment_id, server_name, generation, text)
+    VALUES ((SELECT id FROM current_experiment), old.server_name, old.generation, old.text);
+END;
+CREATE TRIGGER held AFTER INSERT ON holds BEGIN
     UPDATE vms SET revision = revision + 1 WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER requested AFTER INSERT ON requests BEGIN

@@ -57,7 +57,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "outcome": "armed",
         "armed_at": 1.0,
     },
-    "resumes": {"experiment_id": 1, "server_name": "web", "at": 1.0},
+    "past_schedules": {"experiment_id": 1, "server_name": "web", "generation": 1, "text": "[]"},
+    "holds": {"experiment_id": 1, "server_name": "web", "at": 1.0, "experiment_time": 0.0},
     "requests": {
         "id": "r",
         "server_name": "web",
@@ -144,6 +145,8 @@ REFUSED = [
     ("attempts", {"ended_at": 3.0}),
     ("attempts", {"reboot": 2}),
     ("attempts", {"retried": 2}),
+    ("holds", {"duration_s": 0.0}),
+    ("holds", {"ignored": 2}),
     ("requests", {"arguments": "{"}),
     ("requests", {"answer": "{"}),
     ("requests", {"withdrawn": 2}),
@@ -292,7 +295,7 @@ def test_every_state_of_a_vm_is_in_its_history_and_nothing_else(db: Database) ->
 CHANGES: dict[str, Callable[[Database], object]] = {
     "schedule put": lambda db: insert(db, "schedules"),
     "schedule put again": lambda db: db.write("UPDATE schedules SET text = '[]'"),
-    "resume": lambda db: insert(db, "resumes"),
+    "pause": lambda db: insert(db, "holds"),
     "request": lambda db: insert(db, "requests"),
     "retry": lambda db: db.write("UPDATE attempts SET retried = 1"),
     "start time": lambda db: db.write("UPDATE experiments SET start_at = 5.0"),
