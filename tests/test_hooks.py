@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cli_lab import until
-from conftest import HostAgent
+from conftest import ROOT, HostAgent
 from keepers import FAST, group, keep, log, reasons, states
 
 import vmrm
@@ -150,6 +151,8 @@ def test_a_hook_is_told_about_its_vm_and_finds_our_command(db: vmrm.Database) ->
     keep(db)
     said = [line.partition("[out] ")[2] for line in log(db, "vm1").splitlines() if "[out]" in line]
     told = dict(line.split("=", 1) for line in said[:-1])
+    readme = (ROOT / "README.md").read_text()
+    assert sorted(told) == sorted(re.findall(r"^\| `(VMRM_\w+)` \|", readme, re.MULTILINE))
     assert told["VMRM_HOOK"] == "check"
     assert told["VMRM_VM"] == "vm1"
     assert told["VMRM_GROUP"] == "ci"
