@@ -51,7 +51,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
 
@@ -328,6 +328,8 @@ class Timeouts:
     leave: float = 10.0  # for handlers to leave before they are killed
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
     lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
+    recheck: float = 5.0  # until a pool VM's check that told nothing is repeated
+    young: float = 60.0  # of a pool VM whose absence, or unknown machine, is not acted upon yet
     heartbeat: float = 30.0  # after which a silent waiter for a pool VM counts no more
 
     @classmethod
@@ -7090,6 +7092,1196 @@ def _supervise(words: Sequence[str]) -> int:
         return Supervisor(db, stay="--stay" in words).run()
 
 
+# === hooks of the pool ===========================================================================
+
+HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
+HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
+EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
+# A hook waits behind its gate until its pid is on record; if the keeper dies first, it never runs.
+_GATE = 'read -r _ && exec /bin/sh -c "$1" </dev/null'
+
+
+class HookKind(StrEnum):
+    """What a hook is for; also the name of its column of a group."""
+
+    SPAWN = "spawn"
+    CHECK = "check"
+    RELEASE = "release"
+    TERMINATE = "terminate"
+    LIST = "list"
+
+
+class _Kept:
+    """The last `HOOK_KEPT_BYTES` of what a stream gave, and how much that was in all."""
+
+    def __init__(self) -> None:
+        self.data, self.total = bytearray(), 0
+
+    def add(self, data: bytes) -> None:
+        self.data += data
+        self.total += len(data)
+        if len(self.data) > 2 * HOOK_KEPT_BYTES:
+            del self.data[:-HOOK_KEPT_BYTES]
+
+    def text(self) -> str:
+        return self.data[-HOOK_KEPT_BYTES:].decode(errors="replace")
+
+    @property
+    def dropped(self) -> int:
+        return max(0, self.total - HOOK_KEPT_BYTES)
+
+
+class Hook:
+    """One running hook: a command line in a session of its own, killed with all that is in it.
+
+    It has ended when its main process has, whoever else keeps its pipes open.
+
+    Args:
+        kind: What it is for.
+        group: The group whose hook it is.
+        vm_name: The VM it is for; '' for `list`.
+        command: What /bin/sh -c gets.
+        environment: All of it.
+        timeout_s: Seconds until it is killed.
+    """
+
+    def __init__(
+        self,
+        kind: HookKind,
+        group: str,
+        vm_name: str,
+        command: str,
+        environment: Mapping[str, str],
+        timeout_s: float,
+    ) -> None:
+        import subprocess
+
+        self.kind, self.group, self.vm_name = kind, group, vm_name
+        self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
+        self.deadline = self.began_at + timeout_s
+        self.verdict = ""  # why it was killed
+        self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
+        self.exit_code: int | None = None  # negative for a signal; None until `end`
+        self.seconds = 0.0
+        self.spawned: Spawned | None = None  # by a spawn hook that succeeded
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "sh", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+        self.started = process_started(self.pid) or 0
+        self.pidfd = os.pidfd_open(self.pid)
+        out, err = (cast(IO[bytes], pipe) for pipe in (self.process.stdout, self.process.stderr))
+        self.pipes = {out.fileno(): out, err.fileno(): err}
+        self.kept = {out.fileno(): _Kept(), err.fileno(): _Kept()}
+        self.out, self.err = self.kept.values()
+        for fd in self.pipes:
+            os.set_blocking(fd, False)
+
+    def open_gate(self) -> None:
+        """Let it run."""
+        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], self.process.stdin) as gate:
+            gate.write(b"\n")
+
+    def read(self, fd: int) -> bool:
+        """Take what a pipe holds, at most 1 MiB; return whether there is more to come."""
+        for _ in range(16):
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                self.pipes.pop(fd).close()
+                return False
+            self.kept[fd].add(data)
+        return True
+
+    def abandon(self) -> None:
+        """Leave it behind its gate, where it ends without having run."""
+        for pipe in [cast(IO[bytes], self.process.stdin), *self.pipes.values()]:
+            pipe.close()
+        self.process.wait()
+        os.close(self.pidfd)
+
+    def kill(self, verdict: str, grace_s: float) -> None:
+        """Begin to kill it, politely first; the first reason given stands."""
+        if not self.verdict:
+            self.verdict, self.deadline = verdict, -math.inf
+            self.enforce(grace_s)
+
+    def enforce(self, grace_s: float) -> bool:
+        """Do what is due if its deadline has passed; return whether there is nothing left to do."""
+        now = CLOCK.monotonic()
+        if now < self.deadline:
+            return False
+        if not self._signals:
+            self.verdict += " and could not be killed"
+            return True
+        self.verdict = self.verdict or f"took longer than {self.timeout_s:g} s"
+        signal_session(self.pid, self.started, self._signals.pop(0))
+        self.deadline = now + grace_s
+        return False
+
+    def end(self) -> None:
+        """Take in the rest of its output and how it ended; end what it may not leave behind."""
+        for fd in list(self.pipes):
+            self.read(fd)
+        for pipe in [*self.pipes.values(), cast(IO[bytes], self.process.stdin)]:
+            pipe.close()
+        self.pipes.clear()
+        status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None:
+            exited = status.si_code == os.CLD_EXITED
+            self.exit_code = status.si_status if exited else -status.si_status
+        self.seconds = CLOCK.monotonic() - self.began_at
+        if self.kind == HookKind.SPAWN and not self.fault:
+            try:
+                self.spawned = parse_spawned(self.out.text(), self.vm_name)
+            except ValueError as error:
+                self.verdict = _one_line(error)
+        if self.spawned is None:
+            signal_session(self.pid, self.started, signal.SIGKILL)
+        # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
+        self.process.poll()
+        os.close(self.pidfd)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with how it ended, as a few words; '' if nothing is."""
+        code = self.exit_code
+        if self.verdict or code == 0:
+            return self.verdict
+        ended = "did not end" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            ended = f"killed by {signal.Signals(-code).name}"
+        lines = self.err.text().split("\n") + self.out.text().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"{ended}: {_words(last.encode())}" if last else ended
+
+
+def session_members(session: int, started: int) -> list[int]:
+    """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append((int(path.parent.name), int(fields[19])))
+    # Another leader of that number has begun another session; so have members older than it.
+    if any(began < started or (pid == session and began != started) for pid, began in found):
+        return []
+    return [pid for pid, _ in found]
+
+
+def signal_session(session: int, started: int, number: signal.Signals) -> None:
+    """Send a signal to all processes of a session, those being forked meanwhile included."""
+    told: set[int] = set()
+    for _ in range(8):  # who forks faster than that meets KILL, or the next deadline
+        new = set(session_members(session, started)) - told
+        if not new:
+            return
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        told |= new
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawned:
+    """What a spawn hook says it has made."""
+
+    name: str
+    ip: str
+    path: str
+
+
+def parse_spawned(text: str, name: str) -> Spawned:
+    """Return what a spawn hook has printed about its VM.
+
+    That is one JSON object with any of ip, name and path: the whole text, or its last line that
+    is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it.
+
+    Args:
+        text: What it printed.
+        name: The VM's name if none is printed.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    import ipaddress
+
+    said = _last_object(text)
+    if said is None:
+        words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
+        said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
+    known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
+    if wrong := [key for key, value in known.items() if not isinstance(value, str)]:
+        raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
+    if not known["ip"] and not known["path"]:
+        raise ValueError("it printed neither IP=… nor a JSON object with ip or path")
+    if known["ip"]:
+        try:
+            ipaddress.ip_address(known["ip"])
+        except ValueError:
+            raise ValueError(f"it printed {known['ip']!r:.80}, which is no IP address") from None
+    if known["path"]:
+        drivers.parse_address(known["path"])
+    return Spawned(checked_name("VM", known["name"] or name), known["ip"], known["path"])
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    for part in [text, *reversed(text.splitlines())]:
+        if part.strip().startswith("{") and part.strip().endswith("}"):
+            with contextlib.suppress(ValueError, RecursionError):
+                return cast("dict[str, Any]", json.loads(part))
+    return None
+
+
+def log_hook(path: Path, hook: Hook) -> None:
+    """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > HOOK_LOG_BYTES:
+            path.rename(path.with_name(path.name + ".1"))
+    head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
+    lines = []
+    for name, kept in (("out", hook.out), ("err", hook.err)):
+        if kept.dropped:
+            lines.append(f"[{name}] … {kept.dropped} bytes before this are dropped")
+        text = kept.text()
+        lines += [f"[{name}] {_shown(line)}" for line in text.split("\n") if text and line]
+    level, end = ("warning", hook.fault) if hook.fault else ("info   ", "done")
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as log:
+        for line in lines:
+            log.write(f"{head.format('info   ')} {line}\n")
+        log.write(f"{head.format(level)}: {end}, {hook.seconds:.1f} s\n")
+
+
+def check_agent(path: str, database: Path, timeout: float) -> str:
+    """Return how a VM's guest agent is: ok, frozen, no-exec, no-answer; in-use if others have it.
+
+    Args:
+        path: The agent's address.
+        database: Named to whoever comes second.
+        timeout: Seconds within which it must begin to answer.
+    """
+    driver = drivers.QemuGuestAgentDriver({"path": path, "name": "vm"}, logging.getLogger("vmrm"))
+    try:
+        with agent_lock(path, database, time_to_wait, 0):
+            driver.connect(timeout)
+            return driver.health()
+    except Conflict as error:
+        return f"in-use: {error}"
+    except drivers.DriverError as error:
+        return f"no-answer: {error}"
+    finally:
+        driver.close()
+
+
+def _check_agent(words: Sequence[str]) -> int:
+    """The default check's main, `_check_agent PATH DATABASE SECONDS`."""
+    path, database, seconds = words
+    health = check_agent(path, Path(database), float(seconds)) if path else "the VM has no path"
+    print(health)
+    return {"ok": 0, "in-use": EX_TEMPFAIL}.get(health.partition(":")[0], 1)
+
+
+# === VMs by QEMU =================================================================================
+
+QEMU = "qemu-system-x86_64"
+QEMU_START_S = 30.0  # for QEMU to answer on its control socket
+QEMU_GRACE_S = 5.0  # to leave when it is asked to, and again when it is told to
+GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
+
+
+class QemuVm:
+    """A VM of a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
+
+    QEMU inherits the lock from whoever starts it, so the lock says whether it runs, whenever that
+    one dies; pid and start time are written by the process that becomes QEMU.
+
+    Args:
+        root: Holds the VMs' directories.
+        name: The VM.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.folder = root / checked_name("VM", name)
+        self.name = name
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process holds the lock."""
+        return _is_locked(self.folder / "pid")
+
+    def _lock(self) -> int | None:
+        """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
+        while (fd := take_lock(self.folder / "pid")) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
+                    return fd
+            os.close(fd)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        return None
+
+    def spawn(self, words: Sequence[str]) -> dict[str, str]:
+        """Start QEMU, which outlives us; return name, ip (not known: '') and the agent's path.
+
+        Args:
+            words: QEMU's, but for its name, sockets and agent port.
+
+        Raises:
+            Conflict: it runs already.
+            VmrmError: QEMU does not start; its words are told, and nothing is left.
+        """
+        import shutil
+        import subprocess
+
+        if (program := shutil.which(QEMU)) is None:
+            raise UsageError(f"{QEMU} is not installed")
+        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        lock = self._lock()
+        if lock is None:
+            raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
+        agent, control = self._listen("agent.sock"), self._listen("qmp.sock")
+        with (self.folder / "qemu.log").open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    [program, *self._own_words(agent, control), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
+                    pass_fds=(lock, agent.fileno(), control.fileno()),
+                    preexec_fn=lambda: _sign(lock),  # noqa: PLW1509 - there is one thread
+                    start_new_session=True,
+                )
+            finally:
+                agent.close()  # so that it is QEMU alone that keeps them open
+                control.close()
+                os.close(lock)
+        _crash("qemu-started")
+        try:
+            self.control("query-status", QEMU_START_S)
+        except (OSError, ValueError) as error:
+            said = _words((self.folder / "qemu.log").read_bytes()) or _one_line(error)
+            process.kill()
+            process.wait()
+            self.terminate()
+            raise VmrmError(f"QEMU did not start VM {self.name!r}: {said}") from error
+        return {"name": self.name, "ip": "", "path": str(self.folder / "agent.sock")}
+
+    def _listen(self, name: str) -> socket.socket:
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        _through_directory(path, listening.bind)
+        listening.listen(1)
+        return listening
+
+    def _own_words(self, agent: socket.socket, control: socket.socket) -> list[str]:
+        words = ["-name", self.name, "-nodefaults", "-no-user-config", "-display", "none"]
+        for name, listening in (("agent", agent), ("control", control)):
+            words += ["-chardev", f"socket,id={name},fd={listening.fileno()},server=on,wait=off"]
+        words += ["-mon", "chardev=control,mode=control", "-device", "virtio-serial-pci"]
+        words += ["-device", f"virtserialport,chardev=agent,name={GUEST_AGENT_PORT}"]
+        return words
+
+    def control(self, command: str, timeout: float) -> None:
+        """Have QEMU carry out a command on its control socket (QMP).
+
+        Raises:
+            OSError: it does not answer in time, or is gone.
+            ValueError: it refuses.
+        """
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            _through_directory(self.folder / "qmp.sock", connection.connect)
+            with connection.makefile("rwb") as stream:
+                for words in ("", "qmp_capabilities", command):
+                    if words:
+                        stream.write(json.dumps({"execute": words}).encode())
+                        stream.flush()
+                    _await_qmp(stream, "return" if words else "QMP")
+
+    def terminate(self) -> None:
+        """End QEMU for certain and remove the directory; what is gone already is no error.
+
+        Raises:
+            VmrmError: it does not die; everything is left as it is.
+        """
+        import shutil
+
+        ends = [None, signal.SIGTERM, signal.SIGKILL]
+        while self.folder.exists():
+            if (lock := self._lock()) is not None:
+                _crash("qemu-ended")
+                shutil.rmtree(self.folder)
+                os.close(lock)
+            elif ends:
+                self._end(ends.pop(0))
+            else:
+                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self.folder}/pid")
+
+    def _end(self, number: signal.Signals | None) -> None:
+        """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
+
+        A process that is about to become QEMU has not signed yet.
+        """
+        deadline = CLOCK.monotonic() + QEMU_GRACE_S
+        while not (signed := (self.folder / "pid").read_text().split()):
+            if CLOCK.monotonic() >= deadline:
+                return
+            time_to_wait(0.02)
+        pid, started = int(signed[0]), int(signed[1])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            signal_session(pid, started, signal.SIGKILL)  # its children keep the lock
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        try:
+            if number is not None:
+                signal_session(pid, started, number)
+            else:
+                with contextlib.suppress(OSError, ValueError):
+                    self.control("quit", QEMU_GRACE_S)
+            if process_started(pid) == started:
+                poll.poll(QEMU_GRACE_S * 1000)
+        finally:
+            os.close(pidfd)
+
+
+def _sign(lock: int) -> None:
+    """Write our own pid and start time, which stay when this process becomes QEMU."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()} {process_started(os.getpid())}\n".encode(), 0)
+
+
+def _await_qmp(stream: io.BufferedRWPair, key: str) -> None:
+    """Read QEMU's lines, events among them, up to the one with `key`."""
+    for _ in range(1000):
+        line = stream.readline(1 << 20)
+        if not line:
+            raise ConnectionError("it closed its control socket")
+        said = json.loads(line)
+        if "error" in said:
+            raise ValueError(said["error"].get("desc"))
+        if key in said:
+            return
+    raise ValueError("it does not answer on its control socket")
+
+
+def qemu_words(
+    *,
+    memory: int,
+    cpus: int,
+    disk: str | None,
+    kernel: str | None,
+    initrd: str | None,
+    append: str | None,
+    accel: str | None,
+) -> list[str]:
+    """Return the part of QEMU's command line that says what machine it is and what it boots.
+
+    Args:
+        memory: MiB.
+        cpus: Virtual processors.
+        disk: An image, qcow2 or raw, that is only read: what the VM writes goes to an overlay,
+            which QEMU removes at its end.
+        kernel: A kernel to boot; with initrd and append, its initial RAM disk and command line.
+        initrd: See kernel.
+        append: See kernel.
+        accel: QEMU's -accel; None takes KVM if it works, else software emulation.
+
+    Raises:
+        UsageError: there is nothing to boot, or a file is missing.
+    """
+    if not disk and not kernel:
+        raise UsageError("there is nothing to boot", "Name --disk IMAGE, or --kernel FILE")
+    for file in (disk, kernel, initrd):
+        if file and not Path(file).is_file():
+            raise UsageError(f"there is no file {file!r}")
+    words = ["-machine", "q35", "-cpu", "max", "-m", str(memory), "-smp", str(cpus)]
+    for name in [accel] if accel else ["kvm", "tcg"]:
+        words += ["-accel", name]
+    for option, value in (("kernel", kernel), ("initrd", initrd), ("append", append)):
+        words += [f"-{option}", value] if value else []
+    if disk:
+        with Path(disk).open("rb") as image:  # not left to QEMU: a guest could write a header
+            kind = "qcow2" if image.read(4) == b"QFI\xfb" else "raw"
+        file = disk.replace(",", ",,")
+        words += ["-drive", f"if=virtio,format={kind},snapshot=on,file={file}"]
+    return words
+
+
+def qemu_running(root: Path) -> list[str]:
+    """Return the names of the VMs below a directory that run."""
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and QemuVm(root, f.name).runs]
+
+
+# === the keeper ==================================================================================
+#
+# keeper_plan says what is to be done about the pool's rows at some instant, and knows nothing but
+# them. The keeper does it: it starts a hook behind its gate, claims the row for it in one
+# transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
+# So a machine never exists without its row, and who comes after a killed keeper finds every hook.
+
+MAX_HOOKS = 16  # at once
+SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
+STOPPED = "the keeper was stopped"  # why a hook was killed that did nothing wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolAction:
+    """One thing to do: run a hook, move a VM to `terminating`, or kill the hook it has."""
+
+    what: HookKind | Literal["end", "kill"]
+    group: str
+    vm_name: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolRows:
+    """What the keeper knows of the pool when it plans: rows, at one instant."""
+
+    groups: Sequence[Mapping[str, Any]]
+    vms: Sequence[Mapping[str, Any]]
+    waiters: Sequence[Mapping[str, Any]] = ()
+    info: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    server_started: float = 0.0
+
+
+class _Dues:
+    """Tells which of many times have passed, and remembers the first of those that have not."""
+
+    def __init__(self, now: float) -> None:
+        self.now, self.next_at = now, math.inf
+
+    def passed(self, at: float | None) -> bool:
+        if at is None:
+            return False
+        if at > self.now:
+            self.next_at = min(self.next_at, at)
+        return at <= self.now
+
+
+def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
+    """Return what is to be done now, most urgent first, and when to look again at the latest.
+
+    Args:
+        pool: The rows.
+        now: Seconds since the epoch.
+        timeouts: Supplies `recheck` and `young`.
+    """
+    dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
+    actions: list[PoolAction] = []
+    for vm in pool.vms:
+        group = groups[vm["group"].lower()]
+        if action := _plan_vm(vm, group, pool.server_started, dues, timeouts):
+            actions.append(action)
+    for group in pool.groups:
+        actions += _plan_spawns(pool, group, dues)
+        listed = pool.info.get((group["name"], "listed")) or {"at": 0}
+        doubtful = listed.get("missing") or listed.get("strangers")
+        period = timeouts.young if doubtful else group["vm_health_check_period_s"]
+        if group["list"] and not listed.get("hook") and dues.passed(listed["at"] + period):
+            actions.append(PoolAction(HookKind.LIST, group["name"]))
+    order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
+    return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
+
+
+def _plan_vm(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> PoolAction | None:
+    do = functools.partial(PoolAction, group=group["name"], vm_name=vm["vm_name"])
+    if vm["hook"]:
+        stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
+        return do("kill", reason="its VM is to be terminated") if stale else None
+    if vm["state"] == VmStates.TERMINATING:
+        again_at = (vm["terminating_at"] or 0) + group["vm_terminating_timeout_s"]
+        ripe = not vm["terminate_tries"] or dues.passed(again_at)
+        return do(HookKind.TERMINATE) if ripe else None
+    if reason := _why_to_end(vm, group, dues):
+        return do("end", reason=reason)
+    if vm["releasing_at"] is not None:
+        return do(HookKind.RELEASE)
+    return do(HookKind.CHECK) if _check_is_due(vm, group, server_started, dues, timeouts) else None
+
+
+def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) -> str:
+    """Return why a VM that is not terminating has to, '' if it has not."""
+
+    def passed(since: float, limit: float | None) -> bool:
+        return limit is not None and dues.passed(since + limit)
+
+    match vm["state"]:
+        case VmStates.SPAWNING:
+            return "its spawn hook was lost"
+        case VmStates.HELD if dues.passed(vm["held_until"]):
+            return "it was held until now"
+        case VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] > group["vm_max_check_fails"]:
+            return f"it failed {vm['check_fails']} checks in a row"
+        case VmStates.READY:
+            used_at = vm["last_release"] or vm["spawned_at"]
+            count = group["reuse_max_count"]
+            if count is not None and vm["builds_count"] >= count:
+                return f"it was used {vm['builds_count']} times"
+            if passed(vm["spawned_at"], group["reuse_max_age_s"]):
+                return f"it is over {group['reuse_max_age_s']:g} s old"
+            if passed(used_at, group["reuse_max_idle_s"]):
+                return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
+            dirty = group["vm_dirty_terminating_timeout_s"]
+            if vm["bound_to_user"] and passed(used_at, dirty):
+                return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
+    return ""
+
+
+def _check_is_due(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> bool:
+    """Whether to check a VM's health now.
+
+    The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
+    A check that told nothing is repeated after `recheck` seconds.
+    """
+    again_at = (vm["check_started_at"] or 0) + timeouts.recheck
+    period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
+    match vm["state"]:
+        case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
+            return dues.passed(again_at)
+        case VmStates.CHECK_HEALTH_FAILED:
+            return dues.passed(max(again_at, vm["state_at"] + period))
+        case VmStates.READY | VmStates.IN_USE:
+            if vm["state"] == VmStates.IN_USE and not group["check"]:
+                return False
+            return dues.passed(again_at if last <= server_started else max(again_at, last + period))
+    return False
+
+
+def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[PoolAction]:
+    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
+    mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
+    spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
+    fresh = (VmStates.SPAWNING, VmStates.GOT_IP, VmStates.CHECK_HEALTH, VmStates.READY)
+    coming = sum(
+        vm["state"] in fresh and not vm["bound_to_user"] and not vm["check_fails"] for vm in mine
+    )
+    lacking = max(group["min_ready"], _waiting(pool, group, mine)) - coming
+    room = min(group["max_vm_total"] - len(mine), group["max_spawn_processes"] - spawning)
+    count = min(lacking, room)
+    if count <= 0 or not group["spawn"]:
+        return []
+    interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
+    not_before = (group["last_spawn_at"] or 0) + interval
+    if failed:
+        pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S)
+        not_before = max(not_before, failed["at"] + pause)
+    if not dues.passed(not_before):
+        return []
+    return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
+
+
+def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many VMs of a group are waited for by owners who may have more of them.
+
+    Who takes a VM of several groups waits for the first of them that spawns.
+    """
+    spawning = {g["name"].lower() for g in pool.groups if g["spawn"]}
+    waiting: dict[str, int] = {}
+    for waiter in pool.waiters:
+        for groups in json.loads(waiter["wants"]):
+            first = next((str(g).lower() for g in groups if str(g).lower() in spawning), None)
+            if first == group["name"].lower():
+                waiting[waiter["owner"]] = waiting.get(waiter["owner"], 0) + 1
+    limit = group["max_vm_per_user"]
+    if limit is not None:
+        for owner in waiting:
+            bound = sum(
+                vm["bound_to_user"] == owner and vm["state"] != VmStates.TERMINATING for vm in mine
+            )
+            waiting[owner] = min(waiting[owner], max(0, limit - bound))
+    return sum(waiting.values())
+
+
+class Keeper:
+    """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
+
+    One process, one thread, one wait; several hooks at once. It may be killed at any instruction.
+
+    Args:
+        db: The database.
+        once: Do what is due and what follows from it, then leave; for cron.
+    """
+
+    def __init__(self, db: Database, once: bool = False) -> None:
+        self.db, self.once, self.timeouts = db, once, db.timeouts
+        self.log = logging.getLogger("vmrm.keeper")
+        self.manager = VmManager(logger=self.log, db=db)
+        self.hooks: dict[int, Hook] = {}  # by pid
+        self._stopping = False
+        self._reap_at = self._checkpoint_at = -math.inf
+        self._not_before = -math.inf  # when to fork again, after the system refused
+        self._seen = -1  # PRAGMA data_version
+        self._done: set[PoolAction] = set()  # what `once` does not do twice
+
+    def run(self) -> int:
+        """Keep the pool until SIGTERM or SIGINT, or once; return 0.
+
+        Raises:
+            Conflict: another keeper runs; it is named.
+        """
+        path = self.db.directory("locks") / KEEPER
+        lock = take_lock(path)
+        if lock is None:
+            raise Conflict(
+                f"the pool is being kept already, by process {lock_holder(path)}",
+                "Let it, or stop it first",
+            )
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, lock)
+            self._prepare(stack)
+            self._bury()
+            while (actions := self._step()) or self.hooks or not (self.once or self._stopping):
+                self._wait(actions)
+            self.db.checkpoint(truncate=True)
+        return 0
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        self.wake = WakeSocket(self.db, KEEPER)
+        stack.callback(self.wake.close)
+        self._signals, sent = socket.socketpair()
+        for end in (self._signals, sent):
+            end.setblocking(False)
+            stack.callback(end.close)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sent.fileno()))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, self._stop))
+        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
+        temporary = tool.with_name(f"vmrm.{os.getpid()}")
+        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
+        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.chmod(0o700)
+        temporary.rename(tool)
+        if not self.once or _booted_at() > self._server_started():
+            self.manager.mark_server_start()
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True  # acted upon in the loop, never in the middle of a transaction
+
+    def _server_started(self) -> float:
+        return cast(float, self.db.value("SELECT started_at FROM pool_server") or 0.0)
+
+    def _bury(self) -> None:
+        """End the hooks that a dead keeper has left, and begin again where it stopped."""
+        left = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        listings = {name: self._info(name, "listed") for name in self._groups()}
+        sessions = [(row["hook_pid"], row["hook_started"], row["hook_boot"]) for row in left]
+        sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
+        deadline = CLOCK.monotonic() + self.timeouts.term_grace
+        for pid, started, boot in sessions:
+            while boot == boot_id() and session_members(pid, started):
+                signal_session(pid, started, signal.SIGKILL)
+                if CLOCK.monotonic() >= deadline:
+                    self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
+                    break
+                time_to_wait(0.02)
+        for row in left:
+            self._forget_hook(row["vm_name"], row["hook_pid"], again=True)
+        for name, found in listings.items():
+            if found.pop("hook", None):
+                self._put_info(name, "listed", found)
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        rows = self.db.query("SELECT * FROM pool_groups ORDER BY position, name")
+        return {row["name"]: row for row in rows}
+
+    def _info(self, group: str, key: str) -> dict[str, Any]:
+        return cast(
+            "dict[str, Any]", json.loads(self.manager.read_vm_pool_info(group, key) or "{}")
+        )
+
+    def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
+        self.manager.write_vm_pool_info(group, key, json.dumps(value))
+
+    def _row(self, vm_name: str) -> dict[str, Any] | None:
+        return self.db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+
+    # --- the loop ---
+
+    def _step(self) -> bool:
+        """Look at everything once and begin what is due; return whether something was."""
+        if self._stopping:
+            for hook in self.hooks.values():
+                hook.kill(STOPPED, self.timeouts.term_grace)
+            self._again_at = math.inf
+            return False
+        if CLOCK.monotonic() >= self._reap_at:
+            self._reap_at = CLOCK.monotonic() + self.timeouts.look
+            for name in self.manager.reap():
+                self.log.info("%s was taken back: its lease was over", name)
+        groups = self._groups()
+        rows = PoolRows(
+            list(groups.values()),
+            self.db.query("SELECT * FROM pool_vms ORDER BY state_at, vm_name"),
+            self.db.query(
+                "SELECT owner, wants FROM pool_waiters WHERE heartbeat_at > :since",
+                since=CLOCK.wall() - self.timeouts.heartbeat,
+            ),
+            {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
+            self._server_started(),
+        )
+        actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
+        seen = {row["vm_name"]: row for row in rows.vms}
+        begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
+        return any(begun)
+
+    def _wait(self, begun: bool) -> None:
+        """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        while not begun:
+            poll = select.poll()
+            fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
+            mine = {self.wake.fileno(), self._signals.fileno()}
+            for fd in fds | mine:
+                poll.register(fd, select.POLLIN)
+            now = CLOCK.monotonic()
+            dues = [hook.deadline - now for hook in self.hooks.values()]
+            wait = max(0.0, min([1.0, self._again_at - CLOCK.wall(), self._reap_at - now, *dues]))
+            ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
+            self.wake.drain()
+            with contextlib.suppress(BlockingIOError):
+                while self._signals.recv(4096):
+                    pass
+            self._checkpoint()
+            changed = self._seen != (version := self.db.data_version())
+            self._seen = version
+            late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
+            if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
+                return
+
+    def _attend(self, ready: set[int]) -> bool:
+        """Read what hooks print and hold them to their deadlines; return whether one has ended."""
+        ended = []
+        for hook in self.hooks.values():
+            for fd in ready.intersection(hook.pipes):
+                hook.read(fd)
+            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
+                ended.append(hook)
+        for hook in ended:
+            del self.hooks[hook.pid]
+            hook.end()
+            self._ended(hook)
+        return bool(ended)
+
+    def _checkpoint(self) -> None:
+        if CLOCK.monotonic() >= self._checkpoint_at:
+            self._checkpoint_at = CLOCK.monotonic() + 1.0
+            wal = Path(f"{self.db.path}-wal")
+            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+
+    # --- beginning ---
+
+    def _do(
+        self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Begin an action; return whether rows were moved by it."""
+        if action.what == "kill":
+            for hook in self.hooks.values():
+                if hook.vm_name == action.vm_name:
+                    hook.kill(action.reason, self.timeouts.term_grace)
+            return False
+        if action.what == "end":
+            return self._end_vm(action.vm_name, group)
+        if action.what == HookKind.TERMINATE and not group["terminate"]:
+            with contextlib.suppress(VmError):  # it came by hand, and goes by hand
+                self.manager.remove_vm_from_pool(action.vm_name)
+            return True
+        if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
+            return False
+        if self.once and action in self._done:
+            return False
+        try:
+            hook = self._hook(action.what, group, seen)
+        except OSError as error:
+            self.log.error("no hook can be started: %s", error)
+            self._not_before = CLOCK.monotonic() + self.timeouts.recheck
+            return False
+        if not self._claim(hook, group, seen):
+            hook.abandon()
+            return False
+        self.hooks[hook.pid] = hook
+        if self.once and action.what != HookKind.SPAWN:
+            self._done.add(action)
+        _crash("hook-claimed")
+        hook.open_gate()
+        _crash("hook-begun")
+        return True
+
+    def _end_vm(self, vm_name: str, group: Mapping[str, Any]) -> bool:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(vm_name)
+            reason = "" if row is None else _why_to_end(row, group, _Dues(CLOCK.wall()))
+            if row is None or not reason or row["hook"]:  # somebody has acquired it meanwhile
+                return False
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+        self.log.info("%s is terminated: %s", vm_name, reason)
+        return True
+
+    def _hook(
+        self, kind: HookKind, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> Hook:
+        """Start a hook of a group behind its gate."""
+        vm = seen or {}
+        name = vm.get("vm_name", "")
+        if kind == HookKind.SPAWN:
+            name = f"{group['name'][:57]}-{secrets.token_hex(3)}"
+        limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
+        command = group[kind]
+        if not command:
+            fresh = vm["last_health_check"] is None  # it may be booting
+            patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
+            words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
+            command = f"exec {shlex.join(map(str, words))}"
+        told = {
+            "HOOK": kind.value,
+            "VM": name,
+            "GROUP": group["name"],
+            "IP": vm.get("vm_ip"),
+            "PATH": vm.get("path"),
+            "STATE": vm.get("state"),
+            "OWNER": vm.get("bound_to_user"),
+            "SANDBOX": vm.get("bound_sandbox"),
+            "DB": str(self.db.path),
+            "STATE_DIR": str(self.db.state_dir),
+        }
+        environment = os.environ | {f"VMRM_{key}": value or "" for key, value in told.items()}
+        environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
+        return Hook(kind, group["name"], name, command, environment, limit)
+
+    def _claim(self, hook: Hook, group: Mapping[str, Any], seen: Mapping[str, Any] | None) -> bool:
+        """Put a hook on record, and move its VM; return whether it may run, as things are now."""
+        now, noted = CLOCK.wall(), (hook.pid, hook.started, boot_id())
+        if hook.kind == HookKind.LIST:
+            found = self._info(group["name"], "listed") | {"at": now, "hook": noted}
+            self._put_info(group["name"], "listed", found)
+            return True
+        columns: dict[str, Any] = {"hook": hook.kind.value}
+        columns |= zip(("hook_pid", "hook_started", "hook_boot"), noted, strict=True)
+        if hook.kind == HookKind.SPAWN:
+            return self._claim_spawn(hook, group, columns)
+        assert seen is not None
+        with self.db.transaction() as db:
+            row = self._row(hook.vm_name)
+            same = ("state", "hook", "token", "releasing_at")
+            if row is None or any(row[column] != seen[column] for column in same):
+                return False
+            state = row["state"]
+            if hook.kind == HookKind.CHECK:
+                columns["check_started_at"] = now
+                state = state if state == VmStates.IN_USE else VmStates.CHECK_HEALTH
+            elif hook.kind == HookKind.TERMINATE:
+                columns |= {"terminating_at": now, "terminate_tries": row["terminate_tries"] + 1}
+            move_pool_vm(db, hook.vm_name, state, **columns)
+        return True
+
+    def _claim_spawn(
+        self, hook: Hook, group: Mapping[str, Any], columns: Mapping[str, object]
+    ) -> bool:
+        with self.db.transaction(durable=True) as db:
+            count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
+            if count >= group["max_vm_total"]:
+                return False
+            self._add_row(hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
+            db.connection.execute(
+                "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
+                (CLOCK.wall(), group["name"]),
+            )
+        return True
+
+    def _add_row(self, name: str, group: str, state: VmStates, **columns: object) -> None:
+        """Add a VM inside the caller's transaction."""
+        now = CLOCK.wall()
+        values: dict[str, object] = {"vm_name": name, "group": group, "state": state.value}
+        values |= {"state_at": now, "spawned_at": now, "who": _who(os.getpid()), **columns}
+        names = ", ".join(f'"{column}"' for column in values)
+        places = ", ".join(f":{column}" for column in values)
+        sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
+        self.db.connection.execute(sql, values)
+
+    # --- ending ---
+
+    def _ended(self, hook: Hook) -> None:
+        """Write down how a hook ended."""
+        name = hook.vm_name or hook.group
+        undecided = hook.kind == HookKind.CHECK and hook.exit_code == EX_TEMPFAIL
+        if hook.fault and not undecided:
+            self.log.warning("%s: %s hook: %s", name, hook.kind, hook.fault)
+        elif hook.kind not in (HookKind.CHECK, HookKind.LIST):
+            self.log.info("%s: %s hook done in %.1f s", name, hook.kind, hook.seconds)
+        if hook.kind == HookKind.LIST:
+            self._listed(hook)
+            return
+        _crash("hook-ended")
+        with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
+            getattr(self, f"_end_{hook.kind}")(hook)
+        self._forget_hook(hook.vm_name, hook.pid)
+        log_hook(pool_log(self.db, hook.vm_name), hook)
+        wake_pool(self.db)
+
+    def _forget_hook(self, vm_name: str, pid: int, *, again: bool = False) -> None:
+        """Take a hook off the record; `again` if what it was to do has to begin anew."""
+        with self.db.transaction() as db:
+            row = self._row(vm_name)
+            if row is None or row["hook_pid"] != pid:
+                return
+            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
+            if again:
+                columns |= {"terminate_tries": 0, "check_started_at": None}
+            lost = again and row["state"] == VmStates.SPAWNING
+            state = VmStates.TERMINATING if lost else row["state"]
+            reason = "the keeper died while it was spawned"
+            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+
+    def _end_spawn(self, hook: Hook) -> None:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(hook.vm_name)
+            if row is None:  # a machine may be there
+                reason = "it was removed while it was spawned"
+                self._add_row(hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
+            elif row["state"] == VmStates.SPAWNING:
+                if hook.spawned is not None and not hook.fault:
+                    self._settle(hook, hook.spawned)
+                if hook.fault:
+                    reason = f"spawn hook: {hook.fault}"
+                    move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
+        failed = self._info(hook.group, "failed")
+        if hook.fault and hook.verdict != STOPPED:
+            failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
+            self._put_info(hook.group, "failed", failed)
+        elif failed:
+            self._put_info(hook.group, "failed", {})
+
+    def _settle(self, hook: Hook, made: Spawned) -> None:
+        """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
+        if made.name != hook.vm_name:
+            if self._row(made.name):
+                hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
+                return
+            sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
+            self.db.connection.execute(sql, (made.name, hook.vm_name))
+            hook.vm_name = made.name
+        now = CLOCK.wall()
+        move_pool_vm(
+            self.db, made.name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
+        )
+
+    def _end_check(self, hook: Hook) -> None:
+        if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
+            with self.db.transaction() as db:  # what the check before it told goes on to hold
+                row = _pool_vm(db, hook.vm_name)
+                well = row["last_health_check"] is not None and not row["check_fails"]
+                if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
+                    move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
+        elif hook.fault:
+            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
+        else:
+            self.manager.mark_vm_checked(hook.vm_name)
+
+    def _end_release(self, hook: Hook) -> None:
+        if hook.verdict != STOPPED:
+            failure = hook.fault and f"release hook: {hook.fault}"
+            self.manager.mark_vm_released(hook.vm_name, failure)
+
+    def _end_terminate(self, hook: Hook) -> None:
+        if not hook.fault:
+            self.manager.remove_vm_from_pool(hook.vm_name)
+            return
+        self.db.write(
+            """UPDATE pool_vms SET reason = :reason,
+                   terminate_tries = iif(:stopped, 0, terminate_tries) WHERE vm_name = :name""",
+            reason=f"terminate hook: {hook.fault}",
+            stopped=hook.verdict == STOPPED,
+            name=hook.vm_name,
+        )
+
+    def _listed(self, hook: Hook) -> None:
+        """Compare the machines there are with the rows: what misses its other half twice is ended.
+
+        Young VMs are spared: a listing may be older than they are.
+        """
+        found, now = self._info(hook.group, "listed"), CLOCK.wall()
+        found.pop("hook", None)
+        names = hook.out.text().split()
+        wrong = hook.fault or next(
+            (f"it printed {n!r:.80}, which is no VM's name" for n in names if not _is_name(n)), ""
+        )
+        if hook.out.dropped:
+            wrong = "it printed too much"
+        if wrong:
+            self._put_info(hook.group, "listed", found)
+            self.log.warning("the list of group %s is of no use: %s", hook.group, wrong)
+            return
+        there, old = {name.lower(): name for name in names}, now - self.timeouts.young
+        began = now - hook.seconds
+        settled = (VmStates.SPAWNING, VmStates.TERMINATING)
+        rows = self.db.query("SELECT * FROM pool_vms")
+        missing = {
+            row["vm_name"]: began
+            for row in rows
+            if row["group"].lower() == hook.group.lower() and row["vm_name"].lower() not in there
+            if row["state"] not in settled and row["spawned_at"] < old
+        }
+        known = {row["vm_name"].lower() for row in rows}
+        strangers = {name: began for name in there.values() if name.lower() not in known}
+        for kind, present in (("missing", missing), ("strangers", strangers)):
+            before = found.get(kind, {})
+            present |= {name: at for name, at in before.items() if name in present}
+            for name in [name for name, at in present.items() if at < old]:
+                del present[name]
+                self._reconcile(kind, name, hook.group)
+        self._put_info(hook.group, "listed", {**found, "missing": missing, "strangers": strangers})
+
+    def _reconcile(self, kind: str, name: str, group: str) -> None:
+        """End a VM without a machine, or a machine without a VM, in the way of all others."""
+        with self.db.transaction(durable=True) as db:
+            row = self._row(name)
+            if kind == "missing" and row and row["state"] != VmStates.TERMINATING:
+                reason = "its machine is gone"
+                move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
+            elif kind == "strangers" and row is None:
+                reason = "a machine that the pool did not know"
+                self._add_row(name, group, VmStates.TERMINATING, reason=reason)
+            else:
+                return
+        self.log.warning("%s is terminated: %s", name, reason)
+        wake_pool(self.db)
+
+
+def _is_name(name: str) -> bool:
+    return NAME_PATTERN.fullmatch(name) is not None
+
+
+def _booted_at() -> float:
+    """Return when this host was booted, in seconds since the epoch."""
+    return CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 # === experiment files ============================================================================
 
 EXPERIMENT_KEYS: _Keys = {
@@ -8753,6 +9945,105 @@ class PoolCommands(_Group):
         """Print the pool's figures as Prometheus text."""
         return self._manager().metrics().rstrip("\n")
 
+    @command
+    def serve(self, *, once: bool = False) -> object:
+        """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
+
+        Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
+        VMs stay.
+
+        Args:
+            once: Do what is due now and what follows from it, then leave: for cron.
+        """
+        db = self._manager().db
+        logger = logging.getLogger("vmrm.keeper")
+        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        if not self._main._screen.quiet:
+            told = logging.StreamHandler()
+            told.setFormatter(LogFormatter())
+            logger.addHandler(told)
+        Keeper(db, once).run()
+        return _SHOWN
+
+    @command
+    def spawn_qemu(
+        self,
+        vm: str | None = None,
+        *,
+        disk: str | None = None,
+        kernel: str | None = None,
+        initrd: str | None = None,
+        append: str | None = None,
+        memory: int = 512,
+        cpus: int = 1,
+        accel: str | None = None,
+        dir: str | None = None,  # noqa: A002 - the option's name
+    ) -> object:
+        """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
+
+        It has a guest-agent socket and a control socket in a directory of its own, and no network
+        unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            disk: A disk image, qcow2 or raw; what the VM writes is kept apart, until its end.
+            kernel: A kernel to boot instead of what is on the disk.
+            initrd: The kernel's initial RAM disk.
+            append: The kernel's command line.
+            memory: MiB.
+            cpus: Virtual processors.
+            accel: QEMU's accelerator; without it, KVM if that works, else software emulation.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        words = qemu_words(
+            memory=memory,
+            cpus=cpus,
+            disk=disk,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            accel=accel,
+        )
+        machine = self._qemu(vm, dir)
+        if not dir:
+            assert self._main._db().connection  # it makes the state directory, private
+        made = machine.spawn([*words, *self._main._tail])
+        print(json.dumps(made), flush=True)
+        return _SHOWN
+
+    @command
+    def terminate_qemu(self, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
+        """End a VM of spawn-qemu for certain, and remove what it had; if it is gone, that is well.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        self._qemu(vm, dir).terminate()
+        return _SHOWN
+
+    @command
+    def list_qemu(self, *, dir: str | None = None) -> object:  # noqa: A002
+        """List the VMs of spawn-qemu that run, one name per line: a list hook.
+
+        Args:
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        names = qemu_running(self._qemu_root(dir))
+        if self._main._screen.as_json:
+            return names
+        print("".join(f"{name}\n" for name in names), end="")
+        return _SHOWN
+
+    def _qemu(self, vm: str | None, folder: str | None) -> QemuVm:
+        name = vm or os.environ.get("VMRM_VM")
+        if not name:
+            raise UsageError("no VM is named", "Name one, or set VMRM_VM")
+        return QemuVm(self._qemu_root(folder), name)
+
+    def _qemu_root(self, folder: str | None) -> Path:
+        return Path(folder).absolute() if folder else self._main._db().state_dir / "qemu"
+
 
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
@@ -9754,9 +11045,10 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
             break
-        if line.words[:2] == ["pool", "acquire"] and word == "--" and rest != ["--help"]:
+        tailed = [["pool", "acquire"], ["pool", "spawn-qemu"]]
+        if line.words[:2] in tailed and word == "--" and rest != ["--help"]:
             if not rest:
-                raise UsageError("no command follows --", "See: vmrm pool acquire --help")
+                raise UsageError("nothing follows --", f"See: vmrm pool {line.words[1]} --help")
             line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
@@ -9796,6 +11088,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["_supervise"]:
             return _supervise(words[1:])
+        if words[:1] == ["_check_agent"]:
+            return _check_agent(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
         with contextlib.ExitStack() as stack:
