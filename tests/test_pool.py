@@ -623,7 +623,7 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
     ("words", "says"),
     [
         ("pool acquire", "no group is named"),
-        ("pool acquire 7 --", "no command follows --"),
+        ("pool acquire 7 --", "nothing follows --"),
         ("pool acquire 7 --pid 5 -- true", "takes no --pid"),
         ("pool acquire 7 --format {vm}", "--format: {vm} is none of name, ip"),
         ("pool acquire 8", "no group '8'"),
