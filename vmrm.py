@@ -3119,7 +3119,7 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
             lines += [f"  {vm}" for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
@@ -3515,7 +3515,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
-            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
 
@@ -3927,6 +3927,10 @@ class VmManager(_Rows):
         if holder and holder.is_dead():
             return f"its holder, process {holder.pid}, is dead"
         return ""
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM" if count == 1 else f"{count} VMs"
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -9824,7 +9828,8 @@ class PoolCommands(_Group):
         """
         if path:
             drivers.parse_address(path)
-        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
+        return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
     @command
     def list(self, group: str | None = None) -> object:

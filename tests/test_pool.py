@@ -544,7 +544,7 @@ def test_a_session_of_commands(pool: VmManager, cli: Cli) -> None:
     assert (done.code, lease["name"], lease["group"]) == (0, "a", 7)
     again = cli("pool", "acquire", "7")
     assert again.code == 75
-    assert again.err.startswith("error: no VM is available: group 7: none ready (1 VMs: 1 in use")
+    assert again.err.startswith("error: no VM is available: group 7: none ready (1 VM: 1 in use")
     timed_out = cli("pool", "acquire", "7", "--wait", "--timeout", "0.1")
     assert timed_out.code == 124
     assert "number 1 in the queue" in timed_out.err
