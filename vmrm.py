@@ -3071,7 +3071,7 @@ class VmManager(_Rows):
         """
         return VmDescriptor.load(self.db, vm_name)
 
-    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
         found = self._select("task_id = :task", task=str(task_id))
         return found[0] if found else None
@@ -3956,7 +3956,7 @@ _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
 # The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms
+_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
