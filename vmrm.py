@@ -6028,16 +6028,16 @@ class VMResourceHandler:
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
-        due, armed = self._due(entry), attempt.outcome is Outcome.ARMED
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn_attempt(entry, attempt)
+            return
         run = current_experiment(self.db)
         skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
-        if armed and skips and due < CLOCK.monotonic() and not entry.repeats:
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
             self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
-        elif armed and due > CLOCK.monotonic():
-            self._journal.withdraw([entry.ordinal])
         else:
-            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+            self._journal.withdraw([entry.ordinal])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)

