@@ -1436,7 +1436,7 @@ class QemuGuestAgentDriver(AbstractDriver):
             raise ReplyError("is no list of objects", found, "guest-network-get-interfaces")
         return found
 
-    def reboot(self, timeout: float = 2) -> None:
+    def reboot(self, timeout: float = 1) -> None:
         """Make the guest reboot; do not wait until it is back.
 
         The agent answers a failure within milliseconds and a success never, so silence for

@@ -98,6 +98,16 @@ CREATE TABLE attempts (
 CREATE UNIQUE INDEX one_open_attempt ON attempts (experiment_id, server_name, generation, ordinal)
     WHERE outcome IN ('armed', 'running');
 
+-- What the journal's rows of a former generation are about: the schedule's text when its generation
+-- or its experiment ended, kept by a trigger.
+CREATE TABLE past_schedules (
+    experiment_id INTEGER NOT NULL,
+    server_name TEXT NOT NULL COLLATE NOCASE,
+    generation INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    PRIMARY KEY (experiment_id, server_name, generation)
+) STRICT;
+
 -- One row per pause, break or resume that a command gave a VM. Effective times are always
 -- recomputed from the schedule and those of these rows that are not ignored.
 CREATE TABLE holds (
@@ -171,6 +181,12 @@ END;
 CREATE TRIGGER schedule_changed AFTER UPDATE ON schedules BEGIN
     UPDATE vms SET revision = revision + 1, finished_at = NULL
     WHERE server_name = new.server_name;
+END;
+CREATE TRIGGER schedule_ended AFTER UPDATE OF generation ON schedules
+WHEN old.generation <> new.generation AND old.text IS NOT NULL AND EXISTS (
+    SELECT 1 FROM current_experiment WHERE launched_at IS NOT NULL) BEGIN
+    INSERT INTO past_schedules (experiment_id, server_name, generation, text)
+    VALUES ((SELECT id FROM current_experiment), old.server_name, old.generation, old.text);
 END;
 CREATE TRIGGER held AFTER INSERT ON holds BEGIN
     UPDATE vms SET revision = revision + 1 WHERE server_name = new.server_name;

@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath
@@ -1027,7 +1027,8 @@ class VMMapping(_Served):
         db: The database's path, an open `Database`, or None for the default database.
     """
 
-    def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
 
         Args:
@@ -1482,6 +1483,11 @@ def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ())
     return faults
 
 
+def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
+    """Return what of a table has a known key and a value of the right kind."""
+    return {key: value for key, value in item.items() if key in keys and keys[key][0](value)}
+
+
 def entry_faults(item: object, where: str) -> list[str]:
     """Return everything that is wrong with an entry as a table, one line each.
 
@@ -1492,47 +1498,51 @@ def entry_faults(item: object, where: str) -> list[str]:
     faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
     if not isinstance(item, dict):
         return faults
+    sound = _sound(item, ENTRY_KEYS)
     for kind, keys in DATA_KEYS.items():
         parts = item.get(kind, [])
         if not isinstance(parts, list):
             faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
             continue
-        for part in parts:
-            faults += _key_faults(part, keys, f"{where}, {kind}")
-            missing = set(_NEEDED.get(kind, ("location",))) - set(
-                part if isinstance(part, dict) else ()
-            )
-            faults += [f"{where}, {kind}: {key} is missing" for key in sorted(missing)]
-    return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
+        wrong = [_part_faults(kind, part, keys, f"{where}, {kind}") for part in parts]
+        faults += itertools.chain(*wrong)
+        if kind in item and not any(wrong):
+            sound[kind] = parts
+    return faults + [f"{where}: {fault}" for fault in _entry_sense(sound, item.keys())]
+
+
+def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
+    faults = _key_faults(part, keys, where)
+    missing = set(_NEEDED.get(kind, ("location",))) - set(part if isinstance(part, dict) else ())
+    return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
 # What our script keeps in an entry's directory.
 _OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
 
 
-def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with an entry whose keys and types are right."""
-    if "start_time" not in item:
+def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of an entry, `given` being all its keys."""
+    if "start_time" not in given:
         yield "start_time is missing"
-        return
-    at, pause = item["start_time"], "pause" in item
+    at, pause = item.get("start_time", math.nan), "pause" in given
     if math.isinf(at) and not (pause and at < 0):
         yield f"start_time {at} is only for a pause, and only negative"
     if at == 0 and not pause:
         yield "start_time 0 is the barrier itself; use a negative or a positive time"
     if pause and at < 0 and not math.isinf(at):
         yield "a pause in negative time must be at -inf, before the first entry"
-    work = [key for key in ("executable", *DATA_KEYS) if item.get(key)]
+    work = [key for key in ("executable", *DATA_KEYS) if key in given and item.get(key, True)]
     if (pause or item.get("resume")) and work:
         yield f"a pause or resume cannot also have {work[0]!r}"
-    if not work and not pause and not item.get("resume"):
+    if not work and not pause and not item.get("resume") and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"])):
             yield f"location {part['location']!r} is that of vmrm's own files"
-    if "executable" not in item:
+    if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
                 yield f"{key} needs an executable"
@@ -2228,7 +2238,7 @@ class Journal:
         return {row["ordinal"]: _attempt(row) for row in rows}
 
     def arm(
-        self, planned: Mapping[int, float | None], boot: str, host: Container[int] = ()
+        self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
     ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
@@ -4085,10 +4095,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         run("DELETE FROM requests")
         run("UPDATE schedules SET text = NULL, generation = generation + 1")
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
-        if purge:
-            run("DELETE FROM attempts WHERE experiment_id = ?", (old,))
-            run("DELETE FROM holds WHERE experiment_id = ?", (old,))
-            run("DELETE FROM history WHERE experiment_id = ?", (old,))
+        for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
+            run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
     if purge:
@@ -7203,32 +7211,34 @@ class _ExperimentReader:
     ) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
-        faults = _key_faults(table, VM_KEYS, where)
-        if isinstance(table, dict) and "name" not in table:
-            faults.append(f"{where}: name is missing")
-        self.faults += faults
-        if not isinstance(table, dict) or not isinstance(table.get("schedule", []), list):
+        self.faults += _key_faults(table, VM_KEYS, where)
+        if not isinstance(table, dict):
             return
-        entries = self._read_schedule(table.get("schedule", []), where)
-        if faults:
+        sound = _sound(table, VM_KEYS)
+        entries = self._read_schedule(sound.get("schedule", []), where)
+        if "name" not in table:
+            self.faults.append(f"{where}: name is missing")
+        if "name" not in sound:
             return
-        for complete in self._expand(table, where):
+        for complete in self._expand(sound, table.keys(), where):
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
 
-    def _expand(self, table: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _expand(
+        self, table: dict[str, Any], given: Collection[str], where: str
+    ) -> Iterator[dict[str, Any]]:
         """Yield the VMs of one table: one, or `count` with {n} in name and path."""
         count = table.get("count")
         if count is not None and "{n}" not in table["name"]:
             self.faults.append(f"{where}: with count, the name needs {{n}}")
             return
         for n in range(1, (count or 1) + 1):
-            try:
-                yield self._complete(table if count is None else _numbered(table, n))
-            except ValueError as error:
-                self.faults.append(f"{where}: {error}")
+            numbered = table if count is None else _numbered(table, n)
+            if faults := list(_vm_table_faults(numbered, given)):
+                self.faults += [f"{where}: {fault}" for fault in faults]
                 return
+            yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
         managed = table.get("use_vm_manager", True)
@@ -7239,20 +7249,14 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        elif managed:
-            raise ValueError("path to the guest agent is missing")
         for key in ("control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
-        engines = sorted(driver.get_engine() for driver in plug_ins())
-        if entry.get("engine", "QemuVM") not in engines:
-            raise ValueError(f"unknown engine {entry['engine']!r}; one of {', '.join(engines)}")
-        return VMMapping.prepare_put(cast(VMMapping, None), entry)
+        return VMMapping.prepare_put(entry)
 
     def _address(self, text: str) -> str:
-        drivers.parse_address(text)
         if text.startswith(("tcp:", "vsock:")):
             return text
         return str(self.base / text.removeprefix("unix:"))
@@ -7265,7 +7269,14 @@ class _ExperimentReader:
             self.faults += faults
             if not faults:
                 entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
+            elif isinstance(item, dict):
+                self._look_for_files(item.get("file"), place)
         return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _look_for_files(self, parts: object, place: str) -> None:
+        for part in parts if isinstance(parts, list) else []:
+            if not _part_faults("file", part, DATA_KEYS["file"], place):
+                self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
@@ -7310,6 +7321,25 @@ class _ExperimentReader:
                         f"vm {seen[value]!r}"
                     )
                 seen.setdefault(value, vm["server_name"])
+
+
+def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
+    checks: list[tuple[Callable[[str], object], str]] = [
+        (functools.partial(checked_name, "VM"), table["name"]),
+        (drivers.parse_address, table.get("path", "/")),
+    ]
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            yield str(error)
+    misspelt = any(key not in VM_KEYS for key in given)
+    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+        yield "path to the guest agent is missing"
+    engines = sorted(driver.get_engine() for driver in plug_ins())
+    if table.get("engine", "QemuVM") not in engines:
+        yield f"unknown engine {table['engine']!r}; one of {', '.join(engines)}"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -7433,6 +7463,249 @@ def _entry_row(
     }
 
 
+def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return what a run would do, one row per entry, in the order of each VM; touch nothing.
+
+    A file counts once per entry that places it, though each content is sent once per VM.
+    """
+    parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
+    rows = []
+    for vm in experiment.vms:
+        managed = vm["state"] != VMState.NOT_APPLICABLE
+        entries = in_order(parsed(experiment.schedules.get(vm["server_name"], "[]")))
+        times = effective_times(entries)
+        rows += [
+            {"vm": vm["server_name"]}
+            | _plan_row(entry, times[entry.ordinal], experiment.files)
+            | {"notes": ["never contacted"] if not managed else _plan_notes(entry)}
+            for entry in entries
+        ]
+        if not entries:
+            what = {"what": "configured at once" if managed else "never contacted"}
+            rows.append({"vm": vm["server_name"]} | dict.fromkeys(PLAN_COLUMNS) | what)
+    return rows
+
+
+PLAN_COLUMNS = ["entry", "time", "at", "what", "files", "transfers", "notes"]
+
+
+def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dict[str, Any]:
+    placed = [
+        {"location": item["location"], "bytes": files[item["sha256"]].stat().st_size}
+        for item in entry.items("file")
+    ] + [
+        {"location": item["location"], "bytes": text_content(item["content"]).size}
+        for item in entry.items("content")
+    ]
+    return {
+        "entry": entry.ordinal,
+        "time": _plain_time(entry.start_time),
+        "at": "held" if at == math.inf else _plain_time(at),
+        "what": entry.label,
+        "files": placed,
+        "transfers": [
+            {key: item[key] for key in ("location", "interval", "destination") if item[key]}
+            for item in entry.items("transfer")
+        ],
+    }
+
+
+def _plan_notes(entry: ScheduleEntry) -> list[str]:
+    said = {
+        "on the host": entry.options.get("on_host"),
+        "failure ignored": entry.ignore_failure,
+        "not waited for": not entry.options.get("wait", True),
+        "run again if unknown": entry.options.get("rerun"),
+    }
+    return [words for words, holds in said.items() if holds]
+
+
+def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
+    vms, entries = len(experiment.vms), sum(row["entry"] is not None for row in rows)
+    buffer = experiment.settings.get("start_buffer", 60)
+    words = [f"{vms} VM{'s' if vms != 1 else ''}", f"{entries} entries"]
+    return ", ".join([*words, f"time 0 comes {buffer:g} s after the last VM is configured"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that happened to a VM at one instant."""
+
+    at: float
+    kind: str  # state, reboot, pause, break or resume
+    text: str
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class VMRun:
+    """One VM's part in an experiment, as its rows tell it; attempts and moves are oldest first."""
+
+    name: str
+    row: dict[str, Any] | None = None  # of vm_status, while the VM is there
+    generation: int = 0  # the schedule's last one
+    entries: list[ScheduleEntry] = dataclasses.field(default_factory=list)
+    holds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        """The VM's state, or its last one."""
+        return str(self.row["state"] if self.row else self.moves[-1]["new_state"])
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, if it did."""
+        return str(self.row["reason"] if self.row else self.moves[-1]["reason"])
+
+    def latest(self) -> dict[int, dict[str, Any]]:
+        """Return the latest attempt of each entry of the schedule, by ordinal."""
+        return {a["ordinal"]: a for a in self.attempts if a["generation"] == self.generation}
+
+
+@dataclasses.dataclass
+class Run:
+    """One experiment as its rows tell it, also while it runs and after it was destroyed."""
+
+    experiment: dict[str, Any]
+    now: float  # when it was read
+    vms: list[VMRun]
+    loose: list[str]  # schedules without a VM
+
+    @property
+    def begin(self) -> float:
+        """When it was launched."""
+        return float(self.experiment["launched_at"])
+
+    @property
+    def end(self) -> float:
+        """When it ended, or was read; nothing that happened is later."""
+        ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
+        return max(self.begin, float(self.experiment["ended_at"] or self.now), *ends)
+
+    def marks(self, vm: VMRun) -> list[Mark]:
+        """Return what happened to a VM besides its attempts, oldest first."""
+        found = [
+            Mark(row["at"], "state", row["new_state"], {"reason": row["reason"] or None})
+            for row in vm.moves
+            if row["at"] >= self.begin
+        ]
+        for row in vm.holds:
+            text = str(Hold(row["experiment_time"], row["duration_s"]))
+            found.append(
+                Mark(row["at"], text.split()[0], f"{text} given", {"ignored": row["ignored"]})
+            )
+        boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
+        for before, after in itertools.pairwise(boots):
+            if after["boot_id"] != before["boot_id"]:
+                details = {"boot_id": after["boot_id"]}
+                found.append(Mark(after["armed_at"], "reboot", "rebooted", details))
+        found += self._pauses(vm)
+        return sorted(found, key=lambda mark: mark.at)
+
+    def _pauses(self, vm: VMRun) -> Iterator[Mark]:
+        given = [
+            Hold(row["experiment_time"], row["duration_s"])
+            for row in vm.holds
+            if not row["ignored"]
+        ]
+        times, start = effective_times(vm.entries, given), self.experiment["start_at"]
+        for entry in vm.entries:
+            if entry.pause is None and not entry.options.get("resume"):
+                continue
+            at = self.begin if entry.start_time < 0 else (start or math.inf) + times[entry.ordinal]
+            if at <= self.end:  # and not still to come
+                yield Mark(at, entry.label.split()[0], entry.label, {"entry": entry.ordinal})
+
+
+def read_run(db: Database, experiment: int | None = None) -> Run:
+    """Read all that is known of an experiment: what reports and traces are made of.
+
+    Args:
+        db: The database.
+        experiment: Its number; None means the current one.
+
+    Raises:
+        NotFound: there is no such experiment.
+    """
+    row = db.row(
+        """SELECT * FROM experiments
+           WHERE id = coalesce(:id, (SELECT id FROM current_experiment))""",
+        id=experiment,
+    )
+    if row is None:
+        last = db.value("SELECT max(id) FROM experiments WHERE launched_at IS NOT NULL")
+        hint = f"The last one that ran: --experiment {last}" if last else "Run one: vmrm run FILE"
+        what = "current experiment" if experiment is None else f"experiment {experiment}"
+        raise NotFound(f"there is no {what}", hint)
+    reader = _RunReader(db, row)
+    return Run(row, CLOCK.wall(), *reader.read())
+
+
+class _RunReader:
+    """Puts the rows of one experiment together by VM."""
+
+    def __init__(self, db: Database, experiment: Mapping[str, Any]) -> None:
+        self.db, self.id = db, experiment["id"]
+        self.is_current = experiment["destroyed_at"] is None
+        self._vms: dict[str, VMRun] = {}
+
+    def read(self) -> tuple[list[VMRun], list[str]]:
+        """Return the VMs, in the order they were added, and the names of schedules without VM."""
+        for row in self.db.query("SELECT * FROM vm_status") if self.is_current else ():
+            self._vm(row).row = row
+        for row in self._rows("history"):
+            self._vm(row).moves.append(row)
+        attempts = self._rows("attempts")  # before the schedules: no entry is younger
+        texts, loose = self._schedules(), []
+        parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
+        for (name, generation), text in sorted(texts.items()):
+            if name in self._vms:  # the last generation stays, also that of a removed schedule
+                vm = self._vms[name]
+                vm.generation, vm.entries = generation, parsed(text or "[]")
+            elif text:
+                loose.append(name)
+        for row in self._rows("holds"):
+            self._vm(row).holds.append(row)
+        for row in attempts:
+            text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
+            entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
+            self._vm(row).attempts.append(_seen(row, entry))
+        return list(self._vms.values()), loose
+
+    def _vm(self, row: Mapping[str, Any]) -> VMRun:
+        name = row["server_name"]
+        return self._vms.setdefault(name.lower(), VMRun(name))
+
+    def _rows(self, table: str) -> list[dict[str, Any]]:
+        sql = f"SELECT * FROM {table} WHERE experiment_id = :id ORDER BY id"  # noqa: S608
+        return self.db.query(sql, id=self.id)
+
+    def _schedules(self) -> dict[tuple[str, int], str]:
+        rows = self.db.query(
+            """SELECT server_name, generation, text FROM past_schedules WHERE experiment_id = :id
+               UNION ALL SELECT server_name, generation, text FROM schedules WHERE :current""",
+            id=self.id,
+            current=self.is_current,
+        )
+        return {(row["server_name"].lower(), row["generation"]): row["text"] for row in rows}
+
+
+def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
+    """Return an attempt with what its entry says, and when it is to be drawn."""
+    sent, planned = row["sent_at"], row["planned_at"]
+    begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    return row | {
+        "label": str(entry) if entry else f"entry {row['ordinal']}",
+        "on_host": bool(entry and entry.options.get("on_host")),
+        "ignored": bool(entry and entry.ignore_failure),
+        "begin": begin,
+        "end": max(begin, row["ended_at"] or CLOCK.wall()),
+        "late_s": round(sent - planned, 6) if sent and planned else None,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How an experiment went: one row per VM, what went wrong, and whether all is well."""
@@ -7449,57 +7722,56 @@ class Report:
 
 def report(db: Database) -> Report:
     """Return how the current experiment went, from rows alone."""
-    rows: list[dict[str, Any]] = []
-    faults: list[str] = []
-    experiment = current_experiment(db)
-    for vm in db.query("SELECT * FROM vm_status"):
-        name = vm["server_name"]
-        entries = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
-        late = sorted(
-            row["sent_at"] - row["planned_at"]
-            for row in entries
-            if row["sent_at"] and row["planned_at"]
-        )
-        rows.append(
-            {
-                "vm": name,
-                "state": vm["state"],
-                "entries": vm["entries"],
-                "done": vm["done"],
-                "failed": vm["failed"],
-                "unknown": vm["unknown"],
-                "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
-                "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
-            }
-        )
-        faults += _vm_faults(vm, entries)
-        left = vm["finished_at"] is None and vm["state"] not in (VMState.FAILED, "n/a")
-        if left and experiment["halt"] in (Halt.STOP, Halt.KILL):
-            faults.append(f"{name}: was stopped before its work was done")
-    loose = db.query(
-        """SELECT server_name FROM schedules WHERE text IS NOT NULL
-           AND server_name NOT IN (SELECT server_name FROM vms)"""
-    )
-    faults += [f"{row['server_name']}: there is a schedule, but no such VM" for row in loose]
-    if experiment["start_at"] is None:
+    return report_of(read_run(db))
+
+
+def report_of(run: Run) -> Report:
+    """Return how an experiment went."""
+    vms = [vm for vm in run.vms if vm.row or run.experiment["destroyed_at"]]
+    rows, faults = [_vm_row(vm) for vm in vms], [fault for vm in vms for fault in _vm_faults(vm)]
+    stopped = run.experiment["halt"] in (Halt.STOP, Halt.KILL)
+    for vm in vms if stopped else ():
+        if vm.row and vm.row["finished_at"] is None and vm.state not in (VMState.FAILED, "n/a"):
+            faults.append(f"{vm.name}: was stopped before its work was done")
+    faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
+    if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    summary = _summary(experiment, rows)
-    skipped = db.value("SELECT sum(skipped) FROM vm_status")
+    summary = _summary(run.experiment, rows)
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
     return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
 
 
-def _vm_faults(vm: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    name = vm["server_name"]
-    if vm["state"] == VMState.FAILED:
-        yield f"{name}: failed: {vm['reason']}"
-    for row in entries:
-        where = f"{name}, entry {row['ordinal']} ({row['start_time']} {_row_label(row)})"
-        if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN):
-            ignored = " (ignored)" if row["ignore_failure"] else ""
-            if not ignored:
-                yield f"{where}: {row['outcome']}: {row['error']}"
-        elif row["outcome"] is None and row["pause"] is None and vm["state"] != "n/a":
-            yield f"{where}: did not run"
+def _vm_row(vm: VMRun) -> dict[str, Any]:
+    latest = [a for o, a in vm.latest().items() if vm.entries[o - 1].pause is None]
+    late = sorted(a["late_s"] for a in latest if a["late_s"] is not None)
+    outcomes = [a["outcome"] for a in latest if not (a["outcome"] == "done" and a["reboot"])]
+    return {
+        "vm": vm.name,
+        "state": vm.state,
+        "entries": sum(entry.pause is None for entry in vm.entries),
+        "done": outcomes.count(Outcome.DONE),
+        "failed": outcomes.count(Outcome.FAILED),
+        "unknown": outcomes.count(Outcome.UNKNOWN),
+        "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
+        "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
+    }
+
+
+def _vm_faults(vm: VMRun) -> Iterator[str]:
+    latest = vm.latest()
+    if vm.state == VMState.FAILED:
+        yield f"{vm.name}: failed: {vm.reason}"
+    for entry in vm.entries:
+        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", latest.get(entry.ordinal)
+        if attempt is None:
+            if entry.pause is None and vm.state != VMState.NOT_APPLICABLE:
+                yield f"{where}: did not run"
+        elif _counts_as_failed(attempt) and not entry.ignore_failure:
+            yield f"{where}: {attempt['outcome']}: {attempt['error']}"
+
+
+def _counts_as_failed(attempt: Mapping[str, Any]) -> bool:
+    return attempt["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN)
 
 
 def _row_label(row: Mapping[str, Any]) -> str:
@@ -7515,6 +7787,362 @@ def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     if launched and ended:
         words.append(f"{ended - launched:.1f} s in all")
     return ", ".join(words)
+
+
+TRACE_COLOURS = {  # of chrome://tracing's own palette
+    "done": "good",
+    "failed": "terrible",
+    "unknown": "bad",
+    "skipped": "grey",
+    "running": "yellow",
+    "armed": "generic_work",
+}
+
+
+def trace(run: Run) -> dict[str, Any]:
+    """Return an experiment in the Chrome trace event format, for Perfetto and chrome://tracing.
+
+    Each VM is a process. Its attempts are complete events on as many threads as overlap, since
+    what shares a thread must nest; state changes, pauses, resumes and reboots are instants. Times
+    are microseconds from the launch.
+    """
+    tracer = _Tracer(run.begin)
+    start, source = run.experiment["start_at"], run.experiment["source"]
+    tracer.process(f"experiment {source}".strip(), "")
+    tracer.instant("launch", run.begin, scope="g")
+    if start is not None:
+        tracer.instant("start time", start, scope="g")
+    for vm in run.vms:
+        tracer.process(vm.name, vm.state)
+        for mark in run.marks(vm):
+            tracer.instant(mark.text, mark.at, mark.kind, mark.details)
+        for lane, attempts in enumerate(lanes(vm.attempts, tracer.microseconds)):
+            tracer.thread(f"attempts {lane + 1}" if lane else "attempts")
+            for attempt in attempts:
+                tracer.attempt(attempt)
+    about = {"vmrm": __version__, "experiment": run.experiment["id"], "source": source}
+    times = {"launched": _iso(run.begin), "start": _iso(start) if start else None}
+    return {"traceEvents": tracer.events, "displayTimeUnit": "ms", "otherData": about | times}
+
+
+class _Tracer:
+    """Collects trace events; process and thread numbers are used once in all of a trace."""
+
+    def __init__(self, begin: float) -> None:
+        self.begin = begin
+        self.events: list[dict[str, Any]] = []
+        self._pid = self._tid = 0
+
+    def microseconds(self, at: float) -> int:
+        return round((at - self.begin) * 1e6)
+
+    def _add(self, ph: str, name: str, **more: Any) -> None:
+        self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})
+
+    def process(self, name: str, label: str) -> None:
+        self._pid += 1
+        self._tid += 1  # for what happens to the process as a whole
+        self._add("M", "process_name", args={"name": name})
+        self._add("M", "process_sort_index", args={"sort_index": self._pid})
+        self._add("M", "thread_name", args={"name": "events"})
+        if label:
+            self._add("M", "process_labels", args={"labels": label})
+
+    def thread(self, name: str) -> None:
+        self._tid += 1
+        self._add("M", "thread_name", args={"name": name})
+        self._add("M", "thread_sort_index", args={"sort_index": self._tid})
+
+    def instant(
+        self,
+        name: str,
+        at: float,
+        kind: str = "experiment",
+        args: Mapping[str, Any] | None = None,
+        scope: str = "p",
+    ) -> None:
+        known = {key: value for key, value in (args or {}).items() if value is not None}
+        self._add("i", name, cat=kind, ts=self.microseconds(at), s=scope, args=known)
+
+    def attempt(self, attempt: Mapping[str, Any]) -> None:
+        begin, end = (self.microseconds(attempt[key]) for key in ("begin", "end"))
+        known = {
+            key: _iso(attempt[f"{key}_at"]) if attempt[f"{key}_at"] else None
+            for key in ("planned", "sent", "ended")
+        }
+        keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
+        known |= {"entry": attempt["ordinal"], **{key: attempt[key] for key in keys}}
+        args = {key: value for key, value in known.items() if value not in (None, "")}
+        colour = TRACE_COLOURS[attempt["outcome"]]
+        more = {"cat": "attempt", "ts": begin, "dur": end - begin, "cname": colour, "args": args}
+        self._add("X", attempt["label"], **more)
+
+
+def lanes(
+    attempts: Iterable[Mapping[str, Any]], place: Callable[[float], float]
+) -> list[list[Mapping[str, Any]]]:
+    """Deal attempts out to as few lanes as they need so that none overlaps another of its lane.
+
+    Args:
+        attempts: With `begin` and `end`.
+        place: Where a time is drawn: what touches there counts as free.
+    """
+    dealt: list[list[Mapping[str, Any]]] = []
+    ends: list[float] = []  # of each lane's last attempt
+    for attempt in sorted(attempts, key=lambda a: (place(a["begin"]), place(a["end"]))):
+        begin = place(attempt["begin"])
+        lane = next((n for n, end in enumerate(ends) if end <= begin), len(ends))
+        if lane == len(ends):
+            dealt.append([])
+            ends.append(0.0)
+        dealt[lane].append(attempt)
+        ends[lane] = place(attempt["end"])
+    return dealt
+
+
+# --- the report as a page
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #667085; --line: #e2e6ee;
+  --band: #f6f8fb; --done: #2f9e62; --failed: #d64545; --unknown: #b35cc9; --skipped: #98a2b3;
+  --running: #3b82d6; --armed: #9cc3ee; --mark: #b7791f; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e3e7ee; --faint: #939db0;
+  --line: #2b313c; --band: #1a1e26; --done: #3fae73; --failed: #ef6461; --unknown: #c884db;
+  --skipped: #667085; --running: #5a9be6; --armed: #35597f; --mark: #e0ab4f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1400px; padding: 28px 32px 60px; background: var(--paper);
+  color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 36px 0 10px; }
+.verdict { color: #fff; border-radius: 4px; padding: 2px 9px; margin-left: 10px; font-size: 14px;
+  font-weight: 600; vertical-align: 3px; }
+.summary, .facts, .note { color: var(--faint); margin: 0; }
+ul { max-height: 20em; overflow-y: auto; margin: 0; padding-left: 20px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
+th { color: var(--faint); font-weight: 500; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; overflow-wrap: anywhere; }
+td.bad { color: var(--failed); font-weight: 600; }
+.legend span { margin-right: 16px; white-space: nowrap; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px;
+  margin-right: 6px; vertical-align: -1px; }
+.timeline { display: grid; grid-template-columns: minmax(5em, max-content) 1fr; margin-top: 10px; }
+.axis, .corner { position: sticky; top: 0; background: var(--paper); height: 26px;
+  border-bottom: 1px solid var(--line); }
+.corner { color: var(--faint); font-size: 12px; padding-top: 4px; }
+.name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  padding-right: 12px; }
+.name:nth-child(even) { background: var(--band); }
+.names { min-width: 0; }
+svg { display: block; width: 100%; overflow: visible; }
+svg text { fill: var(--faint); font-size: 12px; text-anchor: middle; }
+.grid { stroke: var(--line); } .zebra { fill: var(--band); }
+.start { stroke: var(--ink); stroke-dasharray: 4 3; } text.start { stroke: none; fill: var(--ink); }
+rect { stroke-width: 1px; } rect:hover { stroke: var(--ink); }
+.done { fill: var(--done); stroke: var(--done); } .failed { fill: var(--failed);
+  stroke: var(--failed); } .unknown { fill: var(--unknown); stroke: var(--unknown); }
+.skipped { fill: var(--skipped); stroke: var(--skipped); } .running { fill: var(--running);
+  stroke: var(--running); } .armed { fill: var(--armed); stroke: var(--armed); }
+.zebra, .mark { stroke: none; } .mark { fill: var(--mark); }
+details { border-left: 3px solid var(--failed); padding: 2px 0 2px 12px; margin: 8px 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { background: var(--band); border: 1px solid var(--line); border-radius: 4px; margin: 6px 0;
+  padding: 8px 12px; overflow-x: auto; font-size: 12.5px; }
+li { overflow-wrap: anywhere; }
+p.note { margin: 4px 0 0; } footer { color: var(--faint); margin-top: 40px; }
+"""
+_TAIL_LINES, _TAIL_BYTES, _MAX_TAILS = 20, 8192, 200
+
+
+def report_page(db: Database, run: Run) -> str:
+    """Return an experiment as one HTML page that needs nothing else: no script, no other file.
+
+    Whatever comes from a guest stays text.
+    """
+    outcome = report_of(run)
+    source = _html(Path(run.experiment["source"]).name or "an experiment made by hand")
+    ended = run.experiment["ended_at"]
+    word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
+    if not ended:
+        word, colour = "running", "running"
+    start = run.experiment["start_at"]
+    times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
+    facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
+    faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        '<meta http-equiv="Content-Security-Policy" ',
+        """content="default-src 'none'; style-src 'unsafe-inline'">""",
+        f"<title>{source}: {word}</title><style>{_STYLE}</style></head><body>",
+        f'<h1>{source}<span class="verdict" style="background:var(--{colour})">{word}</span></h1>',
+        f'<p class="summary">{_html(outcome.summary)}</p><p class="facts">{facts}</p>',
+        f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
+        "<h2>Timeline</h2>",
+        *_page_timeline(run),
+        *_page_failures(db, run),
+        "<h2>VMs</h2>",
+        _page_table(outcome.rows),
+        f"<footer>vmrm {__version__}, Python {sys.version.split()[0]}, "
+        f"SQLite {sqlite3.sqlite_version}, experiment {run.experiment['id']}</footer>",
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _html(text: str) -> str:
+    import html
+
+    return html.escape("\n".join(_shown(line) for line in text.split("\n")))
+
+
+def _page_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    def cell(key: str, value: object) -> str:
+        bad = value if key in ("failed", "unknown") else value == "failed"
+        return f"<td{' class=bad' if bad else ''}>{_html(_cell(value))}</td>"
+
+    head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in (rows[0] if rows else ()))
+    lines = ("".join(cell(key, value) for key, value in row.items()) for row in rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _page_timeline(run: Run) -> Iterator[str]:
+    """Yield the drawing: names as text beside one SVG whose x is in per cent, so that it scales."""
+    span = max(run.end - run.begin, 1e-3)
+
+    def x(at: float) -> float:
+        return round(min(max((at - run.begin) / span, 0.0), 1.0) * 100, 3)
+
+    start = run.experiment["start_at"]
+    start = start if start and start <= run.end else None
+    zero = start or run.begin
+    ticks = [(x(zero + at), at) for at in _ticks(run.begin - zero, run.end - zero)]
+    rows, top = [], 0.0
+    for vm in run.vms:
+        dealt = lanes(vm.attempts, x)
+        rows.append((vm, dealt, top, max(22.0, 6 + _lane_height(len(dealt)) * len(dealt))))
+        top += rows[-1][3]
+    yield f'<p class="legend">{_page_legend(run)}</p><div class="timeline">'
+    yield f'<div class="corner">s from {"time 0" if start else "launch"}</div>'
+    yield '<svg class="axis" height="26">'
+    yield "".join(f'<text x="{at}%" y="18">{_plain_time(number)}</text>' for at, number in ticks)
+    yield '</svg><div class="names">'
+    for vm, _, _, height in rows:
+        said = _html(f"{vm.name}: {vm.state} {vm.reason}".strip())
+        style = f'style="line-height:{height:g}px"'
+        yield f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>'
+    yield f'</div><svg role="img" aria-label="attempts over time" height="{top:g}">'
+    for _, _, y, height in rows[1::2]:
+        yield f'<rect class="zebra" y="{y:g}" width="100%" height="{height:g}"/>'
+    yield "".join(f'<line class="grid" x1="{a}%" x2="{a}%" y2="{top:g}"/>' for a, _ in ticks)
+    for row in rows:
+        yield from _page_row(run, *row, x)
+    if start:
+        yield f'<line class="start" x1="{x(start)}%" x2="{x(start)}%" y2="{top:g}"/>'
+    yield "</svg></div>"
+
+
+def _page_legend(run: Run) -> str:
+    outcomes = sorted({a["outcome"] for vm in run.vms for a in vm.attempts})
+    said = {name: name for name in outcomes} | {"mark": "state, pause, reboot"}
+    return "".join(
+        f'<span><i style="background:var(--{name})"></i>{words}</span>'
+        for name, words in said.items()
+    )
+
+
+def _page_row(
+    run: Run,
+    vm: VMRun,
+    dealt: Sequence[Sequence[Mapping[str, Any]]],
+    top: float,
+    height: float,
+    x: Callable[[float], float],
+) -> Iterator[str]:
+    deep = _lane_height(len(dealt))
+    for mark in run.marks(vm):
+        said = _html(f"{vm.name}: {mark.text} at {_iso(mark.at)}")
+        yield f'<rect class="mark" x="{x(mark.at)}%" y="{top:g}" width="2" height="{height:g}">'
+        yield f"<title>{said}</title></rect>"
+    for lane, attempts in enumerate(dealt):
+        y = top + (height - deep * len(dealt)) / 2 + lane * deep
+        for attempt in attempts:
+            yield _page_bar(vm, attempt, x, f'y="{y + deep / 6:g}" height="{deep * 2 / 3:g}"')
+
+
+def _lane_height(count: int) -> float:
+    """Return how high a lane of a VM is drawn; many lanes share 120 pixels."""
+    return max(4.0, min(14.0, 120 / count)) if count else 14.0
+
+
+def _ticks(begin: float, end: float) -> list[float]:
+    """Return some round numbers of a range, zero among them if it is there."""
+    rough = max(end - begin, 1e-3) / 10
+    power = 10.0 ** math.floor(math.log10(rough))
+    steps = [n * power for n in (1, 2, 5, 10)] + [15.0, 30.0, 60.0, 300.0, 600.0, 1800.0, 3600.0]
+    step = min(step for step in steps if step >= rough)
+    first, last = math.ceil(begin / step), math.floor(end / step)
+    return [round(n * step, 6) for n in range(first, last + 1)]
+
+
+def _page_bar(
+    vm: VMRun, attempt: Mapping[str, Any], x: Callable[[float], float], place: str
+) -> str:
+    begin, end = x(attempt["begin"]), x(attempt["end"])
+    words = [f"{vm.name}, entry {attempt['ordinal']}: {attempt['label']}"]
+    words[0] += f" (attempt {attempt['attempt']})" if attempt["attempt"] > 1 else ""
+    code = "" if attempt["exit_code"] is None else f", exit code {attempt['exit_code']}"
+    words.append(f"{attempt['outcome']}{code}")
+    words += [
+        f"{key} {_iso(attempt[f'{key}_at'])}"
+        for key in ("planned", "sent", "ended")
+        if attempt[f"{key}_at"]
+    ]
+    if attempt["late_s"] is not None:
+        words.append(f"late {attempt['late_s'] * 1000:.1f} ms")
+    words += [attempt["error"]] if attempt["error"] else []
+    shape = f'class="{attempt["outcome"]}" x="{begin}%" width="{round(end - begin, 3)}%" {place}'
+    return f"<rect {shape}><title>{_html(chr(10).join(words))}</title></rect>"
+
+
+def _page_failures(db: Database, run: Run) -> Iterator[str]:
+    """Yield every failed attempt with the end of its output."""
+    failed = [(vm, a) for vm in run.vms for a in vm.attempts if _counts_as_failed(a)]
+    failed.sort(key=lambda item: item[1]["ignored"])  # what matters comes first
+    if failed:
+        yield "<h2>Failed and unknown attempts</h2>"
+    for vm, attempt in failed[:_MAX_TAILS]:
+        ignored = ", ignored" if attempt["ignored"] else ""
+        head = f"{vm.name}, entry {attempt['ordinal']} ({attempt['label']}), attempt "
+        head += f"{attempt['attempt']}: {attempt['outcome']}{ignored}: {attempt['error']}"
+        shown = " open" if len(failed) <= 10 else ""
+        yield f"<details{shown}><summary>{_html(head)}</summary>"
+        tails = {s: _output_tail(db, run, vm, attempt, s) for s in ("out", "err")}
+        for stream, text in tails.items():
+            if text:
+                yield f'<p class="note">std{stream}</p><pre>{_html(text)}</pre>'
+        yield "</details>" if any(tails.values()) else '<p class="note">no output</p></details>'
+    if len(failed) > _MAX_TAILS:
+        yield f'<p class="note">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
+
+
+def _output_tail(db: Database, run: Run, vm: VMRun, attempt: Mapping[str, Any], stream: str) -> str:
+    """Return the last lines of an attempt's output, as far as it is kept."""
+    gone = run.experiment["destroyed_at"] is not None
+    logs = db.state_dir / (f"logs.{run.experiment['id']}" if gone else "logs")
+    try:
+        with (logs / vm.name / f"{attempt['ordinal']}.{attempt['attempt']}.{stream}").open(
+            "rb"
+        ) as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - _TAIL_BYTES))
+            text = f.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = text.splitlines()
+    kept = lines[-_TAIL_LINES:]
+    return "\n".join(["…", *kept] if size > _TAIL_BYTES or kept != lines else kept)
 
 
 def check(db: Database, fix: bool = False) -> list[str]:
@@ -7617,7 +8245,9 @@ def _escaped(text: str) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, Mapping):
+        return " ".join(map(_cell, value.values()))
+    text = ", ".join(map(_cell, value)) if isinstance(value, list) else str(value)
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -8210,6 +8840,19 @@ class Commands(_Public):
         }
 
     @command
+    def plan(self, file: str) -> object:
+        """Show what a run of an experiment file would do; nothing is connected or written.
+
+        Args:
+            file: TOML, or JSON of the same structure.
+        """
+        experiment = read_experiment(file)
+        rows = plan_rows(experiment)
+        self._screen.show(rows)
+        self._screen.tell(_plan_summary(experiment, rows))
+        return _SHOWN
+
+    @command
     def run(
         self,
         file: str | None = None,
@@ -8221,6 +8864,7 @@ class Commands(_Public):
         late: str = "start",
         allow_host: bool = False,
         stay: bool = False,
+        report: str | None = None,
     ) -> object:
         """Run the experiment, or continue it, and watch it to its end.
 
@@ -8235,7 +8879,10 @@ class Commands(_Public):
             late: What is overdue when a run is continued: start it at once, skip it, or shift all.
             allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
+            report: A new file for the report as an HTML page, written however it ends.
         """
+        if report is not None:
+            self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
         if late not in set(Late):
@@ -8260,8 +8907,29 @@ class Commands(_Public):
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
-        Viewer(db, self._screen, timeout).watch(process)
-        return self._report(report(db))
+        try:
+            Viewer(db, self._screen, timeout).watch(process)
+            return self._report(report_of(read_run(db)))
+        finally:
+            if report is not None:
+                self._write_report(db, report)
+
+    @staticmethod
+    def _check_new(report: str, detach: bool) -> None:
+        """Refuse at once what would lose the report when all is over."""
+        if detach:
+            raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
+        if os.path.lexists(report):
+            raise UsageError(f"{report!r} exists already")
+        if not os.access(Path(report).absolute().parent, os.W_OK):
+            raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
+
+    def _write_report(self, db: Database, file: str) -> None:
+        try:
+            self._write(file, report_page(db, read_run(db)))
+        except (OSError, UsageError) as error:
+            why = f"the report was not written: {_one_line(error)}"
+            raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
 
     def _report(self, outcome: Report) -> object:
         if self._screen.as_json:
@@ -8275,6 +8943,42 @@ class Commands(_Public):
         if not outcome.ok:
             raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]))
         return _SHOWN
+
+    @command
+    def trace(self, file: str | None = None, *, experiment: int | None = None) -> object:
+        """Write the run as a trace file that Perfetto and chrome://tracing open.
+
+        Args:
+            file: The new file, which must not exist; without it, stdout.
+            experiment: The number of an earlier, destroyed one; without it, the current one.
+        """
+        self._write(file, json.dumps(trace(self._launched(experiment))) + "\n")
+        return _SHOWN
+
+    @command
+    def report(self, file: str | None = None, *, experiment: int | None = None) -> object:
+        """Write the run as one HTML page: timeline, failures with their output, summary.
+
+        Args:
+            file: The new file, which must not exist; without it, stdout.
+            experiment: The number of an earlier, destroyed one; without it, the current one.
+        """
+        self._write(file, report_page(self._db(), self._launched(experiment)))
+        return _SHOWN
+
+    @staticmethod
+    def _write(file: str | None, text: str) -> None:
+        if file is None:
+            print(text, end="")
+            return
+        with new_file(Path(file)) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def _launched(self, experiment: int | None) -> Run:
+        run = read_run(self._open(), experiment)
+        if run.experiment["launched_at"] is None:
+            raise NotFound("the experiment has not been launched yet", "Do so: vmrm run")
+        return run
 
     @command
     def status(self) -> object:
@@ -8597,17 +9301,9 @@ class Commands(_Public):
         Args:
             file: The copy, which must not exist.
         """
-        source, copy = self._open().connection, Path(file)
-        try:
-            os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
-            raise UsageError(f"{file!r} exists already") from None
-        try:
-            with contextlib.closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
-        except BaseException:
-            copy.unlink()
-            raise
+        source = self._open().connection
+        with new_file(Path(file)) as copy, contextlib.closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
         return None
 
 
@@ -8615,6 +9311,24 @@ setattr(Commands, "break", Commands.break_)  # which Python's grammar does not l
 del Commands.break_
 
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file for its user alone, to be filled by the caller; it goes again if that fails.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise UsageError(f"{str(path)!r} exists already") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink()
+        raise
 
 
 _LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}

@@ -57,6 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "outcome": "armed",
         "armed_at": 1.0,
     },
+    "past_schedules": {"experiment_id": 1, "server_name": "web", "generation": 1, "text": "[]"},
     "holds": {"experiment_id": 1, "server_name": "web", "at": 1.0, "experiment_time": 0.0},
     "requests": {
         "id": "r",
