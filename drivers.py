@@ -58,6 +58,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -1815,32 +1816,38 @@ class HostPrograms:
     """
 
     def __init__(self) -> None:
-        self._programs: dict[int, subprocess.Popen[bytes]] = {}
+        self._programs: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
 
     def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
-        """Start a program and return its pid; its output is its own affair.
+        """Start a program and return its pid; of its output only stderr is kept.
 
         Raises AgentError if it cannot be started.
         """
         null = subprocess.DEVNULL
         try:
+            errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by status)
             program = subprocess.Popen(
-                argv, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True
+                argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
             )
         except OSError as error:
             raise AgentError("GenericError", str(error), "start") from error
-        self._programs[program.pid] = program
+        self._programs[program.pid] = program, errors
         return program.pid
 
     def status(self, pid: int) -> ExecStatus:
         """Return whether a program has ended, and how; UnknownPid if another process began it."""
         if pid not in self._programs:
             raise UnknownPid("GenericError", f"process {pid} is not ours", "status")
-        code = self._programs[pid].poll()
+        program, errors = self._programs[pid]
+        code = program.poll()
         if code is None:
             return ExecStatus(exited=False)
         del self._programs[pid]
-        return ExecStatus(True, code if code >= 0 else None, -code if code < 0 else None)
+        with errors:
+            errors.seek(0)
+            said = errors.read(65536)
+        killed = code < 0
+        return ExecStatus(True, None if killed else code, -code if killed else None, b"", said)
 
     def run(self, argv: Sequence[str], *, timeout: float) -> ExecStatus:
         """Run a short program to its end. Raises DriverTimeout, having killed it."""
