@@ -2757,6 +2757,8 @@ class Holder:
         Raises:
             UsageError: there is none, as far as can be seen.
         """
+        if pid == os.getpid():
+            return _this_process(pid)
         boot, namespace = _viewpoint(os.getpid())
         started = process_started(pid) if namespace else 0
         if started is None:
@@ -2778,6 +2780,12 @@ def _viewpoint(pid: int) -> tuple[str, int]:
     """Return the boot and the pid namespace from which this process, `pid`, sees others."""
     itself = Path("/proc/self")
     return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Holder:
+    boot, namespace = _viewpoint(pid)
+    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2907,18 +2915,31 @@ NO_LEASE: dict[str, Any] = {
 
 
 def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+    db: Database,
+    vm_name: str,
+    state: str,
+    reason: str = "",
+    *,
+    row: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction, and set columns; return the new row.
+    """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. Whoever may have made a VM available calls
-    `wake_waiters` after the transaction.
+    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM's name.
+        state: Where it moves to, or stays.
+        reason: For the history, if it moves.
+        row: The row, if it was read in this transaction already.
+        columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = _pool_vm(db, vm_name)["state"]
+    old = (row or _pool_vm(db, vm_name))["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -2978,7 +2999,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -2990,7 +3011,8 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 def wake_pool(db: Database) -> None:
     """Wake the keeper, and those waiters who would be given a VM now."""
-    wake(db, KEEPER)
+    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
+        wake(db, KEEPER)
     if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
         wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
@@ -3281,7 +3303,11 @@ class VmManager(_Rows):
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
-        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        columns: dict[str, Any] = {
+            "last_health_check": now,
+            "check_fails": fails,
+            "check_started_at": None,
+        }
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
@@ -3385,8 +3411,9 @@ class VmManager(_Rows):
         )
         return self.acquire(request, wait)[0]
 
-    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(self._group(group)["name"] for group in groups)
+    @staticmethod
+    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(str(group) for group in groups)
         if not names:
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
@@ -3419,40 +3446,52 @@ class VmManager(_Rows):
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
         """Lease what is asked for; when something is missing, after looking for the dead once."""
         rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+        if not rows and (self.reap(32) or self.drop_dead_waiters()):
             rows = self._try_to_acquire(request)
         return rows
 
     def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since, queue = self._see_server(request), self._queue()
-            if not queue:
-                return self._take_all(request, since)
-            names = self._left_by_queue(queue, request, since)
-            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
-            return [self._lease(name, request) for name in names]
-        return []
+        try:
+            with self.db.transaction(durable=True) as db:
+                since, waiting = self._see_server(request)
+                if waiting and (queue := self._queue()):
+                    names = self._left_by_queue(queue, request, since)
+                    sql = "DELETE FROM pool_waiters WHERE token = ?"
+                    db.connection.execute(sql, (request.token,))
+                    rows = [self._lease(name, request) for name in names]
+                else:
+                    rows = self._take_all(request, since)
+                _crash("pool-acquiring")
+        except NoVmAvailable:
+            return []
+        _crash("pool-acquired")
+        return rows
 
-    def _see_server(self, request: Request) -> float:
-        """Return since when health checks count; refuse a holder whom nobody there can see."""
-        row = self.db.row("SELECT * FROM pool_server")
+    def _see_server(self, request: Request) -> tuple[float, bool]:
+        """Return since when health checks count, and whether there is a queue.
+
+        Raises:
+            UsageError: the holder is one that the pool's other processes cannot see.
+        """
+        row = self.db.query(
+            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+               FROM (SELECT 1) LEFT JOIN pool_server"""
+        )[0]
         holder = request.holder
-        if holder is None:
-            return 0.0 if row is None else cast(float, row["started_at"])
-        if row is None or row["boot"] != holder.boot:
+        if holder and row["boot"] != holder.boot:
             self.db.connection.execute(
                 """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
                    ON CONFLICT DO UPDATE
                    SET boot = excluded.boot, namespace = excluded.namespace""",
                 {"boot": holder.boot, "namespace": holder.namespace},
             )
-        elif holder.namespace != row["namespace"] and request.lease_s is None:
+        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return 0.0 if row is None else cast(float, row["started_at"])
+        return row["started_at"] or 0.0, bool(row["waiting"])
 
     def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
         return [self._take(groups, request, since) for groups in request.wants]
@@ -3462,6 +3501,7 @@ class VmManager(_Rows):
         for group in groups:
             found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
             if found is None:
+                self._group(group)  # which says that there is none
                 continue
             if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
@@ -3475,6 +3515,7 @@ class VmManager(_Rows):
             vm_name,
             VmStates.IN_USE,
             f"task {request.task_id}" if request.task_id else "",
+            row=_READY,
             bound_to_user=request.owner,
             bound_sandbox=request.sandbox,
             token=request.token,
@@ -3626,20 +3667,34 @@ class VmManager(_Rows):
             **vars(waiter),
         )
 
-    def _drop_dead_waiters(self) -> int:
+    def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        dead = [
-            row["id"]
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
-        ]
+        dead = [row["id"] for row in self._dead_waiters()]
         if dead:
             self.db.write(
                 "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
                 ids=json.dumps(dead),
             )
         return len(dead)
+
+    def _dead_waiters(self) -> list[dict[str, Any]]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
+        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        loose = self.db.query(
+            """SELECT vm_name, "group" FROM pool_vms
+               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
+        )
+        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
 
     # --- renewal, release ---
 
@@ -3677,6 +3732,8 @@ class VmManager(_Rows):
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
         wake_pool(self.db)
         return True
@@ -3684,15 +3741,17 @@ class VmManager(_Rows):
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
         """End a lease, inside the caller's transaction."""
         if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
             return
-        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
         state = VmStates.CHECK_HEALTH if hook else VmStates.READY
         move_pool_vm(
             self.db,
             row["vm_name"],
             VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
             reason,
+            row=row,
             releasing_at=now if hook else None,
             last_release=now,
             builds_count=row["builds_count"] + 1,
@@ -3845,7 +3904,7 @@ class VmManager(_Rows):
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
             clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
             move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
         wake_pool(self.db)
 
@@ -3884,7 +3943,7 @@ class VmManager(_Rows):
                 if present is None:
                     continue
                 if row["vm_name"] in over:
-                    self._release(present, over[row["vm_name"]])
+                    self._release(present, f"taken back: {over[row['vm_name']]}")
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
@@ -3896,10 +3955,10 @@ class VmManager(_Rows):
         """Return why a lease is over, or '' if it is not."""
         end = row["lease_end_at"]
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return "taken back: its lease ended"
+            return f"its lease ended {_iso(end)}"
         holder = _holder(row)
         if holder and holder.is_dead():
-            return f"taken back: its holder, process {holder.pid}, is dead"
+            return f"its holder, process {holder.pid}, is dead"
         return ""
 
 
@@ -3922,6 +3981,8 @@ def _descends_from(holder: Holder) -> bool:
 _LEASE_KEY = ("vm_name", "token", "lease_end_at")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
     AND token = :token AND lease_end_at IS :lease_end_at"""
+
+_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
 # The owner's VMs of a group: those are what max_vm_per_user limits.
 _BOUND = """(SELECT count(*) FROM pool_vms
@@ -9537,7 +9598,8 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents and left-over requests.
+        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
+            pool from the dead.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -9557,7 +9619,11 @@ def check(db: Database, fix: bool = False) -> list[str]:
         if process_started(row["client_pid"]) != row["client_started"]
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
+    pool = VmManager(db=db)
+    faults += pool.check()
     if fix:
+        pool.reap()
+        pool.drop_dead_waiters()
         remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
@@ -10032,6 +10098,8 @@ class PoolCommands(_Group):
         pool = self._manager()
         import getpass
 
+        for group in groups:
+            pool._group(group)
         request = Request(
             (pool._group_names(groups),),
             getpass.getuser() if owner is None else owner,
@@ -10781,10 +10849,10 @@ class Commands(_Public):
 
     @command
     def check(self, *, fix: bool = False) -> object:
-        """Check database, file store and requests; exit code 1 if something is wrong.
+        """Check database, file store, requests and pool; exit code 1 if something is wrong.
 
         Args:
-            fix: Remove what nothing needs any more.
+            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
         """
         db = self._open()
         faults = check(db, fix)
