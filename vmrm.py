@@ -8728,10 +8728,11 @@ class _ExperimentReader:
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
+        import shutil
+
         resolved = dict(item)
         program = item.get("executable", "")
-        found = Path(program).is_file() and os.access(program, os.X_OK)
-        if item.get("on_host") and program.startswith("/") and not found:
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
             self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
