@@ -22,6 +22,7 @@ statement or one transaction; inside a transaction there is no other I/O.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -191,6 +192,14 @@ class OnFailure(StrEnum):
     ABORT = "abort"  # finish what runs, start nothing further
     DROP = "drop"  # go on without it
     WAIT = "wait"  # wait until somebody retries it
+
+
+class Late(StrEnum):
+    """What becomes of entries that are overdue when an experiment is continued."""
+
+    START = "start"  # they start at once, in planned order
+    SKIP = "skip"  # they are recorded as skipped
+    SHIFT = "shift"  # a pause for as long as nothing ran is recorded for every VM
 
 
 class Halt(StrEnum):
@@ -1584,7 +1593,12 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
             if key in item:
                 yield f"{key} needs an executable"
     if item.get("on_host"):
-        yield "on_host entries are not supported by this version"
+        program = item.get("executable", "")
+        for key in ("user", *DATA_KEYS):
+            if key in item:
+                yield f"an on_host entry runs a program and cannot have {key!r}"
+        if not program.startswith("/") and not NAME_PATTERN.fullmatch(program):
+            yield "on_host needs an executable: an absolute path, or the name of a stored file"
 
 
 def _with_infinities(item: Any) -> Any:
@@ -1670,9 +1684,19 @@ class ScheduleEntry:
         return [item for item in self.data if mark in item]
 
     @property
+    def on_host(self) -> bool:
+        """Whether its program runs on this host instead of in the VM."""
+        return bool(self.options.get("on_host"))
+
+    @property
     def runs_script(self) -> bool:
-        """Whether our script runs in the guest for it: it places files or runs a program."""
+        """Whether our script runs for it: it places files or runs a program."""
         return bool(self.executable or self.items("file") or self.items("content"))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it does nothing but transfer again and again, to the experiment's end."""
+        return not self.executable and any(item["interval"] for item in self.items("transfer"))
 
     def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
         """Say which program runs in the VM.
@@ -2172,6 +2196,14 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
     return now, Timeline(entries, holds).break_at(now)
 
 
+def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> None:
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (name, CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+
+
 def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
     """Record one pause, break or resume inside the caller's transaction."""
     now, begun = _break_of(db, vm)
@@ -2182,11 +2214,7 @@ def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> di
         done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
     elif begun is not None and duration is None:
         done = f"resume: ends the break of {begun:g}"
-    db.connection.execute(
-        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
-           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
-        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
-    )
+    _record_hold(db, vm["server_name"], hold, ignored)
     return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
 
@@ -2202,6 +2230,7 @@ class Attempt:
     attempt: int
     outcome: Outcome
     planned_at: float | None
+    armed_at: float
     sent_at: float | None
     boot_id: str
     pid: int | None
@@ -2246,20 +2275,23 @@ class Journal:
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
-            """SELECT id, ordinal, attempt, outcome, planned_at, sent_at, boot_id, pid, exit_code,
-                      reboot, retried, error
+            """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
+                      exit_code, reboot, retried, error
                FROM attempts WHERE experiment_id = :experiment AND server_name = :name
                AND generation = :generation ORDER BY ordinal, attempt""",
             **self._key,
         )
         return {row["ordinal"]: _attempt(row) for row in rows}
 
-    def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
+    def arm(
+        self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
+    ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+            host: Those that run on this host, whose boot id they get.
 
         Raises:
             _Leave: the schedule was replaced meanwhile.
@@ -2277,7 +2309,8 @@ class Journal:
                            AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
-                    | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
+                    | {"ordinal": ordinal, "planned": planned_at}
+                    | {"boot": boot_id() if ordinal in host else boot}
                     | {"now": CLOCK.wall()},
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
@@ -4177,6 +4210,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
+    if purge:
+        shutil.rmtree(db.state_dir / "host", ignore_errors=True)
     for name in ("logs", "transfers"):
         kept = db.state_dir / f"{name}.{old}"
         with contextlib.suppress(FileNotFoundError):
@@ -5102,6 +5137,24 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
 
 
+SKIPPED = "it was overdue when the experiment was continued"
+
+
+def _write_program(path: Path, source: Path | BinaryIO) -> None:
+    """Put an executable file in its place; one that runs is replaced, not written to."""
+    import shutil
+
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    with (
+        source.open("rb") if isinstance(source, Path) else source as stream,
+        temporary.open("xb") as target,
+    ):
+        shutil.copyfileobj(stream, target)
+    temporary.chmod(0o700)
+    temporary.rename(path)
+
+
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
     """Return every usable driver class of the drivers module.
 
@@ -5187,6 +5240,7 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self._host = drivers.HostPrograms()
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -5542,11 +5596,47 @@ class VMResourceHandler:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
             self._name_places()
-            work = [entry for entry in added if entry.runs_script]
+            for entry in added:
+                if entry.on_host:
+                    yield from self._prepare_host_steps(entry)
+            work = [entry for entry in added if entry.runs_script and not entry.on_host]
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
             self._progress()
+
+    def _host_paths(self, entry: ScheduleEntry) -> None:
+        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
+        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
+        entry.reboot_filepath = entry.working_dir / "reboot"
+
+    def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
+        """Write the script of an entry on this host: that for guests, with a program of ours."""
+        if not self.db.value("SELECT allow_host FROM current_experiment"):
+            yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
+            return
+        local = copy.copy(entry)
+        folder, program = Path(entry.working_dir), entry.executable or ""
+        try:
+            if not program.startswith("/"):
+                local.executable = str(folder / "program" / program)
+                _write_program(Path(local.executable), Path(self.store.get_path(program)))
+        except FileNotFoundError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            return
+        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
+        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
+        title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
+        script = call_script(local, title=title, token=self._token, stage="", placed=[])
+        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+
+    def _runner(self, entry: ScheduleEntry) -> drivers.QemuGuestAgentDriver | drivers.HostPrograms:
+        """Return who runs an entry's script and reads its files."""
+        return self._host if entry.on_host else self.driver
+
+    def _boot_of(self, entry: ScheduleEntry) -> str:
+        return boot_id() if entry.on_host else self._boot
 
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
@@ -5555,7 +5645,7 @@ class VMResourceHandler:
         """Give every entry its places in the guest, which follow from the whole schedule."""
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
-            self.driver.create_paths(entry)
+            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
@@ -5583,11 +5673,12 @@ class VMResourceHandler:
         listed = _STAGED.findall(status.out.decode(errors="replace"))
         return {(sha256, int(size)) for size, sha256 in listed}
 
-    def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
+    def _sh(self, script: str, *words: str, on_host: bool = False) -> drivers.ExecStatus:
         """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
         argv = ["/bin/sh", "-c", script, "sh", *words]
         try:
-            return self.driver.run(argv, timeout=self.timeouts.call)
+            runner = self._host if on_host else self.driver
+            return runner.run(argv, timeout=self.timeouts.call)
         except drivers.AgentError as error:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
@@ -5769,7 +5860,9 @@ class VMResourceHandler:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
                 self._check_boot()
-                armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
+                host = {entry.ordinal for entry in run if entry.on_host}
+                planned = dict.fromkeys((entry.ordinal for entry in run), None)
+                armed = self._journal.arm(planned, self._boot, host)
                 _crash("armed")
                 for entry in run:
                     self._spawn_attempt(entry, armed[entry.ordinal])
@@ -5887,7 +5980,8 @@ class VMResourceHandler:
     ) -> Steps:
         """Arm one attempt of an entry and take it to its end."""
         ordinal = schedule_entry.ordinal
-        attempt = self._journal.arm({ordinal: None}, self._boot)[ordinal]
+        host = {ordinal} if schedule_entry.on_host else ()
+        attempt = self._journal.arm({ordinal: None}, self._boot, host)[ordinal]
         yield from self._attempt_steps(schedule_entry, attempt, None)
         if queue is not None and self._journal.latest()[ordinal].reboot:
             queue.put(schedule_entry)
@@ -5923,6 +6017,7 @@ class VMResourceHandler:
         again = (
             outcome is Outcome.DONE
             and entry.start_time < 0
+            and not entry.on_host
             and (reboot or exit_code == REBOOT_EXIT_CODE)
         )
         error = error or self.output.loss(entry, attempt)
@@ -5937,7 +6032,7 @@ class VMResourceHandler:
         """Return what is wrong with an exit code, '' if nothing is."""
         if self._killing and exit_code == CLAIM_FAILED:
             return KILLED
-        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
+        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and not entry.on_host
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
@@ -5947,9 +6042,8 @@ class VMResourceHandler:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script = str(entry.call_arguments_filename)
         sent = CLOCK.wall()
-        pid = self.driver.start(
-            ["/bin/sh", script, str(attempt.attempt), self._token], capture=True
-        )
+        argv = ["/bin/sh", script, str(attempt.attempt), self._token]
+        pid = self._runner(entry).start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -5981,7 +6075,7 @@ class VMResourceHandler:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid)
+                yield from self._kill_steps(found.pid, on_host=entry.on_host)
                 yield from self._fetch_steps(entry, attempt)
                 raise _EntryFailed(why)
 
@@ -5999,7 +6093,7 @@ class VMResourceHandler:
         if found.pid is None:
             return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self.driver.status(found.pid)
+            status = self._runner(entry).status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
@@ -6008,21 +6102,23 @@ class VMResourceHandler:
             return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            code, reboot = parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
+            exit_file = self._runner(entry).read_bytes(f"{here}/exit", limit=64)
+            code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
-        left = self._probe([here])[0]
+        left = self._look(entry, attempt)
         if left.exit_code is not None:
             return left
         # A script of ours has nothing to tell the agent once it has made its claim.
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = _words(status.err) or "no reason given"
-            raise _EntryFailed(f"the guest did not begin it: {why}")
+            where = "host" if entry.on_host else "guest"
+            raise _EntryFailed(f"the {where} did not begin it: {why}")
         if left.claimed and status.err:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        reboot = self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = not entry.on_host and self.check_for_reboot(str(entry.reboot_filepath))
         return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -6034,7 +6130,7 @@ class VMResourceHandler:
         """
         deadline = CLOCK.monotonic() + self.timeouts.claim_grace
         while True:
-            found = self._probe([self._attempt_dir(entry, attempt)])[0]
+            found = self._look(entry, attempt)
             if found.exit_code is not None or found.alive:
                 return found
             if not found.claimed:
@@ -6043,11 +6139,11 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, *pids: int | None) -> Steps:
-        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+    def _kill_steps(self, *pids: int | None, on_host: bool = False) -> Steps:
+        """End programs' process groups: TERM to all, a moment of grace, KILL."""
         known = [str(pid) for pid in pids if pid is not None]
         for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known)
+            self._sh(_KILL_SCRIPT, name, *known, on_host=on_host)
             yield self.timeouts.term_grace if name == "TERM" else 0
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -6078,7 +6174,9 @@ class VMResourceHandler:
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
+                    data = self._runner(entry).read_bytes(
+                        f"{here}/{stream}", limit=limit, offset=offset
+                    )
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -6089,12 +6187,15 @@ class VMResourceHandler:
 
     # --- recovery
 
-    def _probe(self, directories: Sequence[str]) -> list[Found]:
+    def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
+        return self._probe([self._attempt_dir(entry, attempt)], on_host=entry.on_host)[0]
+
+    def _probe(self, directories: Sequence[str], *, on_host: bool = False) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories)
+        status = self._sh(_PROBE_SCRIPT, *directories, on_host=on_host)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -6105,12 +6206,14 @@ class VMResourceHandler:
         """Find every open attempt again: by rows, then by what the guest's files say."""
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        scripts = [e for e in opened if e.runs_script]
-        places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
-        if self._killing:
-            self._sh(_FORBID_SCRIPT, *places)
-        for entry, found in zip(scripts, self._probe(places), strict=True):
-            self._recover_attempt(entry, latest[entry.ordinal], found)
+        for on_host in (False, True):
+            scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
+            places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            if self._killing and places:
+                self._sh(_FORBID_SCRIPT, *places, on_host=on_host)
+            found = self._probe(places, on_host=on_host)
+            for entry, left in zip(scripts, found, strict=True):
+                self._recover_attempt(entry, latest[entry.ordinal], left)
         if self._killing:
             return
         for entry in opened:
@@ -6122,7 +6225,7 @@ class VMResourceHandler:
         _crash("recovered")
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._boot
+        same_boot = attempt.boot_id == self._boot_of(entry)
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
@@ -6134,16 +6237,21 @@ class VMResourceHandler:
             pid = found.pid if found.pid is not None else attempt.pid
             self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
-            why = "nobody saw its end" if same_boot else "the guest was rebooted"
+            which = "host" if entry.on_host else "guest"
+            why = "nobody saw its end" if same_boot else f"the {which} was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
-        due = self._due(entry)
-        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
-            self._journal.withdraw([entry.ordinal])
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn_attempt(entry, attempt)
+            return
+        run = current_experiment(self.db)
+        skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
+            self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
         else:
-            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+            self._journal.withdraw([entry.ordinal])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)
@@ -6213,7 +6321,8 @@ class VMResourceHandler:
         self._check_boot()
         assert self.start_at is not None
         planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
-        armed = self._journal.arm(planned, self._boot)
+        host = {entry.ordinal for entry in soon if entry.on_host}
+        armed = self._journal.arm(planned, self._boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
             self._armed[entry.ordinal] = soon[entry]
@@ -6225,17 +6334,13 @@ class VMResourceHandler:
         times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
-            if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
+            if not task.done and entry.options.get("wait", True) and not entry.repeats:
                 return False
         held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
-        return not any(e.pause is None and not self._repeats(e) for e in held)
+        return not any(e.pause is None and not e.repeats for e in held)
 
     def _entry(self, ordinal: int) -> ScheduleEntry:
         return next(entry for entry in self.schedule if entry.ordinal == ordinal)
-
-    @staticmethod
-    def _repeats(entry: ScheduleEntry) -> bool:
-        return not entry.executable and any(item["interval"] for item in entry.items("transfer"))
 
     def _end_steps(self) -> Steps:
         """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
@@ -6259,7 +6364,7 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        whole = [t for o, t in self._tasks.items() if self._entry(o).repeats]
         yield [*repeating, *whole]
         return True
 
@@ -6831,7 +6936,7 @@ class Supervisor:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)  # programs would inherit SIG_IGN
         self.db.close()  # no connection crosses a fork
         gc.collect()
         gc.freeze()
@@ -7092,7 +7197,12 @@ def _set_halt(db: Database, halt: Halt) -> None:
 
 
 def launch(
-    db: Database, *, start_buffer: float | None = None, on_failure: str | None = None
+    db: Database,
+    *,
+    start_buffer: float | None = None,
+    on_failure: str | None = None,
+    late: str = Late.START,
+    allow_host: bool = False,
 ) -> None:
     """Make the experiment ready to be supervised: launch time, settings, failed entries again.
 
@@ -7100,9 +7210,12 @@ def launch(
         db: The database.
         start_buffer: Seconds from the last VM configured to time 0; None leaves it.
         on_failure: abort, drop or wait; None leaves it.
+        late: start, skip or shift what is overdue.
+        allow_host: Whether entries may run on this host.
 
     Raises:
-        UsageError: there are no VMs, or a managed one has no path.
+        UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
+            and may not.
     """
     rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
@@ -7111,18 +7224,107 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    texts = ScheduleDb(db=db).list_all()
+    check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
+        _settle_late(db, late)
         connection.execute(
-            """UPDATE experiments SET halt = NULL, ended_at = NULL,
+            """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
+                   late = :late, allow_host = :allow_host,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
                WHERE destroyed_at IS NULL""",
-            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure},
+            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure}
+            | {"late": str(late), "allow_host": allow_host},
         )
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
+    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not.
+
+    Raises:
+        UsageError: there are some; they are named.
+    """
+    found = [
+        f"VM {name}, entry {entry.ordinal} ({entry})"
+        for name, text in schedules.items()
+        for entry in parse_schedule(text)
+        if entry.on_host and not allowed
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UsageError(
+            f"programs would run on this host: {'; '.join(found[:5])}{more}",
+            "Look at them, then say so: vmrm run --allow-host",
+        )
+
+
+def _settle_late(db: Database, late: str) -> None:
+    """Skip what is overdue, or record pauses for it, inside the caller's transaction.
+
+    All VMs get the same pause, from when the first overdue entry should have started until now, so
+    that they stay together; but one that had failed gets its own, and one in a break none.
+    Attempts that are armed may have begun: with these, the handler does as the guest says.
+    """
+    experiment = current_experiment(db)
+    start = experiment["start_at"]
+    now = CLOCK.wall() - start if start is not None else -math.inf
+    if late == Late.START or now <= 0:
+        return
+    lines: dict[str, Timeline] = {}
+    first: dict[str, float] = {}
+    failed = {row["server_name"] for row in db.query("SELECT * FROM vms WHERE state = 'failed'")}
+    for row in db.query("SELECT server_name FROM vms WHERE state <> 'n/a'"):
+        name = row["server_name"]
+        lines[name], overdue = _overdue(db, name, now)
+        if late == Late.SKIP:
+            _skip(db, experiment, name, overdue)
+        elif overdue:
+            first[name] = min(at for at, _ in overdue.values())
+    together = min((at for name, at in first.items() if name not in failed), default=math.inf)
+    for name, line in lines.items() if late == Late.SHIFT else ():
+        since = first.get(name, math.inf) if name in failed else together
+        if since < now and line.break_at(since) is None:
+            _record_hold(db, name, Hold(since, now - since))
+
+
+def _overdue(
+    db: Database, name: str, now: float
+) -> tuple[Timeline, dict[int, tuple[float, int | None]]]:
+    """Return a VM's timeline, and what should have begun before now: time and attempt, if any."""
+    rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+    entries = [ScheduleEntry.from_dict(json.loads(r["entry"]), r["ordinal"]) for r in rows]
+    line = Timeline(entries, read_holds(db, name))
+    overdue = {
+        entry.ordinal: (line.times[entry.ordinal], row["attempt"])
+        for entry, row in zip(entries, rows, strict=True)
+        if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
+        if not entry.options.get("resume")
+        if 0 < line.times[entry.ordinal] < now and not entry.repeats
+    }
+    return line, overdue
+
+
+def _skip(
+    db: Database,
+    experiment: Mapping[str, Any],
+    name: str,
+    overdue: Mapping[int, tuple[float, int | None]],
+) -> None:
+    for ordinal, (at, attempt) in overdue.items():
+        if attempt is None:
+            db.connection.execute(
+                """INSERT INTO attempts (experiment_id, server_name, generation, ordinal, attempt,
+                       outcome, planned_at, armed_at, ended_at, error)
+                   SELECT :id, :name, generation, :ordinal, 1, 'skipped', :planned, :now, :now,
+                       :error FROM schedules WHERE server_name = :name""",
+                {"id": experiment["id"], "name": name, "ordinal": ordinal}
+                | {"planned": experiment["start_at"] + at, "now": CLOCK.wall(), "error": SKIPPED},
+            )
 
 
 def supervisor_pid(db: Database) -> int | None:
@@ -8530,7 +8732,12 @@ class _ExperimentReader:
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
+        import shutil
+
         resolved = dict(item)
+        program = item.get("executable", "")
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
+            self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
         if "transfer" in item:
@@ -8982,7 +9189,9 @@ def report_of(run: Run) -> Report:
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
     if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    return Report(rows, faults, _summary(run.experiment, rows))
+    summary = _summary(run.experiment, rows)
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
+    return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
@@ -10213,6 +10422,8 @@ class Commands(_Public):
         timeout: float | None = None,
         start_buffer: float | None = None,
         on_failure: str | None = None,
+        late: str = "start",
+        allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
     ) -> object:
@@ -10226,6 +10437,8 @@ class Commands(_Public):
             timeout: Seconds after which the experiment is stopped (exit code 124).
             start_buffer: Seconds from the last VM configured to time 0.
             on_failure: What a failed VM means before time 0: abort, drop or wait.
+            late: What is overdue when a run is continued: start it at once, skip it, or shift all.
+            allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
             report: A new file for the report as an HTML page, written however it ends.
         """
@@ -10233,7 +10446,11 @@ class Commands(_Public):
             self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
+        if late not in set(Late):
+            raise UsageError(f"late is {late!r}, but must be start, skip or shift")
         experiment = read_experiment(file) if file is not None else None
+        if experiment is not None:
+            check_host_entries(experiment.schedules, allow_host)
         db = self._db() if experiment else self._open()
         if experiment is not None:
             load_experiment(db, experiment)
@@ -10241,7 +10458,13 @@ class Commands(_Public):
         if pid := supervisor_pid(db):
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
-            launch(db, start_buffer=start_buffer, on_failure=on_failure)
+            launch(
+                db,
+                start_buffer=start_buffer,
+                on_failure=on_failure,
+                late=late,
+                allow_host=allow_host,
+            )
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
@@ -10593,17 +10816,18 @@ class Commands(_Public):
         return None
 
     @command
-    def handle(self, vm: str) -> object:
+    def handle(self, vm: str, *, allow_host: bool = False) -> object:
         """Run one VM's handler in the foreground, without a supervisor.
 
         Args:
             vm: The VM's name.
+            allow_host: Let on_host entries run their programs on this host.
         """
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
-            launch(db)
+            launch(db, allow_host=allow_host)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
