@@ -2211,6 +2211,8 @@ class Journal:
     def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
+        Numbers go on over the generations of an experiment: output files are named after them.
+
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
@@ -2227,8 +2229,8 @@ class Journal:
                            attempt, outcome, planned_at, armed_at, boot_id)
                        SELECT :experiment, :name, :generation, :ordinal, 1 + coalesce((
                            SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment
-                           AND server_name = :name AND generation = :generation
-                           AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
+                           AND server_name = :name AND ordinal = :ordinal), 0),
+                           'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
                     | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
@@ -7618,7 +7620,7 @@ class _Tracer:
         self._pid = self._tid = 0
 
     def microseconds(self, at: float) -> int:
-        return round((at - self.begin) * 1e6)
+        return max(0, round((at - self.begin) * 1e6))  # the host's clock may have been set back
 
     def _add(self, ph: str, name: str, **more: Any) -> None:
         self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})

@@ -130,6 +130,15 @@ def test_the_token_tells_experiments_and_generations_apart(db: Database) -> None
     assert len(set(tokens)) == 3
 
 
+def test_the_attempts_of_a_replaced_schedule_have_other_numbers(db: Database) -> None:
+    """Their output files would be taken for the old ones, and be read on from their end."""
+    assert Journal(db, "web").arm({1: None}, "boot")[1].attempt == 1
+    ScheduleDb(db=db).destroy_one("web")
+    ScheduleDb(db=db).put("web", TWO)
+    armed = Journal(db, "web").arm({1: None, 2: 5.0}, "boot")
+    assert {o: a.attempt for o, a in armed.items()} == {1: 2, 2: 1}
+
+
 # === Retrying ====================================================================================
 
 
