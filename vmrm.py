@@ -5056,6 +5056,8 @@ class VMResourceHandler:
         self._leaving = False  # told so already
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
+        # Drawn once: a look's price is the cold memory it touches.
+        self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
 
     # --- drivers
@@ -5248,7 +5250,7 @@ class VMResourceHandler:
         now = CLOCK.monotonic()
         if not self._woken and now < self._look_at:
             return
-        self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._look_at = now + self._look_interval
         self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
