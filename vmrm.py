@@ -8969,7 +8969,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
 
 def _plan_notes(entry: ScheduleEntry) -> list[str]:
     said = {
-        "on the host": entry.options.get("on_host"),
+        "on the host": entry.on_host,
         "failure ignored": entry.ignore_failure,
         "not waited for": not entry.options.get("wait", True),
         "run again if unknown": entry.options.get("rerun"),
@@ -9152,9 +9152,11 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    on_host = entry is not None and entry.on_host
+    label = str(entry) if entry else f"entry {row['ordinal']}"
     return row | {
-        "label": str(entry) if entry else f"entry {row['ordinal']}",
-        "on_host": bool(entry and entry.options.get("on_host")),
+        "label": f"{label} on the host" if on_host else label,
+        "on_host": on_host,
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
         "end": max(begin, row["ended_at"] or now),
