@@ -9035,7 +9035,7 @@ class Run:
         """When it was launched."""
         return float(self.experiment["launched_at"])
 
-    @property
+    @functools.cached_property
     def end(self) -> float:
         """When it ended, or was read; nothing that happened is later."""
         ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
