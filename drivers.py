@@ -673,6 +673,14 @@ _FIND_SH = (
     'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
+_STOP_PS = "$ErrorActionPreference = 'Stop'; "
+# Bytes, since a service has no console whose encoding could be set.
+_TELL_PS = (
+    "$out = [Console]::OpenStandardOutput(); function tell($text) { "
+    "$bytes = [Text.Encoding]::UTF8.GetBytes($text + [char]0); "
+    "$out.Write($bytes, 0, $bytes.Length) }; function seconds($time) { "
+    "[int64][Math]::Floor(($time - [datetime]'1970-01-01').TotalSeconds) }; "
+)
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
 _MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
 _DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
@@ -681,20 +689,63 @@ _PRUNE_PS = (
     "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
 )
 _FIND_PS = (
-    "$ErrorActionPreference = 'Stop'; [Console]::OutputEncoding = [Text.Encoding]::UTF8; "
-    "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
+    _STOP_PS + _TELL_PS + "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
     "Get-ChildItem -Recurse -File -Force -LiteralPath $w[0] | "
-    "Where-Object { $_.LastWriteTime -gt $after } | "
-    "ForEach-Object { [Console]::Write($_.FullName + [char]0) }"
+    "Where-Object { $_.LastWriteTime -gt $after } | ForEach-Object { tell $_.FullName }"
+)
+# What a handler asks of a Windows guest. A directory entry lags behind a file that is open, hence
+# Refresh; a link is listed by nobody, but the place that was asked for may be one.
+LIST_PS = (
+    _TELL_PS + "$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack; "
+    "Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | "
+    "ForEach-Object { $todo.Push($_) }; while ($todo.Count) { $f = $todo.Pop(); $f.Refresh(); "
+    "if (-not $f.Exists) { continue }; $kind, $size = 'f', $f.Length; "
+    "if ($f.PSIsContainer) { $kind, $size = 'd', 0; "
+    "Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue | "
+    "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
+    "ForEach-Object { $todo.Push($_) } }; "
+    "$time = seconds $f.LastWriteTimeUtc; "
+    "tell ('{0} {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
+)
+HASH_PS = (
+    _STOP_PS + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
+    "$left = [int64]$w[1]; "
+    "$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete'); "
+    "while ($left -gt 0) { $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length)); "
+    "if (-not $n) { exit 1 }; [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n }; "
+    "[void]$h.TransformFinalBlock($b, 0, 0); "
+    "-join ($h.Hash | ForEach-Object { $_.ToString('x2') })"
+)
+MOVE_PS = (
+    _STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
+    "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
+    "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
+)
+COPY_PS = _STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
+# A batch file cannot tell its own pid; its command line has its path and the attempt's number.
+PROBE_PS = (
+    "$all = @(Get-CimInstance Win32_Process -Filter \"Name='cmd.exe'\"); foreach ($here in $w) { "
+    "if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }; "
+    "$code = ''; $file = Join-Path $here 'exit'; "
+    "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() }; "
+    "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
+    "$number = $here.Substring($here.LastIndexOf('.') + 1); "
+    "$pattern = [regex]::Escape($script) + '\"? ' + $number + ' '; "
+    "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
+    "$life = if ($p) { 'alive' } else { 'gone' }; "
+    "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
 )
 
 
 def powershell(script: str, *words: str) -> list[str]:
     """Return the argument list that runs *script* on Windows with *words* as its array `$w`.
 
-    An encoded command needs no quoting by the agent, whose rules differ from the shell's.
+    An encoded command needs no quoting by the agent, whose rules differ from the shell's. To
+    PowerShell, printers' single quotes are single quotes too.
     """
-    quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
+    quoted = ", ".join(
+        "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", word) + "'" for word in words
+    )
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
     return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
 
@@ -1042,7 +1093,11 @@ _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share t
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
 _BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
-_BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
+# The first process of a Windows session has the boot's life. The time of booting itself will not
+# do: it moves when the clock is set, which we do after each boot.
+_BOOT_PS = (
+    "(Get-CimInstance Win32_Process -Filter \"Name='wininit.exe'\").CreationDate.ToFileTimeUtc()"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1556,7 +1611,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         """Return a word that changes with each boot of the guest, or "" if none can be had."""
         try:
             if self.is_windows:
-                text = self.run(powershell(_BOOT_TIME_PS)).out
+                text = self.run(powershell(_BOOT_PS), timeout=self.timeout).out
             else:
                 text = self.read_bytes(_BOOT_ID_PATH, limit=64)
         except AgentError as error:

@@ -46,11 +46,12 @@ import stat
 import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, cast
 
 import drivers
@@ -1414,7 +1415,7 @@ def entry_faults(item: object, where: str) -> list[str]:
 
 
 # What our script keeps in an entry's directory.
-_OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
+_OUR_OWN = re.compile(r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+)(/|$)", re.IGNORECASE)
 
 
 def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
@@ -1437,7 +1438,7 @@ def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time"
     for part in [*item.get("file", []), *item.get("content", [])]:
-        if _OUR_OWN.match(os.path.normpath(part["location"])):
+        if _OUR_OWN.match(os.path.normpath(part["location"].replace("\\", "/"))):
             yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in item:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
@@ -2749,6 +2750,11 @@ name=$1; shift
 for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
 """
 
+_MOVE_SCRIPT = (
+    'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
+    'chmod "$3" "$1" && mv -f "$1" "$2"'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
@@ -2870,7 +2876,7 @@ def parse_found(line: str) -> Found:
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
-_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
+_EXIT_WORDS = re.compile(r"(-?[0-9]{1,10}) ([01])\r?\n?")  # Windows has 32 bits
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -2883,6 +2889,422 @@ def parse_exit(text: str) -> tuple[int, bool]:
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
+
+
+# --- Windows
+#
+# cmd.exe reads a batch file line by line: first %NAME% is replaced, then quotes and ^ decide which
+# of & | < > ( ) mean something; what is left reaches a program as one string, which the program
+# takes apart by the rules of CommandLineToArgvW. "||" and "&&" are not used: the condition after
+# each command is written out, as every cmd.exe has understood it since 1993.
+
+_CALL_BATCH = """\
+@echo off
+rem vmrm: {title}
+setlocal EnableExtensions DisableDelayedExpansion
+if "%~2"=="{token}" goto ours
+echo this launch directory is used by another VM or experiment>&2
+exit /b {claim_failed}
+:ours
+cd /d {working_dir}
+if errorlevel 1 exit /b {claim_failed}
+mkdir "attempt.%~1"
+if errorlevel 1 exit /b {claim_failed}
+set "here=attempt.%~1"
+cmd.exe /d /e:on /v:off /c .\\call_program.bat >"%here%\\out" 2>"%here%\\err" <nul
+set code=%errorlevel%
+set reboot=0
+if exist {reboot} set reboot=1
+>"%here%\\exit.new" echo %code% %reboot%
+move /y "%here%\\exit.new" "%here%\\exit" >nul
+exit /b %code%
+"""
+
+# One file of the entry: a directory in its place is not replaced.
+_PLACE_BATCH = """\
+if exist {as_folder} echo {location} is a directory>&2
+if exist {as_folder} exit /b {place_failed}
+if not exist {folder_as_folder} mkdir {folder}
+copy /b /y {content} {temporary} >nul
+if errorlevel 1 exit /b {place_failed}
+move /y {temporary} {location} >nul
+if errorlevel 1 exit /b {place_failed}
+"""
+
+# A file gets its name and content in one step, and ren replaces nothing: one VM owns the stage.
+_PREPARE_BATCH = """\
+@echo off
+setlocal EnableExtensions DisableDelayedExpansion
+cd /d {stage}
+if errorlevel 1 exit /b 1
+>"{new}" echo {vm}
+ren "{new}" "of.{experiment}" 2>nul
+if exist "{new}" del "{new}"
+set owner=
+set /p owner=<"of.{experiment}"
+if "%owner%"=="{vm}" goto ours
+echo this launch directory is used by another VM of this experiment>&2
+exit /b 1
+:ours
+cd ..
+{moving}
+dir /b {stage}
+exit /b 0
+"""
+
+_KEEP_BATCH = """\
+for %%F in ("{sha256}.part") do if not "%%~zF"=="{size}" goto damaged
+move /y "{sha256}.part" "{sha256}" >nul
+if errorlevel 1 exit /b 1
+"""
+
+_BATCH_LINE = 8000  # cmd.exe takes 8191 characters
+_PLAIN_LAUNCH = re.compile(r"[A-Za-z]:\\[A-Za-z0-9 ._~\\-]*")
+_NO_WINDOWS_PATH = re.compile(r"[\x00-\x1f\"<>|?*]")
+_NO_BATCH_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f]")
+
+
+def batch_text(text: str) -> str:
+    """Return a text for a line of a batch file that cmd.exe passes on unchanged.
+
+    Every character that means something is escaped, quotes too, so that there is no quoted part
+    in which `^` would escape nothing.
+    """
+    return re.sub(r'[()!^"<>&|]', r"^\g<0>", text).replace("%", "%%")
+
+
+def batch_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a line of a batch file that runs a program with exactly these arguments.
+
+    Raises:
+        ValueError: cmd.exe cannot carry one of them.
+    """
+    import subprocess
+
+    for word in (program, *arguments):
+        if _NO_BATCH_TEXT.search(word):
+            raise ValueError(
+                f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
+                "pass it in a file"
+            )
+    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+
+
+def _batch_path(path: str) -> str:
+    """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
+    if _NO_WINDOWS_PATH.search(path):
+        raise ValueError(f"no path of Windows: {path!r}")
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def _batch_folder(path: str) -> str:
+    """Return a path that exists only as a directory."""
+    return _batch_path(path if path.endswith("\\") else path + "\\")
+
+
+def batch_file(text: str) -> str:
+    """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced.
+
+    Raises:
+        ValueError: a line is too long for cmd.exe.
+    """
+    lines = re.split(r"\r?\n", text)
+    if not text.isascii():
+        lines.insert(1, "chcp 65001 >nul")
+    longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
+    if longest > _BATCH_LINE:
+        raise ValueError(f"cmd.exe takes no line of {longest} characters; use a file")
+    return "\r\n".join(lines)
+
+
+class PosixGuest:
+    """What a handler has to know of its guest's system: paths, our scripts, what runs them.
+
+    Args:
+        driver: Connected.
+        launch_dir: That of the VM, '' for the system's own.
+        seconds: For one of our scripts.
+    """
+
+    launch = "/var/launch"
+    separator = "/"
+    flavour: type[PurePath] = PurePosixPath
+
+    def __init__(
+        self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+    ) -> None:
+        self.driver, self.seconds = driver, seconds
+        self.stage = self.join(launch_dir or self.launch, ".stage")
+
+    def join(self, *parts: str) -> str:
+        """Return a path of the guest."""
+        return self.separator.join(parts)
+
+    def path(self, entry: ScheduleEntry, location: str) -> str:
+        """Return a location as an absolute path: relative ones lie in the entry's directory."""
+        return str(self.flavour(entry.working_dir) / location)
+
+    def is_absolute(self, path: str) -> bool:
+        """Whether a path means the same wherever a program stands."""
+        return self.flavour(path).is_absolute()
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text as the file at a location must have it."""
+        return text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return token
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a script of ours that is in the guest."""
+        return ["/bin/sh", script, *words]
+
+    def _run(self, script: str, *words: str) -> drivers.ExecStatus:
+        return self.driver.run(["/bin/sh", "-c", script, "sh", *words], timeout=self.seconds)
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
+        return self._run(_PREPARE_SCRIPT, *words)
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, user) of each script of an entry. Raises ValueError if it has none.
+
+        The parameters are those of `call_script`.
+        """
+        script = call_script(entry, title=title, token=token, stage=self.stage, placed=placed)
+        scripts = [(script, str(entry.call_arguments_filename), "")]
+        if entry.executable and (user := entry.options.get("user")):
+            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
+        return scripts
+
+    script_suffix = ".part"
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the script that lays files out, given what the next three methods return."""
+        return "\n".join([_LAYOUT_HEAD.format(stage=shlex.quote(self.stage)), *lines]) + "\n"
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage."""
+        return f"keep {sha256} {size}"
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return what makes a text a content of the stage; None: it must be pushed."""
+        return f"text {sha256} {shlex.quote(text)}"
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        return f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}"
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        return self._run(_PROBE_SCRIPT, *directories)
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the commands that end programs and all theirs, each with a pause after it."""
+        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
+        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return ["/bin/sh", "-c", _LIST_SCRIPT, "sh", location]
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that gives a file its mode and place, but not that of a directory."""
+        return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
+
+    def snapshot(self, path: str) -> str | None:
+        """Return a copy of a file that the agent cannot open; None: there is no such file."""
+        return None
+
+
+class WindowsGuest(PosixGuest):
+    """A Windows guest: batch files for what starts programs, PowerShell for what asks."""
+
+    launch = "C:\\launch"
+    separator = "\\"
+    flavour = PureWindowsPath
+    script_suffix = ".bat"
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
+        is_batch = PureWindowsPath(location).suffix.lower() in (".bat", ".cmd")
+        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return _digest(token)
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a batch file; the agent puts quotes around a path with blanks,
+        which cmd.exe takes for what they are since nothing else in it needs quotes."""
+        return ["cmd.exe", "/d", "/c", script, *words]
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+            raise VMFailed(
+                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
+                "digits, blanks, '.', '_', '-', '~'"
+            )
+        aside = f".previous\\{old}"
+        moving = [f'if not exist "{aside}\\" mkdir "{aside}"'] if fresh and folders else []
+        for folder in folders if fresh else ():
+            moving.append(f'if exist "{folder}\\" move "{folder}" "{aside}\\" >nul')
+            moving.append(f'if exist "{folder}\\" exit /b 1')
+        script = _PREPARE_BATCH.format(
+            stage=_batch_path(self.stage),
+            new=f"new.{old}",
+            vm=_digest(vm),
+            experiment=experiment,
+            moving="\n".join(moving),
+        )
+        self.driver.create_directories(self.stage)
+        path = self.join(self.stage, f"prepare.{old}.bat")
+        for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
+            pass
+        status = self.driver.run(self.argv(path), timeout=self.seconds)
+        self.driver.delete_file(path)
+        return status
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, '') of each script of an entry. Raises ValueError if it has none."""
+        if "user" in entry.options:
+            raise ValueError("user is for POSIX guests; Windows lets nobody become another so")
+        script = _CALL_BATCH.format(
+            title=re.sub(r"[^A-Za-z0-9 ,.:()_-]", "?", title),
+            token=self.token(token),
+            claim_failed=CLAIM_FAILED,
+            working_dir=_batch_path(str(entry.working_dir)),
+            reboot=_batch_path(str(entry.reboot_filepath)),
+        )
+        program = "\n".join(self._program(entry, [sha256 for sha256, _ in placed])) + "\n"
+        folder = str(entry.working_dir)
+        return [
+            (batch_file(program), self.join(folder, "call_program.bat"), ""),
+            (batch_file(script), str(entry.call_arguments_filename), ""),
+        ]
+
+    def _program(self, entry: ScheduleEntry, placed: Sequence[str]) -> Iterator[str]:
+        """Yield the lines that place an entry's files and become its program."""
+        yield "@echo off"
+        yield "setlocal EnableExtensions DisableDelayedExpansion"
+        own: dict[str, str] = {}
+        for number, (item, sha256) in enumerate(zip(entry_files(entry), placed, strict=True)):
+            path = self.path(entry, item["location"])
+            if not self.is_absolute(path):
+                raise ValueError(f"location {item['location']!r} has a drive but no root")
+            own[path.casefold()] = path
+            folder = str(PureWindowsPath(path).parent)
+            temporary = self.join(folder, f".vmrm-{entry.ordinal}-{number}")
+            yield _PLACE_BATCH.format(
+                as_folder=_batch_folder(path),
+                location=_batch_path(path),
+                place_failed=PLACE_FAILED,
+                folder_as_folder=_batch_folder(folder),
+                folder=_batch_path(folder),
+                content=_batch_path(self.join(self.stage, sha256)),
+                temporary=_batch_path(temporary),
+            ).rstrip()
+        if not entry.executable:
+            yield "exit /b 0"
+            return
+        yield f"cd /d {_batch_path(self.path(entry, entry.options.get('cwd', '.')))}"
+        yield f"if errorlevel 1 exit /b {PLACE_FAILED}"
+        for key, value in entry.options.get("env", {}).items():
+            if _NO_BATCH_TEXT.search(value):
+                raise ValueError(f"cmd.exe cannot carry a line break or control character in {key}")
+            yield f"set {key}={batch_text(value)}"
+        placed_program = self.path(entry, entry.executable)
+        program = own.get(placed_program.casefold(), str(PureWindowsPath(entry.executable)))
+        if isinstance(entry.arguments, str):
+            yield f"{_batch_path(program)} {entry.arguments}"
+        else:
+            yield batch_command(program, entry.arguments or [])
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the batch file that lays files out, given what the next three methods return."""
+        head = ["@echo off", f"cd /d {_batch_path(self.stage)}", "if errorlevel 1 exit /b 1"]
+        tail = ["exit /b 0", ":damaged", "echo a file arrived damaged>&2", "exit /b 1", ""]
+        return batch_file("\n".join([*head, *(line.rstrip() for line in lines), *tail]))
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage; sizes must agree."""
+        return _KEEP_BATCH.format(sha256=sha256, size=size)
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return None: a batch file cannot carry another one."""
+        return None
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        folder, new = str(PureWindowsPath(path).parent), _batch_path(path + ".new")
+        return "\n".join(
+            [
+                f"if not exist {_batch_folder(folder)} mkdir {_batch_path(folder)}",
+                f"copy /b /y {sha256} {new} >nul",
+                "if errorlevel 1 exit /b 1",
+                f"move /y {new} {_batch_path(path)} >nul",
+                "if errorlevel 1 exit /b 1",
+            ]
+        )
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        argv = drivers.powershell(drivers.PROBE_PS, *directories)
+        return self.driver.run(argv, timeout=self.seconds)
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the command that ends programs and all that they started."""
+        named = [word for pid in pids for word in ("/PID", pid)]
+        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return drivers.powershell(drivers.LIST_PS, location)
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return drivers.powershell(drivers.HASH_PS, path, str(size))
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that puts a file in its place, but not in that of a directory."""
+        return drivers.powershell(drivers.MOVE_PS, temporary, path)
+
+    def snapshot(self, path: str) -> str | None:
+        """Return a copy of a file that a program holds open for writing, which shuts out the agent.
+
+        None: it cannot be copied either. The caller deletes it.
+        """
+        copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
+        argv = drivers.powershell(drivers.COPY_PS, path, copy)
+        return copy if self.driver.run(argv, timeout=self.seconds).exitcode == 0 else None
+
+
+def _digest(text: str) -> str:
+    """Return a word without any character that means something, instead of somebody's text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def guest_of(
+    driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+) -> PosixGuest:
+    """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
+    kind = WindowsGuest if driver.is_windows else PosixGuest
+    return kind(driver, launch_dir, seconds)
 
 
 # === agenda ======================================================================================
@@ -3255,16 +3677,23 @@ def _one_line(error: BaseException) -> str:
 
 _LIST_SCRIPT = """\
 IFS=
+now=$(date +%s)
 for top in $1; do
     [ -e "$top" ] || continue
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        now=$1; shift
         for path; do
             kind=f; [ -d "$path" ] && kind=d
             facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
-            printf "%s %s %s\\0" "$kind" "$facts" "$path"
-        done' sh {} +
+            printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
+        done' sh "$now" {} +
 done
 """
+
+# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
+_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
+
+SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3275,6 +3704,15 @@ class Listed:
     size: int  # bytes
     mtime: int  # seconds since the epoch
     path: str
+    settled: bool = True  # a later write gives it another mtime
+
+    @property
+    def copy_mtime_ns(self) -> int:
+        """The modification time of the host's copy, by which it is recognised, in nanoseconds.
+
+        The guest's, plus half a second if the file may change again within that very second.
+        """
+        return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
 
 
 def parse_listed(record: bytes) -> Listed:
@@ -3283,21 +3721,31 @@ def parse_listed(record: bytes) -> Listed:
     Raises:
         ValueError: it is no such record, or its path is not text that an agent could be sent.
     """
-    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
+    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11}) (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
         raise ValueError("the VM lists it in an unexpected form")
-    kind, size, mtime, path = match.groups()
-    return Listed(kind == b"d", int(size), int(mtime), path.decode())
+    kind, size, mtime, now, path = match.groups()
+    # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
+    settled = abs(int(now) - int(mtime)) >= 2
+    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled)
 
 
 def safe_parts(path: str) -> list[str]:
     """Return the components of a guest's absolute path, none of which leads elsewhere.
 
+    Those of `C:\\logs\\a.log` are C, logs and a.log.
+
     Raises:
         ValueError: one of them does.
     """
-    parts = [part for part in path.split("/") if part]
-    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
+    if drive := re.match(r"([A-Za-z]):\\", path):
+        parts = [drive[1].upper(), *path[3:].split("\\")]
+        odd = [part for part in parts if "/" in part]
+    else:
+        parts, odd = path.split("/"), []
+    parts = [part for part in parts if part]
+    if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
         raise ValueError("its path leads out of the destination")
     return parts
 
@@ -3320,14 +3768,13 @@ def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
         os.close(fd)
 
 
-def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
-    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
+def _copy_of(folder: int, name: str) -> os.stat_result | None:
+    """Return what the host's copy of a file is like, if there is one."""
     try:
-        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return False
-    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
-    return stat.S_ISREG(present.st_mode) and same
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 # === one client per agent ========================================================================
@@ -3392,6 +3839,133 @@ def _agent_lock_path(path: str) -> Path:
         if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
             return directory / name
     raise UsageError(f"no directory for the lock of agent {path!r} can be written")
+
+
+# === drivers, ours and plugged in ================================================================
+
+Driver = type[drivers.AbstractDriver]
+
+# What a handler asks of a driver beyond what AbstractDriver demands.
+_ALSO_NEEDED = {
+    *("boot_id", "call", "fileno", "health", "info", "pull", "push", "read_bytes"),
+    *("run", "start", "status"),
+}
+
+
+def driver_of(engine: str) -> Driver:
+    """Return the driver class for an engine; plug-ins are read only if it is none of ours.
+
+    Raises:
+        UsageError: no driver has that engine, or a plug-in is faulty.
+    """
+    if found := _own_drivers().get(engine):
+        return found
+    known = plug_ins()
+    if engine not in known:
+        there_are = ", ".join(sorted(known))
+        raise UsageError(
+            f"unknown engine {engine!r}; one of {there_are}", "Name its file in $VMRM_DRIVERS"
+        )
+    return known[engine]
+
+
+def plug_ins() -> dict[str, Driver]:
+    """Return the usable driver classes by engine: ours, of $VMRM_DRIVERS, and of entry points.
+
+    Raises:
+        UsageError: a plug-in is faulty, or names the engine of another; which, and how.
+    """
+    from importlib import metadata
+
+    known = _own_drivers()
+    for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
+        _add_drivers(known, f"driver file {path!r}", functools.partial(_driver_file, path))
+    for point in metadata.entry_points(group="vmrm.drivers"):
+        _add_drivers(known, f"driver {point.value!r}", functools.partial(_entry_point, point))
+    return known
+
+
+def _own_drivers() -> dict[str, Driver]:
+    """Return the usable classes of the drivers module by engine.
+
+    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
+    each handler a quarter of a mebibyte, in the caches of abstract base classes.
+    """
+    found: dict[str, Driver] = {}
+    below: list[Driver] = drivers.AbstractDriver.__subclasses__()
+    while below:
+        below += (item := below.pop()).__subclasses__()
+        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+            found[item.get_engine()] = item
+    return found
+
+
+def _add_drivers(known: dict[str, Driver], what: str, load: Callable[[], list[Driver]]) -> None:
+    """Add what a plug-in brings to the drivers known. Raises UsageError with its first fault."""
+    try:
+        found = load()
+        if not found:
+            raise ValueError("it has no subclass of AbstractDriver")
+        for driver in found:
+            engine = _checked_engine(driver)
+            if engine in known and known[engine] is not driver:
+                raise ValueError(f"another driver has the engine {engine!r} already")
+            known[engine] = driver
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        raise UsageError(f"{what}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _checked_engine(driver: Driver) -> str:
+    """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
+    missing = {name for name in _ALSO_NEEDED if not callable(getattr(driver, name, None))}
+    missing |= getattr(driver, "__abstractmethods__", set())
+    if missing:
+        raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
+    engine = driver.get_engine()
+    if not _is_text(engine):
+        raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
+    return engine
+
+
+def _drivers_in(module: types.ModuleType) -> list[Driver]:
+    """Return the driver classes that a module defines itself and does not call private."""
+    return [
+        item
+        for name, item in vars(module).items()
+        if isinstance(item, type)
+        and issubclass(item, drivers.AbstractDriver)
+        and item.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+def _driver_file(path: str) -> list[Driver]:
+    """Run a driver file, which only its user or root may be able to write; return its drivers.
+
+    What is checked is the open file, so that nobody can exchange it afterwards.
+    """
+    place = Path(path)
+    if not place.is_absolute():
+        raise ValueError("its path is not absolute")
+    with place.open("rb") as stream:
+        for info in (os.fstat(stream.fileno()), place.parent.stat()):
+            shared = info.st_mode & 0o022 and not (
+                stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            )
+            if info.st_uid not in (0, os.geteuid()) or shared:
+                raise PermissionError("others can write it or its directory: chmod go-w")
+        source = stream.read()
+    module = types.ModuleType(f"vmrm_driver_{place.stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
+    return _drivers_in(module)
+
+
+def _entry_point(point: Any) -> list[Driver]:
+    """Return the driver class, or the drivers of the module, that an entry point names."""
+    found = point.load()
+    return _drivers_in(found) if isinstance(found, types.ModuleType) else [found]
 
 
 # === handler =====================================================================================
@@ -3462,21 +4036,6 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
         return NextStep.WATCH
     begun = found.alive or found.pid is None  # a claim comes a moment before its pid
     return NextStep.WATCH if same_boot and begun else NextStep.FAILED
-
-
-def plug_ins() -> set[type[drivers.AbstractDriver]]:
-    """Return every usable driver class of the drivers module.
-
-    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
-    each handler a quarter of a mebibyte, in the caches of abstract base classes.
-    """
-    found: set[type[drivers.AbstractDriver]] = set()
-    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
-    while below:
-        below += (item := below.pop()).__subclasses__()
-        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
-            found.add(item)
-    return found
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
@@ -3580,20 +4139,18 @@ class VMResourceHandler:
 
     def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
         """Return the set of available driver classes."""
-        return plug_ins()
+        return set(plug_ins().values())
 
     def import_driver(self) -> type[drivers.AbstractDriver]:
         """Return the driver class whose engine is this VM's.
 
         Raises:
-            VMFailed: there is none.
+            VMFailed: there is none, or a plug-in is faulty.
         """
-        engine = self.config.get("engine") or "QemuVM"
-        found = {driver.get_engine(): driver for driver in self._import_drivers()}
-        if engine not in found:
-            known = ", ".join(sorted(found))
-            raise VMFailed(f"no driver for engine {engine!r}; there are: {known}")
-        return found[engine]
+        try:
+            return driver_of(self.config.get("engine") or "QemuVM")
+        except UsageError as error:
+            raise VMFailed(f"{error} ({error.hint})" if error.hint else str(error)) from error
 
     def connect_to_driver(self) -> bool:
         """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
@@ -3608,10 +4165,20 @@ class VMResourceHandler:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
-            self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            try:
+                self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            except Exception as error:  # a plug-in is anybody's code
+                raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
-        self.driver.connect(timeout=float(self.config.get("agent_timeout") or 300))
-        self._boot = self.driver.boot_id()
+        limit = float(self.config.get("agent_timeout") or 300)
+        deadline = CLOCK.monotonic() + limit
+        self.driver.connect(timeout=limit)
+        # The agent of Windows answers before the system is ready to run programs.
+        while not (boot := self.driver.boot_id()) and self.driver.is_windows:
+            if CLOCK.monotonic() > deadline:
+                raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
+            self._wait(-1, 0, 1)
+        self._boot = boot
 
     # --- life
 
@@ -3844,9 +4411,10 @@ class VMResourceHandler:
 
     # --- preparing the guest
 
-    @property
-    def _stage(self) -> str:
-        return f"{self.config.get('launch_dir') or '/var/launch'}/.stage"
+    @functools.cached_property
+    def _guest(self) -> PosixGuest:
+        launch_dir = str(self.config.get("launch_dir") or "")
+        return guest_of(self.driver, launch_dir, self.timeouts.call)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -3860,8 +4428,6 @@ class VMResourceHandler:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
         if self._prepared_boot == self._boot:
             return
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
             self.driver.create_paths(entry)
@@ -3872,8 +4438,7 @@ class VMResourceHandler:
         self._progress()
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present = self._list_stage(work)
-        layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
+        present, layout = self._list_stage(work), list[str]()
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
@@ -3881,18 +4446,15 @@ class VMResourceHandler:
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
-        fresh = "keep" if self._journal.latest() else "fresh"
-        folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
+        fresh, guest = not self._journal.latest(), self._guest
+        folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-        owner = self._journal.experiment, self.config["vm_uuid"]
-        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *owner, *folders)
+        status = guest.prepare(
+            old, fresh, str(self._journal.experiment), self.config["vm_uuid"], folders
+        )
         if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
-        return set(status.out.decode(errors="replace").split("\n"))
-
-    def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
-        argv = ["/bin/sh", "-c", script, "sh", *words]
-        return self.driver.run(argv, timeout=self.timeouts.call)
+            raise VMFailed(f"cannot prepare {guest.stage!r}: {_words(status.err)}")
+        return set(status.out.decode(errors="replace").splitlines())
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -3901,10 +4463,14 @@ class VMResourceHandler:
             FileNotFoundError: the store does not have a file.
         """
         placed = []
-        own_program = guest_path(entry, entry.executable or "")
+        guest = self._guest
+        own_program = guest.path(entry, entry.executable or "")
         for item in entry_files(entry):
-            staged = text_content(item["content"]) if "content" in item else self._stored(item)
-            location = guest_path(entry, item["location"])
+            location = guest.path(entry, item["location"])
+            if "content" in item:
+                staged = text_content(guest.content(location, item["content"]))
+            else:
+                staged = self._stored(item)
             is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
@@ -3920,32 +4486,37 @@ class VMResourceHandler:
 
     def _load_steps(self, entry: ScheduleEntry, present: set[str], layout: list[str]) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
+        guest = self._guest
         try:
             placed = self._contents(entry)
+            scripts = guest.scripts(
+                entry,
+                f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+                self._token,
+                [(staged.sha256, mode) for staged, mode in placed],
+            )
         except FileNotFoundError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             return
-        script = call_script(
-            entry,
-            title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
-            token=self._token,
-            stage=self._stage,
-            placed=[(staged.sha256, mode) for staged, mode in placed],
-        )
-        scripts = [(script, str(entry.call_arguments_filename), "")]
-        if entry.executable and (user := entry.options.get("user")):
-            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
-        for staged, _ in placed:
+        except ValueError as error:
+            yield from self._not_loadable(entry, str(error))
+            return
+        contents, puts = [staged for staged, _ in placed], []
+        for text, path, user in scripts:
+            staged = text_content(text)
+            line = guest.text(staged.sha256, text)
+            if line is None:
+                contents.append(staged)
+            elif staged.sha256 not in present:
+                present.add(staged.sha256)
+                layout.append(line)
+            puts.append(guest.put(staged.sha256, path, user))
+        for staged in contents:
             if staged.sha256 not in present:
                 yield from self._push_steps(staged)
                 present.add(staged.sha256)
-                layout.append(f"keep {staged.sha256} {staged.size}")
-        for text, path, user in scripts:
-            sha256 = text_content(text).sha256
-            if sha256 not in present:
-                present.add(sha256)
-                layout.append(f"text {sha256} {shlex.quote(text)}")
-            layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
+                layout.append(guest.keep(staged.sha256, staged.size))
+        layout += puts
 
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
@@ -3955,17 +4526,18 @@ class VMResourceHandler:
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
         yield 0
 
-    def _push_steps(self, staged: Staged) -> Steps:
+    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
+        """Copy a content into the stage; return its path there."""
+        path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
         with staged.source() as source:
-            for _ in self.driver.push(source, f"{self._stage}/{staged.sha256}.part"):
+            for _ in self.driver.push(source, path):
                 yield 0
+        return path
 
     def _lay_out(self, layout: Sequence[str]) -> Steps:
-        script = text_content("\n".join(layout) + "\n")
-        yield from self._push_steps(script)
-        status = self.driver.run(
-            ["/bin/sh", f"{self._stage}/{script.sha256}.part"], timeout=10 * self.timeouts.call
-        )
+        script = text_content(self._guest.layout(layout))
+        path = yield from self._push_steps(script, self._guest.script_suffix)
+        status = self.driver.run(self._guest.argv(path), timeout=10 * self.timeouts.call)
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {_words(status.err)}")
 
@@ -4133,10 +4705,12 @@ class VMResourceHandler:
             except drivers.DriverError as error:  # it went down while we were asking
                 self.log.debug("still going down: %s", error)
                 self._boot = old
-            if self._boot != old:
+            booting = self.driver.is_windows and not self._boot  # it cannot run programs yet
+            if self._boot != old and not booting:
                 break
-            if CLOCK.monotonic() > going_down:
-                raise VMFailed("the VM accepted a reboot but does not go down")
+            if CLOCK.monotonic() > (deadline if booting else going_down):
+                what = "does not come back" if booting else "does not go down"
+                raise VMFailed(f"the VM accepted a reboot but {what}")
             self.driver.close()
             self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
         self.log.info("the VM is back (boot %s)", self._boot)
@@ -4229,15 +4803,14 @@ class VMResourceHandler:
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return f"{entry.working_dir}/attempt.{attempt.attempt}"
+        return self._guest.join(str(entry.working_dir), f"attempt.{attempt.attempt}")
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
-        script = str(entry.call_arguments_filename)
+        script, guest = str(entry.call_arguments_filename), self._guest
+        argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        pid = self.driver.start(
-            ["/bin/sh", script, str(attempt.attempt), self._token], capture=True
-        )
+        pid = self.driver.start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -4306,7 +4879,8 @@ class VMResourceHandler:
             return None
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            return parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
+            path = self._guest.join(here, "exit")
+            return parse_exit(self.driver.read_bytes(path, limit=64).decode())
         return self._ended_without_file(entry, attempt, status, found)
 
     def _ended_without_file(
@@ -4341,9 +4915,9 @@ class VMResourceHandler:
     def _kill_steps(self, *pids: int | None) -> Steps:
         """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
         known = [str(pid) for pid in pids if pid is not None]
-        for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known)
-            yield self.timeouts.term_grace if name == "TERM" else 0
+        for argv, grace in self._guest.kills(known, self.timeouts.term_grace) if known else ():
+            self.driver.run(argv, timeout=self.timeouts.call)
+            yield grace
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -4390,7 +4964,7 @@ class VMResourceHandler:
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories)
+        status = self._guest.probe(directories)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -4565,30 +5139,21 @@ class VMResourceHandler:
     def _repeat(self, entry: ScheduleEntry) -> list[Task]:
         """Return the tasks of an entry's repeating transfers, started by the first call."""
         if entry.ordinal not in self._repeating:
-            items = [item for item in entry.items("transfer") if item["interval"]]
             self._repeating[entry.ordinal] = [
-                self.agenda.spawn(self._repeat_steps(entry, item)) for item in items
+                self.agenda.spawn(self._transfer_item(entry, item))
+                for item in entry.items("transfer")
+                if item["interval"]
             ]
         return self._repeating[entry.ordinal]
 
-    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        location = guest_path(entry, item["location"])
-        while True:
-            last = self._ending
-            try:
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
-            except (RuntimeError, drivers.AgentError) as error:
-                self.log.warning("transfer of %s: %s", location, error)
-            if last:
-                return
-            if not self._ending:
-                yield item["interval"]
+    def _transfer_item(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        location = self._guest.path(entry, item["location"])
+        return self._transfer_data(str(entry), location, item["interval"], item["destination"])
 
     def _transfer_once_steps(self, entry: ScheduleEntry) -> Steps:
         for item in entry.items("transfer"):
             if not item["interval"]:
-                location = guest_path(entry, item["location"])
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
+                yield from self._transfer_item(entry, item)
 
     def transfer_data(
         self,
@@ -4617,26 +5182,51 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> Steps:
-        """The steps of `transfer_data`; the same parameters and errors."""
-        if not location.startswith("/"):
+        """The steps of `transfer_data`; the same parameters and errors.
+
+        What fails once is an error; what fails in a repeated transfer is told when it is new, and
+        tried again. The last pass begins after everybody's work is done.
+        """
+        if not any(kind(location).is_absolute() for kind in (PurePosixPath, PureWindowsPath)):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
+        told: list[str] = []
         while True:
-            faults: list[str] = []
-            for record in (yield from self._list_steps(location)):
-                try:
-                    yield from self._pull_steps(parse_listed(record), root)
-                except (OSError, ValueError) as error:
-                    if _is_link_trouble(error):
-                        raise
-                    faults.append(f"{os.fsdecode(record)!r}: {error}")
+            last = self._ending or not interval
+            faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            if not interval or self._ending:
-                return
-            for fault in faults:
+            for fault in faults if faults != told else ():
                 self.log.warning("transfer of %s: %s", name, fault)
+            told = faults
+            if last:
+                return
+            if not self._ending:
+                yield cast(float, interval)
+
+    def _pass_steps(self, location: str, root: Path) -> Steps:
+        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
+        faults: list[str] = []
+        try:
+            records = yield from self._list_steps(location)
+        except (RuntimeError, drivers.AgentError) as error:
+            return [str(error)]
+        for record in records:
+            try:
+                yield from self._pull_steps(parse_listed(record), root, location)
+            except (OSError, ValueError) as error:
+                if _is_link_trouble(error):
+                    raise
+                faults.append(f"{os.fsdecode(record)!r}: {error}")
+        return faults
+
+    def _finish_steps(self, argv: Sequence[str]) -> Steps:
+        """Run a program of the guest without holding up anything else; return its status."""
+        pid, interval = self.driver.start(argv, capture=True), 0.002
+        while not (status := self.driver.status(pid)).exited:
             yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
+        return status
 
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob.
@@ -4644,11 +5234,7 @@ class VMResourceHandler:
         Raises:
             RuntimeError: there are none, or too many to list.
         """
-        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
-        interval = 0.002
-        while not (status := self.driver.status(pid)).exited:
-            yield interval
-            interval = min(interval * 1.5, self.timeouts.poll_last)
+        status = yield from self._finish_steps(self._guest.list_argv(location))
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         records = [record for record in status.out.split(b"\0") if record]
@@ -4656,29 +5242,74 @@ class VMResourceHandler:
             raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
         return records
 
-    def _pull_steps(self, listed: Listed, root: Path) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is."""
+    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
+
+        A file that is gone by now is no fault, unless it is the one that was asked for.
+        """
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
-            if listed.is_dir or _is_unchanged(folder, parts[-1], listed):
+            if listed.is_dir:
                 return
-            free = os.fstatvfs(folder)
-            if listed.size > free.f_bavail * free.f_frsize - (64 << 20):
-                raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
-            temporary = f".vmrm-{secrets.token_hex(8)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            old = _copy_of(folder, parts[-1])
+            known = (listed.size, listed.copy_mtime_ns)
+            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                return
             try:
-                fd = os.open(temporary, flags, 0o644, dir_fd=folder)
-                with os.fdopen(fd, "wb") as sink:
-                    for _ in self.driver.pull(listed.path, sink, limit=listed.size):
-                        yield 0
-                os.utime(temporary, (listed.mtime, listed.mtime), dir_fd=folder)
-                _crash("transfer-before-rename")
-                os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=folder)
-                raise
+                yield from self._copy_steps(listed, folder, parts[-1], old)
+            except drivers.AgentError:
+                if listed.path == location or self.driver.file_exists(listed.path):
+                    raise
+                self.log.info("transfer: %r is gone again", listed.path)
+
+    def _copy_steps(
+        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
+    ) -> Steps:
+        """Make the host's copy of a file; of one that has only grown, fetch what is new.
+
+        What was written while it was read comes with the next pass: until then the copy is a
+        beginning of the file. It takes the guest's time, by which the next pass, also that of
+        another handler, knows it.
+        """
+        temporary = f".vmrm-{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o644, dir_fd=folder), "w+b") as sink:
+                kept = 0
+                if old and SMALL_BYTES < old.st_size <= listed.size:
+                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
+                free = os.fstatvfs(folder)
+                if listed.size - kept > free.f_bavail * free.f_frsize - (64 << 20):
+                    raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
+                pull = self.driver.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
+                for _ in pull:
+                    yield 0
+            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
+            os.utime(temporary, ns=times, dir_fd=folder)
+            _crash("transfer-before-rename")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+    def _keep_steps(
+        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
+    ) -> Steps:
+        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
+        digest = hashlib.sha256()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
+            while data := present.read(1 << 20):
+                digest.update(data)
+                sink.write(data)
+                yield 0
+        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size))
+        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
+            return size
+        sink.seek(0)
+        sink.truncate()
+        return 0
 
     # --- requests of commands
 
@@ -4780,16 +5411,13 @@ def _push_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     """Copy `data` into the guest under a temporary name, then put it in its place."""
-    remote = arguments["remote"]
+    remote, guest = arguments["remote"], guest_of(driver)
     temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
-    if not driver.create_directories(str(PurePosixPath(remote).parent)):
+    if not driver.create_directories(str(guest.flavour(remote).parent)):
         raise VmrmError(f"the directory of {remote!r} cannot be made in the VM")
     with (folder / "data").open("rb") as source:
         yield from _report_steps(driver.push(source, temporary), folder)
-    script = 'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
-    script += 'chmod "$3" "$1" && mv -f "$1" "$2"'
-    argv = ["/bin/sh", "-c", script, "sh", temporary, remote, arguments["mode"]]
-    status = driver.run(argv)
+    status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
     if status.exitcode != 0:
         raise VmrmError(f"cannot put {remote!r} in its place: {_words(status.err)}")
     return {"bytes": (folder / "data").stat().st_size}
@@ -5415,6 +6043,7 @@ class _ExperimentReader:
         self.base = source.absolute().parent
         self.files: dict[str, Path] = {}
         self._hashes: dict[Path, str] = {}
+        self._engines = set[str]()  # that have a driver
 
     def read(self, document: Any) -> Experiment:
         """Return the experiment; it is usable only if `faults` is empty afterwards."""
@@ -5485,10 +6114,16 @@ class _ExperimentReader:
                 entry[key] = table[key]
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
-        engines = sorted(driver.get_engine() for driver in plug_ins())
-        if entry.get("engine", "QemuVM") not in engines:
-            raise ValueError(f"unknown engine {entry['engine']!r}; one of {', '.join(engines)}")
+        self._check_engine(entry.get("engine", "QemuVM"))
         return VMMapping.prepare_put(cast(VMMapping, None), entry)
+
+    def _check_engine(self, engine: str) -> None:
+        if engine not in self._engines:
+            try:
+                driver_of(engine)
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+            self._engines.add(engine)
 
     def _address(self, text: str) -> str:
         drivers.parse_address(text)
