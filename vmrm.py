@@ -7140,7 +7140,14 @@ class Commands(_Public):
         return [row for row in vm_rows(db) if row["vm"] == name]
 
     @command
-    def agent(self, socket: str, root: str | None = None, count: int | None = None) -> object:
+    def agent(
+        self,
+        socket: str,
+        root: str | None = None,
+        count: int | None = None,
+        *,
+        windows: bool = False,
+    ) -> object:
         """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
 
         For trying a schedule without a VM, for containers, and for tests. Programs run on this
@@ -7150,13 +7157,16 @@ class Commands(_Public):
             socket: The socket's path; with --count, a directory for N of them.
             root: File commands outside this directory are refused.
             count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
+            windows: Answer as the agent of Windows does; drive C: is the root's folder C.
         """
+        if windows and root is None and count is None:
+            raise UsageError("--windows needs --root: its drives are folders there")
         say = functools.partial(print, "listening", flush=True)
         try:
             if count is None:
-                drivers.serve_agent(socket, root, ready=say)
+                drivers.serve_agent(socket, root, windows=windows, ready=say)
             else:
-                drivers.serve_agents(socket, count, ready=say)
+                drivers.serve_agents(socket, count, windows=windows, ready=say)
         except OSError as error:
             raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
         return _SHOWN
