@@ -2671,8 +2671,7 @@ class _Cmd:
         if match is None:
             raise _NotPlayed(f"cmd.exe {tail}")
         line = match[1]
-        plain = line.count('"') == 2 and not re.search(r"[&<>()@^|]", line.split('"')[1])
-        if line.startswith('"') and not plain:
+        if line.startswith('"') and not self._is_program(line):
             head, _, rest = line[1:].rpartition('"')
             line = head + rest
         try:
@@ -2680,6 +2679,15 @@ class _Cmd:
         except _BatchEnd as end:
             return end.code
         return self.code
+
+    def _is_program(self, line: str) -> bool:
+        """Whether the quotes of a line are those of its program's name, and so to be kept."""
+        name = line.split('"')[1]
+        if line.count('"') != 2 or " " not in name or re.search(r"[&<>()@^|]", name):
+            return False
+        with contextlib.suppress(OSError):
+            return bool(self.windows.program(name, self.cwd))
+        return False
 
     def _file(self, path: str, tail: str) -> None:
         """Run a batch file; set the exit code."""
@@ -2740,8 +2748,8 @@ class _Cmd:
                     self._command(text)
 
     def _exists(self, path: str) -> bool:
-        place = Path(self.windows.host(path, self.cwd))
-        return place.is_dir() if path.endswith("\\") else place.exists()
+        place = Path(self.windows.host(path.removesuffix("*"), self.cwd))
+        return place.is_dir() if path.endswith("*") else place.exists()
 
     def _commands(self, line: str) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
         """Yield the commands of a line, each with its redirections (descriptor, how, where)."""

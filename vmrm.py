@@ -2782,6 +2782,11 @@ def text_content(text: str) -> Staged:
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
 
 
+def is_guest_path(path: str) -> bool:
+    """Whether a path means the same wherever a program of the guest stands, whatever its system."""
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+
+
 def guest_path(entry: ScheduleEntry, location: str) -> str:
     """Return a location as an absolute path: relative ones lie in the entry's directory."""
     return str(PurePosixPath(entry.working_dir) / location)
@@ -2998,8 +3003,8 @@ def _batch_path(path: str) -> str:
 
 
 def _batch_folder(path: str) -> str:
-    """Return a path that exists only as a directory."""
-    return _batch_path(path if path.endswith("\\") else path + "\\")
+    """Return, for `if exist`, what exists only if a path is a directory, an empty one too."""
+    return _batch_path(path.rstrip("\\"))[:-1] + '\\*"'
 
 
 def batch_file(text: str) -> str:
@@ -3010,7 +3015,8 @@ def batch_file(text: str) -> str:
     """
     lines = re.split(r"\r?\n", text)
     if not text.isascii():
-        lines.insert(1, "chcp 65001 >nul")
+        # Where there is no console it fails, and only a program sets ERRORLEVEL back.
+        lines[1:1] = ["chcp 65001 >nul 2>nul", "cmd.exe /d /c exit 0"]
     longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
     if longest > _BATCH_LINE:
         raise ValueError(f"cmd.exe takes no line of {longest} characters; use a file")
@@ -3122,9 +3128,11 @@ class PosixGuest:
         """Return the command that gives a file its mode and place, but not that of a directory."""
         return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
 
-    def snapshot(self, path: str) -> str | None:
-        """Return a copy of a file that the agent cannot open; None: there is no such file."""
-        return None
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`, as the driver's method of this name does."""
+        return self.driver.pull(path, sink, offset=offset, limit=limit)
 
 
 class WindowsGuest(PosixGuest):
@@ -3159,10 +3167,10 @@ class WindowsGuest(PosixGuest):
                 "digits, blanks, '.', '_', '-', '~'"
             )
         aside = f".previous\\{old}"
-        moving = [f'if not exist "{aside}\\" mkdir "{aside}"'] if fresh and folders else []
+        moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
         for folder in folders if fresh else ():
-            moving.append(f'if exist "{folder}\\" move "{folder}" "{aside}\\" >nul')
-            moving.append(f'if exist "{folder}\\" exit /b 1')
+            moving.append(f'if exist "{folder}\\*" move "{folder}" "{aside}\\" >nul')
+            moving.append(f'if exist "{folder}\\*" exit /b 1')
         script = _PREPARE_BATCH.format(
             stage=_batch_path(self.stage),
             new=f"new.{old}",
@@ -3284,14 +3292,28 @@ class WindowsGuest(PosixGuest):
         """Return the command that puts a file in its place, but not in that of a directory."""
         return drivers.powershell(drivers.MOVE_PS, temporary, path)
 
-    def snapshot(self, path: str) -> str | None:
-        """Return a copy of a file that a program holds open for writing, which shuts out the agent.
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`; of one that is being written, a copy of that.
 
-        None: it cannot be copied either. The caller deletes it.
+        The agent opens no file that somebody else has open for writing; other programs do.
         """
-        copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
-        argv = drivers.powershell(drivers.COPY_PS, path, copy)
-        return copy if self.driver.run(argv, timeout=self.seconds).exitcode == 0 else None
+        begin = sink.tell()
+        try:
+            yield from self.driver.pull(path, sink, offset=offset, limit=limit)
+        except drivers.AgentError:
+            copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
+            status = self.driver.run(
+                drivers.powershell(drivers.COPY_PS, path, copy), timeout=self.seconds
+            )
+            if status.exitcode != 0 or sink.tell() != begin:
+                raise
+            try:
+                yield from self.driver.pull(copy, sink, offset=offset, limit=limit)
+            finally:
+                with contextlib.suppress(drivers.DriverError):
+                    self.driver.delete_file(copy)
 
 
 def _digest(text: str) -> str:
@@ -3601,7 +3623,7 @@ class OutputLog:
         elif rest:
             lines.append(rest)
         for line in lines:
-            self.line(str(entry), stream, line)
+            self.line(str(entry), stream, line.removesuffix("\r"))
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -4835,14 +4857,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             ended = self._ended(entry, attempt, found)
             if ended is not None:
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 return ended
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(found.pid)
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 raise _EntryFailed(f"timed out after {limit:g} s and was killed")
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -4941,14 +4963,21 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Append what the program has written since the last time to the host's logs."""
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt, last: bool = False) -> Steps:
+        """Append what the program has written since the last time to the host's logs.
+
+        While a program runs, Windows lets the agent not read what it has written so far.
+        """
         here = self._attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
+                path, sink = self._guest.join(here, stream), io.BytesIO()
+                pull = self._guest.pull if last else self.driver.pull
                 try:
-                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
+                    for _ in pull(path, sink, offset=offset, limit=limit):
+                        pass
+                    data = sink.getvalue()
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -5187,7 +5216,7 @@ class VMResourceHandler:
         What fails once is an error; what fails in a repeated transfer is told when it is new, and
         tried again. The last pass begins after everybody's work is done.
         """
-        if not any(kind(location).is_absolute() for kind in (PurePosixPath, PureWindowsPath)):
+        if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
         told: list[str] = []
@@ -5281,7 +5310,7 @@ class VMResourceHandler:
                 free = os.fstatvfs(folder)
                 if listed.size - kept > free.f_bavail * free.f_frsize - (64 << 20):
                     raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
-                pull = self.driver.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
+                pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
                 for _ in pull:
                     yield 0
             times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
@@ -5427,7 +5456,8 @@ def _pull_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     with (folder / "data").open("wb") as sink:
-        yield from _report_steps(driver.pull(arguments["remote"], sink), folder)
+        copy = guest_of(driver).pull(arguments["remote"], sink)
+        yield from _report_steps(copy, folder)
     return {"bytes": (folder / "data").stat().st_size}
 
 
@@ -6988,7 +7018,7 @@ class Commands(_Public):
         source, name = Path(local), self._vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = remote + source.name if remote.endswith("/") else remote
         mode = f"{source.stat().st_mode & 0o755:o}"
@@ -7009,11 +7039,12 @@ class Commands(_Public):
             local: The file, or an existing directory, on this host.
             timeout: Seconds within which the VM must begin to answer.
         """
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = Path(local)
         if target.is_dir():
-            target = target / PurePosixPath(remote).name
+            windows = not remote.startswith("/")
+            target /= (PureWindowsPath if windows else PurePosixPath)(remote).name
         if not target.parent.is_dir():
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil

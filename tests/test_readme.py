@@ -260,7 +260,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
 
 def test_every_experiment_file_is_accepted(tmp_path: Path) -> None:
     found = [block.text for block in blocks() if block.language == "toml"]
-    assert len(found) == 2
+    assert len(found) == 3
     used: set[str] = set()
     for text in found:
         path = tmp_path / "shown.toml"
