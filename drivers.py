@@ -1494,7 +1494,7 @@ class QemuGuestAgentDriver(AbstractDriver):
             raise ReplyError("is no list of objects", found, "guest-network-get-interfaces")
         return found
 
-    def reboot(self, timeout: float = 2) -> None:
+    def reboot(self, timeout: float = 1) -> None:
         """Make the guest reboot; do not wait until it is back.
 
         The agent answers a failure within milliseconds and a success never, so silence for
@@ -2505,6 +2505,13 @@ class _BatchEnd(Exception):
         self.code, self.of_all = code, of_all
 
 
+# Imported, not run as a script, so that it is compiled once.
+_PLAY = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    "import drivers; sys.exit(drivers._play_windows(*sys.argv[1:]))"
+)
+
+
 class _Windows:
     """A Windows guest's programs, played below a folder of this host."""
 
@@ -2524,7 +2531,7 @@ class _Windows:
         if name in ("cmd", "powershell", "taskkill"):
             # The agent joins what it is given to one string, by the rules of the C run time.
             tail = subprocess.list2cmdline(words)
-            return [sys.executable, __file__, str(self.root), boot, name, tail]
+            return [sys.executable, "-IS", "-c", _PLAY, str(self.root), boot, name, tail]
         return [self.program(path, "C:\\"), *words]
 
     def program(self, name: str, cwd: str | PurePath) -> str:
@@ -2616,8 +2623,8 @@ class _Windows:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, ValueError):
                 words = (folder / "cmdline").read_text().rstrip("\0").split("\0")
-                if words[1:3] == [__file__, str(self.root)] and words[4] == "cmd":
-                    running[int(folder.name)] = words[5]
+                if words[3:5] == [_PLAY, str(self.root)] and words[6] == "cmd":
+                    running[int(folder.name)] = words[7]
         for here in map(PureWindowsPath, directories):
             folder = Path(self.host(here))
             code = folder / "exit"
@@ -3034,7 +3041,3 @@ def serve_agents(
         root.mkdir(parents=True, exist_ok=True)
         places.append((folder / f"{number}.sock", root))
     _serve(places, windows, boot_s, ready)
-
-
-if __name__ == "__main__":  # the stand-in starts itself as a Windows guest's program
-    sys.exit(_play_windows(*sys.argv[1:]))

@@ -1,13 +1,14 @@
 -- The data model of vmrm, as documentation that runs.
 --
--- One database holds one current experiment, its journal and that of the experiments before it.
+-- One database holds one current experiment, its journal and that of the experiments before it,
+-- and the pool, which belongs to no experiment.
 -- Rows are the truth; every process keeps only caches of them. Times named …_at are UTC seconds
 -- since the epoch, as REAL, and always come from the caller, never from SQLite's clock; durations
 -- are named …_s, sizes …_bytes. A change that a handler must see raises the VM's revision in the
 -- same transaction (triggers below), so that a handler reads one number to know whether to look.
 
 PRAGMA application_id = 1986884205;  -- 'vmrm' in ASCII: a file without it is not ours
-PRAGMA user_version = 1;             -- another number is another vmrm: refused, never guessed
+PRAGMA user_version = 2;             -- another number is another vmrm: refused, never guessed
 
 -- One row per experiment. The one without destroyed_at is the current one; it is made by the
 -- first command that needs it and closed by `destroy`. launched_at and start_at are written once
@@ -94,14 +95,26 @@ CREATE TABLE attempts (
 CREATE UNIQUE INDEX one_open_attempt ON attempts (experiment_id, server_name, generation, ordinal)
     WHERE outcome IN ('armed', 'running');
 
--- One row per resume of a VM's schedule, with the experiment time at which it was given (NULL
--- before there is a start time). Effective times are always recomputed from these rows.
-CREATE TABLE resumes (
+-- What the journal's rows of a former generation are about: the schedule's text when its generation
+-- or its experiment ended, kept by a trigger.
+CREATE TABLE past_schedules (
+    experiment_id INTEGER NOT NULL,
+    server_name TEXT NOT NULL COLLATE NOCASE,
+    generation INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    PRIMARY KEY (experiment_id, server_name, generation)
+) STRICT;
+
+-- One row per pause, break or resume that a command gave a VM. Effective times are always
+-- recomputed from the schedule and those of these rows that are not ignored.
+CREATE TABLE holds (
     id INTEGER PRIMARY KEY,
     experiment_id INTEGER NOT NULL,
     server_name TEXT NOT NULL COLLATE NOCASE,
     at REAL NOT NULL,
-    experiment_time REAL
+    experiment_time REAL NOT NULL,             -- 0 before time 0; -inf resumes a break at -inf
+    duration_s REAL CHECK (duration_s > 0),    -- inf is a break, NULL a resume
+    ignored INTEGER NOT NULL DEFAULT 0 CHECK (ignored IN (0, 1))  -- without a break; break in one
 ) STRICT;
 
 -- One row per request of a command to a live handler (exec, push, pull, …). The client writes it,
@@ -157,7 +170,7 @@ CREATE TRIGGER vm_moved AFTER UPDATE OF state ON vms WHEN old.state <> new.state
             old.state, new.state, new.reason);
 END;
 
--- What makes a handler look again: its schedule, a resume, a request, a retry, the experiment.
+-- What makes a handler look again: its schedule, a pause or resume, a request, a retry, the experiment.
 CREATE TRIGGER schedule_put AFTER INSERT ON schedules BEGIN
     UPDATE vms SET revision = revision + 1, finished_at = NULL
     WHERE server_name = new.server_name;
@@ -166,7 +179,13 @@ CREATE TRIGGER schedule_changed AFTER UPDATE ON schedules BEGIN
     UPDATE vms SET revision = revision + 1, finished_at = NULL
     WHERE server_name = new.server_name;
 END;
-CREATE TRIGGER resumed AFTER INSERT ON resumes BEGIN
+CREATE TRIGGER schedule_ended AFTER UPDATE OF generation ON schedules
+WHEN old.generation <> new.generation AND old.text IS NOT NULL AND EXISTS (
+    SELECT 1 FROM current_experiment WHERE launched_at IS NOT NULL) BEGIN
+    INSERT INTO past_schedules (experiment_id, server_name, generation, text)
+    VALUES ((SELECT id FROM current_experiment), old.server_name, old.generation, old.text);
+END;
+CREATE TRIGGER held AFTER INSERT ON holds BEGIN
     UPDATE vms SET revision = revision + 1 WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER requested AFTER INSERT ON requests BEGIN
@@ -178,6 +197,179 @@ CREATE TRIGGER retried AFTER UPDATE OF retried ON attempts WHEN new.retried BEGI
 END;
 CREATE TRIGGER experiment_changed AFTER UPDATE OF start_at, halt ON experiments BEGIN
     UPDATE vms SET revision = revision + 1;
+END;
+
+-- One row per group of pool VMs, tried in the order of position: limits, periods, hooks. NULL is no
+-- limit, '' no hook. A hook is a shell command line; the keeper runs it, each in its own process
+-- group, killed after its time-out.
+CREATE TABLE pool_groups (
+    name TEXT PRIMARY KEY COLLATE NOCASE CHECK (
+        length(name) <= 64 AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
+    position INTEGER NOT NULL,
+    max_vm_per_user INTEGER CHECK (max_vm_per_user >= 0),    -- of this group bound to one owner
+    max_vm_total INTEGER NOT NULL DEFAULT 8 CHECK (max_vm_total >= 0),  -- the keeper's limit
+    min_ready INTEGER NOT NULL DEFAULT 1 CHECK (min_ready >= 0),        -- unbound, kept at hand
+    max_spawn_processes INTEGER NOT NULL DEFAULT 2 CHECK (max_spawn_processes >= 1),
+    vm_spawn_min_interval_s REAL NOT NULL DEFAULT 1 CHECK (vm_spawn_min_interval_s >= 0),
+    vm_health_check_period_s REAL NOT NULL DEFAULT 120 CHECK (vm_health_check_period_s > 0),
+    vm_health_check_max_time_s REAL NOT NULL DEFAULT 60 CHECK (vm_health_check_max_time_s > 0),
+    vm_max_check_fails INTEGER NOT NULL DEFAULT 2 CHECK (vm_max_check_fails >= 0),
+    vm_dirty_terminating_timeout_s REAL CHECK (vm_dirty_terminating_timeout_s >= 0),
+    vm_terminating_timeout_s REAL NOT NULL DEFAULT 600 CHECK (vm_terminating_timeout_s > 0),
+    reuse_max_count INTEGER CHECK (reuse_max_count >= 1),    -- leases of one VM, then terminated
+    reuse_max_age_s REAL CHECK (reuse_max_age_s > 0),        -- since it was spawned
+    reuse_max_idle_s REAL CHECK (reuse_max_idle_s > 0),      -- ready without being acquired
+    spawn TEXT NOT NULL DEFAULT '',
+    "check" TEXT NOT NULL DEFAULT '',          -- '': the agent's ping and an exec through it
+    release TEXT NOT NULL DEFAULT '',
+    terminate TEXT NOT NULL DEFAULT '',
+    list TEXT NOT NULL DEFAULT '',
+    spawn_timeout_s REAL NOT NULL DEFAULT 600 CHECK (spawn_timeout_s > 0),
+    release_timeout_s REAL NOT NULL DEFAULT 120 CHECK (release_timeout_s > 0),
+    terminate_timeout_s REAL NOT NULL DEFAULT 120 CHECK (terminate_timeout_s > 0),
+    list_timeout_s REAL NOT NULL DEFAULT 60 CHECK (list_timeout_s > 0),
+    release_cleans INTEGER NOT NULL DEFAULT 0 CHECK (release_cleans IN (0, 1)),  -- unbinds the VM
+    last_spawn_at REAL                         -- the keeper's latest spawn
+) STRICT;
+
+-- One row per VM of the pool; state moves as vmrm.POOL_MOVES says. The row exists before its spawn
+-- hook runs and until its terminate hook has succeeded, so that no crash can leak a machine.
+--
+-- A lease is the columns from token to lease_end_at: who has the token may renew and release. The
+-- holder is a process, which is dead when another boot of the host or another process of that pid
+-- is seen from its own pid namespace; or nobody, and then only the end decides. A held VM is kept
+-- for a person, until held_until, whether or not its lease goes on.
+--
+-- A VM stays bound to the owner and sandbox that acquired it until it is terminated, or until a
+-- release hook that cleans has succeeded. While releasing_at is set it waits, in check_health, for
+-- the keeper to run its group's release hook, and is given to nobody.
+CREATE TABLE pool_vms (
+    vm_name TEXT PRIMARY KEY COLLATE NOCASE CHECK (length(vm_name) <= 64
+        AND vm_name GLOB '[A-Za-z0-9]*' AND vm_name NOT GLOB '*[^A-Za-z0-9._-]*'),
+    vm_ip TEXT NOT NULL DEFAULT '',
+    path TEXT NOT NULL DEFAULT '',             -- the agent's address
+    "group" TEXT NOT NULL COLLATE NOCASE,
+    state TEXT NOT NULL CHECK (state IN ('spawning', 'got_ip', 'check_health',
+        'check_health_failed', 'ready', 'in_use', 'held', 'terminating')),
+    state_at REAL NOT NULL,
+    who TEXT NOT NULL DEFAULT '',              -- moved it to this state
+    reason TEXT NOT NULL DEFAULT '',           -- and why
+    spawned_at REAL NOT NULL,
+    last_health_check REAL,                    -- when the latest check ended
+    check_fails INTEGER NOT NULL DEFAULT 0 CHECK (check_fails >= 0),        -- in a row
+    check_started_at REAL,
+    bound_to_user TEXT CHECK (bound_to_user <> ''),
+    bound_sandbox TEXT NOT NULL DEFAULT '',
+    token TEXT,
+    holder_pid INTEGER,
+    holder_started INTEGER,                    -- clock ticks after boot, /proc/PID/stat field 22
+    holder_boot TEXT NOT NULL DEFAULT '',
+    holder_namespace INTEGER NOT NULL DEFAULT 0,    -- inode of /proc/PID/ns/pid
+    holder_seen_at REAL,                       -- when somebody last saw that it lives
+    acquired_at REAL,
+    lease_end_at REAL,
+    task_id TEXT,
+    build_id TEXT,
+    chroot TEXT,
+    held_until REAL,
+    releasing_at REAL,
+    last_release REAL,
+    builds_count INTEGER NOT NULL DEFAULT 0 CHECK (builds_count >= 0),
+    terminating_at REAL,                       -- the latest try
+    terminate_tries INTEGER NOT NULL DEFAULT 0 CHECK (terminate_tries >= 0),
+    hook TEXT NOT NULL DEFAULT '' CHECK (hook IN ('', 'spawn', 'check', 'release', 'terminate')),
+    hook_pid INTEGER,                          -- its process group, for a keeper that comes after
+    hook_started INTEGER,
+    hook_boot TEXT NOT NULL DEFAULT '',
+    CHECK (token IS NOT NULL OR state <> 'in_use'),
+    CHECK (token IS NULL OR state IN ('in_use', 'held')),
+    CHECK (token IS NULL OR holder_pid IS NOT NULL OR lease_end_at IS NOT NULL),
+    CHECK (held_until IS NOT NULL OR state <> 'held'),
+    CHECK (check_fails = 0 OR state <> 'ready'),
+    CHECK (releasing_at IS NULL OR state NOT IN ('ready', 'in_use', 'held'))
+) STRICT;
+-- What acquire asks: a ready VM bound so, or to nobody; how many an owner has; whom to look at.
+CREATE INDEX pool_choice ON pool_vms
+    ("group", state, bound_to_user, bound_sandbox, last_health_check);
+CREATE INDEX pool_bound ON pool_vms ("group", bound_to_user)
+    WHERE bound_to_user IS NOT NULL AND state <> 'terminating';
+CREATE INDEX pool_leases ON pool_vms (holder_seen_at) WHERE state = 'in_use';
+
+-- The queue: one row per process that waits for VMs, all or none; served by priority, then in order
+-- of coming, unless what they want is bound to others or their owner is at its limit. A waiter
+-- whose heartbeat is old, or whose process is dead, counts no more.
+CREATE TABLE pool_waiters (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    token TEXT NOT NULL UNIQUE,                -- names its wake-up socket, too
+    wants TEXT NOT NULL CHECK (json_valid(wants)),  -- per VM, the groups it may come from
+    owner TEXT NOT NULL,
+    sandbox TEXT NOT NULL DEFAULT '',
+    priority INTEGER NOT NULL DEFAULT 0,
+    holder_pid INTEGER NOT NULL,
+    holder_started INTEGER NOT NULL,
+    holder_boot TEXT NOT NULL,
+    holder_namespace INTEGER NOT NULL,
+    queued_at REAL NOT NULL,
+    heartbeat_at REAL NOT NULL,
+    deadline_at REAL
+) STRICT;
+CREATE INDEX pool_queue ON pool_waiters (priority DESC, id);
+
+-- What was to be remembered about a group (write_vm_pool_info).
+CREATE TABLE pool_info (
+    "group" TEXT NOT NULL COLLATE NOCASE,
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY ("group", key)
+) STRICT;
+
+-- One row: when the keeper started, since when only newer health checks count; and the boot and the
+-- pid namespace in which the pool's processes see each other.
+CREATE TABLE pool_server (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    started_at REAL NOT NULL DEFAULT 0,
+    boot TEXT NOT NULL,
+    namespace INTEGER NOT NULL
+) STRICT;
+
+-- Every state a pool VM has been in, and how often each was reached: by triggers, too. new_state
+-- is NULL when the VM left the pool. The counts stay when old history is pruned.
+CREATE TABLE pool_history (
+    id INTEGER PRIMARY KEY,
+    vm_name TEXT NOT NULL COLLATE NOCASE,
+    "group" TEXT NOT NULL COLLATE NOCASE,
+    at REAL NOT NULL,
+    old_state TEXT,
+    new_state TEXT,
+    owner TEXT,
+    who TEXT NOT NULL DEFAULT '',
+    reason TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX pool_history_of_vm ON pool_history (vm_name);
+CREATE TABLE pool_counts (
+    "group" TEXT NOT NULL COLLATE NOCASE,
+    state TEXT NOT NULL,
+    times INTEGER NOT NULL,
+    PRIMARY KEY ("group", state)
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER pool_vm_added AFTER INSERT ON pool_vms BEGIN
+    INSERT INTO pool_history (vm_name, "group", at, new_state, who, reason)
+    VALUES (new.vm_name, new."group", new.state_at, new.state, new.who, new.reason);
+    INSERT INTO pool_counts VALUES (new."group", new.state, 1)
+    ON CONFLICT DO UPDATE SET times = times + 1;
+END;
+CREATE TRIGGER pool_vm_moved AFTER UPDATE OF state ON pool_vms WHEN old.state <> new.state BEGIN
+    INSERT INTO pool_history (vm_name, "group", at, old_state, new_state, owner, who, reason)
+    VALUES (new.vm_name, new."group", new.state_at, old.state, new.state, new.bound_to_user,
+            new.who, new.reason);
+    INSERT INTO pool_counts VALUES (new."group", new.state, 1)
+    ON CONFLICT DO UPDATE SET times = times + 1;
+END;
+CREATE TRIGGER pool_vm_removed AFTER DELETE ON pool_vms BEGIN
+    INSERT INTO pool_history (vm_name, "group", at, old_state, owner, who, reason)
+    VALUES (old.vm_name, old."group", old.state_at, old.state, old.bound_to_user, old.who,
+            old.reason);
 END;
 
 CREATE VIEW current_experiment AS SELECT * FROM experiments WHERE destroyed_at IS NULL;

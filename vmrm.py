@@ -48,11 +48,11 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TypeVar, cast
 
 import drivers
 
@@ -68,8 +68,11 @@ __version__ = "0.1.0"
 #   VmrmError                  message, hint; exit code 1
 #   ├── UsageError             code 2: the request is wrong
 #   │   ├── NotFound           nothing of that name
-#   │   └── Conflict           held by, or already done by, someone else
+#   │   ├── Conflict           held by, or already done by, someone else
+#   │   └── VmError            the pool's VM is not in a state, or not yours, for that
+#   │       └── VmDescriptorNotFound   also a NotFound
 #   ├── Unavailable            code 75: fine later
+#   │   ├── NoVmAvailable      the pool has no VM to give now
 #   │   └── Busy               the database's writer lock was not free in time
 #   │       └── ScheduleDbTimeoutError
 #   ├── TimedOut               code 124
@@ -102,10 +105,22 @@ class Conflict(UsageError):
     """Somebody else holds it, or did it already."""
 
 
+class VmError(UsageError):
+    """The pool's VM is not in a state for that, or is somebody else's."""
+
+
+class VmDescriptorNotFound(VmError, NotFound):
+    """The pool has no VM of that name."""
+
+
 class Unavailable(VmrmError):
     """Nothing is wrong with the request; it may well succeed later."""
 
     code = 75
+
+
+class NoVmAvailable(Unavailable):
+    """The pool has no VM to give now; the message says why, per group."""
 
 
 class Busy(Unavailable):
@@ -183,19 +198,86 @@ class Halt(StrEnum):
     END = "end"  # all work is done: one last pass of repeating transfers, then leave
 
 
+class VmStates(StrEnum):
+    """Where a VM of the pool is between its spawning and its end."""
+
+    SPAWNING = "spawning"  # its row exists; its spawn hook may be running
+    GOT_IP = "got_ip"  # it is there, and was never checked
+    CHECK_HEALTH = "check_health"  # being checked, or waiting for its release hook
+    CHECK_HEALTH_FAILED = "check_health_failed"
+    READY = "ready"
+    IN_USE = "in_use"  # somebody's, by a lease
+    HELD = "held"  # kept for a person, until a date
+    TERMINATING = "terminating"  # being ended, until its row is removed
+
+
+VmState = VmStates  # the reference spells it both ways
+
+POOL_MOVES: dict[VmStates, frozenset[VmStates]] = {
+    VmStates.SPAWNING: frozenset({VmStates.GOT_IP, VmStates.TERMINATING}),
+    VmStates.GOT_IP: frozenset(
+        {VmStates.CHECK_HEALTH, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
+    ),
+    VmStates.CHECK_HEALTH: frozenset(
+        {VmStates.READY, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
+    ),
+    VmStates.CHECK_HEALTH_FAILED: frozenset(
+        {VmStates.CHECK_HEALTH, VmStates.HELD, VmStates.TERMINATING}
+    ),
+    VmStates.READY: frozenset(
+        {
+            VmStates.CHECK_HEALTH,
+            VmStates.CHECK_HEALTH_FAILED,
+            VmStates.IN_USE,
+            VmStates.HELD,
+            VmStates.TERMINATING,
+        }
+    ),
+    # A release goes to check_health where a release hook has to run first.
+    VmStates.IN_USE: frozenset(
+        {
+            VmStates.READY,
+            VmStates.CHECK_HEALTH,
+            VmStates.CHECK_HEALTH_FAILED,
+            VmStates.HELD,
+            VmStates.TERMINATING,
+        }
+    ),
+    VmStates.HELD: frozenset({VmStates.TERMINATING}),  # whatever a person did with it
+    VmStates.TERMINATING: frozenset(),
+}
+
+_State = TypeVar("_State", VMState, VmStates)
+
+
 def checked_move(old: str, new: str) -> VMState:
     """Return `new` as a state if a VM may move there from `old`; staying put is no move.
 
     Raises:
         ValueError: the word is no state, or the move is not in `VM_MOVES`; both are named.
     """
+    return _checked("VM", VM_MOVES, VMState, old, new)
+
+
+def checked_pool_move(old: str, new: str) -> VmStates:
+    """Return `new` as a state if a VM of the pool may move there from `old`, as `checked_move`."""
+    return _checked("pool VM", POOL_MOVES, VmStates, old, new)
+
+
+def _checked(
+    kind: str,
+    moves: Mapping[_State, frozenset[_State]],
+    states: type[_State],
+    old: str,
+    new: str,
+) -> _State:
     try:
-        target = VMState(new)
+        target = states(new)
     except ValueError:
-        known = ", ".join(VMState)
-        raise ValueError(f"unknown VM state {new!r} (from {old!r}); one of {known}") from None
-    if old != new and target not in VM_MOVES[VMState(old)]:
-        raise ValueError(f"a VM cannot move from {old!r} to {new!r}")
+        known = ", ".join(states)
+        raise ValueError(f"unknown {kind} state {new!r} (from {old!r}); one of {known}") from None
+    if old != new and target not in moves[states(old)]:
+        raise ValueError(f"a {kind} cannot move from {old!r} to {new!r}")
     return target
 
 
@@ -226,7 +308,7 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """Every time-out and interval of the experiment side, in seconds; tests scale them."""
+    """Every time-out and interval, in seconds; tests scale them."""
 
     writer: float = 60.0  # for the database's writer lock
     call: float = 30.0  # one guest-agent call
@@ -241,6 +323,8 @@ class Timeouts:
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
     leave: float = 10.0  # for handlers to leave before they are killed
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
+    lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
+    heartbeat: float = 30.0  # after which a silent waiter for a pool VM counts no more
 
     @classmethod
     def from_environment(cls) -> Timeouts:
@@ -935,7 +1019,8 @@ class VMMapping(_Served):
         db: The database's path, an open `Database`, or None for the default database.
     """
 
-    def prepare_put(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return a complete entry, with defaults for what `entry` leaves out.
 
         Args:
@@ -1390,6 +1475,11 @@ def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ())
     return faults
 
 
+def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
+    """Return what of a table has a known key and a value of the right kind."""
+    return {key: value for key, value in item.items() if key in keys and keys[key][0](value)}
+
+
 def entry_faults(item: object, where: str) -> list[str]:
     """Return everything that is wrong with an entry as a table, one line each.
 
@@ -1400,47 +1490,51 @@ def entry_faults(item: object, where: str) -> list[str]:
     faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
     if not isinstance(item, dict):
         return faults
+    sound = _sound(item, ENTRY_KEYS)
     for kind, keys in DATA_KEYS.items():
         parts = item.get(kind, [])
         if not isinstance(parts, list):
             faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
             continue
-        for part in parts:
-            faults += _key_faults(part, keys, f"{where}, {kind}")
-            missing = set(_NEEDED.get(kind, ("location",))) - set(
-                part if isinstance(part, dict) else ()
-            )
-            faults += [f"{where}, {kind}: {key} is missing" for key in sorted(missing)]
-    return faults or [f"{where}: {fault}" for fault in _entry_sense(item)]
+        wrong = [_part_faults(kind, part, keys, f"{where}, {kind}") for part in parts]
+        faults += itertools.chain(*wrong)
+        if kind in item and not any(wrong):
+            sound[kind] = parts
+    return faults + [f"{where}: {fault}" for fault in _entry_sense(sound, item.keys())]
+
+
+def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
+    faults = _key_faults(part, keys, where)
+    missing = set(_NEEDED.get(kind, ("location",))) - set(part if isinstance(part, dict) else ())
+    return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
 # What our script keeps in an entry's directory.
 _OUR_OWN = re.compile(r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+)(/|$)", re.IGNORECASE)
 
 
-def _entry_sense(item: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with an entry whose keys and types are right."""
-    if "start_time" not in item:
+def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of an entry, `given` being all its keys."""
+    if "start_time" not in given:
         yield "start_time is missing"
-        return
-    at, pause = item["start_time"], "pause" in item
+    at, pause = item.get("start_time", math.nan), "pause" in given
     if math.isinf(at) and not (pause and at < 0):
         yield f"start_time {at} is only for a pause, and only negative"
     if at == 0 and not pause:
         yield "start_time 0 is the barrier itself; use a negative or a positive time"
     if pause and at < 0 and not math.isinf(at):
         yield "a pause in negative time must be at -inf, before the first entry"
-    work = [key for key in ("executable", *DATA_KEYS) if item.get(key)]
+    work = [key for key in ("executable", *DATA_KEYS) if key in given and item.get(key, True)]
     if (pause or item.get("resume")) and work:
         yield f"a pause or resume cannot also have {work[0]!r}"
-    if not work and not pause and not item.get("resume"):
+    if not work and not pause and not item.get("resume") and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
     if item.get("resume") and at < 0:
-        yield "a resume must be at a positive time"
+        yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"].replace("\\", "/"))):
             yield f"location {part['location']!r} is that of vmrm's own files"
-    if "executable" not in item:
+    if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
             if key in item:
                 yield f"{key} needs an executable"
@@ -1703,39 +1797,111 @@ def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
     return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
 
 
-def effective_times(
-    entries: Sequence[ScheduleEntry], resumes: Sequence[float] = ()
-) -> dict[int, float]:
-    """Return when each entry really happens, by ordinal: its time plus all shifts before it.
+@dataclasses.dataclass(frozen=True)
+class Hold:
+    """A pause, break or resume that a command gave.
 
-    A pause shifts what comes after it by its duration. A break holds it until a resume, and shifts
-    by (time of the resume - effective time of the break); a resume before the break is none of
-    its business. Pauses at -inf delay negative time only and shift nothing here.
+    Attributes:
+        time: When, in seconds of experiment time; before time 0 it counts as 0. A resume of a
+            break at -inf has -inf.
+        duration: Seconds; inf is a break, None a resume.
+    """
+
+    time: float
+    duration: float | None
+
+    def __str__(self) -> str:
+        if self.duration is None:
+            return "resume"
+        return "break" if math.isinf(self.duration) else f"pause of {self.duration:g} s"
+
+
+class Timeline:
+    """When each entry really happens: its time plus all shifts before it; a pure function.
+
+    A pause shifts what comes after it by its duration; pauses add up. A break holds it until a
+    resume, and shifts by (time of the resume - effective time of the break); the break that begins
+    in a pause takes effect at its end. A resume ends one break: a given one that which holds then,
+    one in the schedule the first break of the schedule before it that nothing else has ended; its
+    own time is not shifted by that break. Pauses at -inf delay negative time only and shift nothing
+    here; `opening_delay` is about them. What is given never changes what happened before.
 
     Args:
         entries: The whole schedule.
-        resumes: Experiment times in seconds at which resumes were given, in any order.
+        holds: What commands gave, in any order.
 
-    Returns:
-        Seconds of experiment time; inf for what a break holds.
+    Attributes:
+        times: Seconds of experiment time by ordinal; inf for what a break holds.
+        breaks: When each break began and ended; it holds still if that is inf.
     """
-    times: dict[int, float] = {}
-    shift = 0.0
-    for entry in in_order(entries):
-        times[entry.ordinal] = at = entry.start_time + (shift if entry.start_time >= 0 else 0.0)
-        if entry.pause is None or entry.start_time < 0:
-            continue
-        if not math.isinf(entry.pause):
-            shift += entry.pause
-            continue
-        planned = [
-            later.start_time + shift
-            for later in entries
-            if later.options.get("resume") and later.start_time >= entry.start_time
-        ]
-        ends = [resume for resume in (*resumes, *planned) if resume >= at]
-        shift += min(ends, default=math.inf) - at if not math.isinf(at) else 0.0
-    return times
+
+    def __init__(self, entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()) -> None:
+        self.times: dict[int, float] = {}
+        self.breaks: list[tuple[float, float]] = []
+        self._shift = self._free = 0.0  # what follows is shifted by the one, none before the other
+        in_time = sorted((hold for hold in holds if hold.time >= 0), key=lambda hold: hold.time)
+        self._resumes = [hold.time for hold in in_time if hold.duration is None]
+        given = [(hold.time, hold.duration) for hold in in_time if hold.duration is not None]
+        self._planned = [entry for entry in in_order(entries) if entry.options.get("resume")]
+        for entry in in_order(entries):
+            if entry.start_time < 0:
+                self.times[entry.ordinal] = entry.start_time
+                continue
+            while given and given[0][0] <= (at := entry.start_time + self._shift):
+                if given[0][0] == at and entry.pause is not None:
+                    break  # a pause of the schedule at the same time was there before
+                self._hold(*given.pop(0))
+            at = entry.start_time + self._shift
+            self.times.setdefault(entry.ordinal, at)  # a resume that ended a break has its time
+            if entry.pause is not None:
+                self._hold(at, entry.pause, entry.start_time)
+        for hold in given:
+            self._hold(*hold)
+
+    def _hold(self, at: float, duration: float, planned: float = math.inf) -> None:
+        """Take one pause or break into account; `planned` is its own time in the schedule."""
+        if math.isinf(self._free):
+            return
+        begin = max(at, self._free)
+        end = begin + duration
+        if math.isinf(duration):
+            resumed = self._resume(at, planned)
+            self.breaks.append((at, resumed))
+            end = max(begin, resumed)
+        self._shift += end - begin
+        self._free = end
+
+    def _resume(self, at: float, planned: float) -> float:
+        """Use up the resume that ends a break which began at `at`; return its time."""
+        while self._resumes and self._resumes[0] < at:
+            self._resumes.pop(0)
+        given = self._resumes[0] if self._resumes else math.inf
+        entry = next((entry for entry in self._planned if entry.start_time >= planned), None)
+        if entry and entry.start_time + self._shift <= given:
+            self._planned.remove(entry)
+            self.times[entry.ordinal] = entry.start_time + self._shift
+            return self.times[entry.ordinal]
+        del self._resumes[:1]
+        return given
+
+    def break_at(self, at: float) -> float | None:
+        """Return when the break that holds at a time began, None if there is none."""
+        return next((begin for begin, end in self.breaks if begin <= at < end), None)
+
+
+def effective_times(
+    entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()
+) -> dict[int, float]:
+    """Return when each entry really happens, by ordinal: `Timeline.times`."""
+    return Timeline(entries, holds).times
+
+
+def opening_delay(entries: Iterable[ScheduleEntry], holds: Iterable[Hold] = ()) -> float:
+    """Return by how many seconds pauses at -inf delay the first negative entry; inf: a break."""
+    pauses = [entry.pause for entry in entries if entry.pause and entry.start_time == -math.inf]
+    resumed = sum(hold.time == -math.inf for hold in holds)
+    delay = sum(pause for pause in pauses if not math.isinf(pause))
+    return math.inf if sum(map(math.isinf, pauses)) > resumed else delay
 
 
 class ScheduleDb(_Rows):
@@ -1883,6 +2049,102 @@ def _first_difference(old: str, new: str) -> int | None:
     return None
 
 
+def read_holds(db: Database, server_name: str) -> list[Hold]:
+    """Return the pauses, breaks and resumes that commands gave a VM and that have effect."""
+    rows = db.query(
+        """SELECT experiment_time, duration_s FROM holds WHERE server_name = :name AND NOT ignored
+           AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
+        name=server_name,
+    )
+    return [Hold(row["experiment_time"], row["duration_s"]) for row in rows]
+
+
+def pause_vms(
+    db: Database, server_names: Iterable[str], duration: float = math.inf
+) -> list[dict[str, Any]]:
+    """Pause the schedules of VMs from now on; before time 0, from time 0 on.
+
+    Args:
+        db: The database.
+        server_names: The VMs.
+        duration: Seconds by which everything that has not started is shifted; inf is a break.
+
+    Returns:
+        For each VM its name, the experiment time, and what was done; a break in a break is ignored.
+
+    Raises:
+        ValueError: the duration is not positive.
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    if not _is_duration(duration):
+        raise ValueError(f"pause of {duration!r} s is not positive")
+    return _give(db, list(server_names), duration)
+
+
+def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """End the break that each VM is in; one that is in none is told so, and that recorded.
+
+    Args:
+        db: The database.
+        server_names: The VMs; None means all that are in a break.
+
+    Returns:
+        As `pause_vms`.
+
+    Raises:
+        NotFound: there is no such VM that is managed; nothing was done.
+    """
+    return _give(db, None if server_names is None else list(server_names), None)
+
+
+def _give(
+    db: Database, server_names: list[str] | None, duration: float | None
+) -> list[dict[str, Any]]:
+    with db.transaction():
+        known = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
+        states = {row["server_name"].lower(): row for row in known}
+        if server_names is None:
+            chosen = [row for row in known if _break_of(db, row)[1] is not None]
+        elif missing := [name for name in server_names if name.lower() not in states]:
+            raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
+        else:
+            chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
+        given = [_give_one(db, row, duration) for row in chosen]
+    for row in given:
+        wake_vm(db, row["vm"])
+    return given
+
+
+def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Return the experiment time, and when the break that holds the VM now began, if one does."""
+    name, start = vm["server_name"], db.value("SELECT start_at FROM current_experiment")
+    now = 0.0 if start is None else max(0.0, CLOCK.wall() - start)
+    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=name)
+    entries, holds = parse_schedule(text or "[]"), read_holds(db, name)
+    waits = vm["state"] in (VMState.UNINITIALIZED, VMState.CONFIGURING)
+    if waits and math.isinf(opening_delay(entries, holds)):
+        return now, -math.inf
+    return now, Timeline(entries, holds).break_at(now)
+
+
+def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
+    """Record one pause, break or resume inside the caller's transaction."""
+    now, begun = _break_of(db, vm)
+    at = -math.inf if duration is None and begun == -math.inf else now
+    hold, done = Hold(at, duration), f"{Hold(at, duration)}"
+    ignored = begun is None if duration is None else math.isinf(duration) and begun is not None
+    if ignored:
+        done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
+    elif begun is not None and duration is None:
+        done = f"resume: ends the break of {begun:g}"
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+    return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
+
+
 # === journal =====================================================================================
 
 
@@ -1975,6 +2237,16 @@ class Journal:
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
+
+    def withdraw(self, ordinals: Iterable[int]) -> None:
+        """Take back armed attempts that were not sent; the next ones have their numbers again."""
+        self.db.write(
+            """DELETE FROM attempts WHERE experiment_id = :experiment AND server_name = :name
+               AND generation = :generation AND outcome = 'armed' AND sent_at IS NULL
+               AND ordinal IN (SELECT value FROM json_each(:ordinals))""",
+            ordinals=json.dumps(list(ordinals)),
+            **self._key,
+        )
 
     def check_generation(self) -> None:
         """Raise `_Leave` if these entries are no longer the VM's schedule."""
@@ -2388,6 +2660,1220 @@ def unused_contents(db: Database) -> list[Path]:
     ]
 
 
+# === pool ========================================================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """A process of this host, so named that no other is ever taken for it."""
+
+    pid: int
+    started: int  # clock ticks after boot
+    boot: str
+    namespace: int  # of its pid: the inode of /proc/self/ns/pid; 0 if /proc shows another one's
+
+    @classmethod
+    def of(cls, pid: int) -> Holder:
+        """Return the process that has this pid now.
+
+        Raises:
+            UsageError: there is none, as far as can be seen.
+        """
+        boot, namespace = _viewpoint(os.getpid())
+        started = process_started(pid) if namespace else 0
+        if started is None:
+            raise UsageError(f"there is no process {pid} that could hold a VM")
+        return cls(pid, started, boot, namespace)
+
+    def is_dead(self) -> bool:
+        """Whether it has ended, for certain; of another pid namespace nobody here can say."""
+        boot, namespace = _viewpoint(os.getpid())
+        if self.boot != boot:
+            return True
+        if self.namespace != namespace or not namespace:
+            return False
+        return process_started(self.pid) != self.started
+
+
+@functools.lru_cache(maxsize=1)
+def _viewpoint(pid: int) -> tuple[str, int]:
+    """Return the boot and the pid namespace from which this process, `pid`, sees others."""
+    itself = Path("/proc/self")
+    return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _who(pid: int) -> str:
+    """Return this process, `pid`, in words for the pool's history."""
+    import getpass
+
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        return f"{getpass.getuser()}, process {pid}"
+    return f"user {os.getuid()}, process {pid}"
+
+
+def _holder(row: Mapping[str, Any]) -> Holder | None:
+    if row["holder_pid"] is None:
+        return None
+    return Holder(*(row[f"holder_{field.name}"] for field in dataclasses.fields(Holder)))
+
+
+def _group_id(name: str) -> int | str:
+    """Return a group's name as the reference has it: those of digits only are numbers."""
+    return int(name) if re.fullmatch("0|[1-9][0-9]*", name) else name
+
+
+@dataclasses.dataclass
+class VmDescriptor:
+    """A VM of the pool as its row was when it was read; schema.sql says what each field means."""
+
+    vm_ip: str
+    vm_name: str
+    group: int | str
+    state: str
+    path: str = ""
+    state_at: float = 0.0
+    who: str = ""
+    reason: str = ""
+    spawned_at: float = 0.0
+    last_health_check: float | None = None
+    check_fails: int = 0
+    check_started_at: float | None = None
+    bound_to_user: str | None = None
+    bound_sandbox: str = ""
+    token: str | None = None
+    holder_pid: int | None = None
+    holder_started: int | None = None
+    holder_boot: str = ""
+    holder_namespace: int = 0
+    holder_seen_at: float | None = None
+    acquired_at: float | None = None
+    lease_end_at: float | None = None
+    task_id: str | None = None
+    build_id: str | None = None
+    chroot: str | None = None
+    held_until: float | None = None
+    releasing_at: float | None = None
+    last_release: float | None = None
+    builds_count: int = 0
+    terminating_at: float | None = None
+    terminate_tries: int = 0
+    hook: str = ""
+    hook_pid: int | None = None
+    hook_started: int | None = None
+    hook_boot: str = ""
+
+    def __str__(self) -> str:
+        """Return name, state and what a person wants to know, in one line."""
+        words = [f"{self.vm_name}  {self.state}", self.vm_ip]
+        if self.bound_to_user:
+            words.append(f"bound to {self.bound_to_user}/{self.bound_sandbox}")
+        if self.state == VmStates.IN_USE:
+            words.append(f"process {self.holder_pid}" if self.holder_pid else "")
+            words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
+        words.append(f"task {self.task_id}" if self.task_id else "")
+        words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
+        words.append(f"({self.reason})" if self.reason else "")
+        return "  ".join(word for word in words if word)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
+        """Return the descriptor of a row of pool_vms."""
+        return cls(**{**row, "group": _group_id(row["group"])})
+
+    @classmethod
+    def load(cls, db: Database, vm_name: str) -> VmDescriptor:
+        """Read a VM's row.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        return cls.from_row(_pool_vm(db, vm_name))
+
+    def store(self, db: Database) -> None:
+        """Write every field whose value differs from the row's; the state moves by `POOL_MOVES`.
+
+        Raises:
+            VmError: the pool has no such VM, or it cannot move to this state.
+        """
+        with db.transaction(durable=True):
+            row = _pool_vm(db, self.vm_name)
+            fields = dataclasses.asdict(self) | {"group": str(self.group)}
+            changed = {key: value for key, value in fields.items() if value != row[key]}
+            if changed:
+                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+
+    def store_field(self, db: Database, field: str, value: Any) -> None:
+        """Set one field, here and in the row."""
+        current = VmDescriptor.load(db, self.vm_name)
+        setattr(current, field, value)
+        current.store(db)
+        setattr(self, field, value)
+
+
+def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
+    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+    if row is None:
+        raise VmDescriptorNotFound(
+            f"the pool has no VM {vm_name!r}", "See which there are: vmrm pool list"
+        )
+    return row
+
+
+NO_LEASE: dict[str, Any] = {
+    **dict.fromkeys(("token", "holder_pid", "holder_started", "holder_seen_at")),
+    **dict.fromkeys(("acquired_at", "lease_end_at", "task_id", "build_id", "chroot")),
+    "holder_boot": "",
+    "holder_namespace": 0,
+}
+
+
+def move_pool_vm(
+    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+) -> dict[str, Any]:
+    """Move one VM inside the caller's transaction, and set columns; return the new row.
+
+    A lease ends where the state allows none. Whoever may have made a VM available calls
+    `wake_waiters` after the transaction.
+
+    Raises:
+        VmDescriptorNotFound: the pool has no such VM.
+        VmError: `POOL_MOVES` does not allow the move.
+    """
+    old = _pool_vm(db, vm_name)["state"]
+    try:
+        target = checked_pool_move(old, state)
+    except ValueError as error:
+        raise VmError(f"VM {vm_name!r}: {error}") from None
+    if target not in (VmStates.IN_USE, VmStates.HELD):
+        columns = {**NO_LEASE, **columns}
+    if target != old:
+        columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
+        columns |= {"reason": reason}
+    if not columns:
+        return _pool_vm(db, vm_name)
+    changes = ", ".join(f'"{column}" = :{column}' for column in columns)
+    found = db.connection.execute(
+        f"UPDATE pool_vms SET {changes} WHERE vm_name = :vm_name RETURNING *",  # noqa: S608
+        {**columns, "vm_name": vm_name},
+    )
+    return dict(found.fetchall()[0])
+
+
+def group_settings(db: Database) -> dict[str, str]:
+    """Return the settings of a group: each name with its column, which has a unit at its end."""
+    columns = [row["name"] for row in db.query("PRAGMA table_info(pool_groups)")]
+    skipped = ("name", "position", "last_spawn_at")
+    return {column.removesuffix("_s"): column for column in columns if column not in skipped}
+
+
+def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
+    """Add a group to the pool, or change settings of it.
+
+    Args:
+        db: The database.
+        name: The group's name; one of digits only is a number to `VmManager`.
+        settings: Those of `group_settings`, limits as None for none, durations in seconds.
+
+    Raises:
+        ValueError: the name is unusable, a setting unknown or its value impossible.
+    """
+    checked_name("group", name)
+    known = group_settings(db)
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"group {name!r}: {unknown_key(key, known)}")
+    columns = {known[key]: value for key, value in settings.items()}
+    row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
+    if row is not None and all(row[column] == value for column, value in columns.items()):
+        return
+    with db.transaction(durable=True):
+        db.connection.execute(
+            """INSERT INTO pool_groups (name, position)
+               VALUES (?, (SELECT coalesce(max(position), 0) + 1 FROM pool_groups))
+               ON CONFLICT DO NOTHING""",
+            (name,),
+        )
+        for column, value in columns.items():
+            try:
+                db.connection.execute(
+                    f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
+                    (value, name),
+                )
+            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+                raise ValueError(
+                    f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
+                ) from error
+    wake_pool(db)
+
+
+KEEPER = "keeper"  # its place among the wake-up sockets
+
+
+def wake_pool(db: Database) -> None:
+    """Wake the keeper, and those waiters who would be given a VM now."""
+    wake(db, KEEPER)
+    if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
+        wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody wants of the pool: all of it, or nothing."""
+
+    wants: tuple[tuple[str, ...], ...]  # per VM, the groups it may come from, in order
+    owner: str
+    sandbox: str
+    holder: Holder | None  # None: only the end of the lease decides
+    lease_s: float | None = None
+    task_id: str | None = None
+    build_id: str | None = None
+    chroot: str | None = None
+    priority: int = 0  # in the queue: higher ones first
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def party(self) -> dict[str, str]:
+        """Whom VMs are bound to by it."""
+        return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+def pool_log(db: Database, vm_name: str) -> Path:
+    """Return the file that holds what a VM's hooks printed."""
+    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+
+
+class _AtLimit(NoVmAvailable):
+    """There may be VMs, but the owner may bind no more."""
+
+
+class VmManager(_Rows):
+    """The pool of VMs that are lent to jobs.
+
+    Args:
+        opts: A mapping, or an object with attributes, whose `build_groups` maps group ids to
+            their settings: these groups are written to the database and are the only ones this
+            manager lists. Without it, the groups are those of the database (`pool group`).
+        logger: Where to report.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
+
+    def __init__(
+        self,
+        opts: Any = None,
+        logger: logging.Logger | None = None,
+        db: Database | str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(db)
+        self.log = logger or _log
+        self._tokens: dict[str, str] = {}  # of the leases this object has obtained
+        self._groups: list[str] | None = None
+        groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
+        groups = groups or getattr(opts, "build_groups", None)
+        if groups:
+            self._groups = [str(group) for group in groups]
+            for group, given in groups.items():
+                self._put_group(str(group), given if isinstance(given, Mapping) else vars(given))
+
+    def _put_group(self, name: str, given: Mapping[str, Any]) -> None:
+        known = group_settings(self.db)
+        if ignored := sorted(given.keys() - known.keys() - {"id", "name"}):
+            self.log.info("group %s: %s mean nothing here", name, ", ".join(ignored))
+        put_group(self.db, name, {key: value for key, value in given.items() if key in known})
+
+    def set_logger(self, logger: logging.Logger) -> None:
+        """Report to another logger from now on."""
+        self.log = logger
+
+    # --- what there is ---
+
+    @property
+    def vm_groups(self) -> list[int | str]:
+        """The ids of the groups, in order; those made of digits only are ints."""
+        names = self._groups
+        if names is None:
+            rows = self.db.query("SELECT name FROM pool_groups ORDER BY position, name")
+            names = [row["name"] for row in rows]
+        return [_group_id(name) for name in names]
+
+    def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
+        """Return a VM.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        return VmDescriptor.load(self.db, vm_name)
+
+    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+        """Return the VM that a task has leased, or None if it has none."""
+        found = self._select("task_id = :task", task=str(task_id))
+        return found[0] if found else None
+
+    def lookup_vms_by_ip(self, vm_ip: str) -> list[VmDescriptor]:
+        """Return the VMs with this address."""
+        return self._select("vm_ip = :ip", ip=vm_ip)
+
+    def _load_multi_safe(self, vm_name_list: Iterable[str]) -> list[VmDescriptor]:
+        """Return those of the named VMs that there are."""
+        names = json.dumps(list(vm_name_list))
+        return self._select("vm_name IN (SELECT value FROM json_each(:names))", names=names)
+
+    def get_all_vm_in_group(self, group: int | str) -> list[VmDescriptor]:
+        """Return all VMs of a group."""
+        return self._select('"group" = :group', group=str(group))
+
+    def get_all_vm(self) -> list[VmDescriptor]:
+        """Return all VMs of all groups."""
+        return [vm for group in self.vm_groups for vm in self.get_all_vm_in_group(group)]
+
+    def get_ready_vms(self, group: int | str) -> list[VmDescriptor]:
+        """Return the VMs of a group that are in state ready."""
+        return self.get_vm_by_group_and_state_list(group, [VmStates.READY])
+
+    def get_vm_by_group_and_state_list(
+        self, group: int | str | None, state_list: Iterable[str]
+    ) -> list[VmDescriptor]:
+        """Return the VMs of a group, or with None of all groups, that are in one of the states."""
+        states = set(state_list)
+        vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
+        return [vm for vm in vms if vm.state in states]
+
+    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
+        sql = f"SELECT * FROM pool_vms WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
+        return [VmDescriptor.from_row(row) for row in self.db.query(sql, **parameters)]
+
+    def info(self) -> str:
+        """Return all groups and VMs in a form for people."""
+        lines = []
+        for group in self.vm_groups:
+            vms = self.get_all_vm_in_group(group)
+            states = ", ".join(
+                f"{count} {state}"
+                for state in VmStates
+                if (count := sum(vm.state == state for vm in vms))
+            )
+            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines += [f"  {vm}" for vm in vms]
+        if queue := self._queue():
+            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+        return "\n".join(lines)
+
+    def metrics(self) -> str:
+        """Return the pool's figures as Prometheus text."""
+        rows = self.db.query(
+            """SELECT "group", state, count(*) AS n FROM pool_vms GROUP BY "group", state"""
+        )
+        present = {(row["group"].lower(), row["state"]): row["n"] for row in rows}
+        groups = [str(group) for group in self.vm_groups]
+        lines = ["# HELP vmrm_pool_vms VMs of the pool.", "# TYPE vmrm_pool_vms gauge"]
+        lines += [
+            f'vmrm_pool_vms{{group="{group}",state="{state}"}} '
+            f"{present.get((group.lower(), state), 0)}"
+            for group in groups
+            for state in VmStates
+        ]
+        lines += [
+            "# HELP vmrm_pool_waiters Requests in the queue.",
+            "# TYPE vmrm_pool_waiters gauge",
+        ]
+        lines += [f"vmrm_pool_waiters {len(self._queue())}"]
+        lines += [
+            "# HELP vmrm_pool_moves_total How often VMs came to a state.",
+            "# TYPE vmrm_pool_moves_total counter",
+        ]
+        lines += [
+            f'vmrm_pool_moves_total{{group="{row["group"]}",state="{row["state"]}"}} {row["times"]}'
+            for row in self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
+        """Remember a value, as text, about a group."""
+        self.db.write(
+            """INSERT INTO pool_info VALUES (:group, :key, :value)
+               ON CONFLICT DO UPDATE SET value = excluded.value""",
+            group=str(group),
+            key=key,
+            value=str(value),
+        )
+
+    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
+        """Return what was remembered about a group, or None."""
+        return cast(
+            "str | None",
+            self.db.value(
+                'SELECT value FROM pool_info WHERE "group" = :group AND key = :key',
+                group=str(group),
+                key=key,
+            ),
+        )
+
+    # --- moves ---
+
+    def add_vm_to_pool(
+        self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
+    ) -> VmDescriptor:
+        """Add a VM that is there; it is given out once it was checked.
+
+        Args:
+            vm_ip: Its address.
+            vm_name: Its name.
+            group: Its group, which there must be.
+            path: The guest agent's address.
+
+        Raises:
+            VmError: the pool has a VM of this name.
+            NotFound: there is no such group.
+        """
+        return self._add(VmStates.GOT_IP, vm_name, group, vm_ip, path)
+
+    def add_spawning_vm(self, vm_name: str, group: int | str) -> VmDescriptor:
+        """Add the row of a VM whose spawn hook is about to run; raises as `add_vm_to_pool`."""
+        return self._add(VmStates.SPAWNING, vm_name, group, "", "")
+
+    def _add(
+        self, state: VmStates, vm_name: str, group: int | str, vm_ip: str, path: str
+    ) -> VmDescriptor:
+        checked_name("VM", vm_name)
+        self._group(group)
+        try:
+            self.db.write(
+                """INSERT INTO pool_vms
+                       (vm_name, vm_ip, path, "group", state, state_at, spawned_at, who)
+                   VALUES (:name, :ip, :path, :group, :state, :now, :now, :who)""",
+                durable=True,
+                name=vm_name,
+                ip=vm_ip,
+                path=path,
+                group=str(group),
+                state=state.value,
+                now=CLOCK.wall(),
+                who=_who(os.getpid()),
+            )
+        except sqlite3.IntegrityError as error:
+            raise VmError(f"the pool has a VM {vm_name!r} already") from error
+        wake_pool(self.db)
+        return self.get_vm_by_name(vm_name)
+
+    def _group(self, group: int | str) -> dict[str, Any]:
+        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
+        if row is None:
+            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
+        return row
+
+    def mark_server_start(self) -> None:
+        """Distrust all health checks until now: VMs are given out after their next one."""
+        boot, namespace = _viewpoint(os.getpid())
+        self.db.write(
+            """INSERT INTO pool_server VALUES (1, :now, :boot, :namespace)
+               ON CONFLICT DO UPDATE SET started_at = excluded.started_at,
+                   boot = excluded.boot, namespace = excluded.namespace""",
+            durable=True,
+            now=CLOCK.wall(),
+            boot=boot,
+            namespace=namespace,
+        )
+
+    def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
+        """Count a failed health check; whoever has leased the VM keeps it.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            kept = (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING)
+            state = row["state"] if row["state"] in kept else VmStates.CHECK_HEALTH_FAILED
+            self._checked(vm_name, state, reason, row["check_fails"] + 1)
+        wake_pool(self.db)
+
+    def mark_vm_checked(self, vm_name: str) -> None:
+        """Record that a VM's health check, which put it in state check_health, found it well.
+
+        One that waits for its release hook goes on waiting; a leased one stays leased.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            well = row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None
+            self._checked(vm_name, VmStates.READY if well else row["state"], "", 0)
+        wake_pool(self.db)
+
+    def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
+        now = CLOCK.wall()
+        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        move_pool_vm(self.db, vm_name, state, reason, **columns)
+
+    def start_vm_termination(
+        self, vm_name: str, allowed_pre_state: str | None = None, reason: str = ""
+    ) -> None:
+        """Have the keeper terminate a VM; its lease, if there is one, ends.
+
+        Args:
+            vm_name: The VM's name.
+            allowed_pre_state: The only state in which this is allowed.
+            reason: For the history.
+
+        Raises:
+            VmError: the VM is in another state, or there is none.
+        """
+        with self.db.transaction(durable=True) as db:
+            state = _pool_vm(db, vm_name)["state"]
+            if allowed_pre_state is not None and state != allowed_pre_state:
+                raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+        wake_pool(self.db)
+
+    def remove_vm_from_pool(self, vm_name: str) -> None:
+        """Forget a VM.
+
+        Raises:
+            VmError: it is not in state terminating, or there is none.
+        """
+        with self.db.transaction(durable=True) as db:
+            state = _pool_vm(db, vm_name)["state"]
+            if state != VmStates.TERMINATING:
+                raise VmError(
+                    f"VM {vm_name!r} is {state}, and only a terminating one can be removed",
+                    f"Terminate it first: vmrm pool terminate {vm_name}",
+                )
+            db.connection.execute(
+                "UPDATE pool_vms SET state_at = ?, who = ?, reason = '' WHERE vm_name = ?",
+                (CLOCK.wall(), _who(os.getpid()), vm_name),
+            )
+            db.connection.execute("DELETE FROM pool_vms WHERE vm_name = ?", (vm_name,))
+        wake_pool(self.db)
+
+    # --- leases ---
+
+    def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
+        """Return True if an owner has fewer VMs of a group than `max_vm_per_user`.
+
+        A VM counts from its first lease until it is terminated, in use or not.
+        """
+        limit = self._group(group)["max_vm_per_user"]
+        return limit is None or self._bound(username, str(group)) < limit
+
+    def _bound(self, owner: str, group: str) -> int:
+        return cast(int, self.db.value(f"SELECT {_BOUND}", owner=owner, group=group))
+
+    def acquire_vm(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None,
+        pid: int | None,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+        *,
+        lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
+    ) -> VmDescriptor:
+        """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
+
+        Args:
+            groups: The groups it may come from, in order of preference.
+            ownername: Whom it counts for; at most `max_vm_per_user` of a group are bound to one.
+            sandbox: What the owner uses it for.
+            pid: The process that holds it: when that is dead, the VM is taken back. None means
+                nobody, and needs a `lease`.
+            task_id: For `get_vm_by_task_id` and people, as are `build_id` and `chroot`.
+            build_id: See `task_id`.
+            chroot: See `task_id`.
+            lease: Seconds after which the lease ends, unless renewed; None means never.
+            wait: Seconds to wait in the queue if there is none now; None means not at all.
+            priority: In the queue: higher ones first, equal ones as they came.
+
+        Raises:
+            NoVmAvailable: there is none now; the message says why, per group.
+            TimedOut: there was none within `wait` seconds.
+            NotFound: there is no such group.
+            UsageError: there is no such process, or it needs a `lease` with an end.
+        """
+        request = Request(
+            (self._group_names(groups),),
+            ownername,
+            sandbox or "",
+            None if pid is None else Holder.of(pid),
+            lease,
+            None if task_id is None else str(task_id),
+            None if build_id is None else str(build_id),
+            chroot,
+            priority,
+        )
+        return self.acquire(request, wait)[0]
+
+    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(self._group(group)["name"] for group in groups)
+        if not names:
+            raise UsageError("no group is named, so there is no VM to choose from")
+        return names
+
+    def acquire(
+        self,
+        request: Request,
+        wait: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`.
+
+        Args:
+            request: What is wanted.
+            wait: Seconds to wait in the queue; None means not at all.
+            tell: Called with the place in the queue, and the reason, whenever they change.
+        """
+        if not request.owner:
+            raise UsageError("a VM needs an owner whom it is lent to")
+        if request.holder is None and request.lease_s is None:
+            raise UsageError("a lease without a process needs an end", "Name one or the other")
+        rows = self._acquire(request)
+        if not rows and wait is None:
+            raise NoVmAvailable(self._why_none(request))
+        rows = rows or self._wait(request, wait or 0.0, tell or self.log.info)
+        for row in rows:
+            self._tokens[row["vm_name"].lower()] = request.token
+        return [VmDescriptor.from_row(row) for row in rows]
+
+    def _acquire(self, request: Request) -> list[dict[str, Any]]:
+        """Lease what is asked for; when something is missing, after looking for the dead once."""
+        rows = self._try_to_acquire(request)
+        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+            rows = self._try_to_acquire(request)
+        return rows
+
+    def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
+        """Choose and lease in one transaction; return the rows, or none if one is missing."""
+        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
+            since, queue = self._see_server(request), self._queue()
+            if not queue:
+                return self._take_all(request, since)
+            names = self._left_by_queue(queue, request, since)
+            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
+            return [self._lease(name, request) for name in names]
+        return []
+
+    def _see_server(self, request: Request) -> float:
+        """Return since when health checks count; refuse a holder whom nobody there can see."""
+        row = self.db.row("SELECT * FROM pool_server")
+        holder = request.holder
+        if holder is None:
+            return 0.0 if row is None else cast(float, row["started_at"])
+        if row is None or row["boot"] != holder.boot:
+            self.db.connection.execute(
+                """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
+                   ON CONFLICT DO UPDATE
+                   SET boot = excluded.boot, namespace = excluded.namespace""",
+                {"boot": holder.boot, "namespace": holder.namespace},
+            )
+        elif holder.namespace != row["namespace"] and request.lease_s is None:
+            raise UsageError(
+                "the pool's processes cannot see this one, which is in another pid namespace",
+                "Give the lease an end, and renew it: --lease SECONDS",
+            )
+        return 0.0 if row is None else cast(float, row["started_at"])
+
+    def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
+        return [self._take(groups, request, since) for groups in request.wants]
+
+    def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
+        at_limit = True
+        for group in groups:
+            found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
+            if found is None:
+                continue
+            if name := found["own"] or (found["may_bind"] and found["fresh"]):
+                return self._lease(cast(str, name), request)
+            at_limit = at_limit and not found["may_bind"]
+        raise (_AtLimit if at_limit else NoVmAvailable)("no VM is available")
+
+    def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
+        now, holder = CLOCK.wall(), request.holder
+        return move_pool_vm(
+            self.db,
+            vm_name,
+            VmStates.IN_USE,
+            f"task {request.task_id}" if request.task_id else "",
+            bound_to_user=request.owner,
+            bound_sandbox=request.sandbox,
+            token=request.token,
+            acquired_at=now,
+            lease_end_at=None if request.lease_s is None else now + request.lease_s,
+            holder_seen_at=now,
+            task_id=request.task_id,
+            build_id=request.build_id,
+            chroot=request.chroot,
+            **{f"holder_{key}": value for key, value in vars(holder).items()} if holder else {},
+        )
+
+    def _why_none(self, request: Request) -> str:
+        names = dict.fromkeys(group for groups in request.wants for group in groups)
+        return "no VM is available: " + "; ".join(self._why(name, request) for name in names)
+
+    def _why(self, group: str, request: Request) -> str:
+        """Return in words why a group has no VM for this request."""
+        limit = self._group(group)["max_vm_per_user"]
+        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
+        bound = self._bound(request.owner, group)
+        if not row["vms"]:
+            return f"group {group} has no VMs"
+        if limit is not None and bound >= limit:
+            return (
+                f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
+                f"{row['idle']} of them idle in other sandboxes)"
+            )
+        if row["unchecked"]:
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+        return (
+            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"{row['others']} ready for others, {row['ill']} failed their check)"
+        )
+
+    # --- the queue ---
+
+    def _queue(self) -> list[Request]:
+        """Return what those want who wait and live, the first one first."""
+        now = CLOCK.wall()
+        rows = self.db.query(
+            """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
+               AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
+            now=now,
+            alive=now - self.db.timeouts.heartbeat,
+        )
+        return [
+            Request(
+                tuple(map(tuple, json.loads(row["wants"]))),
+                row["owner"],
+                row["sandbox"],
+                _holder(row),
+                priority=row["priority"],
+                token=row["token"],
+            )
+            for row in rows
+        ]
+
+    def _left_by_queue(self, queue: list[Request], request: Request, since: float) -> list[str]:
+        """Return the VMs for a request once those before it in the queue have theirs."""
+        with self._trial():
+            self._take_all(request, since)  # there is nothing in any case: no need to try the queue
+        with self._trial():
+            for other in queue:
+                if other.token == request.token:
+                    break
+                self._serve(other, since)
+            return [row["vm_name"] for row in self._take_all(request, since)]
+
+    def next_in_queue(self) -> list[str]:
+        """Return the tokens of the waiters who would be given all they want now."""
+        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        with self.db.transaction(), self._trial():
+            return [other.token for other in self._queue() if self._serve(other, since)]
+
+    def _serve(self, request: Request, since: float) -> bool:
+        """Give a waiter, on trial, what there is: the first VMs of several are kept for it.
+
+        But nothing while its owner is at the limit, so that it holds up nobody.
+        """
+        connection = self.db.connection
+        connection.execute("SAVEPOINT served")
+        try:
+            self._take_all(request, since)
+            return True
+        except _AtLimit:
+            connection.execute("ROLLBACK TO served")
+            return False
+        except NoVmAvailable:
+            return False
+        finally:
+            connection.execute("RELEASE served")
+
+    @contextlib.contextmanager
+    def _trial(self) -> Iterator[None]:
+        """Undo what the block does in the open transaction."""
+        self.db.connection.execute("SAVEPOINT trial")
+        try:
+            yield
+        finally:
+            self.db.connection.execute("ROLLBACK TO trial")
+            self.db.connection.execute("RELEASE trial")
+
+    def _wait(
+        self, request: Request, timeout: float, tell: Callable[[str], object]
+    ) -> list[dict[str, Any]]:
+        """Stand in the queue until there is what is wanted; leave it in any case."""
+        told, deadline = "", CLOCK.monotonic() + timeout
+        poll, socket = select.poll(), WakeSocket(self.db, f"wait-{request.token}")
+        poll.register(socket.fileno(), select.POLLIN)
+        try:
+            while True:
+                self._queue_up(request, deadline - CLOCK.monotonic())
+                if rows := self._acquire(request):
+                    return rows
+                if (left := deadline - CLOCK.monotonic()) <= 0:
+                    raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
+                ahead = itertools.takewhile(lambda r: r.token != request.token, self._queue())
+                place = len(list(ahead)) + 1
+                if (now := f"number {place} in the queue; {self._why_none(request)}") != told:
+                    tell(told := now)
+                poll.poll(1000 * min(left, self.db.timeouts.look))
+                socket.drain()
+        finally:
+            socket.close()
+            if self.db.write(
+                "DELETE FROM pool_waiters WHERE token = :token RETURNING id", token=request.token
+            ):
+                wake_pool(self.db)  # who came after may have what was kept for us
+
+    def _queue_up(self, request: Request, left: float) -> None:
+        """Enter the queue, or say that we still wait."""
+        now, waiter = CLOCK.wall(), Holder.of(os.getpid())
+        self.db.write(
+            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder_pid,
+                   holder_started, holder_boot, holder_namespace, queued_at, heartbeat_at,
+                   deadline_at)
+               VALUES (:token, :wants, :owner, :sandbox, :priority, :pid, :started, :boot,
+                   :namespace, :now, :now, :deadline)
+               ON CONFLICT (token) DO UPDATE SET heartbeat_at = excluded.heartbeat_at""",
+            token=request.token,
+            wants=json.dumps(request.wants),
+            owner=request.owner,
+            sandbox=request.sandbox,
+            priority=request.priority,
+            now=now,
+            deadline=None if math.isinf(left) else now + left,
+            **vars(waiter),
+        )
+
+    def _drop_dead_waiters(self) -> int:
+        """Remove those from the queue who are dead or long silent; return how many that is."""
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        dead = [
+            row["id"]
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
+        ]
+        if dead:
+            self.db.write(
+                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
+                ids=json.dumps(dead),
+            )
+        return len(dead)
+
+    # --- renewal, release ---
+
+    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
+        """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
+
+        Raises:
+            VmError: the lease is not yours, or was lost.
+        """
+        with self.db.transaction(durable=True) as db:
+            self._own(_pool_vm(db, vm_name), token)
+            end = CLOCK.wall() + lease
+            db.connection.execute(
+                "UPDATE pool_vms SET lease_end_at = ? WHERE vm_name = ?", (end, vm_name)
+            )
+        return end
+
+    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
+        """Return a VM to the pool; it stays bound to its owner and sandbox.
+
+        Args:
+            vm_name: The VM's name.
+            token: The lease's token; None means the one that this object obtained, or else that
+                the holder is this process or an ancestor of it.
+            force: Whoever holds it.
+
+        Returns:
+            True.
+
+        Raises:
+            VmError: the lease is not yours, or was lost; or the VM is not in use.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if not force or row["token"] is None:
+                self._own(row, token)
+            self._release(row, "released" if not force else "released by force")
+        self._tokens.pop(vm_name.lower(), None)
+        wake_pool(self.db)
+        return True
+
+    def _release(self, row: Mapping[str, Any], reason: str) -> None:
+        """End a lease, inside the caller's transaction."""
+        if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            return
+        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        state = VmStates.CHECK_HEALTH if hook else VmStates.READY
+        move_pool_vm(
+            self.db,
+            row["vm_name"],
+            VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
+            reason,
+            releasing_at=now if hook else None,
+            last_release=now,
+            builds_count=row["builds_count"] + 1,
+        )
+
+    def hold_vm(
+        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
+    ) -> None:
+        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
+
+        Args:
+            vm_name: The VM's name.
+            until: In seconds since the epoch; an earlier time than before is allowed, too.
+            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
+            force: Whoever holds it.
+
+        Raises:
+            VmError: the lease is not yours, or the VM is in no state to be held.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            lease = {key: row[key] for key in NO_LEASE}
+            if row["token"] is not None and not force:
+                self._own(row, token)
+            words = f"until {_iso(until)}"
+            move_pool_vm(
+                db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
+            )
+        wake_pool(self.db)
+
+    @contextlib.contextmanager
+    def lease(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None = None,
+        *,
+        lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+    ) -> Iterator[VmDescriptor]:
+        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
+
+        A lease with an end is renewed meanwhile. At the end the VM is released.
+
+        Raises:
+            VmError: at the end: the lease was lost meanwhile (the log said so at once).
+        """
+        vm = self.acquire_vm(
+            groups,
+            ownername,
+            sandbox,
+            os.getpid(),
+            task_id,
+            build_id,
+            chroot,
+            lease=lease,
+            wait=wait,
+            priority=priority,
+        )
+        with self.keep(vm, lease):
+            try:
+                yield vm
+            except BaseException:
+                with contextlib.suppress(VmError):
+                    self.release_vm(vm.vm_name, token=vm.token)
+                raise
+        self.release_vm(vm.vm_name, token=vm.token)
+
+    @contextlib.contextmanager
+    def keep(
+        self,
+        vm: VmDescriptor,
+        lease: float | None,
+        lost: Callable[[VmError], object] | None = None,
+    ) -> Iterator[None]:
+        """Renew a lease for the length of the block, and look whether it still stands.
+
+        Args:
+            vm: As `acquire_vm` returned it.
+            lease: How many seconds to renew it for; None if it has no end.
+            lost: Called, in a thread, if the lease is lost; by default that is logged.
+        """
+        over = threading.Event()
+        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
+
+        def renew() -> None:
+            while not over.wait(pause):
+                try:
+                    self._still_own(vm, lease)
+                except Busy as error:
+                    self.log.warning("lease of VM %s: %s", vm.vm_name, error)
+                except VmError as error:
+                    (lost or self.log.error)(error)
+                    return
+
+        thread = threading.Thread(target=renew, name="vmrm-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def check_lease(self, vm_name: str, token: str | None = None) -> None:
+        """Refuse, by a `VmError`, whoever does not have the lease of a VM that is leased."""
+        row = _pool_vm(self.db, vm_name)
+        if row["token"] is not None:
+            self._own(row, token)
+
+    def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
+        """Make another process the holder of a leased VM.
+
+        Raises:
+            VmError: the lease was lost.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm.vm_name)
+            self._own(row, vm.token)
+            columns = {f"holder_{key}": value for key, value in vars(holder).items()}
+            lease = {key: row[key] for key in NO_LEASE} | columns
+            move_pool_vm(db, vm.vm_name, row["state"], **lease)
+
+    def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
+        if lease is None:
+            self._own(_pool_vm(self.db, vm.vm_name), vm.token)
+        else:
+            self.renew_vm(vm.vm_name, lease, token=vm.token)
+
+    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
+        """Record how the release hook of a VM ended; without it the VM is given to nobody.
+
+        Args:
+            vm_name: The VM's name.
+            failure: Why the hook failed, which terminates the VM; '' if it succeeded.
+
+        Raises:
+            VmDescriptorNotFound: the pool has no VM of this name.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if row["releasing_at"] is None:
+                return
+            if failure:
+                state = VmStates.TERMINATING
+            else:  # after a failed check, the next one decides
+                well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
+                state = VmStates.READY if well else row["state"]
+            clean = not failure and self._group(row["group"])["release_cleans"]
+            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
+        wake_pool(self.db)
+
+    def _own(self, row: Mapping[str, Any], token: str | None) -> None:
+        """Refuse whoever does not have the lease of a VM."""
+        name = row["vm_name"]
+        token = token or self._tokens.get(name.lower())
+        if row["token"] is None and token is None:
+            raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
+        if token is None and (holder := _holder(row)) and _descends_from(holder):
+            return
+        if token != row["token"]:
+            if token is None:
+                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
+                raise VmError(message, "Name its token (--token), or use --force")
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
+
+    def reap(self, limit: int = -1) -> list[str]:
+        """Take back VMs whose holder is dead or whose lease has ended; return their names.
+
+        Args:
+            limit: How many leases to look at, those unseen for the longest time first; -1: all.
+        """
+        rows = self.db.query(
+            """SELECT * FROM pool_vms WHERE state = 'in_use'
+               ORDER BY holder_seen_at LIMIT :limit""",
+            limit=limit,
+        )
+        over = {row["vm_name"]: why for row in rows if (why := self._over(row))}
+        if not over and len(rows) != limit:  # all leases were looked at: no need to take turns
+            return []
+        now, names = CLOCK.wall(), []
+        with self.db.transaction(durable=bool(over)) as db:
+            for row in rows:
+                present = db.row(_SAME_LEASE, **{key: row[key] for key in _LEASE_KEY})
+                if present is None:
+                    continue
+                if row["vm_name"] in over:
+                    self._release(present, over[row["vm_name"]])
+                    names.append(row["vm_name"])
+                else:
+                    move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
+        if names:
+            wake_pool(self.db)
+        return names
+
+    def _over(self, row: Mapping[str, Any]) -> str:
+        """Return why a lease is over, or '' if it is not."""
+        end = row["lease_end_at"]
+        if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
+            return "taken back: its lease ended"
+        holder = _holder(row)
+        if holder and holder.is_dead():
+            return f"taken back: its holder, process {holder.pid}, is dead"
+        return ""
+
+
+def _descends_from(holder: Holder) -> bool:
+    """Whether this process is that one, or a descendant of it."""
+    boot, namespace = _viewpoint(os.getpid())
+    if not namespace or (holder.boot, holder.namespace) != (boot, namespace):
+        return False
+    pid = os.getpid()
+    while pid != holder.pid:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if not pid:
+            return False
+    return not holder.is_dead()
+
+
+_LEASE_KEY = ("vm_name", "token", "lease_end_at")
+_SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
+    AND token = :token AND lease_end_at IS :lease_end_at"""
+
+# The owner's VMs of a group: those are what max_vm_per_user limits.
+_BOUND = """(SELECT count(*) FROM pool_vms
+    WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
+
+# One row: the group's choice for an owner and sandbox. Every part is one search of an index.
+_CHOOSE = f"""
+SELECT (SELECT vm_name FROM pool_vms
+        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
+          AND bound_sandbox = :sandbox AND last_health_check > :since
+        ORDER BY last_health_check DESC LIMIT 1) AS own,
+       (SELECT vm_name FROM pool_vms
+        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
+          AND bound_sandbox = '' AND last_health_check > :since
+        ORDER BY last_health_check DESC LIMIT 1) AS fresh,
+       g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
+FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)
+
+_COUNTS = """
+SELECT count(*) AS vms,
+       coalesce(sum(state = 'in_use'), 0) AS in_use,
+       coalesce(sum(state = 'check_health_failed'), 0) AS ill,
+       coalesce(sum(state = 'ready' AND bound_to_user <> :owner), 0) AS others,
+       coalesce(sum(state = 'ready' AND bound_to_user = :owner
+                    AND bound_sandbox <> :sandbox), 0) AS idle,
+       coalesce(sum(state IN ('got_ip', 'check_health') OR state = 'ready'
+                    AND coalesce(last_health_check, 0) <= :since), 0) AS unchecked
+FROM pool_vms WHERE "group" = :group"""
+
+
 # === the reference's functions ===================================================================
 
 _log = logging.getLogger("vmrm")
@@ -2577,10 +4063,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         run("DELETE FROM requests")
         run("UPDATE schedules SET text = NULL, generation = generation + 1")
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
-        if purge:
-            run("DELETE FROM attempts WHERE experiment_id = ?", (old,))
-            run("DELETE FROM resumes WHERE experiment_id = ?", (old,))
-            run("DELETE FROM history WHERE experiment_id = ?", (old,))
+        for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
+            run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
     for name in ("logs", "transfers"):
@@ -3339,7 +4823,7 @@ class Task:
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        self.done = False
+        self.begun = self.done = False
         self.waiting: list[Task] = []  # who awaits this one
         self.when = math.inf
         self.awaited = 0  # how many others this one awaits
@@ -3371,6 +4855,11 @@ class Agenda:
         if not task.done and not self._awaits(task):
             self._push(task, self.clock.monotonic())
 
+    def cancel(self, task: Task) -> None:
+        """End a task that has not begun."""
+        task.steps.close()
+        self._finish(task)
+
     def next_due(self) -> float:
         """Return the monotonic time at which something is due, inf if nothing ever is."""
         while self._heap and (self._heap[0][2].done or self._heap[0][0] != self._heap[0][2].when):
@@ -3382,6 +4871,7 @@ class Agenda:
         if self.next_due() > self.clock.monotonic():
             return
         task = heapq.heappop(self._heap)[2]
+        task.begun = True
         try:
             wish = next(task.steps)
         except StopIteration:
@@ -3458,7 +4948,7 @@ class ScheduleUpdater(threading.Thread):
         self.interval_time = interval_time
         self._stop_asked = threading.Event()
         self._seen = 0  # entries told so far
-        self._resumes_seen = 0
+        self._holds_seen = 0
         self._start_told = False
         self._empty_told = False
 
@@ -3501,16 +4991,12 @@ class ScheduleUpdater(threading.Thread):
             self._start_told = True
             kind = ScheduleEventType.EXPERIMENT_START_TIME_SET
             events.append((0, ScheduleEvent(kind, start)))
-        resumes = self.schedule_db.db.query(
-            """SELECT experiment_time FROM resumes WHERE server_name = :name
-               AND experiment_id = (SELECT id FROM current_experiment) ORDER BY id""",
-            name=self.config["vm_name"],
-        )
-        for row in resumes[self._resumes_seen :]:
-            at = row["experiment_time"]
-            event = ScheduleEvent(ScheduleEventType.RESUME, at)
-            events.append((-math.inf if at is None else at, event))
-        self._resumes_seen = len(resumes)
+        holds = read_holds(self.schedule_db.db, self.config["vm_name"])
+        for hold in holds[self._holds_seen :]:
+            resume = hold.duration is None
+            kind = ScheduleEventType.RESUME if resume else ScheduleEventType.PAUSE
+            events.append((hold.time, ScheduleEvent(kind, hold)))
+        self._holds_seen = len(holds)
         return events
 
     def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
@@ -4133,11 +5619,13 @@ class VMResourceHandler:
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
-        self._resumes: list[float] = []
+        self._holds: list[Hold] = []
         self._halt: Halt | None = None
         self._boot = ""
-        self._prepared_boot: str | None = None
+        self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
+        self._ready_boot = ""
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
+        self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._ending = False  # they make their last pass
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
@@ -4281,8 +5769,7 @@ class VMResourceHandler:
     def _loop(self) -> None:
         """Do what is due and wait for what is next, until the life of the VM is over."""
         self.agenda = Agenda()
-        self._tasks, self._repeating, self._ending = {}, {}, False
-        self._prepared_boot = None if self._prepared_boot != self._boot else self._prepared_boot
+        self._tasks, self._armed, self._repeating, self._ending = {}, {}, {}, False
         self._woken = True
         self._refresh()
         self._life = self.agenda.spawn(self._life_steps())
@@ -4291,7 +5778,10 @@ class VMResourceHandler:
             pause = self.agenda.next_due() - CLOCK.monotonic()
             if pause > 0:
                 self._idle(pause)
-            self.agenda.run_next()
+            elif not self._woken:
+                self._poll(-1, 0, 0)
+            if not self._woken:  # a pause that was given before an entry is due holds it
+                self.agenda.run_next()
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
@@ -4360,15 +5850,16 @@ class VMResourceHandler:
             self._take_news()
 
     def _take_news(self) -> None:
-        """Read what changed: new entries, resumes, the start time, a halt, requests."""
+        """Read what changed: new entries, pauses and resumes, the start time, a halt, requests."""
         self._journal.check_generation()  # which is read before the entries are, never after
         self.updater.check()
         for event in self.get_events():
             kind, data = event.get_type(), event.get_data()
             if kind is ScheduleEventType.EXPERIMENT_START_TIME_SET:
                 self._plan_start(float(data))
-            elif kind is ScheduleEventType.RESUME and not isinstance(data, ScheduleEntry):
-                self._resumes.append(-math.inf if data is None else data)
+            elif isinstance(data, Hold):
+                self._holds.append(data)
+                self.log.info("%s at %.3f", data, data.time)
             elif isinstance(data, ScheduleEntry):
                 self._add_entry(data)
         self.schedule.sort(key=lambda entry: entry.ordinal)
@@ -4376,6 +5867,7 @@ class VMResourceHandler:
         self._halt = Halt(halt) if halt else None
         for row in self._open_requests():
             self.agenda.spawn(self._request_steps(row))
+        self._withdraw_moved()
         if self._life:  # and nobody else: an armed entry sleeps until it is due
             self.agenda.wake(self._life)
 
@@ -4389,7 +5881,6 @@ class VMResourceHandler:
 
     def _add_entry(self, entry: ScheduleEntry) -> None:
         self.schedule.append(entry)
-        self._prepared_boot = None
         self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
 
     def _plan_start(self, start_at: float) -> None:
@@ -4418,7 +5909,9 @@ class VMResourceHandler:
         if self._halt is Halt.ABORT:
             return
         while self.start_at is None:
-            yield math.inf
+            yield from self._all_negative_steps()
+            if self.start_at is None:
+                yield math.inf
             if self._halt in (Halt.ABORT, Halt.END):
                 return
         yield from self._positive_steps()
@@ -4448,16 +5941,20 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self._prepared_boot == self._boot:
-            return
-        self.driver.used_agent_paths.clear()
-        for entry in self.schedule:
-            self.driver.create_paths(entry)
-        work = [entry for entry in self.schedule if entry.runs_script]
-        if work:
-            yield from self._stage_steps(work)
-        self._prepared_boot = self._boot
-        self._progress()
+        if self._ready_boot != self._boot:
+            self._ready, self._ready_boot = set(), self._boot
+        while added := self._unprepared():
+            self.driver.used_agent_paths.clear()
+            for entry in self.schedule:
+                self.driver.create_paths(entry)
+            work = [entry for entry in added if entry.runs_script]
+            if work:
+                yield from self._stage_steps(work)
+            self._ready.update(entry.ordinal for entry in added)
+            self._progress()
+
+    def _unprepared(self) -> list[ScheduleEntry]:
+        return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present, layout = self._list_stage(work), list[str]()
@@ -4468,7 +5965,7 @@ class VMResourceHandler:
 
     def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
         """Make the stage and return what lies there; move an older experiment's folders aside."""
-        fresh, guest = not self._journal.latest(), self._guest
+        fresh, guest = not (self._ready or self._journal.latest()), self._guest
         folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         status = guest.prepare(
@@ -4573,17 +6070,17 @@ class VMResourceHandler:
         So nothing is written to the guest's disk by us right after a reboot, which Windows does
         not take well. Returns whether that worked.
         """
-        self._prepared_boot = None
+        self._ready_boot = ""
         return self._quietly(self._prepare_steps())
 
     def _load_one_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
         everything, self.schedule = self.schedule, list(entries)
         try:
-            self._prepared_boot = None
+            self._ready_boot = ""
             yield from self._prepare_steps()
         finally:
             self.schedule = everything
-            self._prepared_boot = None
+            self._ready_boot = ""
 
     def _quietly(self, steps: Steps) -> bool:
         """Run steps to their end; log a failure and return false instead of raising it."""
@@ -4620,23 +6117,29 @@ class VMResourceHandler:
 
     def _all_negative_steps(self) -> Steps:
         """Every negative time that is not done, in order; later ones come by retry or addition."""
-        while (at := self._next_negative()) is not None and self._halt is not Halt.ABORT:
+        while self._halt is not Halt.ABORT:
+            yield from self._prepare_steps()
+            if (at := self._next_negative()) is None:
+                return
             self.set_current_time(at)
             yield from self._negative_steps(at)
 
     def _delay_steps(self) -> Steps:
         """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
-        pauses = [e.pause for e in self.schedule if e.pause and e.start_time == -math.inf]
         launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
-        delay = sum(pause for pause in pauses if not math.isinf(pause))
-        while (left := launched + delay - CLOCK.wall()) > 0 and self._halt is None:
+        negative = {entry.ordinal for entry in self.schedule if entry.start_time < 0}
+        while self._halt is None and not negative & self._journal.latest().keys():
+            left = launched + opening_delay(self.schedule, self._holds) - CLOCK.wall()
+            if left <= 0:
+                return
             yield left
-        breaks = sum(math.isinf(pause) for pause in pauses)
-        while breaks > len(self._resumes) and self._halt is None and self._next_negative():
-            yield math.inf
 
     def _at(self, at: float) -> list[ScheduleEntry]:
-        return [e for e in self.schedule if e.start_time == at and e.pause is None]
+        return [e for e in self._unpaused() if e.start_time == at]
+
+    def _unpaused(self) -> list[ScheduleEntry]:
+        """Return what can be run: all entries but pauses, as far as they are prepared."""
+        return [e for e in self.schedule if e.pause is None and e.ordinal in self._ready]
 
     def _needs(self, entries: Iterable[ScheduleEntry]) -> dict[NextStep, list[ScheduleEntry]]:
         latest = self._journal.latest()
@@ -4646,7 +6149,7 @@ class VMResourceHandler:
         return needs
 
     def _next_negative(self) -> float | None:
-        entries = [e for e in self.schedule if e.start_time < 0 and e.pause is None]
+        entries = [e for e in self._unpaused() if e.start_time < 0]
         needs = self._needs(entries)
         todo = [e.start_time for e in entries if e not in needs[NextStep.NOTHING]]
         return min(todo, default=None)
@@ -5010,7 +6513,7 @@ class VMResourceHandler:
             self._recover_attempt(entry, latest[entry.ordinal], found)
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
-                self._spawn_attempt(entry, latest[entry.ordinal])
+                self._again(entry, latest[entry.ordinal])
         for entry in self.schedule:
             if entry.ordinal in latest and not latest[entry.ordinal].is_open:
                 self._repeat(entry)
@@ -5018,21 +6521,48 @@ class VMResourceHandler:
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
         same_boot = attempt.boot_id == self._boot
-        step = recovered(found, same_boot=same_boot, due=(attempt.planned_at or 0) <= CLOCK.wall())
+        planned = (attempt.planned_at or 0) <= CLOCK.wall()
+        due = planned or self._due(entry) <= CLOCK.monotonic()
+        step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._spawn_attempt(entry, attempt, at=self._due(attempt))
+            self._again(entry, attempt)
         elif step is NextStep.WATCH:
             self._spawn_attempt(entry, attempt, found)
         else:
             why = "nobody saw its end" if same_boot else "the guest was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
-    def _due(self, attempt: Attempt) -> float:
-        """Return the monotonic time at which an armed attempt is due."""
-        if attempt.planned_at is None:
+    def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
+        due = self._due(entry)
+        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
+            self._journal.withdraw([entry.ordinal])
+        else:
+            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+
+    def _times(self) -> dict[int, float]:
+        return effective_times(self.schedule, self._holds)
+
+    def _due(self, entry: ScheduleEntry) -> float:
+        """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
+        if entry.start_time < 0:
             return CLOCK.monotonic()
-        return CLOCK.monotonic() + max(0.0, attempt.planned_at - CLOCK.wall())
+        return self._start_monotonic + self._times()[entry.ordinal]
+
+    def _withdraw_moved(self) -> None:
+        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
+        times = self._times() if self._armed else {}
+        moved = [
+            ordinal
+            for ordinal, at in self._armed.items()
+            if not self._tasks[ordinal].begun and times[ordinal] != at
+        ]
+        if moved:
+            self._journal.withdraw(moved)
+        for ordinal in moved:
+            self.agenda.cancel(self._tasks.pop(ordinal))
+            del self._armed[ordinal]
 
     # --- positive time
 
@@ -5040,8 +6570,10 @@ class VMResourceHandler:
         """Arm entries shortly before they are due, and see the VM to the end of its work."""
         _crash("start-seen")
         while True:
-            yield from self._prepare_steps()
+            yield from self._prepare_added_steps()
             yield from self._all_negative_steps()
+            if self._unprepared():  # added meanwhile
+                continue
             next_arming = self._arm_due()
             if math.isinf(next_arming) and self._is_finished():
                 if (yield from self._end_steps()):
@@ -5049,10 +6581,18 @@ class VMResourceHandler:
                 continue
             yield max(0.0, next_arming - CLOCK.monotonic())
 
+    def _prepare_added_steps(self) -> Steps:
+        """Prepare what was added, while what is prepared goes on starting on time."""
+        arming = -math.inf
+        for wish in self._prepare_steps():
+            if CLOCK.monotonic() >= arming:
+                arming = self._arm_due()
+            yield wish
+
     def _arm_due(self) -> float:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
-        times = effective_times(self.schedule, self._resumes)
-        entries = [e for e in self.schedule if e.start_time > 0 and e.pause is None]
+        times = self._times()
+        entries = [e for e in self._unpaused() if e.start_time > 0]
         now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
         for entry in self._needs(entries)[NextStep.RUN]:
             at = times[entry.ordinal]
@@ -5072,12 +6612,13 @@ class VMResourceHandler:
         armed = self._journal.arm(planned, self._boot)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
+            self._armed[entry.ordinal] = soon[entry]
             due = self._start_monotonic + soon[entry]
             self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
-        times = effective_times(self.schedule, self._resumes)
+        times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
             if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
@@ -5528,7 +7069,7 @@ class Remote:
 
     def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
         self.db, self.timeout = db, timeout
-        self.config = handler_config(db, server_name)
+        self.config = _pool_config(db, server_name) or handler_config(db, server_name)
         self.name: str = self.config["vm_name"]
         self.id = uuid.uuid4().hex
         self.folder = db.directory("requests", self.id)
@@ -5633,6 +7174,20 @@ class Remote:
     def _withdraw(self) -> bool:
         sql = "UPDATE requests SET withdrawn = 1 WHERE id = :id AND claimed_by IS NULL RETURNING id"
         return bool(self.db.write(sql, id=self.id))
+
+
+def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
+    """Return a pool VM as `handler_config` does one of the experiment; None if there is none."""
+    if db.value("SELECT 1 FROM vms WHERE server_name = :name", name=vm_name):
+        return None
+    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+    if row is None:
+        return None
+    if not row["path"]:
+        raise UsageError(f"VM {row['vm_name']!r} of the pool has no path to a guest agent")
+    name = row["vm_name"]
+    common = {"vm_name": name, "vm_uuid": "", "path": row["path"], "engine": "QemuVM", "db": db}
+    return {**common, "ordinal": f"pool.{name}", "launch_dir": "", "set_time": False}
 
 
 def time_to_wait(seconds: float) -> None:
@@ -5968,7 +7523,11 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
     import subprocess
 
-    argv = [sys.executable, str(Path(__file__).absolute()), "_supervise", str(db.path)]
+    # Imported, and so from its cached bytecode: a script is compiled anew, which takes 60 ms and
+    # leaves 14 MiB of scattered heap to every fork.
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; sys.exit(vmrm.main())"
+    folder = str(Path(__file__).absolute().parent)
+    argv = [sys.executable, "-P", "-c", code, folder, "_supervise", str(db.path)]
     with (db.directory("logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
             [*argv, *(["--stay"] if stay else [])],
@@ -6073,7 +7632,6 @@ class _ExperimentReader:
         self.base = source.absolute().parent
         self.files: dict[str, Path] = {}
         self._hashes: dict[Path, str] = {}
-        self._engines = set[str]()  # that have a driver
 
     def read(self, document: Any) -> Experiment:
         """Return the experiment; it is usable only if `faults` is empty afterwards."""
@@ -6101,32 +7659,36 @@ class _ExperimentReader:
     ) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
-        faults = _key_faults(table, VM_KEYS, where)
-        if isinstance(table, dict) and "name" not in table:
-            faults.append(f"{where}: name is missing")
-        self.faults += faults
-        if not isinstance(table, dict) or not isinstance(table.get("schedule", []), list):
+        self.faults += _key_faults(table, VM_KEYS, where)
+        if not isinstance(table, dict):
             return
-        entries = self._read_schedule(table.get("schedule", []), where)
-        if faults:
-            return
-        for complete in self._expand(table, where):
+        sound = _sound(table, VM_KEYS)
+        entries = self._read_schedule(sound.get("schedule", []), where)
+        if "name" not in table:
+            self.faults.append(f"{where}: name is missing")
+        for complete in self._expand(sound, table.keys(), where) if "name" in sound else ():
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
+        try:
+            driver_of(sound.get("engine", "QemuVM"))
+        except UsageError as error:
+            self.faults.append(f"{where}: {error}")
 
-    def _expand(self, table: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _expand(
+        self, table: dict[str, Any], given: Collection[str], where: str
+    ) -> Iterator[dict[str, Any]]:
         """Yield the VMs of one table: one, or `count` with {n} in name and path."""
         count = table.get("count")
         if count is not None and "{n}" not in table["name"]:
             self.faults.append(f"{where}: with count, the name needs {{n}}")
             return
         for n in range(1, (count or 1) + 1):
-            try:
-                yield self._complete(table if count is None else _numbered(table, n))
-            except ValueError as error:
-                self.faults.append(f"{where}: {error}")
+            numbered = table if count is None else _numbered(table, n)
+            if faults := list(_vm_table_faults(numbered, given)):
+                self.faults += [f"{where}: {fault}" for fault in faults]
                 return
+            yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
         managed = table.get("use_vm_manager", True)
@@ -6137,26 +7699,14 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        elif managed:
-            raise ValueError("path to the guest agent is missing")
         for key in ("control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
-        self._check_engine(entry.get("engine", "QemuVM"))
-        return VMMapping.prepare_put(cast(VMMapping, None), entry)
-
-    def _check_engine(self, engine: str) -> None:
-        if engine not in self._engines:
-            try:
-                driver_of(engine)
-            except UsageError as error:
-                raise ValueError(str(error)) from error
-            self._engines.add(engine)
+        return VMMapping.prepare_put(entry)
 
     def _address(self, text: str) -> str:
-        drivers.parse_address(text)
         if text.startswith(("tcp:", "vsock:")):
             return text
         return str(self.base / text.removeprefix("unix:"))
@@ -6169,7 +7719,14 @@ class _ExperimentReader:
             self.faults += faults
             if not faults:
                 entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
+            elif isinstance(item, dict):
+                self._look_for_files(item.get("file"), place)
         return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _look_for_files(self, parts: object, place: str) -> None:
+        for part in parts if isinstance(parts, list) else []:
+            if not _part_faults("file", part, DATA_KEYS["file"], place):
+                self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
@@ -6210,6 +7767,22 @@ class _ExperimentReader:
                         f"vm {seen[value]!r}"
                     )
                 seen.setdefault(value, vm["server_name"])
+
+
+def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
+    checks: list[tuple[Callable[[str], object], str]] = [
+        (functools.partial(checked_name, "VM"), table["name"]),
+        (drivers.parse_address, table.get("path", "/")),
+    ]
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            yield str(error)
+    misspelt = any(key not in VM_KEYS for key in given)
+    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+        yield "path to the guest agent is missing"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -6304,14 +7877,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     start = db.value("SELECT start_at FROM current_experiment")
     text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
     entries = parse_schedule(text) if text else []
-    resumes = db.query(
-        """SELECT experiment_time FROM resumes WHERE server_name = :name
-           AND experiment_id = (SELECT id FROM current_experiment)""",
-        name=server_name,
-    )
-    times = effective_times(
-        entries, [r["experiment_time"] for r in resumes if r["experiment_time"] is not None]
-    )
+    times = effective_times(entries, read_holds(db, server_name))
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
@@ -6340,6 +7906,249 @@ def _entry_row(
     }
 
 
+def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return what a run would do, one row per entry, in the order of each VM; touch nothing.
+
+    A file counts once per entry that places it, though each content is sent once per VM.
+    """
+    parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
+    rows = []
+    for vm in experiment.vms:
+        managed = vm["state"] != VMState.NOT_APPLICABLE
+        entries = in_order(parsed(experiment.schedules.get(vm["server_name"], "[]")))
+        times = effective_times(entries)
+        rows += [
+            {"vm": vm["server_name"]}
+            | _plan_row(entry, times[entry.ordinal], experiment.files)
+            | {"notes": ["never contacted"] if not managed else _plan_notes(entry)}
+            for entry in entries
+        ]
+        if not entries:
+            what = {"what": "configured at once" if managed else "never contacted"}
+            rows.append({"vm": vm["server_name"]} | dict.fromkeys(PLAN_COLUMNS) | what)
+    return rows
+
+
+PLAN_COLUMNS = ["entry", "time", "at", "what", "files", "transfers", "notes"]
+
+
+def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dict[str, Any]:
+    placed = [
+        {"location": item["location"], "bytes": files[item["sha256"]].stat().st_size}
+        for item in entry.items("file")
+    ] + [
+        {"location": item["location"], "bytes": text_content(item["content"]).size}
+        for item in entry.items("content")
+    ]
+    return {
+        "entry": entry.ordinal,
+        "time": _plain_time(entry.start_time),
+        "at": "held" if at == math.inf else _plain_time(at),
+        "what": entry.label,
+        "files": placed,
+        "transfers": [
+            {key: item[key] for key in ("location", "interval", "destination") if item[key]}
+            for item in entry.items("transfer")
+        ],
+    }
+
+
+def _plan_notes(entry: ScheduleEntry) -> list[str]:
+    said = {
+        "on the host": entry.options.get("on_host"),
+        "failure ignored": entry.ignore_failure,
+        "not waited for": not entry.options.get("wait", True),
+        "run again if unknown": entry.options.get("rerun"),
+    }
+    return [words for words, holds in said.items() if holds]
+
+
+def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
+    vms, entries = len(experiment.vms), sum(row["entry"] is not None for row in rows)
+    buffer = experiment.settings.get("start_buffer", 60)
+    words = [f"{vms} VM{'s' if vms != 1 else ''}", f"{entries} entries"]
+    return ", ".join([*words, f"time 0 comes {buffer:g} s after the last VM is configured"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that happened to a VM at one instant."""
+
+    at: float
+    kind: str  # state, reboot, pause, break or resume
+    text: str
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class VMRun:
+    """One VM's part in an experiment, as its rows tell it; attempts and moves are oldest first."""
+
+    name: str
+    row: dict[str, Any] | None = None  # of vm_status, while the VM is there
+    generation: int = 0  # the schedule's last one
+    entries: list[ScheduleEntry] = dataclasses.field(default_factory=list)
+    holds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        """The VM's state, or its last one."""
+        return str(self.row["state"] if self.row else self.moves[-1]["new_state"])
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, if it did."""
+        return str(self.row["reason"] if self.row else self.moves[-1]["reason"])
+
+    def latest(self) -> dict[int, dict[str, Any]]:
+        """Return the latest attempt of each entry of the schedule, by ordinal."""
+        return {a["ordinal"]: a for a in self.attempts if a["generation"] == self.generation}
+
+
+@dataclasses.dataclass
+class Run:
+    """One experiment as its rows tell it, also while it runs and after it was destroyed."""
+
+    experiment: dict[str, Any]
+    now: float  # when it was read
+    vms: list[VMRun]
+    loose: list[str]  # schedules without a VM
+
+    @property
+    def begin(self) -> float:
+        """When it was launched."""
+        return float(self.experiment["launched_at"])
+
+    @property
+    def end(self) -> float:
+        """When it ended, or was read; nothing that happened is later."""
+        ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
+        return max(self.begin, float(self.experiment["ended_at"] or self.now), *ends)
+
+    def marks(self, vm: VMRun) -> list[Mark]:
+        """Return what happened to a VM besides its attempts, oldest first."""
+        found = [
+            Mark(row["at"], "state", row["new_state"], {"reason": row["reason"] or None})
+            for row in vm.moves
+            if row["at"] >= self.begin
+        ]
+        for row in vm.holds:
+            text = str(Hold(row["experiment_time"], row["duration_s"]))
+            found.append(
+                Mark(row["at"], text.split()[0], f"{text} given", {"ignored": row["ignored"]})
+            )
+        boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
+        for before, after in itertools.pairwise(boots):
+            if after["boot_id"] != before["boot_id"]:
+                details = {"boot_id": after["boot_id"]}
+                found.append(Mark(after["armed_at"], "reboot", "rebooted", details))
+        found += self._pauses(vm)
+        return sorted(found, key=lambda mark: mark.at)
+
+    def _pauses(self, vm: VMRun) -> Iterator[Mark]:
+        given = [
+            Hold(row["experiment_time"], row["duration_s"])
+            for row in vm.holds
+            if not row["ignored"]
+        ]
+        times, start = effective_times(vm.entries, given), self.experiment["start_at"]
+        for entry in vm.entries:
+            if entry.pause is None and not entry.options.get("resume"):
+                continue
+            at = self.begin if entry.start_time < 0 else (start or math.inf) + times[entry.ordinal]
+            if at <= self.end:  # and not still to come
+                yield Mark(at, entry.label.split()[0], entry.label, {"entry": entry.ordinal})
+
+
+def read_run(db: Database, experiment: int | None = None) -> Run:
+    """Read all that is known of an experiment: what reports and traces are made of.
+
+    Args:
+        db: The database.
+        experiment: Its number; None means the current one.
+
+    Raises:
+        NotFound: there is no such experiment.
+    """
+    row = db.row(
+        """SELECT * FROM experiments
+           WHERE id = coalesce(:id, (SELECT id FROM current_experiment))""",
+        id=experiment,
+    )
+    if row is None:
+        last = db.value("SELECT max(id) FROM experiments WHERE launched_at IS NOT NULL")
+        hint = f"The last one that ran: --experiment {last}" if last else "Run one: vmrm run FILE"
+        what = "current experiment" if experiment is None else f"experiment {experiment}"
+        raise NotFound(f"there is no {what}", hint)
+    reader = _RunReader(db, row)
+    return Run(row, CLOCK.wall(), *reader.read())
+
+
+class _RunReader:
+    """Puts the rows of one experiment together by VM."""
+
+    def __init__(self, db: Database, experiment: Mapping[str, Any]) -> None:
+        self.db, self.id = db, experiment["id"]
+        self.is_current = experiment["destroyed_at"] is None
+        self._vms: dict[str, VMRun] = {}
+
+    def read(self) -> tuple[list[VMRun], list[str]]:
+        """Return the VMs, in the order they were added, and the names of schedules without VM."""
+        for row in self.db.query("SELECT * FROM vm_status") if self.is_current else ():
+            self._vm(row).row = row
+        for row in self._rows("history"):
+            self._vm(row).moves.append(row)
+        attempts = self._rows("attempts")  # before the schedules: no entry is younger
+        texts, loose = self._schedules(), []
+        parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
+        for (name, generation), text in sorted(texts.items()):
+            if name in self._vms:  # the last generation stays, also that of a removed schedule
+                vm = self._vms[name]
+                vm.generation, vm.entries = generation, parsed(text or "[]")
+            elif text:
+                loose.append(name)
+        for row in self._rows("holds"):
+            self._vm(row).holds.append(row)
+        for row in attempts:
+            text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
+            entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
+            self._vm(row).attempts.append(_seen(row, entry))
+        return list(self._vms.values()), loose
+
+    def _vm(self, row: Mapping[str, Any]) -> VMRun:
+        name = row["server_name"]
+        return self._vms.setdefault(name.lower(), VMRun(name))
+
+    def _rows(self, table: str) -> list[dict[str, Any]]:
+        sql = f"SELECT * FROM {table} WHERE experiment_id = :id ORDER BY id"  # noqa: S608
+        return self.db.query(sql, id=self.id)
+
+    def _schedules(self) -> dict[tuple[str, int], str]:
+        rows = self.db.query(
+            """SELECT server_name, generation, text FROM past_schedules WHERE experiment_id = :id
+               UNION ALL SELECT server_name, generation, text FROM schedules WHERE :current""",
+            id=self.id,
+            current=self.is_current,
+        )
+        return {(row["server_name"].lower(), row["generation"]): row["text"] for row in rows}
+
+
+def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
+    """Return an attempt with what its entry says, and when it is to be drawn."""
+    sent, planned = row["sent_at"], row["planned_at"]
+    begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    return row | {
+        "label": str(entry) if entry else f"entry {row['ordinal']}",
+        "on_host": bool(entry and entry.options.get("on_host")),
+        "ignored": bool(entry and entry.ignore_failure),
+        "begin": begin,
+        "end": max(begin, row["ended_at"] or CLOCK.wall()),
+        "late_s": round(sent - planned, 6) if sent and planned else None,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How an experiment went: one row per VM, what went wrong, and whether all is well."""
@@ -6356,55 +8165,54 @@ class Report:
 
 def report(db: Database) -> Report:
     """Return how the current experiment went, from rows alone."""
-    rows: list[dict[str, Any]] = []
-    faults: list[str] = []
-    experiment = current_experiment(db)
-    for vm in db.query("SELECT * FROM vm_status"):
-        name = vm["server_name"]
-        entries = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
-        late = sorted(
-            row["sent_at"] - row["planned_at"]
-            for row in entries
-            if row["sent_at"] and row["planned_at"]
-        )
-        rows.append(
-            {
-                "vm": name,
-                "state": vm["state"],
-                "entries": vm["entries"],
-                "done": vm["done"],
-                "failed": vm["failed"],
-                "unknown": vm["unknown"],
-                "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
-                "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
-            }
-        )
-        faults += _vm_faults(vm, entries)
-        left = vm["finished_at"] is None and vm["state"] not in (VMState.FAILED, "n/a")
-        if left and experiment["halt"] in (Halt.STOP, Halt.KILL):
-            faults.append(f"{name}: was stopped before its work was done")
-    loose = db.query(
-        """SELECT server_name FROM schedules WHERE text IS NOT NULL
-           AND server_name NOT IN (SELECT server_name FROM vms)"""
-    )
-    faults += [f"{row['server_name']}: there is a schedule, but no such VM" for row in loose]
-    if experiment["start_at"] is None:
+    return report_of(read_run(db))
+
+
+def report_of(run: Run) -> Report:
+    """Return how an experiment went."""
+    vms = [vm for vm in run.vms if vm.row or run.experiment["destroyed_at"]]
+    rows, faults = [_vm_row(vm) for vm in vms], [fault for vm in vms for fault in _vm_faults(vm)]
+    stopped = run.experiment["halt"] in (Halt.STOP, Halt.KILL)
+    for vm in vms if stopped else ():
+        if vm.row and vm.row["finished_at"] is None and vm.state not in (VMState.FAILED, "n/a"):
+            faults.append(f"{vm.name}: was stopped before its work was done")
+    faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
+    if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    return Report(rows, faults, _summary(experiment, rows))
+    return Report(rows, faults, _summary(run.experiment, rows))
 
 
-def _vm_faults(vm: Mapping[str, Any], entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    name = vm["server_name"]
-    if vm["state"] == VMState.FAILED:
-        yield f"{name}: failed: {vm['reason']}"
-    for row in entries:
-        where = f"{name}, entry {row['ordinal']} ({row['start_time']} {_row_label(row)})"
-        if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN):
-            ignored = " (ignored)" if row["ignore_failure"] else ""
-            if not ignored:
-                yield f"{where}: {row['outcome']}: {row['error']}"
-        elif row["outcome"] is None and row["pause"] is None and vm["state"] != "n/a":
-            yield f"{where}: did not run"
+def _vm_row(vm: VMRun) -> dict[str, Any]:
+    latest = [a for o, a in vm.latest().items() if vm.entries[o - 1].pause is None]
+    late = sorted(a["late_s"] for a in latest if a["late_s"] is not None)
+    outcomes = [a["outcome"] for a in latest if not (a["outcome"] == "done" and a["reboot"])]
+    return {
+        "vm": vm.name,
+        "state": vm.state,
+        "entries": sum(entry.pause is None for entry in vm.entries),
+        "done": outcomes.count(Outcome.DONE),
+        "failed": outcomes.count(Outcome.FAILED),
+        "unknown": outcomes.count(Outcome.UNKNOWN),
+        "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
+        "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
+    }
+
+
+def _vm_faults(vm: VMRun) -> Iterator[str]:
+    latest = vm.latest()
+    if vm.state == VMState.FAILED:
+        yield f"{vm.name}: failed: {vm.reason}"
+    for entry in vm.entries:
+        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", latest.get(entry.ordinal)
+        if attempt is None:
+            if entry.pause is None and vm.state != VMState.NOT_APPLICABLE:
+                yield f"{where}: did not run"
+        elif _counts_as_failed(attempt) and not entry.ignore_failure:
+            yield f"{where}: {attempt['outcome']}: {attempt['error']}"
+
+
+def _counts_as_failed(attempt: Mapping[str, Any]) -> bool:
+    return attempt["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN)
 
 
 def _row_label(row: Mapping[str, Any]) -> str:
@@ -6420,6 +8228,362 @@ def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -
     if launched and ended:
         words.append(f"{ended - launched:.1f} s in all")
     return ", ".join(words)
+
+
+TRACE_COLOURS = {  # of chrome://tracing's own palette
+    "done": "good",
+    "failed": "terrible",
+    "unknown": "bad",
+    "skipped": "grey",
+    "running": "yellow",
+    "armed": "generic_work",
+}
+
+
+def trace(run: Run) -> dict[str, Any]:
+    """Return an experiment in the Chrome trace event format, for Perfetto and chrome://tracing.
+
+    Each VM is a process. Its attempts are complete events on as many threads as overlap, since
+    what shares a thread must nest; state changes, pauses, resumes and reboots are instants. Times
+    are microseconds from the launch.
+    """
+    tracer = _Tracer(run.begin)
+    start, source = run.experiment["start_at"], run.experiment["source"]
+    tracer.process(f"experiment {source}".strip(), "")
+    tracer.instant("launch", run.begin, scope="g")
+    if start is not None:
+        tracer.instant("start time", start, scope="g")
+    for vm in run.vms:
+        tracer.process(vm.name, vm.state)
+        for mark in run.marks(vm):
+            tracer.instant(mark.text, mark.at, mark.kind, mark.details)
+        for lane, attempts in enumerate(lanes(vm.attempts, tracer.microseconds)):
+            tracer.thread(f"attempts {lane + 1}" if lane else "attempts")
+            for attempt in attempts:
+                tracer.attempt(attempt)
+    about = {"vmrm": __version__, "experiment": run.experiment["id"], "source": source}
+    times = {"launched": _iso(run.begin), "start": _iso(start) if start else None}
+    return {"traceEvents": tracer.events, "displayTimeUnit": "ms", "otherData": about | times}
+
+
+class _Tracer:
+    """Collects trace events; process and thread numbers are used once in all of a trace."""
+
+    def __init__(self, begin: float) -> None:
+        self.begin = begin
+        self.events: list[dict[str, Any]] = []
+        self._pid = self._tid = 0
+
+    def microseconds(self, at: float) -> int:
+        return round((at - self.begin) * 1e6)
+
+    def _add(self, ph: str, name: str, **more: Any) -> None:
+        self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})
+
+    def process(self, name: str, label: str) -> None:
+        self._pid += 1
+        self._tid += 1  # for what happens to the process as a whole
+        self._add("M", "process_name", args={"name": name})
+        self._add("M", "process_sort_index", args={"sort_index": self._pid})
+        self._add("M", "thread_name", args={"name": "events"})
+        if label:
+            self._add("M", "process_labels", args={"labels": label})
+
+    def thread(self, name: str) -> None:
+        self._tid += 1
+        self._add("M", "thread_name", args={"name": name})
+        self._add("M", "thread_sort_index", args={"sort_index": self._tid})
+
+    def instant(
+        self,
+        name: str,
+        at: float,
+        kind: str = "experiment",
+        args: Mapping[str, Any] | None = None,
+        scope: str = "p",
+    ) -> None:
+        known = {key: value for key, value in (args or {}).items() if value is not None}
+        self._add("i", name, cat=kind, ts=self.microseconds(at), s=scope, args=known)
+
+    def attempt(self, attempt: Mapping[str, Any]) -> None:
+        begin, end = (self.microseconds(attempt[key]) for key in ("begin", "end"))
+        known = {
+            key: _iso(attempt[f"{key}_at"]) if attempt[f"{key}_at"] else None
+            for key in ("planned", "sent", "ended")
+        }
+        keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
+        known |= {"entry": attempt["ordinal"], **{key: attempt[key] for key in keys}}
+        args = {key: value for key, value in known.items() if value not in (None, "")}
+        colour = TRACE_COLOURS[attempt["outcome"]]
+        more = {"cat": "attempt", "ts": begin, "dur": end - begin, "cname": colour, "args": args}
+        self._add("X", attempt["label"], **more)
+
+
+def lanes(
+    attempts: Iterable[Mapping[str, Any]], place: Callable[[float], float]
+) -> list[list[Mapping[str, Any]]]:
+    """Deal attempts out to as few lanes as they need so that none overlaps another of its lane.
+
+    Args:
+        attempts: With `begin` and `end`.
+        place: Where a time is drawn: what touches there counts as free.
+    """
+    dealt: list[list[Mapping[str, Any]]] = []
+    ends: list[float] = []  # of each lane's last attempt
+    for attempt in sorted(attempts, key=lambda a: (place(a["begin"]), place(a["end"]))):
+        begin = place(attempt["begin"])
+        lane = next((n for n, end in enumerate(ends) if end <= begin), len(ends))
+        if lane == len(ends):
+            dealt.append([])
+            ends.append(0.0)
+        dealt[lane].append(attempt)
+        ends[lane] = place(attempt["end"])
+    return dealt
+
+
+# --- the report as a page
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #667085; --line: #e2e6ee;
+  --band: #f6f8fb; --done: #2f9e62; --failed: #d64545; --unknown: #b35cc9; --skipped: #98a2b3;
+  --running: #3b82d6; --armed: #9cc3ee; --mark: #b7791f; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e3e7ee; --faint: #939db0;
+  --line: #2b313c; --band: #1a1e26; --done: #3fae73; --failed: #ef6461; --unknown: #c884db;
+  --skipped: #667085; --running: #5a9be6; --armed: #35597f; --mark: #e0ab4f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1400px; padding: 28px 32px 60px; background: var(--paper);
+  color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 36px 0 10px; }
+.verdict { color: #fff; border-radius: 4px; padding: 2px 9px; margin-left: 10px; font-size: 14px;
+  font-weight: 600; vertical-align: 3px; }
+.summary, .facts, .note { color: var(--faint); margin: 0; }
+ul { max-height: 20em; overflow-y: auto; margin: 0; padding-left: 20px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
+th { color: var(--faint); font-weight: 500; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; overflow-wrap: anywhere; }
+td.bad { color: var(--failed); font-weight: 600; }
+.legend span { margin-right: 16px; white-space: nowrap; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px;
+  margin-right: 6px; vertical-align: -1px; }
+.timeline { display: grid; grid-template-columns: minmax(5em, max-content) 1fr; margin-top: 10px; }
+.axis, .corner { position: sticky; top: 0; background: var(--paper); height: 26px;
+  border-bottom: 1px solid var(--line); }
+.corner { color: var(--faint); font-size: 12px; padding-top: 4px; }
+.name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  padding-right: 12px; }
+.name:nth-child(even) { background: var(--band); }
+.names { min-width: 0; }
+svg { display: block; width: 100%; overflow: visible; }
+svg text { fill: var(--faint); font-size: 12px; text-anchor: middle; }
+.grid { stroke: var(--line); } .zebra { fill: var(--band); }
+.start { stroke: var(--ink); stroke-dasharray: 4 3; } text.start { stroke: none; fill: var(--ink); }
+rect { stroke-width: 1px; } rect:hover { stroke: var(--ink); }
+.done { fill: var(--done); stroke: var(--done); } .failed { fill: var(--failed);
+  stroke: var(--failed); } .unknown { fill: var(--unknown); stroke: var(--unknown); }
+.skipped { fill: var(--skipped); stroke: var(--skipped); } .running { fill: var(--running);
+  stroke: var(--running); } .armed { fill: var(--armed); stroke: var(--armed); }
+.zebra, .mark { stroke: none; } .mark { fill: var(--mark); }
+details { border-left: 3px solid var(--failed); padding: 2px 0 2px 12px; margin: 8px 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { background: var(--band); border: 1px solid var(--line); border-radius: 4px; margin: 6px 0;
+  padding: 8px 12px; overflow-x: auto; font-size: 12.5px; }
+li { overflow-wrap: anywhere; }
+p.note { margin: 4px 0 0; } footer { color: var(--faint); margin-top: 40px; }
+"""
+_TAIL_LINES, _TAIL_BYTES, _MAX_TAILS = 20, 8192, 200
+
+
+def report_page(db: Database, run: Run) -> str:
+    """Return an experiment as one HTML page that needs nothing else: no script, no other file.
+
+    Whatever comes from a guest stays text.
+    """
+    outcome = report_of(run)
+    source = _html(Path(run.experiment["source"]).name or "an experiment made by hand")
+    ended = run.experiment["ended_at"]
+    word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
+    if not ended:
+        word, colour = "running", "running"
+    start = run.experiment["start_at"]
+    times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
+    facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
+    faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        '<meta http-equiv="Content-Security-Policy" ',
+        """content="default-src 'none'; style-src 'unsafe-inline'">""",
+        f"<title>{source}: {word}</title><style>{_STYLE}</style></head><body>",
+        f'<h1>{source}<span class="verdict" style="background:var(--{colour})">{word}</span></h1>',
+        f'<p class="summary">{_html(outcome.summary)}</p><p class="facts">{facts}</p>',
+        f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
+        "<h2>Timeline</h2>",
+        *_page_timeline(run),
+        *_page_failures(db, run),
+        "<h2>VMs</h2>",
+        _page_table(outcome.rows),
+        f"<footer>vmrm {__version__}, Python {sys.version.split()[0]}, "
+        f"SQLite {sqlite3.sqlite_version}, experiment {run.experiment['id']}</footer>",
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _html(text: str) -> str:
+    import html
+
+    return html.escape("\n".join(_shown(line) for line in text.split("\n")))
+
+
+def _page_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    def cell(key: str, value: object) -> str:
+        bad = value if key in ("failed", "unknown") else value == "failed"
+        return f"<td{' class=bad' if bad else ''}>{_html(_cell(value))}</td>"
+
+    head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in (rows[0] if rows else ()))
+    lines = ("".join(cell(key, value) for key, value in row.items()) for row in rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _page_timeline(run: Run) -> Iterator[str]:
+    """Yield the drawing: names as text beside one SVG whose x is in per cent, so that it scales."""
+    span = max(run.end - run.begin, 1e-3)
+
+    def x(at: float) -> float:
+        return round(min(max((at - run.begin) / span, 0.0), 1.0) * 100, 3)
+
+    start = run.experiment["start_at"]
+    start = start if start and start <= run.end else None
+    zero = start or run.begin
+    ticks = [(x(zero + at), at) for at in _ticks(run.begin - zero, run.end - zero)]
+    rows, top = [], 0.0
+    for vm in run.vms:
+        dealt = lanes(vm.attempts, x)
+        rows.append((vm, dealt, top, max(22.0, 6 + _lane_height(len(dealt)) * len(dealt))))
+        top += rows[-1][3]
+    yield f'<p class="legend">{_page_legend(run)}</p><div class="timeline">'
+    yield f'<div class="corner">s from {"time 0" if start else "launch"}</div>'
+    yield '<svg class="axis" height="26">'
+    yield "".join(f'<text x="{at}%" y="18">{_plain_time(number)}</text>' for at, number in ticks)
+    yield '</svg><div class="names">'
+    for vm, _, _, height in rows:
+        said = _html(f"{vm.name}: {vm.state} {vm.reason}".strip())
+        style = f'style="line-height:{height:g}px"'
+        yield f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>'
+    yield f'</div><svg role="img" aria-label="attempts over time" height="{top:g}">'
+    for _, _, y, height in rows[1::2]:
+        yield f'<rect class="zebra" y="{y:g}" width="100%" height="{height:g}"/>'
+    yield "".join(f'<line class="grid" x1="{a}%" x2="{a}%" y2="{top:g}"/>' for a, _ in ticks)
+    for row in rows:
+        yield from _page_row(run, *row, x)
+    if start:
+        yield f'<line class="start" x1="{x(start)}%" x2="{x(start)}%" y2="{top:g}"/>'
+    yield "</svg></div>"
+
+
+def _page_legend(run: Run) -> str:
+    outcomes = sorted({a["outcome"] for vm in run.vms for a in vm.attempts})
+    said = {name: name for name in outcomes} | {"mark": "state, pause, reboot"}
+    return "".join(
+        f'<span><i style="background:var(--{name})"></i>{words}</span>'
+        for name, words in said.items()
+    )
+
+
+def _page_row(
+    run: Run,
+    vm: VMRun,
+    dealt: Sequence[Sequence[Mapping[str, Any]]],
+    top: float,
+    height: float,
+    x: Callable[[float], float],
+) -> Iterator[str]:
+    deep = _lane_height(len(dealt))
+    for mark in run.marks(vm):
+        said = _html(f"{vm.name}: {mark.text} at {_iso(mark.at)}")
+        yield f'<rect class="mark" x="{x(mark.at)}%" y="{top:g}" width="2" height="{height:g}">'
+        yield f"<title>{said}</title></rect>"
+    for lane, attempts in enumerate(dealt):
+        y = top + (height - deep * len(dealt)) / 2 + lane * deep
+        for attempt in attempts:
+            yield _page_bar(vm, attempt, x, f'y="{y + deep / 6:g}" height="{deep * 2 / 3:g}"')
+
+
+def _lane_height(count: int) -> float:
+    """Return how high a lane of a VM is drawn; many lanes share 120 pixels."""
+    return max(4.0, min(14.0, 120 / count)) if count else 14.0
+
+
+def _ticks(begin: float, end: float) -> list[float]:
+    """Return some round numbers of a range, zero among them if it is there."""
+    rough = max(end - begin, 1e-3) / 10
+    power = 10.0 ** math.floor(math.log10(rough))
+    steps = [n * power for n in (1, 2, 5, 10)] + [15.0, 30.0, 60.0, 300.0, 600.0, 1800.0, 3600.0]
+    step = min(step for step in steps if step >= rough)
+    first, last = math.ceil(begin / step), math.floor(end / step)
+    return [round(n * step, 6) for n in range(first, last + 1)]
+
+
+def _page_bar(
+    vm: VMRun, attempt: Mapping[str, Any], x: Callable[[float], float], place: str
+) -> str:
+    begin, end = x(attempt["begin"]), x(attempt["end"])
+    words = [f"{vm.name}, entry {attempt['ordinal']}: {attempt['label']}"]
+    words[0] += f" (attempt {attempt['attempt']})" if attempt["attempt"] > 1 else ""
+    code = "" if attempt["exit_code"] is None else f", exit code {attempt['exit_code']}"
+    words.append(f"{attempt['outcome']}{code}")
+    words += [
+        f"{key} {_iso(attempt[f'{key}_at'])}"
+        for key in ("planned", "sent", "ended")
+        if attempt[f"{key}_at"]
+    ]
+    if attempt["late_s"] is not None:
+        words.append(f"late {attempt['late_s'] * 1000:.1f} ms")
+    words += [attempt["error"]] if attempt["error"] else []
+    shape = f'class="{attempt["outcome"]}" x="{begin}%" width="{round(end - begin, 3)}%" {place}'
+    return f"<rect {shape}><title>{_html(chr(10).join(words))}</title></rect>"
+
+
+def _page_failures(db: Database, run: Run) -> Iterator[str]:
+    """Yield every failed attempt with the end of its output."""
+    failed = [(vm, a) for vm in run.vms for a in vm.attempts if _counts_as_failed(a)]
+    failed.sort(key=lambda item: item[1]["ignored"])  # what matters comes first
+    if failed:
+        yield "<h2>Failed and unknown attempts</h2>"
+    for vm, attempt in failed[:_MAX_TAILS]:
+        ignored = ", ignored" if attempt["ignored"] else ""
+        head = f"{vm.name}, entry {attempt['ordinal']} ({attempt['label']}), attempt "
+        head += f"{attempt['attempt']}: {attempt['outcome']}{ignored}: {attempt['error']}"
+        shown = " open" if len(failed) <= 10 else ""
+        yield f"<details{shown}><summary>{_html(head)}</summary>"
+        tails = {s: _output_tail(db, run, vm, attempt, s) for s in ("out", "err")}
+        for stream, text in tails.items():
+            if text:
+                yield f'<p class="note">std{stream}</p><pre>{_html(text)}</pre>'
+        yield "</details>" if any(tails.values()) else '<p class="note">no output</p></details>'
+    if len(failed) > _MAX_TAILS:
+        yield f'<p class="note">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
+
+
+def _output_tail(db: Database, run: Run, vm: VMRun, attempt: Mapping[str, Any], stream: str) -> str:
+    """Return the last lines of an attempt's output, as far as it is kept."""
+    gone = run.experiment["destroyed_at"] is not None
+    logs = db.state_dir / (f"logs.{run.experiment['id']}" if gone else "logs")
+    try:
+        with (logs / vm.name / f"{attempt['ordinal']}.{attempt['attempt']}.{stream}").open(
+            "rb"
+        ) as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - _TAIL_BYTES))
+            text = f.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = text.splitlines()
+    kept = lines[-_TAIL_LINES:]
+    return "\n".join(["…", *kept] if size > _TAIL_BYTES or kept != lines else kept)
 
 
 def check(db: Database, fix: bool = False) -> list[str]:
@@ -6522,7 +8686,9 @@ def _escaped(text: str) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, Mapping):
+        return " ".join(map(_cell, value.values()))
+    text = ", ".join(map(_cell, value)) if isinstance(value, list) else str(value)
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -6817,6 +8983,230 @@ class StoreCommands(_Group):
         return {"removed": removed}
 
 
+class PoolCommands(_Group):
+    """VMs that are lent to jobs."""
+
+    def _manager(self) -> VmManager:
+        return VmManager(db=self._main._open("Make a group: vmrm pool group NAME"))
+
+    @command
+    def group(self, name: str | None = None, **settings: str) -> object:
+        """Show the groups, or make one, or change it, or show its settings.
+
+        Args:
+            name: The group's name.
+            settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
+        """
+        db = self._manager().db if name is None else self._main._db()
+        rows = db.query("SELECT * FROM pool_groups ORDER BY position")
+        if name is not None:
+            if settings or name.lower() not in [row["name"].lower() for row in rows]:
+                put_group(db, name, {key: _setting(text) for key, text in settings.items()})
+            rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
+        known = {"name": "name", **group_settings(db)}
+        shown = [{key: row[column] for key, column in known.items()} for row in rows]
+        return shown if name is None else shown[0]
+
+    @command
+    def add(self, vm: str, group: str, path: str = "", ip: str = "") -> object:
+        """Add a VM that is there; it is lent once the keeper has found it well.
+
+        Args:
+            vm: The VM's name.
+            group: Its group.
+            path: The guest agent's address.
+            ip: The VM's own address.
+        """
+        if path:
+            drivers.parse_address(path)
+        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+
+    @command
+    def list(self, group: str | None = None) -> object:
+        """List the pool's VMs.
+
+        Args:
+            group: Only those of this group.
+        """
+        pool = self._manager()
+        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
+        return [_vm_line(vm) for vm in vms]
+
+    @command
+    def info(self, vm: str | None = None) -> object:
+        """Show everything about a VM, or the whole pool in short.
+
+        Args:
+            vm: The VM's name.
+        """
+        pool = self._manager()
+        return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
+
+    @command
+    def acquire(
+        self,
+        *groups: str,
+        owner: str | None = None,
+        sandbox: str = "",
+        wait: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+        pid: int | None = None,
+        task: str | None = None,
+        format: str | None = None,  # noqa: A002 (an option's name)
+    ) -> object:
+        """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
+
+        A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
+        VM is released after it, and its exit code is passed on. Without one, name, ip, path and
+        token of the lease are printed.
+
+        Args:
+            groups: The groups it may come from, in order of preference.
+            owner: Whom it counts for; default: you.
+            sandbox: What for: VMs used before by this owner for this come first.
+            wait: Wait in the queue if there is none now.
+            timeout: Seconds to wait at most (exit code 124).
+            priority: In the queue: higher ones first.
+            lease: Seconds after which the lease ends unless renewed; default 1 h without --pid.
+            pid: The process that holds it: when it is dead, the VM is taken back.
+            task: A name for the job, shown in listings.
+            format: Print this, with {name}, {ip}, {path}, {token}, {group} filled in.
+        """
+        runs = bool(self._main._tail)
+        if runs and pid is not None:
+            raise UsageError("a COMMAND holds the VM itself: it takes no --pid")
+        if format is not None:
+            _filled_in(format, dict.fromkeys(_LEASED, ""))
+        if pid is None and lease is None and not runs:
+            lease = 3600.0
+        holder = os.getpid() if runs else pid
+        pool = self._manager()
+        import getpass
+
+        request = Request(
+            (pool._group_names(groups),),
+            getpass.getuser() if owner is None else owner,
+            sandbox,
+            None if holder is None else Holder.of(holder),
+            lease,
+            task,
+            priority=priority,
+        )
+        patience = None if not wait else math.inf if timeout is None else timeout
+        vm = pool.acquire(request, patience, self._main._screen.tell)[0]
+        if runs:
+            raise SystemExit(run_leased(pool, vm, lease, self._main._tail, self._main._screen))
+        leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
+        return leased if format is None else _filled_in(format, leased)
+
+    @command
+    def renew(self, vm: str, lease: float = 3600.0, token: str | None = None) -> object:
+        """Have a lease end later.
+
+        Args:
+            vm: The VM's name.
+            lease: Seconds from now.
+            token: The lease's token; default $VMRM_LEASE.
+        """
+        pool = self._manager()
+        return {"until": _iso(pool.renew_vm(vm, lease, token=_token(vm, token)))}
+
+    @command
+    def release(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Give a VM back to the pool.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().release_vm(vm, token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def hold(self, vm: str, until: str, token: str | None = None, *, force: bool = False) -> object:
+        """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time.
+
+        Args:
+            vm: The VM's name.
+            until: A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        self._manager().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
+        return None
+
+    @command
+    def terminate(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
+        """Have the keeper end a VM and forget it.
+
+        Args:
+            vm: The VM's name.
+            token: The lease's token, if it is leased; default $VMRM_LEASE.
+            force: Whoever has leased it.
+        """
+        pool = self._manager()
+        if not force:
+            pool.check_lease(vm, _token(vm, token))
+        pool.start_vm_termination(vm, reason="terminated by command")
+        return None
+
+    @command
+    def remove(self, vm: str) -> object:
+        """Forget a terminating VM whose machine is known to be gone.
+
+        Args:
+            vm: The VM's name.
+        """
+        self._manager().remove_vm_from_pool(vm)
+        return None
+
+    @command
+    def log(self, vm: str) -> object:
+        """Print what the hooks of a VM printed, and how they ended.
+
+        Args:
+            vm: The VM's name.
+        """
+        db = self._manager().db
+        path = pool_log(db, vm)
+        if not path.exists():
+            VmDescriptor.load(db, vm)  # which says so, if there is no such VM
+        print_log(path, lambda: False)
+        return _SHOWN
+
+    @command
+    def history(self, vm: str | None = None) -> object:
+        """Show every change of state: when, who, why.
+
+        Args:
+            vm: Only of this VM.
+        """
+        rows = self._manager().db.query(
+            "SELECT * FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id", vm=vm
+        )
+        return [
+            {
+                "at": _iso(row["at"]),
+                "vm": row["vm_name"],
+                "group": row["group"],
+                "from": row["old_state"],
+                "to": row["new_state"] or "(gone)",
+                "owner": row["owner"],
+                "who": row["who"],
+                "why": row["reason"],
+            }
+            for row in rows
+        ]
+
+    @command
+    def metrics(self) -> object:
+        """Print the pool's figures as Prometheus text."""
+        return self._manager().metrics().rstrip("\n")
+
+
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
 
@@ -6830,6 +9220,7 @@ class Commands(_Public):
         self._database: Database | None = None
         self.schedule = ScheduleCommands(self)
         self.store = StoreCommands(self)
+        self.pool = PoolCommands(self)
 
     def _db(self) -> Database:
         if self._database is None:
@@ -6840,16 +9231,26 @@ class Commands(_Public):
         if self._database is not None:
             self._database.close()
 
-    def _open(self) -> Database:
+    def _open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
         """Return the database if there is one: reading makes none."""
         path = Path(self._path or default_database())
         if not path.exists():
-            raise NotFound(f"no database at {str(path)!r}", "Load an experiment: vmrm load FILE")
+            raise NotFound(f"no database at {str(path)!r}", hint)
         return self._db()
 
     def _vm(self, name: str) -> str:
         """Return a VM's name as it is written in the database."""
-        sql = "SELECT server_name FROM vms WHERE server_name = :name"
+        return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
+
+    def _any_vm(self, name: str) -> str:
+        """Return the name of a VM of the experiment, or else of the pool."""
+        return self._name(
+            """SELECT server_name FROM vms WHERE server_name = :name
+               UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name""",
+            name,
+        )
+
+    def _name(self, sql: str, name: str) -> str:
         found = self._open().value(sql, name=name)
         if found is None:
             raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
@@ -6880,6 +9281,19 @@ class Commands(_Public):
         }
 
     @command
+    def plan(self, file: str) -> object:
+        """Show what a run of an experiment file would do; nothing is connected or written.
+
+        Args:
+            file: TOML, or JSON of the same structure.
+        """
+        experiment = read_experiment(file)
+        rows = plan_rows(experiment)
+        self._screen.show(rows)
+        self._screen.tell(_plan_summary(experiment, rows))
+        return _SHOWN
+
+    @command
     def run(
         self,
         file: str | None = None,
@@ -6889,6 +9303,7 @@ class Commands(_Public):
         start_buffer: float | None = None,
         on_failure: str | None = None,
         stay: bool = False,
+        report: str | None = None,
     ) -> object:
         """Run the experiment, or continue it, and watch it to its end.
 
@@ -6901,7 +9316,10 @@ class Commands(_Public):
             start_buffer: Seconds from the last VM configured to time 0.
             on_failure: What a failed VM means before time 0: abort, drop or wait.
             stay: Go on when all work is done, for entries that will be added.
+            report: A new file for the report as an HTML page, written however it ends.
         """
+        if report is not None:
+            self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
         experiment = read_experiment(file) if file is not None else None
@@ -6916,8 +9334,29 @@ class Commands(_Public):
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
-        Viewer(db, self._screen, timeout).watch(process)
-        return self._report(report(db))
+        try:
+            Viewer(db, self._screen, timeout).watch(process)
+            return self._report(report_of(read_run(db)))
+        finally:
+            if report is not None:
+                self._write_report(db, report)
+
+    @staticmethod
+    def _check_new(report: str, detach: bool) -> None:
+        """Refuse at once what would lose the report when all is over."""
+        if detach:
+            raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
+        if os.path.lexists(report):
+            raise UsageError(f"{report!r} exists already")
+        if not os.access(Path(report).absolute().parent, os.W_OK):
+            raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
+
+    def _write_report(self, db: Database, file: str) -> None:
+        try:
+            self._write(file, report_page(db, read_run(db)))
+        except (OSError, UsageError) as error:
+            why = f"the report was not written: {_one_line(error)}"
+            raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
 
     def _report(self, outcome: Report) -> object:
         if self._screen.as_json:
@@ -6931,6 +9370,42 @@ class Commands(_Public):
         if not outcome.ok:
             raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]))
         return _SHOWN
+
+    @command
+    def trace(self, file: str | None = None, *, experiment: int | None = None) -> object:
+        """Write the run as a trace file that Perfetto and chrome://tracing open.
+
+        Args:
+            file: The new file, which must not exist; without it, stdout.
+            experiment: The number of an earlier, destroyed one; without it, the current one.
+        """
+        self._write(file, json.dumps(trace(self._launched(experiment))) + "\n")
+        return _SHOWN
+
+    @command
+    def report(self, file: str | None = None, *, experiment: int | None = None) -> object:
+        """Write the run as one HTML page: timeline, failures with their output, summary.
+
+        Args:
+            file: The new file, which must not exist; without it, stdout.
+            experiment: The number of an earlier, destroyed one; without it, the current one.
+        """
+        self._write(file, report_page(self._db(), self._launched(experiment)))
+        return _SHOWN
+
+    @staticmethod
+    def _write(file: str | None, text: str) -> None:
+        if file is None:
+            print(text, end="")
+            return
+        with new_file(Path(file)) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def _launched(self, experiment: int | None) -> Run:
+        run = read_run(self._open(), experiment)
+        if run.experiment["launched_at"] is None:
+            raise NotFound("the experiment has not been launched yet", "Do so: vmrm run")
+        return run
 
     @command
     def status(self) -> object:
@@ -6994,7 +9469,7 @@ class Commands(_Public):
         """
         if not self._tail:
             raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             answer = remote.do("exec", argv=self._tail)
             for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
                 stream.write((remote.folder / name).read_bytes())
@@ -7015,7 +9490,7 @@ class Commands(_Public):
             remote: Its absolute path in the VM; directories are made.
             timeout: Seconds within which the VM must begin to answer.
         """
-        source, name = Path(local), self._vm(vm)
+        source, name = Path(local), self._any_vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
         if not is_guest_path(remote):
@@ -7049,7 +9524,7 @@ class Commands(_Public):
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil
 
-        with Remote(self._open(), self._vm(vm), timeout) as access:
+        with Remote(self._open(), self._any_vm(vm), timeout) as access:
             with self._progress(access.folder, None):
                 answer = access.do("pull", remote=remote)
             temporary = target.with_name(f".vmrm-{secrets.token_hex(4)}")
@@ -7095,7 +9570,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds within which the VM must begin to answer.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("info")
 
     @command
@@ -7106,7 +9581,7 @@ class Commands(_Public):
             vm: The VM's name.
             timeout: Seconds it may take.
         """
-        with Remote(self._open(), self._vm(vm), timeout) as remote:
+        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
             return remote.do("reboot")
 
     @command
@@ -7121,6 +9596,44 @@ class Commands(_Public):
         if not count:
             raise UsageError(f"nothing of VM {vm!r} has failed")
         return {"retried": count}
+
+    @command
+    def pause(self, *vms: str, duration: float) -> object:
+        """Shift everything of VMs that has not started yet; pauses add up.
+
+        Given before time 0, it begins at time 0. The start time itself never changes.
+
+        Args:
+            vms: The VMs' names.
+            duration: Seconds.
+        """
+        return self._hold(vms, duration)
+
+    @command
+    def break_(self, *vms: str) -> object:
+        """Hold everything of VMs that has not started yet, until resume.
+
+        Args:
+            vms: The VMs' names.
+        """
+        return self._hold(vms, math.inf)
+
+    def _hold(self, vms: Sequence[str], duration: float) -> object:
+        if not vms:
+            raise UsageError("no VM is named", "See which there are: vmrm status")
+        return pause_vms(self._open(), vms, duration)
+
+    @command
+    def resume(self, *vms: str) -> object:
+        """End the break that VMs are in; timed pauses go on.
+
+        Args:
+            vms: The VMs' names; without any, all that are in a break.
+        """
+        given = resume_vms(self._open(), vms or None)
+        if not given:
+            raise UsageError("no VM is in a break")
+        return given
 
     @command
     def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
@@ -7225,21 +9738,154 @@ class Commands(_Public):
         Args:
             file: The copy, which must not exist.
         """
-        source, copy = self._open().connection, Path(file)
-        try:
-            os.close(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
-            raise UsageError(f"{file!r} exists already") from None
-        try:
-            with contextlib.closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
-        except BaseException:
-            copy.unlink()
-            raise
+        source = self._open().connection
+        with new_file(Path(file)) as copy, contextlib.closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
         return None
 
 
+setattr(Commands, "break", Commands.break_)  # which Python's grammar does not let us write
+del Commands.break_
+
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file for its user alone, to be filled by the caller; it goes again if that fails.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise UsageError(f"{str(path)!r} exists already") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink()
+        raise
+
+
+_LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
+
+
+def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
+    until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
+    return {
+        "vm": vm.vm_name,
+        "group": vm.group,
+        "state": vm.state,
+        "ip": vm.vm_ip,
+        "owner": vm.bound_to_user,
+        "sandbox": vm.bound_sandbox,
+        "holder": vm.holder_pid,
+        "until": _iso(until) if until else None,
+        "task": vm.task_id,
+        "builds": vm.builds_count,
+        "reason": vm.reason,
+    }
+
+
+def _setting(text: str) -> object:
+    """Return a group's setting as its column takes it."""
+    if text in ("none", "True", "False"):
+        return {"none": None, "True": 1, "False": 0}[text]
+    try:
+        return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
+    except ValueError:
+        return text
+
+
+def _filled_in(text: str, values: Mapping[str, object]) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UsageError(f"--format: {match[0]} is none of {', '.join(values)}")
+        return str(values[match[1]])
+
+    return re.sub(r"\{(\w*)\}", value, text)
+
+
+def _token(vm: str, given: str | None) -> str | None:
+    """Return the token of a command: the given one, or that of the job it runs in."""
+    of_job = os.environ.get("VMRM_VM", vm).lower() == vm.lower()
+    return given or (os.environ.get("VMRM_LEASE") if of_job else None)
+
+
+def _moment(text: str) -> float:
+    """Return a time from now, or a date, in seconds since the epoch."""
+    try:
+        return CLOCK.wall() + parse_seconds(text)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is neither a time like 90s, 2h, 3d nor a date") from None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def run_leased(
+    pool: VmManager, vm: VmDescriptor, lease: float | None, words: Sequence[str], screen: Screen
+) -> int:
+    """Run a command that holds a leased VM; release it afterwards; return the exit code.
+
+    The command itself becomes the holder before it begins, so that the VM is its own for as long
+    as it lives, whatever happens to us. Signals go on to it; it is ended if the lease is lost.
+    """
+    environment = os.environ | {
+        "VMRM_VM": vm.vm_name,
+        "VMRM_IP": vm.vm_ip,
+        "VMRM_PATH": vm.path,
+        "VMRM_GROUP": str(vm.group),
+        "VMRM_LEASE": cast(str, vm.token),
+        "VMRM_DB": str(pool.db.path),
+    }
+    pool.db.close()  # no connection crosses a fork
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        _become(words, environment, ready)
+    os.close(ready)
+    process = os.pidfd_open(child)
+
+    def send(number: int, _: object = None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, number)
+
+    def lost(error: VmError) -> None:
+        screen.tell(f"vmrm: {error}; the command is ended")
+        send(signal.SIGTERM)
+
+    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    try:
+        pool.hand_over(vm, Holder.of(child))
+        os.write(go, b"g")
+        with pool.keep(vm, lease, lost):
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        os.close(go)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(process)
+    pool.release_vm(vm.vm_name, token=vm.token)
+    return code if code >= 0 else 128 - code
+
+
+def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
+    """Become a command, in a forked child, once the parent says so; end if it died before."""
+    code = 127
+    try:
+        if os.read(ready, 1):
+            os.execvpe(words[0], list(words), environment)  # noqa: S606
+    except OSError as error:
+        print(f"error: {words[0]!r}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 127 if isinstance(error, FileNotFoundError) else 126
+    finally:
+        os._exit(code)
 
 
 def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
@@ -7418,15 +10064,21 @@ def _switch(value: str) -> bool:
     return value == "True"
 
 
+def parse_seconds(text: str) -> float:
+    """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
+    seconds = float(text[:-1]) * unit if unit else float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is no duration")
+    return seconds
+
+
 def _seconds(value: str) -> float:
     """Return a duration; every number with a fraction on our command line is one."""
     try:
-        seconds = float(value)
+        return parse_seconds(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number of seconds") from None
-    if not 0 <= seconds < math.inf:
-        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more")
-    return seconds
+        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more") from None
 
 
 def _whole(value: str) -> int:
@@ -7441,6 +10093,11 @@ def _fire_error(message: str) -> Exception:
     return cast(Exception, FireError(message))
 
 
+_GROUPS: dict[str, type] = {
+    "schedule": ScheduleCommands,
+    "store": StoreCommands,
+    "pool": PoolCommands,
+}
 _PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
 
 
@@ -7472,12 +10129,12 @@ def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
     if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
         return cast(Pending, getattr(commands, words[0])())
     if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
-        raise UsageError("'--' is for exec alone, after VM", "See: vmrm exec --help")
+        raise UsageError("'--' is for exec and pool acquire alone", "See: vmrm exec --help")
     import fire
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
     fire.decorators.FIRE_METADATA = "_fire_metadata"
-    for group in (Commands, ScheduleCommands, StoreCommands):
+    for group in (Commands, *_GROUPS.values()):
         _teach_fire(group)
     understood: list[Pending] = []
 
@@ -7521,7 +10178,7 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
         if word not in known:
             break
         at.append(word)
-        group = {"schedule": ScheduleCommands, "store": StoreCommands}.get(word)
+        group = _GROUPS.get(word)
         known = [] if group is None else list(vars(group))
     if len(at) == 1 or known:
         text = text.replace("not understood:", "no such command:")
@@ -7546,6 +10203,11 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         word = rest.pop(0)
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
+            break
+        if line.words[:2] == ["pool", "acquire"] and word == "--" and rest != ["--help"]:
+            if not rest:
+                raise UsageError("no command follows --", "See: vmrm pool acquire --help")
+            line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
             line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")

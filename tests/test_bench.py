@@ -57,7 +57,7 @@ def test_status_part_compares_with_a_bare_interpreter(tmp_path: Path) -> None:
 def test_handlers_part_takes_an_experiment_to_its_end(tmp_path: Path) -> None:
     found = figures(tmp_path, "handlers", "--handlers", "2", "--window", "0.5")
     names = {name.removeprefix("2 handlers: ") for name in found}
-    assert {"launch, until all are configured", "stop", "largest WAL"} <= names
+    assert {"launch, until all handlers are at work on their VM", "stop", "largest WAL"} <= names
     assert found["2 handlers: private memory while waiting, median"]["ours"] > 0
     late = [row for name, row in found.items() if "lateness" in name]
     assert len(late) == 4

@@ -297,6 +297,39 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file(write: Write) -> N
     ] * len(starts), told
 
 
+def test_one_fault_does_not_hide_another_of_the_same_table(write: Write) -> None:
+    text = """
+        [[vm]]
+        name = "a b"
+        path = "tcp:host"
+        engine = "other"
+        [[vm.schedule]]
+        start_time = 0
+        executable = 5
+        [[vm.schedule]]
+        start_time = "soon"
+        file = [{ location = "x", filename = "none" }, { location = "y" }]
+        [[vm]]
+        name = "c"
+        agent_timeout = -1
+    """
+    starts = [
+        "vm 'a b', entry 1: executable is 5",
+        "vm 'a b', entry 1: start_time 0",
+        "vm 'a b', entry 2: start_time is 'soon'",
+        "vm 'a b', entry 2, file: filename is missing",
+        "vm 'a b', entry 2, file 'none'",
+        "vm 'a b': VM name 'a b'",
+        "vm 'a b': address 'tcp:host'",
+        "vm 'a b': unknown engine 'other'",
+        "vm 'c': agent_timeout is -1",
+        "vm 'c': path to the guest agent is missing",
+    ]
+    told = faults(write(text))
+    assert len(told) == len(starts), told
+    assert all(line.startswith(start) for line, start in zip(told, starts, strict=True)), told
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

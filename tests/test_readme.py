@@ -166,11 +166,15 @@ def usage(name: str, method: Callable[..., object]) -> str:
         word = parameter.name.upper()
         if parameter.kind is parameter.VAR_POSITIONAL:
             words.append(f"{word.removesuffix('S')} …")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            words.append(f"[--{word.removesuffix('S')} VALUE …]")
         elif parameter.default is parameter.empty:
-            words.append(word)
+            is_word = parameter.kind is not parameter.KEYWORD_ONLY
+            words.append(word if is_word else f"--{parameter.name} {word}")
         elif not is_option(parameter):
             words.append(f"[{word}]")
-    return " ".join([*words, *(["PROGRAM [ARG …]"] if name == "exec" else [])])
+    tail = {"exec": "PROGRAM [ARG …]", "pool acquire": "[-- COMMAND …]"}
+    return " ".join([*words, *([tail[name]] if name in tail else [])])
 
 
 def parameters(method: Callable[..., object]) -> list[inspect.Parameter]:
@@ -180,7 +184,7 @@ def parameters(method: Callable[..., object]) -> list[inspect.Parameter]:
 
 def is_option(parameter: inspect.Parameter) -> bool:
     """Whether README writes a parameter as --name: it may be left out and is no name of a thing."""
-    things = ("file", "vm", "entry", "pattern", "local")
+    things = ("file", "vm", "entry", "pattern", "local", "group", "name")
     optional = parameter.default is not parameter.empty
     return optional and parameter.name not in things
 
@@ -225,6 +229,18 @@ def test_every_key_of_experiment_files_is_in_a_table() -> None:
         assert table == wanted
 
 
+def test_every_setting_of_a_group_is_in_a_table_with_its_default(tmp_path: Path) -> None:
+    with vmrm.Database(tmp_path / "lab.db") as db:
+        vmrm.put_group(db, "g", {})
+        row = db.query("SELECT * FROM pool_groups")[0]
+        known = vmrm.group_settings(db)
+    expected = {name: row[column] for name, column in known.items()}
+    shown = {cells[0].strip("`"): cells[1] for cells in rows("setting", "default", "means")}
+    assert shown == {
+        name: "none" if value in (None, "") else f"{value:g}" for name, value in expected.items()
+    }
+
+
 def test_the_parts_of_files_contents_and_transfers_are_named() -> None:
     table = {row[0].strip("`"): row[2] for row in rows("[[vm.schedule]]", "must be", "means")}
     for kind, keys in vmrm.DATA_KEYS.items():
@@ -258,7 +274,10 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
             assert re.match(r"# \S+\.(toml|py)\n", block.text), block.text
 
 
-def test_every_experiment_file_is_accepted(tmp_path: Path) -> None:
+def test_every_experiment_file_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(next(b.text for b in blocks() if b.text.startswith("# traced.py")))
+    monkeypatch.setenv("VMRM_DRIVERS", str(driver))
     found = [block.text for block in blocks() if block.language == "toml"]
     assert len(found) == 3
     used: set[str] = set()

@@ -410,10 +410,16 @@ def test_a_put_wakes_the_vms_handler(db: Database, schedules: ScheduleDb) -> Non
 BREAK = {"pause": INF}
 
 
-def times(*items: dict[str, Any], resumes: tuple[float, ...] = ()) -> list[float]:
+def resumed(*times: float) -> list[vmrm.Hold]:
+    return [vmrm.Hold(time, None) for time in times]
+
+
+def times(
+    *items: dict[str, Any], resumes: tuple[float, ...] = (), holds: tuple[vmrm.Hold, ...] = ()
+) -> list[float]:
     """Return the effective times in the order in which the entries are written."""
     entries = entries_of(*items)
-    by_ordinal = vmrm.effective_times(entries, resumes)
+    by_ordinal = vmrm.effective_times(entries, [*resumed(*resumes), *holds])
     return [by_ordinal[entry.ordinal] for entry in entries]
 
 
@@ -465,8 +471,63 @@ def test_pauses_at_minus_infinity_and_zero_shift_no_negative_entry() -> None:
 
 def test_a_resume_in_the_schedule_ends_the_break_before_it() -> None:
     items = ({"start_time": 15, **BREAK}, {"start_time": 20, "resume": True}, program(30))
-    held, _, shifted = times(*items)
-    assert (held, shifted) == (15, 35)
+    assert times(*items) == [15, 20, 35]
+
+
+def test_a_resume_ends_one_break() -> None:
+    items = (
+        {"start_time": 10, **BREAK},
+        {"start_time": 20, **BREAK},
+        {"start_time": 30, "resume": True},
+        program(40),
+    )
+    # The first break ends at 30, when the second one's own time is past by 20 seconds of it.
+    assert times(*items) == [10, 40, 30, INF]
+    assert times(*items, resumes=(100,)) == [10, 40, 30, 120]
+    # Ended by a command before, it leaves the planned resume to the second break.
+    assert times(*items, resumes=(15,)) == [10, 25, 35, 55]
+
+
+@pytest.mark.parametrize(
+    ("holds", "expected"),
+    [
+        ([(5, 30)], [35, 45, 60]),  # what is due at that very moment has not begun
+        ([(4, 30), (6, 10)], [45, 55, 70]),  # pauses add up, however they overlap
+        ([(7, INF)], [5, INF, INF]),
+        ([(7, INF), (100, None)], [5, 108, 123]),
+        ([(7, INF), (100, None), (110, None)], [5, 108, 123]),
+        ([(7, INF), (20, 30), (100, None)], [5, 138, 153]),  # a pause within a break follows it
+        ([(7, 50), (20, INF), (30, None)], [5, 65, 80]),  # a resume ends no timed pause
+        ([(7, 50), (20, INF), (100, None)], [5, 108, 123]),  # a break within one begins after it
+        ([(0, INF), (0, None)], [5, 15, 30]),  # before time 0
+        ([(-INF, None), (7, INF)], [5, INF, INF]),  # that was for a break at -inf
+    ],
+)
+def test_what_commands_give(holds: list[tuple[float, float | None]], expected: list[float]) -> None:
+    given = tuple(vmrm.Hold(*hold) for hold in holds)
+    assert times(program(5), program(15), program(30), holds=given) == expected
+
+
+def test_a_planned_resume_ends_no_break_that_a_command_gave() -> None:
+    items = (
+        program(5),
+        {"start_time": 20, **BREAK},
+        {"start_time": 50, "resume": True},
+        program(60),
+    )
+    holds = (vmrm.Hold(1, INF), vmrm.Hold(101, None))
+    assert times(*items, holds=holds) == [105, 120, 150, 190]
+    assert times(*items, holds=holds[:1]) == [INF] * 4
+
+
+def test_pauses_at_minus_infinity_delay_the_first_negative_entry() -> None:
+    items = [{"start_time": -INF, "pause": 30}, {"start_time": -INF, "pause": 20}, program(-5)]
+    assert vmrm.opening_delay(entries_of(*items)) == 50
+    items += [{"start_time": -INF, **BREAK}] * 2
+    entries = entries_of(*items)
+    assert vmrm.opening_delay(entries, [vmrm.Hold(-INF, None)]) == INF
+    assert vmrm.opening_delay(entries, [vmrm.Hold(-INF, None)] * 2) == 50
+    assert vmrm.opening_delay(entries, [vmrm.Hold(0, None)] * 2) == INF, "those are of other breaks"
 
 
 def test_entries_of_one_time_keep_their_order_and_pauses_come_last() -> None:
@@ -485,49 +546,61 @@ schedule_items = st.lists(
             st.integers(0, 200),
             st.integers(1, 500) | st.just(INF),
         ),
+        st.builds(lambda at: {"start_time": at, "resume": True}, st.integers(1, 200)),
     ),
     max_size=12,
 )
-resumes = st.lists(st.floats(0, 2000), max_size=4)
+commands = st.lists(
+    st.builds(vmrm.Hold, st.floats(0, 2000), st.none() | st.just(INF) | st.integers(1, 500)),
+    max_size=6,
+)
 
 
-@given(schedule_items, resumes)
-def test_shifts_lose_no_entry_keep_the_order_and_only_grow(
-    items: list[dict[str, Any]], given_resumes: list[float]
+@given(schedule_items, commands)
+def test_order_is_kept_nothing_is_lost_and_shifts_only_grow(
+    items: list[dict[str, Any]], holds: list[vmrm.Hold]
 ) -> None:
     entries = entries_of(*items)
-    found = vmrm.effective_times(entries, given_resumes)
+    found = vmrm.effective_times(entries, holds)
     assert found.keys() == {entry.ordinal for entry in entries}
-    in_order = vmrm.in_order(entries)
+    negative = [entry for entry in entries if entry.start_time < 0]
+    assert all(found[entry.ordinal] == entry.start_time for entry in negative)
+    in_order = [e for e in vmrm.in_order(entries) if not e.options.get("resume")]
     for first, second in pairwise(in_order):
         assert found[first.ordinal] <= found[second.ordinal]
     shifts = [found[entry.ordinal] - entry.start_time for entry in in_order]
     assert all(later >= earlier - 1e-6 for earlier, later in pairwise(shifts))
-    assert all(
-        found[entry.ordinal] == entry.start_time for entry in entries if entry.start_time < 0
-    )
 
 
-@given(schedule_items, resumes, st.randoms(use_true_random=False))
-def test_the_order_of_resumes_and_of_different_times_in_the_text_does_not_matter(
-    items: list[dict[str, Any]], given_resumes: list[float], random: Any
+@given(schedule_items, commands, st.randoms(use_true_random=False))
+def test_the_order_in_which_things_are_written_does_not_matter(
+    items: list[dict[str, Any]], holds: list[vmrm.Hold], random: Any
 ) -> None:
     assume(len({item["start_time"] for item in items}) == len(items))
+    assume(len({hold.time for hold in holds}) == len(holds))
     entries = entries_of(*items)
-    before = vmrm.effective_times(entries, given_resumes)
+    before = vmrm.effective_times(entries, holds)
     random.shuffle(entries)
-    random.shuffle(given_resumes)
-    assert vmrm.effective_times(entries, given_resumes) == before
+    random.shuffle(holds)
+    assert vmrm.effective_times(entries, holds) == before
 
 
-@given(schedule_items, resumes, st.floats(0, 5000))
-def test_a_later_resume_never_moves_what_an_earlier_one_released(
-    items: list[dict[str, Any]], given_resumes: list[float], later: float
+@given(schedule_items, commands, st.floats(0, 3000), st.none() | st.just(INF) | st.integers(1, 500))
+def test_what_is_given_never_changes_what_happened_before(
+    items: list[dict[str, Any]], holds: list[vmrm.Hold], now: float, duration: float | None
 ) -> None:
-    """So a handler may start entries by the resumes it knows: none of them is taken back."""
-    entries = entries_of(*items)
-    before = vmrm.effective_times(entries, given_resumes)
-    after = vmrm.effective_times(entries, [*given_resumes, later])
-    for ordinal, at in before.items():
-        if at < later:
-            assert after[ordinal] == at
+    """So a handler may start entries by the rows it knows: none of them is taken back."""
+    entries, past = entries_of(*items), [hold for hold in holds if hold.time < now]
+    before = vmrm.Timeline(entries, past)
+    after = vmrm.Timeline(entries, [*past, vmrm.Hold(now, duration)])
+    began = before.break_at(now)
+    for entry in entries:
+        old, new = before.times[entry.ordinal], after.times[entry.ordinal]
+        if old < now:
+            assert new == old
+        elif duration is None and began is not None:
+            assert now - 1e-6 <= new <= old + 1e-6
+        elif duration is None or entry.start_time < 0 or began is not None:
+            assert new == pytest.approx(old)  # nothing to end, or it waits for its turn
+        elif not entry.options.get("resume"):
+            assert new >= old

@@ -57,7 +57,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "outcome": "armed",
         "armed_at": 1.0,
     },
-    "resumes": {"experiment_id": 1, "server_name": "web", "at": 1.0},
+    "past_schedules": {"experiment_id": 1, "server_name": "web", "generation": 1, "text": "[]"},
+    "holds": {"experiment_id": 1, "server_name": "web", "at": 1.0, "experiment_time": 0.0},
     "requests": {
         "id": "r",
         "server_name": "web",
@@ -77,6 +78,29 @@ ROWS: dict[str, dict[str, Any]] = {
         "uploaded_at": 1.0,
     },
     "history": {"server_name": "web", "at": 1.0, "new_state": "failed"},
+    "pool_groups": {"name": "g", "position": 1},
+    "pool_vms": {
+        "vm_name": "p1",
+        "group": "g",
+        "state": "got_ip",
+        "state_at": 1.0,
+        "spawned_at": 1.0,
+    },
+    "pool_waiters": {
+        "token": "t",
+        "wants": "[]",
+        "owner": "ann",
+        "holder_pid": 1,
+        "holder_started": 1,
+        "holder_boot": "b",
+        "holder_namespace": 1,
+        "queued_at": 1.0,
+        "heartbeat_at": 1.0,
+    },
+    "pool_info": {"group": "g", "key": "k", "value": "v"},
+    "pool_server": {"id": 1, "boot": "b", "namespace": 1},
+    "pool_history": {"vm_name": "p1", "group": "g", "at": 1.0},
+    "pool_counts": {"group": "h", "state": "ready", "times": 1},
 }
 
 
@@ -121,6 +145,8 @@ REFUSED = [
     ("attempts", {"ended_at": 3.0}),
     ("attempts", {"reboot": 2}),
     ("attempts", {"retried": 2}),
+    ("holds", {"duration_s": 0.0}),
+    ("holds", {"ignored": 2}),
     ("requests", {"arguments": "{"}),
     ("requests", {"answer": "{"}),
     ("requests", {"withdrawn": 2}),
@@ -128,6 +154,40 @@ REFUSED = [
     ("files", {"name": "../a"}),
     ("files", {"name": ".a"}),
     ("files", {"name": "a" * 65}),
+    ("pool_groups", {"name": "g/h"}),
+    ("pool_groups", {"max_vm_per_user": -1}),
+    ("pool_groups", {"max_vm_total": -1}),
+    ("pool_groups", {"min_ready": -1}),
+    ("pool_groups", {"max_spawn_processes": 0}),
+    ("pool_groups", {"vm_spawn_min_interval_s": -1}),
+    ("pool_groups", {"vm_health_check_period_s": 0}),
+    ("pool_groups", {"vm_health_check_max_time_s": 0}),
+    ("pool_groups", {"vm_max_check_fails": -1}),
+    ("pool_groups", {"vm_dirty_terminating_timeout_s": -1}),
+    ("pool_groups", {"vm_terminating_timeout_s": 0}),
+    ("pool_groups", {"reuse_max_count": 0}),
+    ("pool_groups", {"reuse_max_age_s": 0}),
+    ("pool_groups", {"reuse_max_idle_s": 0}),
+    ("pool_groups", {"spawn_timeout_s": 0}),
+    ("pool_groups", {"release_timeout_s": 0}),
+    ("pool_groups", {"terminate_timeout_s": 0}),
+    ("pool_groups", {"list_timeout_s": 0}),
+    ("pool_groups", {"release_cleans": 2}),
+    ("pool_vms", {"vm_name": "../p"}),
+    ("pool_vms", {"state": "idle"}),
+    ("pool_vms", {"state": "in_use"}),
+    ("pool_vms", {"state": "ready", "token": "t", "holder_pid": 1}),
+    ("pool_vms", {"state": "in_use", "token": "t"}),
+    ("pool_vms", {"state": "held"}),
+    ("pool_vms", {"state": "ready", "check_fails": 1}),
+    ("pool_vms", {"state": "ready", "releasing_at": 1.0}),
+    ("pool_vms", {"check_fails": -1}),
+    ("pool_vms", {"bound_to_user": ""}),
+    ("pool_vms", {"builds_count": -1}),
+    ("pool_vms", {"terminate_tries": -1}),
+    ("pool_vms", {"hook": "reboot"}),
+    ("pool_waiters", {"wants": "["}),
+    ("pool_server", {"id": 2}),
 ]
 
 
@@ -160,6 +220,10 @@ def test_every_check_of_the_schema_has_a_row_that_it_refuses(db: Database) -> No
         ("attempts", {"attempt": 2, "outcome": "running"}),
         ("files", {"name": "A.TXT"}),
         ("requests", {}),
+        ("pool_groups", {"name": "G"}),
+        ("pool_vms", {"vm_name": "P1"}),
+        ("pool_waiters", {}),
+        ("pool_info", {}),
     ],
     ids=str,
 )
@@ -201,6 +265,7 @@ def listed(table: str, column: str) -> set[str]:
         ("attempts", "outcome", vmrm.Outcome),
         ("experiments", "on_failure", vmrm.OnFailure),
         ("experiments", "halt", vmrm.Halt),
+        ("pool_vms", "state", vmrm.VmStates),
     ],
 )
 def test_the_lists_of_the_schema_are_the_enums(
@@ -230,7 +295,7 @@ def test_every_state_of_a_vm_is_in_its_history_and_nothing_else(db: Database) ->
 CHANGES: dict[str, Callable[[Database], object]] = {
     "schedule put": lambda db: insert(db, "schedules"),
     "schedule put again": lambda db: db.write("UPDATE schedules SET text = '[]'"),
-    "resume": lambda db: insert(db, "resumes"),
+    "pause": lambda db: insert(db, "holds"),
     "request": lambda db: insert(db, "requests"),
     "retry": lambda db: db.write("UPDATE attempts SET retried = 1"),
     "start time": lambda db: db.write("UPDATE experiments SET start_at = 5.0"),
@@ -296,7 +361,7 @@ def test_the_latest_attempt_of_each_entry_is_searched_not_scanned(db: Database) 
 
 def test_a_new_database_names_its_program_and_version(db: Database) -> None:
     assert db.value("PRAGMA application_id") == int.from_bytes(b"vmrm")
-    assert db.value("PRAGMA user_version") == 1
+    assert db.value("PRAGMA user_version") == 2
     assert db.value("PRAGMA journal_mode") == "wal"
 
 
@@ -313,12 +378,12 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path) -> 
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, 2, 999])
+@pytest.mark.parametrize("version", [0, 1, 999])
 def test_another_version_is_refused_naming_both(tmp_path: Path, version: int) -> None:
     path = tmp_path / "lab.db"
     with Database(path) as db:
         db.connection.execute(f"PRAGMA user_version = {version}")
-    message = f"schema version {version}, this vmrm wants 1"
+    message = f"schema version {version}, this vmrm wants 2"
     with pytest.raises(vmrm.SchemaError, match=message), Database(path) as db:
         db.query("SELECT * FROM vms")
 

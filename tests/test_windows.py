@@ -106,10 +106,9 @@ class Player:
     # --- what of a driver a WindowsGuest uses
 
     def run(self, argv: list[str], timeout: float = 0) -> drivers.ExecStatus:
-        tail = subprocess.list2cmdline(argv[1:])
-        command = [sys.executable, drivers.__file__, str(self.root), "boot", "cmd", tail]
-        if self.wine:
-            command = ["wine", *argv]
+        command = ["wine", *argv]
+        if not self.wine:
+            command = drivers._Windows(self.root).argv("boot", *argv)
         done = subprocess.run(command, capture_output=True, cwd=self.root, env=self.environment)
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
 
@@ -169,13 +168,15 @@ def wine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield a fresh Windows of wine's."""
     if not shutil.which("wine"):
         pytest.skip("wine is not installed")
-    prefix = tmp_path_factory.mktemp("wine") / "prefix"
+    prefix = tmp_path_factory.mktemp("wine")
     quiet = {"WINEPREFIX": str(prefix), "WINEDEBUG": "-all", "DISPLAY": ""}
     environment = {**os.environ, **quiet, "WINEDLLOVERRIDES": "mscoree=;mshtml="}
-    subprocess.run(["wineserver", "-p"], env=environment, check=True)  # or each call starts one
-    subprocess.run(["wine", "wineboot", "-i"], env=environment, capture_output=True, check=True)
+    # A server of our own, or each call starts one; neither it nor what it starts holds our pipes.
+    null = subprocess.DEVNULL
+    for command in (["wineserver", "-p"], ["wine", "wineboot", "-i"]):
+        subprocess.run(command, env=environment, stdin=null, stdout=null, stderr=null, check=True)
     yield prefix
-    subprocess.run(["wineserver", "-k"], env=environment, capture_output=True)
+    subprocess.run(["wineserver", "-k"], env=environment)
 
 
 @pytest.fixture(params=["stand-in", "wine"])

@@ -197,16 +197,18 @@ def _run(experiment: _Experiment, agents: int) -> list[Figure]:
     launch = _seconds(
         lambda: (
             experiment.vmrm("run", file, "--detach", "--stay"),
-            experiment.until_all("state = 'configured'", _LAUNCH_S),
+            experiment.until_all("state <> 'uninitialized'", _LAUNCH_S),
         )
     )
+    configured = launch + _seconds(lambda: experiment.until_all("state = 'configured'", _LAUNCH_S))
     agents_s, programs_s = _cpu_s([agents]) - before, _children_cpu_s(agents)
     pids = experiment.handlers()
     supervisor = vmrm.supervisor_pid(experiment.db)
     if supervisor is None:
         raise RuntimeError("the supervisor has ended")
     figures = [
-        bound("launch, until all are configured", "s", launch, 20),
+        bound("launch, until all handlers are at work on their VM", "s", launch, 20),
+        Figure("until the guests have also run an entry each", "s", configured),
         Figure("CPU of handlers and supervisor meanwhile", "s", _cpu_s([supervisor, *pids])),
         Figure("CPU of the stand-in agents meanwhile", "s", agents_s),
         Figure("CPU of their guests' programs meanwhile", "s", programs_s),
