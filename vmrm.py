@@ -22,6 +22,7 @@ statement or one transaction; inside a transaction there is no other I/O.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -52,7 +53,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Self, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
 
@@ -73,8 +74,9 @@ __version__ = "0.1.0"
 #   │       └── VmDescriptorNotFound   also a NotFound
 #   ├── Unavailable            code 75: fine later
 #   │   ├── NoVmAvailable      the pool has no VM to give now
-#   │   └── Busy               the database's writer lock was not free in time
-#   │       └── ScheduleDbTimeoutError
+#   │   ├── Busy               the database's writer lock was not free in time
+#   │   │   └── ScheduleDbTimeoutError
+#   │   └── Unwritable         the database's disk is full, for example
 #   ├── TimedOut               code 124
 #   └── SchemaError            code 3: the database file is not ours, damaged or of another version
 
@@ -125,6 +127,10 @@ class NoVmAvailable(Unavailable):
 
 class Busy(Unavailable):
     """The database's writer lock was not free in time."""
+
+
+class Unwritable(Unavailable):
+    """The database cannot be used at present: its disk is full, for example."""
 
 
 class ScheduleDbTimeoutError(Busy):
@@ -187,6 +193,14 @@ class OnFailure(StrEnum):
     ABORT = "abort"  # finish what runs, start nothing further
     DROP = "drop"  # go on without it
     WAIT = "wait"  # wait until somebody retries it
+
+
+class Late(StrEnum):
+    """What becomes of entries that are overdue when an experiment is continued."""
+
+    START = "start"  # they start at once, in planned order
+    SKIP = "skip"  # they are recorded as skipped
+    SHIFT = "shift"  # a pause for as long as nothing ran is recorded for every VM
 
 
 class Halt(StrEnum):
@@ -324,6 +338,8 @@ class Timeouts:
     leave: float = 10.0  # for handlers to leave before they are killed
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
     lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
+    recheck: float = 5.0  # until a pool VM's check that told nothing is repeated
+    young: float = 60.0  # of a pool VM whose absence, or unknown machine, is not acted upon yet
     heartbeat: float = 30.0  # after which a silent waiter for a pool VM counts no more
 
     @classmethod
@@ -352,7 +368,7 @@ def _crash(label: str) -> None:
     """Die here, as by kill -9, if `VMRM_CRASH=label:n` names this point and its n-th passing.
 
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
-    many processes one dies, once.
+    many processes one dies, once. With `$VMRM_CRASH_PARENT` set, our parent dies instead.
     """
     if not _CRASH:
         return
@@ -367,7 +383,8 @@ def _crash(label: str) -> None:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return
-    os.kill(os.getpid(), signal.SIGKILL)
+    victim = os.getppid() if "VMRM_CRASH_PARENT" in os.environ else os.getpid()
+    os.kill(victim, signal.SIGKILL)
 
 
 def boot_id() -> str:
@@ -437,6 +454,32 @@ def _file_system(path: Path) -> str:
         if left.split()[2] == wanted:
             return right.split()[0]
     return ""
+
+
+# What SQLite says when it is not the request that is wrong, and which may pass.
+_TROUBLE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+
+
+@contextlib.contextmanager
+def _telling_trouble() -> Iterator[None]:
+    """Raise `Unwritable` for what the disk, or another program, keeps us from."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _TROUBLE:
+            raise
+        raise Unwritable(
+            f"the database cannot be used now: {error}",
+            "Make room on its disk, or see who else has it open; nothing is lost",
+        ) from error
 
 
 class WriterLock:
@@ -649,6 +692,10 @@ class Database:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
+        with _telling_trouble():
+            return self._connected()
+
+    def _connected(self) -> sqlite3.Connection:
         me = threading.current_thread()
         try:
             connection = sqlite3.connect(
@@ -668,6 +715,8 @@ class Database:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
         except sqlite3.OperationalError as error:
             self._connections.pop(me, None)
+            if error.sqlite_errorcode & 0xFF in _TROUBLE:
+                raise
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
             self._connections.pop(me, None)
@@ -701,7 +750,11 @@ class Database:
 
     def query(self, sql: str, **parameters: object) -> list[dict[str, Any]]:
         """Return all rows of one reading statement, as dictionaries."""
-        return [dict(row) for row in self.connection.execute(sql, parameters).fetchall()]
+        return [dict(row) for row in self._rows(sql, parameters)]
+
+    def _rows(self, sql: str, parameters: Mapping[str, object]) -> list[sqlite3.Row]:
+        with _telling_trouble():
+            return self.connection.execute(sql, parameters).fetchall()
 
     def row(self, sql: str, **parameters: object) -> dict[str, Any] | None:
         """Return the first row, or None if there is none."""
@@ -710,7 +763,8 @@ class Database:
 
     def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row, or None if there is none."""
-        row = self.connection.execute(sql, parameters).fetchone()
+        with _telling_trouble():
+            row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
 
     @contextlib.contextmanager
@@ -722,9 +776,10 @@ class Database:
 
         Raises:
             Busy: other writers did not let us in within the writer time-out.
+            Unwritable: the disk is full, for example.
         """
         connection = self.connection
-        with self._writer.held():
+        with self._writer.held(), _telling_trouble():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
@@ -752,10 +807,10 @@ class Database:
     def checkpoint(self, truncate: bool = False) -> None:
         """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
         if not truncate:
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(PASSIVE)", {})
             return
         with self._writer.held():
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)", {})
 
     @property
     def utils(self) -> sqlite_utils.Database:
@@ -1539,7 +1594,12 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
             if key in item:
                 yield f"{key} needs an executable"
     if item.get("on_host"):
-        yield "on_host entries are not supported by this version"
+        program = item.get("executable", "")
+        for key in ("user", *DATA_KEYS):
+            if key in item:
+                yield f"an on_host entry runs a program and cannot have {key!r}"
+        if not program.startswith("/") and not NAME_PATTERN.fullmatch(program):
+            yield "on_host needs an executable: an absolute path, or the name of a stored file"
 
 
 def _with_infinities(item: Any) -> Any:
@@ -1625,9 +1685,19 @@ class ScheduleEntry:
         return [item for item in self.data if mark in item]
 
     @property
+    def on_host(self) -> bool:
+        """Whether its program runs on this host instead of in the VM."""
+        return bool(self.options.get("on_host"))
+
+    @property
     def runs_script(self) -> bool:
-        """Whether our script runs in the guest for it: it places files or runs a program."""
+        """Whether our script runs for it: it places files or runs a program."""
         return bool(self.executable or self.items("file") or self.items("content"))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it does nothing but transfer again and again, to the experiment's end."""
+        return not self.executable and any(item["interval"] for item in self.items("transfer"))
 
     def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
         """Say which program runs in the VM.
@@ -2127,6 +2197,14 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
     return now, Timeline(entries, holds).break_at(now)
 
 
+def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> None:
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (name, CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+
+
 def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
     """Record one pause, break or resume inside the caller's transaction."""
     now, begun = _break_of(db, vm)
@@ -2137,11 +2215,7 @@ def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> di
         done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
     elif begun is not None and duration is None:
         done = f"resume: ends the break of {begun:g}"
-    db.connection.execute(
-        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
-           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
-        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
-    )
+    _record_hold(db, vm["server_name"], hold, ignored)
     return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
 
@@ -2157,6 +2231,7 @@ class Attempt:
     attempt: int
     outcome: Outcome
     planned_at: float | None
+    armed_at: float
     sent_at: float | None
     boot_id: str
     pid: int | None
@@ -2201,20 +2276,23 @@ class Journal:
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
-            """SELECT id, ordinal, attempt, outcome, planned_at, sent_at, boot_id, pid, exit_code,
-                      reboot, retried, error
+            """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
+                      exit_code, reboot, retried, error
                FROM attempts WHERE experiment_id = :experiment AND server_name = :name
                AND generation = :generation ORDER BY ordinal, attempt""",
             **self._key,
         )
         return {row["ordinal"]: _attempt(row) for row in rows}
 
-    def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
+    def arm(
+        self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
+    ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+            host: Those that run on this host, whose boot id they get.
 
         Raises:
             _Leave: the schedule was replaced meanwhile.
@@ -2232,7 +2310,8 @@ class Journal:
                            AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
-                    | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
+                    | {"ordinal": ordinal, "planned": planned_at}
+                    | {"boot": boot_id() if ordinal in host else boot}
                     | {"now": CLOCK.wall()},
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
@@ -2679,6 +2758,8 @@ class Holder:
         Raises:
             UsageError: there is none, as far as can be seen.
         """
+        if pid == os.getpid():
+            return _this_process(pid)
         boot, namespace = _viewpoint(os.getpid())
         started = process_started(pid) if namespace else 0
         if started is None:
@@ -2700,6 +2781,12 @@ def _viewpoint(pid: int) -> tuple[str, int]:
     """Return the boot and the pid namespace from which this process, `pid`, sees others."""
     itself = Path("/proc/self")
     return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Holder:
+    boot, namespace = _viewpoint(pid)
+    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2829,18 +2916,31 @@ NO_LEASE: dict[str, Any] = {
 
 
 def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+    db: Database,
+    vm_name: str,
+    state: str,
+    reason: str = "",
+    *,
+    row: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction, and set columns; return the new row.
+    """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. Whoever may have made a VM available calls
-    `wake_waiters` after the transaction.
+    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM's name.
+        state: Where it moves to, or stays.
+        reason: For the history, if it moves.
+        row: The row, if it was read in this transaction already.
+        columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = _pool_vm(db, vm_name)["state"]
+    old = (row or _pool_vm(db, vm_name))["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -2900,7 +3000,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -2912,7 +3012,8 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 def wake_pool(db: Database) -> None:
     """Wake the keeper, and those waiters who would be given a VM now."""
-    wake(db, KEEPER)
+    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
+        wake(db, KEEPER)
     if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
         wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
@@ -3004,7 +3105,7 @@ class VmManager(_Rows):
         """
         return VmDescriptor.load(self.db, vm_name)
 
-    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
         found = self._select("task_id = :task", task=str(task_id))
         return found[0] if found else None
@@ -3052,7 +3153,7 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
             lines += [f"  {vm}" for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
@@ -3203,7 +3304,11 @@ class VmManager(_Rows):
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
-        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        columns: dict[str, Any] = {
+            "last_health_check": now,
+            "check_fails": fails,
+            "check_started_at": None,
+        }
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
@@ -3307,8 +3412,9 @@ class VmManager(_Rows):
         )
         return self.acquire(request, wait)[0]
 
-    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(self._group(group)["name"] for group in groups)
+    @staticmethod
+    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(str(group) for group in groups)
         if not names:
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
@@ -3341,40 +3447,52 @@ class VmManager(_Rows):
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
         """Lease what is asked for; when something is missing, after looking for the dead once."""
         rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+        if not rows and (self.reap(32) or self.drop_dead_waiters()):
             rows = self._try_to_acquire(request)
         return rows
 
     def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since, queue = self._see_server(request), self._queue()
-            if not queue:
-                return self._take_all(request, since)
-            names = self._left_by_queue(queue, request, since)
-            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
-            return [self._lease(name, request) for name in names]
-        return []
+        try:
+            with self.db.transaction(durable=True) as db:
+                since, waiting = self._see_server(request)
+                if waiting and (queue := self._queue()):
+                    names = self._left_by_queue(queue, request, since)
+                    sql = "DELETE FROM pool_waiters WHERE token = ?"
+                    db.connection.execute(sql, (request.token,))
+                    rows = [self._lease(name, request) for name in names]
+                else:
+                    rows = self._take_all(request, since)
+                _crash("pool-acquiring")
+        except NoVmAvailable:
+            return []
+        _crash("pool-acquired")
+        return rows
 
-    def _see_server(self, request: Request) -> float:
-        """Return since when health checks count; refuse a holder whom nobody there can see."""
-        row = self.db.row("SELECT * FROM pool_server")
+    def _see_server(self, request: Request) -> tuple[float, bool]:
+        """Return since when health checks count, and whether there is a queue.
+
+        Raises:
+            UsageError: the holder is one that the pool's other processes cannot see.
+        """
+        row = self.db.query(
+            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+               FROM (SELECT 1) LEFT JOIN pool_server"""
+        )[0]
         holder = request.holder
-        if holder is None:
-            return 0.0 if row is None else cast(float, row["started_at"])
-        if row is None or row["boot"] != holder.boot:
+        if holder and row["boot"] != holder.boot:
             self.db.connection.execute(
                 """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
                    ON CONFLICT DO UPDATE
                    SET boot = excluded.boot, namespace = excluded.namespace""",
                 {"boot": holder.boot, "namespace": holder.namespace},
             )
-        elif holder.namespace != row["namespace"] and request.lease_s is None:
+        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return 0.0 if row is None else cast(float, row["started_at"])
+        return row["started_at"] or 0.0, bool(row["waiting"])
 
     def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
         return [self._take(groups, request, since) for groups in request.wants]
@@ -3384,6 +3502,7 @@ class VmManager(_Rows):
         for group in groups:
             found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
             if found is None:
+                self._group(group)  # which says that there is none
                 continue
             if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
@@ -3397,6 +3516,7 @@ class VmManager(_Rows):
             vm_name,
             VmStates.IN_USE,
             f"task {request.task_id}" if request.task_id else "",
+            row=_READY,
             bound_to_user=request.owner,
             bound_sandbox=request.sandbox,
             token=request.token,
@@ -3429,7 +3549,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
-            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
 
@@ -3548,20 +3668,34 @@ class VmManager(_Rows):
             **vars(waiter),
         )
 
-    def _drop_dead_waiters(self) -> int:
+    def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        dead = [
-            row["id"]
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
-        ]
+        dead = [row["id"] for row in self._dead_waiters()]
         if dead:
             self.db.write(
                 "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
                 ids=json.dumps(dead),
             )
         return len(dead)
+
+    def _dead_waiters(self) -> list[dict[str, Any]]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
+        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        loose = self.db.query(
+            """SELECT vm_name, "group" FROM pool_vms
+               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
+        )
+        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
 
     # --- renewal, release ---
 
@@ -3599,6 +3733,8 @@ class VmManager(_Rows):
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
         wake_pool(self.db)
         return True
@@ -3606,15 +3742,17 @@ class VmManager(_Rows):
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
         """End a lease, inside the caller's transaction."""
         if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
             return
-        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
         state = VmStates.CHECK_HEALTH if hook else VmStates.READY
         move_pool_vm(
             self.db,
             row["vm_name"],
             VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
             reason,
+            row=row,
             releasing_at=now if hook else None,
             last_release=now,
             builds_count=row["builds_count"] + 1,
@@ -3767,7 +3905,7 @@ class VmManager(_Rows):
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
             clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
             move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
         wake_pool(self.db)
 
@@ -3806,7 +3944,7 @@ class VmManager(_Rows):
                 if present is None:
                     continue
                 if row["vm_name"] in over:
-                    self._release(present, over[row["vm_name"]])
+                    self._release(present, f"taken back: {over[row['vm_name']]}")
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
@@ -3818,11 +3956,15 @@ class VmManager(_Rows):
         """Return why a lease is over, or '' if it is not."""
         end = row["lease_end_at"]
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return "taken back: its lease ended"
+            return f"its lease ended {_iso(end)}"
         holder = _holder(row)
         if holder and holder.is_dead():
-            return f"taken back: its holder, process {holder.pid}, is dead"
+            return f"its holder, process {holder.pid}, is dead"
         return ""
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM" if count == 1 else f"{count} VMs"
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -3845,8 +3987,10 @@ _LEASE_KEY = ("vm_name", "token", "lease_end_at")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
     AND token = :token AND lease_end_at IS :lease_end_at"""
 
+_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
+
 # The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms
+_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
@@ -4067,6 +4211,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
+    if purge:
+        shutil.rmtree(db.state_dir / "host", ignore_errors=True)
     for name in ("logs", "transfers"):
         kept = db.state_dir / f"{name}.{old}"
         with contextlib.suppress(FileNotFoundError):
@@ -4131,6 +4277,7 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
+KILLED = "killed by stop --kill"
 
 _CALL_SCRIPT = """\
 #!/bin/sh
@@ -4190,8 +4337,12 @@ if [ "$fresh" = fresh ]; then
         mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
     done
 fi
-cd "$stage" && ls
+cd "$stage" && wc -c * 2>/dev/null
+exit 0
 """
+
+_STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})$", re.MULTILINE | re.ASCII)
+
 
 # Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
 # puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
@@ -4214,18 +4365,27 @@ script() {{
 }}
 """
 
+# Life comes before the exit code: what is gone by then has written its code.
 _PROBE_SCRIPT = """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
-    [ -f "$here/exit" ] && read -r code < "$here/exit"
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
         [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
     fi
+    [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
 done
+"""
+
+# Takes the place of attempts that have not begun, so that they never will.
+_FORBID_SCRIPT = f"""\
+for here; do
+    mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
+done
+exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
@@ -4437,7 +4597,8 @@ exit /b 1
 :ours
 cd ..
 {moving}
-dir /b {stage}
+cd {stage}
+for %%F in (*) do echo %%~zF %%F
 exit /b 0
 """
 
@@ -4550,15 +4711,24 @@ class PosixGuest:
         """Return the words that run a script of ours that is in the guest."""
         return ["/bin/sh", script, *words]
 
-    def _run(self, script: str, *words: str) -> drivers.ExecStatus:
-        return self.driver.run(["/bin/sh", "-c", script, "sh", *words], timeout=self.seconds)
+    def ask(self, argv: Sequence[str]) -> drivers.ExecStatus:
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about.
+
+        Raises:
+            LinkLost: it cannot.
+        """
+        try:
+            return self.driver.run(argv, timeout=self.seconds)
+        except drivers.AgentError as error:
+            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def prepare(
         self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
     ) -> drivers.ExecStatus:
         """Make the stage and list it; let a fresh experiment move older folders aside."""
         words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
-        return self._run(_PREPARE_SCRIPT, *words)
+        argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
+        return self.driver.run(argv, timeout=self.seconds)
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
@@ -4593,7 +4763,11 @@ class PosixGuest:
 
     def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
         """Ask what attempts have left; a line for each, for `parse_found`."""
-        return self._run(_PROBE_SCRIPT, *directories)
+        return self.ask(["/bin/sh", "-c", _PROBE_SCRIPT, "sh", *directories])
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
 
     def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
         """Return the commands that end programs and all theirs, each with a pause after it."""
@@ -4611,6 +4785,10 @@ class PosixGuest:
     def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
         """Return the command that gives a file its mode and place, but not that of a directory."""
         return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; `last` says that there will not be another chance."""
+        return self.driver.read_bytes(path, limit=limit, offset=offset)
 
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
@@ -4756,8 +4934,15 @@ class WindowsGuest(PosixGuest):
 
     def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
         """Ask what attempts have left; a line for each, for `parse_found`."""
-        argv = drivers.powershell(drivers.PROBE_PS, *directories)
-        return self.driver.run(argv, timeout=self.seconds)
+        return self.ask(drivers.powershell(drivers.PROBE_PS, *directories))
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        for here in directories:
+            if self.ask(["cmd.exe", "/d", "/c", "mkdir", here]).exitcode == 0:
+                code = io.BytesIO(f"{CLAIM_FAILED} 0".encode())
+                for _ in self.driver.push(code, self.join(here, "exit")):
+                    pass
 
     def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
         """Return the command that ends programs and all that they started."""
@@ -4775,6 +4960,15 @@ class WindowsGuest(PosixGuest):
     def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
         """Return the command that puts a file in its place, but not in that of a directory."""
         return drivers.powershell(drivers.MOVE_PS, temporary, path)
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; only at last of a copy, if a program still holds it."""
+        if not last:
+            return self.driver.read_bytes(path, limit=limit, offset=offset)
+        sink = io.BytesIO()
+        for _ in self.pull(path, sink, offset=offset, limit=limit):
+            pass
+        return sink.getvalue()
 
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
@@ -5058,11 +5252,11 @@ class OutputLog:
         self.db, self.vm_name, self.log = db, vm_name, log
         self._partial: dict[tuple[int, str], str] = {}
         self._decoders: dict[tuple[int, str], Any] = {}
-        self._lost: set[tuple[int, int]] = set()
+        self._lost: dict[tuple[int, int], str] = {}
 
     def path(self, ordinal: int, attempt: int, stream: str) -> Path:
         """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
+        return self.db.state_dir / "logs" / self.vm_name / f"{ordinal}.{attempt}.{stream}"
 
     def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
         """Return how many bytes of a stream are here: the offset to go on from."""
@@ -5071,25 +5265,30 @@ class OutputLog:
 
     def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
         """Return how many more bytes may be fetched of an attempt."""
-        if (entry.ordinal, attempt.attempt) in self._lost:
+        if self.loss(entry, attempt):
             return 0
         used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
         if used >= MAX_OUTPUT_BYTES:
             self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
         return MAX_OUTPUT_BYTES - used
 
+    def loss(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        """Return why the output of an attempt is incomplete, '' if it is not."""
+        return self._lost.get((entry.ordinal, attempt.attempt), "")
+
     def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
-        self._lost.add((entry.ordinal, attempt.attempt))
+        self._lost[entry.ordinal, attempt.attempt] = f"its output is incomplete: {why}"
         self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
 
     def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
         """Append raw output; return whether the host could keep it."""
         path = self.path(entry.ordinal, attempt.attempt, stream)
         try:
+            self.db.directory("logs", self.vm_name)
             with path.open("ab") as target:
                 target.write(data)
         except OSError as error:
-            self._lose(entry, attempt, str(error))
+            self._lose(entry, attempt, error.strerror or str(error))
             return False
         self._add_text(entry, stream, data)
         return True
@@ -5108,8 +5307,7 @@ class OutputLog:
             self._partial[key] = rest
         elif rest:
             lines.append(rest)
-        for line in lines:
-            self.line(str(entry), stream, line.removesuffix("\r"))
+        self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -5118,16 +5316,17 @@ class OutputLog:
                 self._add_text(entry, stream, b"", final=True)
                 del self._decoders[entry.ordinal, stream]
 
-    def line(self, entry: str, stream: str, line: str) -> None:
-        """Write one line of a program's output."""
-        self.log.info("[%s %s] %s", entry, stream, line)
-        if line.lstrip().startswith("{"):
-            self.json_lines(line)
+    def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
+        """Write lines of a program's output, all at once: there may be very many, and short."""
+        if lines:
+            told = [f"[{entry} {stream}] {line}" for line in lines]
+            self.log.info("output", extra={"lines": told})
+            self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
         lines = [content] if isinstance(content, Mapping) else content.split("\n")
-        path = self.db.directory("logs") / f"{self.vm_name}.json"
+        records = []
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
@@ -5135,10 +5334,13 @@ class OutputLog:
                 text = json.dumps(record, default=str)
             except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
                 continue
-            if not isinstance(item, dict):
-                continue
-            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(text + "\n")
+            if isinstance(item, dict):
+                records.append(f"{text}\n")
+        if not records:
+            return
+        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+            target.writelines(records)
 
 
 class LogFormatter(logging.Formatter):
@@ -5146,7 +5348,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one record as one line, an exception as one line each."""
-        lines = [record.getMessage()]
+        lines = getattr(record, "lines", [record.getMessage()])
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
         head = f"{_iso(record.created)} {record.levelname.lower():7}"
@@ -5154,14 +5356,35 @@ class LogFormatter(logging.Formatter):
 
 
 def _shown(text: str) -> str:
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+class LogFile(logging.Handler):
+    """A log that a full disk cannot break: what it cannot keep is counted, and told later."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self._lost = path, 0
+        self.setFormatter(LogFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one record; the file is open for no longer, so it can neither leak nor linger."""
+        lines = f"{self.format(record)}\n"
+        if self._lost:
+            lines = f"{_iso(record.created)} error   {self._lost} records lost here\n{lines}"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                whole = file.write(data := lines.encode(errors="backslashreplace")) == len(data)
+        except OSError:
+            whole = False
+        self._lost = 0 if whole else self._lost + 1
 
 
 def log_to(logger: logging.Logger, path: Path) -> None:
     """Make a logger write to a file, and nowhere else."""
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(LogFormatter())
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [LogFile(path)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -5320,8 +5543,9 @@ def agent_lock(
             )
         wait(0.1)
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is held without a name
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -5540,10 +5764,25 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     """
     if not found.claimed:  # what a reboot may have erased was perhaps there
         return NextStep.RUN if same_boot or not due else NextStep.FAILED
-    if found.exit_code is not None:
-        return NextStep.WATCH
-    begun = found.alive or found.pid is None  # a claim comes a moment before its pid
-    return NextStep.WATCH if same_boot and begun else NextStep.FAILED
+    return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
+
+
+SKIPPED = "it was overdue when the experiment was continued"
+
+
+def _write_program(path: Path, source: Path | BinaryIO) -> None:
+    """Put an executable file in its place; one that runs is replaced, not written to."""
+    import shutil
+
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    with (
+        source.open("rb") if isinstance(source, Path) else source as stream,
+        temporary.open("xb") as target,
+    ):
+        shutil.copyfileobj(stream, target)
+    temporary.chmod(0o700)
+    temporary.rename(path)
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
@@ -5616,6 +5855,7 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -5632,10 +5872,11 @@ class VMResourceHandler:
         self._life: Task | None = None
         self._wake: WakeSocket | None = None
         self._woken = True
-        self._leaving = False  # told so already
+        self._killing = False  # on the way out, with all guest programs
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
         self._trouble_at: float | None = None
+        self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
 
@@ -5671,7 +5912,7 @@ class VMResourceHandler:
             return False
         return True
 
-    def _connect(self) -> None:
+    def _connect(self, timeout: float | None = None) -> None:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
@@ -5680,15 +5921,16 @@ class VMResourceHandler:
             except Exception as error:  # a plug-in is anybody's code
                 raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
-        limit = float(self.config.get("agent_timeout") or 300)
+        limit = timeout or float(self.config.get("agent_timeout") or 300)
         deadline = CLOCK.monotonic() + limit
         self.driver.connect(timeout=limit)
-        # The agent of Windows answers before the system is ready to run programs.
-        while not (boot := self.driver.boot_id()) and self.driver.is_windows:
+        # Twice, since an agent that is restarted between open and read has none to tell.
+        self._boot = self.driver.boot_id() or self.driver.boot_id()
+        while self.driver.is_windows and not self._boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
             self._wait(-1, 0, 1)
-        self._boot = boot
+            self._boot = self.driver.boot_id()
 
     # --- life
 
@@ -5703,11 +5945,7 @@ class VMResourceHandler:
             raise Conflict(f"VM {self.vm_name!r} has a handler already")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
-            self.db.write(
-                "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
-                pid=os.getpid(),
-                name=self.vm_name,
-            )
+            self._check_in()
             self._answer_lost_requests()
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
@@ -5722,13 +5960,39 @@ class VMResourceHandler:
             wake(self.db, SUPERVISOR)
         return 0
 
+    def _check_in(self) -> None:
+        self.db.write(
+            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            pid=os.getpid(),
+            name=self.vm_name,
+        )
+
     def _run_until_told(self) -> None:
         try:
-            self._run()
+            self._leave_if_told()
+            while True:
+                try:
+                    self._run()
+                    return
+                except Unavailable as error:
+                    self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
             if leave.halt is Halt.KILL:
                 self._kill_all()
+
+    def _await_database(self, error: Unavailable) -> None:
+        """Wait until rows can be written again; what happens meanwhile stays in the guest."""
+        self.log.error("%s; waiting, the programs in the VM go on", error)
+        if self.driver is not None:
+            self.driver.close()
+        while True:
+            with contextlib.suppress(Unavailable):
+                self._wait(-1, 0, self.timeouts.reconnect)
+                self._check_in()
+                break
+        self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
+        self.log.warning("the database can be used again")
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -5738,14 +6002,23 @@ class VMResourceHandler:
                     self._connect()
                     self._loop()
                     return
-                except drivers.AgentError as error:
-                    raise VMFailed(str(error)) from error
-                except drivers.ConnectError as error:
-                    raise VMFailed(str(error)) from error
                 except drivers.DriverError as error:
+                    if self._is_final(error):
+                        raise VMFailed(str(error)) from error
                     self._link_trouble(error)
         except VMFailed as failed:
             self._fail(str(failed))
+
+    def _is_final(self, error: drivers.DriverError) -> bool:
+        """Whether another try is no use: nobody is there, it is forbidden, or refused twice.
+
+        Once is not enough: an agent that was restarted knows neither our files nor our programs.
+        """
+        refused, self._refused = self._refused, str(error)
+        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        again = isinstance(error, drivers.AgentError) and refused == str(error)
+        lost = isinstance(error, drivers.UnknownPid)
+        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -5759,7 +6032,7 @@ class VMResourceHandler:
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at = None
+        self._trouble_at, self._refused = None, ""
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -5824,7 +6097,7 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        if self._leaving:
+        if self._killing:
             return
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt in (Halt.STOP, Halt.KILL):
@@ -5865,7 +6138,7 @@ class VMResourceHandler:
         self.schedule.sort(key=lambda entry: entry.ordinal)
         halt = self.db.value("SELECT halt FROM current_experiment")
         self._halt = Halt(halt) if halt else None
-        for row in self._open_requests():
+        for row in [] if self._killing else self._open_requests():
             self.agenda.spawn(self._request_steps(row))
         self._withdraw_moved()
         if self._life:  # and nobody else: an armed entry sleeps until it is due
@@ -5944,36 +6217,80 @@ class VMResourceHandler:
         if self._ready_boot != self._boot:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
-            self.driver.used_agent_paths.clear()
-            for entry in self.schedule:
-                self.driver.create_paths(entry)
-            work = [entry for entry in added if entry.runs_script]
+            self._name_places()
+            for entry in added:
+                if entry.on_host:
+                    yield from self._prepare_host_steps(entry)
+            work = [entry for entry in added if entry.runs_script and not entry.on_host]
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
             self._progress()
 
+    def _host_paths(self, entry: ScheduleEntry) -> None:
+        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
+        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
+        entry.reboot_filepath = entry.working_dir / "reboot"
+
+    def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
+        """Write the script of an entry on this host: that for guests, with a program of ours."""
+        if not self.db.value("SELECT allow_host FROM current_experiment"):
+            yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
+            return
+        local = copy.copy(entry)
+        folder, program = Path(entry.working_dir), entry.executable or ""
+        try:
+            if not program.startswith("/"):
+                local.executable = str(folder / "program" / program)
+                _write_program(Path(local.executable), Path(self.store.get_path(program)))
+        except FileNotFoundError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            return
+        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
+        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
+        title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
+        script = call_script(local, title=title, token=self._token, stage="", placed=[])
+        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+
+    def _place(self, entry: ScheduleEntry) -> PosixGuest:
+        """Return the system on which an entry's script runs: the guest's, or this host's."""
+        return self._host if entry.on_host else self._guest
+
+    def _boot_of(self, entry: ScheduleEntry) -> str:
+        return boot_id() if entry.on_host else self._boot
+
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
+    def _name_places(self) -> None:
+        """Give every entry its places in the guest, which follow from the whole schedule."""
+        self.driver.used_agent_paths.clear()
+        for entry in self.schedule:
+            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
+
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present, layout = self._list_stage(work), list[str]()
+        present = self._list_stage(work)  # in full: a reset may cut short what was not synced
+        layout: list[str] = []
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
 
-    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
-        """Make the stage and return what lies there; move an older experiment's folders aside."""
+    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[tuple[str, int]]:
+        """Make the stage and return the names and sizes of what lies there.
+
+        An older experiment's folders are moved aside.
+        """
         fresh, guest = not (self._ready or self._journal.latest()), self._guest
         folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-        status = guest.prepare(
-            old, fresh, str(self._journal.experiment), self.config["vm_uuid"], folders
-        )
+        owner = self._journal.experiment, self.config["vm_uuid"]
+        status = guest.prepare(old, fresh, *owner, folders)
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {guest.stage!r}: {_words(status.err)}")
-        return set(status.out.decode(errors="replace").splitlines())
+        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
+        return {(sha256, int(size)) for size, sha256 in listed}
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -6003,7 +6320,9 @@ class VMResourceHandler:
             )
         return Staged(sha256, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
 
-    def _load_steps(self, entry: ScheduleEntry, present: set[str], layout: list[str]) -> Steps:
+    def _load_steps(
+        self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
+    ) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
         guest = self._guest
         try:
@@ -6026,14 +6345,14 @@ class VMResourceHandler:
             line = guest.text(staged.sha256, text)
             if line is None:
                 contents.append(staged)
-            elif staged.sha256 not in present:
-                present.add(staged.sha256)
+            elif (staged.sha256, staged.size) not in present:
+                present.add((staged.sha256, staged.size))
                 layout.append(line)
             puts.append(guest.put(staged.sha256, path, user))
         for staged in contents:
-            if staged.sha256 not in present:
+            if (staged.sha256, staged.size) not in present:
                 yield from self._push_steps(staged)
-                present.add(staged.sha256)
+                present.add((staged.sha256, staged.size))
                 layout.append(guest.keep(staged.sha256, staged.size))
         layout += puts
 
@@ -6160,7 +6479,9 @@ class VMResourceHandler:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
                 self._check_boot()
-                armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
+                host = {entry.ordinal for entry in run if entry.on_host}
+                planned = dict.fromkeys((entry.ordinal for entry in run), None)
+                armed = self._journal.arm(planned, self._boot, host)
                 _crash("armed")
                 for entry in run:
                     self._spawn_attempt(entry, armed[entry.ordinal])
@@ -6280,7 +6601,8 @@ class VMResourceHandler:
     ) -> Steps:
         """Arm one attempt of an entry and take it to its end."""
         ordinal = schedule_entry.ordinal
-        attempt = self._journal.arm({ordinal: None}, self._boot)[ordinal]
+        host = {ordinal} if schedule_entry.on_host else ()
+        attempt = self._journal.arm({ordinal: None}, self._boot, host)[ordinal]
         yield from self._attempt_steps(schedule_entry, attempt, None)
         if queue is not None and self._journal.latest()[ordinal].reboot:
             queue.put(schedule_entry)
@@ -6313,7 +6635,13 @@ class VMResourceHandler:
             error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
         self.output.end(entry, attempt)
         _crash("before-journal")
-        again = entry.start_time < 0 and not error and (reboot or exit_code == REBOOT_EXIT_CODE)
+        again = (
+            outcome is Outcome.DONE
+            and entry.start_time < 0
+            and not entry.on_host
+            and (reboot or exit_code == REBOOT_EXIT_CODE)
+        )
+        error = error or self.output.loss(entry, attempt)
         self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
         self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
         self._progress()
@@ -6321,21 +6649,22 @@ class VMResourceHandler:
         if self._life:
             self.agenda.wake(self._life)
 
-    @staticmethod
-    def _judge(entry: ScheduleEntry, exit_code: int | None) -> str:
+    def _judge(self, entry: ScheduleEntry, exit_code: int | None) -> str:
         """Return what is wrong with an exit code, '' if nothing is."""
-        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
+        if self._killing and exit_code == CLAIM_FAILED:
+            return KILLED
+        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and not entry.on_host
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return self._guest.join(str(entry.working_dir), f"attempt.{attempt.attempt}")
+        return self._place(entry).join(str(entry.working_dir), f"attempt.{attempt.attempt}")
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
-        script, guest = str(entry.call_arguments_filename), self._guest
+        script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        pid = self.driver.start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6349,99 +6678,94 @@ class VMResourceHandler:
         limit = entry.options.get("timeout") or (
             self.timeouts.negative_entry if entry.start_time < 0 else math.inf
         )
-        if found.pid is None and found.exit_code is None:
-            found = yield from self._claim_steps(entry, attempt)
+        why = f"timed out after {limit:g} s and was killed"
         deadline = CLOCK.monotonic() + limit
-        if attempt.sent_at is not None:
-            deadline -= CLOCK.wall() - attempt.sent_at
+        if attempt.sent_at is not None:  # by the wall clock, which may have been set back
+            deadline -= max(0.0, CLOCK.wall() - attempt.sent_at)
+        if self._killing:
+            deadline, why = -math.inf, KILLED
         interval, fetch_at = self.timeouts.poll_first, 0.0
         while True:
             yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
             interval = min(interval * 1.5, self.timeouts.poll_last)
-            ended = self._ended(entry, attempt, found)
-            if ended is not None:
+            found = yield from self._look_steps(entry, attempt, found)
+            if found.exit_code is not None:
                 yield from self._fetch_steps(entry, attempt, last=True)
-                return ended
+                return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid)
+                yield from self._kill_steps(self._place(entry), found.pid)
                 yield from self._fetch_steps(entry, attempt, last=True)
-                raise _EntryFailed(f"timed out after {limit:g} s and was killed")
+                raise _EntryFailed(why)
 
-    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Give a script that has claimed a moment to say who it is; return what it says."""
-        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
-        while True:
-            found = self._probe([self._attempt_dir(entry, attempt)])[0]
-            if found.exit_code is not None or found.alive:
-                return found
-            if found.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it began, and nobody saw its end")
-            yield self.timeouts.claim_grace / 10
+    def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
+        """Look once how an attempt is; return it as found now, with an exit code if it has ended.
 
-    def _ended(
-        self, entry: ScheduleEntry, attempt: Attempt, found: Found
-    ) -> tuple[int | None, bool] | None:
-        """Return exit code and reboot wish if the program has ended, else None.
-
-        The guest's own file is asked first, then the agent; an agent that does not know the pid
+        The agent is asked first, then the guest's own files; an agent that does not know the pid
         (it was restarted) leaves the probe of the process itself.
 
         Raises:
             _EntryFailed: it was never begun, or died by a signal.
         """
+        guest = self._place(entry)
         if found.exit_code is not None:
-            return found.exit_code, found.reboot
+            return found
+        if found.pid is None:
+            return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self.driver.status(cast(int, found.pid))
+            status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
-            return self._ended_by_probe(entry, attempt)
+            return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
-            return None
+            return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            path = self._guest.join(here, "exit")
-            return parse_exit(self.driver.read_bytes(path, limit=64).decode())
-        return self._ended_without_file(entry, attempt, status, found)
-
-    def _ended_without_file(
-        self, entry: ScheduleEntry, attempt: Attempt, status: drivers.ExecStatus, found: Found
-    ) -> tuple[int | None, bool] | None:
+            exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
+            code, reboot = parse_exit(exit_file.decode())
+            return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if not left.claimed and status.exitcode in (CLAIM_FAILED, None):
-            raise _EntryFailed(
-                f"the guest did not begin it: {_words(status.err) or 'no reason given'}"
-            )
+        left = self._look(entry, attempt)
         if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.pid not in (None, found.pid):  # another start of this attempt has the claim
-            return None if left.alive else self._ended_by_probe(entry, attempt)
+            return left
+        # A script of ours has nothing to tell the agent once it has made its claim.
+        if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
+            why = _words(status.err) or "no reason given"
+            where = "host" if entry.on_host else "guest"
+            raise _EntryFailed(f"the {where} did not begin it: {why}")
+        if left.claimed and status.err:  # another start of this attempt was faster
+            return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        return status.exitcode, self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = not entry.on_host and self.check_for_reboot(str(entry.reboot_filepath))
+        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
-    def _ended_by_probe(
-        self, entry: ScheduleEntry, attempt: Attempt
-    ) -> tuple[int | None, bool] | None:
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.alive:
-            return None
-        if not left.claimed:  # recovery knows what to do with what never began
-            raise drivers.LinkLost("the agent was restarted")
-        raise _Unknown("it ended, and nobody saw how")
+    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
+        """Ask an attempt's own files how it is, and give it a moment to say who it is.
 
-    def _kill_steps(self, *pids: int | None) -> Steps:
-        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+        Raises:
+            LinkLost: it has not begun; recovery knows what to do with it.
+            _Unknown: it has begun, and ended without a word.
+        """
+        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
+        while True:
+            found = self._look(entry, attempt)
+            if found.exit_code is not None or found.alive:
+                return found
+            if not found.claimed:
+                raise drivers.LinkLost("the agent was restarted")
+            if found.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it ended, and nobody saw how")
+            yield self.timeouts.claim_grace / 10
+
+    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
+        """End programs and what they started: first politely where the guest knows how."""
         known = [str(pid) for pid in pids if pid is not None]
-        for argv, grace in self._guest.kills(known, self.timeouts.term_grace) if known else ():
-            self.driver.run(argv, timeout=self.timeouts.call)
+        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
+            guest.ask(argv)
             yield grace
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -6459,8 +6783,7 @@ class VMResourceHandler:
 
     def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
         """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
-        for line in (output or "").splitlines():
-            self.output.line(stream, stream_name, line)
+        self.output.lines(stream, stream_name, (output or "").splitlines())
 
     def log_json(self, content: str | Mapping[str, Any]) -> None:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
@@ -6471,16 +6794,12 @@ class VMResourceHandler:
 
         While a program runs, Windows lets the agent not read what it has written so far.
         """
-        here = self._attempt_dir(entry, attempt)
+        here, guest = self._attempt_dir(entry, attempt), self._place(entry)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
-                path, sink = self._guest.join(here, stream), io.BytesIO()
-                pull = self._guest.pull if last else self.driver.pull
                 try:
-                    for _ in pull(path, sink, offset=offset, limit=limit):
-                        pass
-                    data = sink.getvalue()
+                    data = guest.read(guest.join(here, stream), limit, offset, last)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -6491,12 +6810,16 @@ class VMResourceHandler:
 
     # --- recovery
 
-    def _probe(self, directories: Sequence[str]) -> list[Found]:
+    def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
+        return self._probe(self._place(entry), [self._attempt_dir(entry, attempt)])[0]
+
+    @staticmethod
+    def _probe(guest: PosixGuest, directories: Sequence[str]) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._guest.probe(directories)
+        status = guest.probe(directories)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -6507,10 +6830,17 @@ class VMResourceHandler:
         """Find every open attempt again: by rows, then by what the guest's files say."""
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        scripts = [e for e in opened if e.runs_script]
-        probed = self._probe([self._attempt_dir(e, latest[e.ordinal]) for e in scripts])
-        for entry, found in zip(scripts, probed, strict=True):
-            self._recover_attempt(entry, latest[entry.ordinal], found)
+        for on_host in (False, True):
+            scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
+            places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            guest = self._host if on_host else self._guest
+            if self._killing and places:
+                guest.forbid(places)
+            found = self._probe(guest, places)
+            for entry, left in zip(scripts, found, strict=True):
+                self._recover_attempt(entry, latest[entry.ordinal], left)
+        if self._killing:
+            return
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
                 self._again(entry, latest[entry.ordinal])
@@ -6520,26 +6850,33 @@ class VMResourceHandler:
         _crash("recovered")
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._boot
+        same_boot = attempt.boot_id == self._boot_of(entry)
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._again(entry, attempt)
-        elif step is NextStep.WATCH:
-            self._spawn_attempt(entry, attempt, found)
+            if not self._killing:  # else it is not even laid out
+                self._again(entry, attempt)
+        elif step is NextStep.WATCH:  # on a full disk the guest has no note of the pid
+            pid = found.pid if found.pid is not None else attempt.pid
+            self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
-            why = "nobody saw its end" if same_boot else "the guest was rebooted"
+            which = "host" if entry.on_host else "guest"
+            why = "nobody saw its end" if same_boot else f"the {which} was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
-        due = self._due(entry)
-        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
-            self._journal.withdraw([entry.ordinal])
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn_attempt(entry, attempt)
+            return
+        run = current_experiment(self.db)
+        skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
+            self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
         else:
-            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+            self._journal.withdraw([entry.ordinal])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)
@@ -6609,7 +6946,8 @@ class VMResourceHandler:
         self._check_boot()
         assert self.start_at is not None
         planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
-        armed = self._journal.arm(planned, self._boot)
+        host = {entry.ordinal for entry in soon if entry.on_host}
+        armed = self._journal.arm(planned, self._boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
             self._armed[entry.ordinal] = soon[entry]
@@ -6621,17 +6959,13 @@ class VMResourceHandler:
         times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
-            if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
+            if not task.done and entry.options.get("wait", True) and not entry.repeats:
                 return False
         held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
-        return not any(e.pause is None and not self._repeats(e) for e in held)
+        return not any(e.pause is None and not e.repeats for e in held)
 
     def _entry(self, ordinal: int) -> ScheduleEntry:
         return next(entry for entry in self.schedule if entry.ordinal == ordinal)
-
-    @staticmethod
-    def _repeats(entry: ScheduleEntry) -> bool:
-        return not entry.executable and any(item["interval"] for item in entry.items("transfer"))
 
     def _end_steps(self) -> Steps:
         """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
@@ -6655,7 +6989,7 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        whole = [t for o, t in self._tasks.items() if self._entry(o).repeats]
         yield [*repeating, *whole]
         return True
 
@@ -6691,18 +7025,20 @@ class VMResourceHandler:
 
     def _kill_all(self) -> None:
         """End the guest programs of all open attempts, on the way out."""
-        self._leaving = True
-        opened = [attempt for attempt in self._journal.latest().values() if attempt.is_open]
+        self._killing = True
         try:
-            self.driver.connect(timeout=self.timeouts.lock)
-            boot = self.driver.boot_id()
-            # A pid of an earlier boot is somebody else's now.
-            self._drain(self._kill_steps(*(a.pid for a in opened if a.boot_id == boot)))
-        except (drivers.DriverError, _Leave) as error:
+            self._connect(self.timeouts.lock)
+            self._drain(self._kill_all_steps())
+        except (drivers.DriverError, VMFailed, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
-            return
-        for attempt in opened:
-            self._journal.ended(attempt, Outcome.FAILED, error="killed by stop --kill")
+
+    def _kill_all_steps(self) -> Steps:
+        """Find every open attempt as a recovery does; to watch one means to kill it now."""
+        self._tasks = {}
+        self._take_news()
+        self._name_places()
+        self._recover()
+        yield list(self._tasks.values())
 
     # --- transfers out of the guest
 
@@ -7218,7 +7554,10 @@ class Supervisor:
         self._progress: dict[str, object] = {}
         self._not_before: dict[str, float] = {}  # when a dead handler may be started again
         self._leave_by = math.inf
+        self._hurrying: Halt | None = None
         self._told_to_stop = False
+        self._trouble = False  # with the database, and told so
+        self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0.
@@ -7235,12 +7574,28 @@ class Supervisor:
             )
         self._prepare()
         try:
-            while not self._step():
+            while not self._ended():
                 self._pause()
-            self._end()
         finally:
             os.close(lock)
         return 0
+
+    def _ended(self) -> bool:
+        """Do what is to be done now; return whether the experiment is over, or we must leave.
+
+        While the database cannot be used nothing is decided; handlers wait for it as we do.
+        """
+        try:
+            if self._step():
+                self._end()
+                return True
+        except Unavailable as error:
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            self._trouble = True
+            return self._told_to_stop  # which no row can say now: the lifeline does
+        self._trouble = False
+        return False
 
     def _prepare(self) -> None:
         import gc
@@ -7261,7 +7616,7 @@ class Supervisor:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)  # programs would inherit SIG_IGN
         self.db.close()  # no connection crosses a fork
         gc.collect()
         gc.freeze()
@@ -7285,18 +7640,20 @@ class Supervisor:
         """Look at everything once; return whether the experiment is over."""
         self._reap()
         if self._told_to_stop:
-            self._told_to_stop = False
             halt_experiment(self.db, Halt.STOP)
+            self._told_to_stop = False
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt is None and self._end_if_over():
             halt = Halt.END
             _crash("end-set")
         if halt is None:
             self._start_handlers()
-        elif not self._children:
+        elif halt == Halt.KILL:
+            self._start_killers()
+        if halt is not None and not self._children:
             return True
-        elif halt in (Halt.STOP, Halt.KILL):
-            self._hurry()
+        if halt in (Halt.STOP, Halt.KILL):
+            self._hurry(Halt(halt))
         self._checkpoint()
         return False
 
@@ -7333,18 +7690,32 @@ class Supervisor:
             """SELECT server_name FROM vms WHERE state IN
                    ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
         )
-        present, now = set(self._children.values()), CLOCK.monotonic()
-        absent = [row["server_name"] for row in wanted if row["server_name"] not in present]
-        due = [name for name in absent if self._not_before.get(name, 0) <= now]
-        if due:
-            self.db.close()
-        for name in due:
-            self._not_before.pop(name, None)
-            self._fork(name)
+        now = CLOCK.monotonic()
+        for name in self._without_handler(row["server_name"] for row in wanted):
+            if self._not_before.get(name, 0) <= now:
+                self._not_before.pop(name, None)
+                self._fork(name)
+
+    def _start_killers(self) -> None:
+        """Where a program is left without a handler, start one, once: it knows what to do."""
+        for name in self._without_handler(vms_with_programs(self.db)):
+            if name not in self._last_rites:
+                self._last_rites.add(name)
+                self._fork(name)
+
+    def _without_handler(self, names: Iterable[str]) -> list[str]:
+        present = set(self._children.values())
+        return [name for name in names if name not in present]
 
     def _fork(self, name: str) -> None:
+        self.db.close()  # no connection crosses a fork
         _crash("before-fork")
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or too little memory, for the moment
+            self.log.error("cannot start the handler of %s: %s", name, error)
+            self._not_before[name] = CLOCK.monotonic() + 1
+            return
         if pid == 0:
             handler_process(self.db.path, name, self._lifeline)
         self._children[pid] = name
@@ -7367,6 +7738,9 @@ class Supervisor:
         self._not_before[name] = CLOCK.monotonic() + 0.5
 
     def _died(self, name: str, code: int) -> None:
+        if code == Unavailable.code:  # it can do nothing without the database, nor can we
+            self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
+            return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
@@ -7391,14 +7765,16 @@ class Supervisor:
         with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
             move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
 
-    def _hurry(self) -> None:
+    def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
-        now = CLOCK.monotonic()
-        self._leave_by = min(self._leave_by, now + self.timeouts.leave)
+        now, grace = CLOCK.monotonic(), self.timeouts.leave
+        if halt is Halt.KILL:  # they connect anew, and end programs in two steps
+            grace += self.timeouts.lock + self.timeouts.claim_grace + self.timeouts.term_grace
+        if halt is not self._hurrying:
+            self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
-            self._leave_by = math.inf
 
     def _checkpoint(self) -> None:
         wal = Path(f"{self.db.path}-wal")
@@ -7420,7 +7796,6 @@ class Supervisor:
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
     """Be the handler of one VM, in a process just forked; never returns."""
     code, logger = 1, logging.getLogger(f"vmrm.{name}")
-    inherited = logging.getLogger("vmrm").handlers[:]  # kept: closing one would close a stranger
     try:
         logging.getLogger("vmrm").handlers.clear()
         signal.set_wakeup_fd(-1)
@@ -7436,10 +7811,12 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
                 logger.error("%s", conflict)
                 sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
                 db.write(sql, reason=str(conflict), name=name)
+    except Unavailable as error:
+        code = error.code
+        logger.error("%s", error)
     except BaseException:
         logger.exception("the handler broke")
     finally:
-        assert inherited is not None
         os._exit(code)
 
 
@@ -7454,7 +7831,7 @@ def handle(db: Database, name: str, **more: Any) -> int:
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
         return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
-    except Conflict:
+    except (Conflict, Unavailable):
         raise
     except VmrmError as error:
         logger.error("%s", error)
@@ -7464,10 +7841,30 @@ def handle(db: Database, name: str, **more: Any) -> int:
 
 
 def halt_experiment(db: Database, halt: Halt) -> None:
-    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
-    with db.transaction():
-        _set_halt(db, halt)
+    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill.
+
+    Raises:
+        Unwritable: the database cannot be used, and there is nobody who could be told otherwise.
+    """
+    try:
+        with db.transaction():
+            _set_halt(db, halt)
+    except Unavailable:
+        pid = supervisor_pid(db)
+        if halt is not Halt.STOP or pid in (None, os.getpid()):
+            raise
+        os.kill(pid, signal.SIGTERM)  # its end is the end of all handlers
+        return
     wake_all(db)
+
+
+def vms_with_programs(db: Database) -> list[str]:
+    """Return the VMs in which programs of ours run, as far as rows know."""
+    rows = db.query(
+        """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
+           WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
+    )
+    return [row["server_name"] for row in rows]
 
 
 def _set_halt(db: Database, halt: Halt) -> None:
@@ -7480,7 +7877,12 @@ def _set_halt(db: Database, halt: Halt) -> None:
 
 
 def launch(
-    db: Database, *, start_buffer: float | None = None, on_failure: str | None = None
+    db: Database,
+    *,
+    start_buffer: float | None = None,
+    on_failure: str | None = None,
+    late: str = Late.START,
+    allow_host: bool = False,
 ) -> None:
     """Make the experiment ready to be supervised: launch time, settings, failed entries again.
 
@@ -7488,9 +7890,12 @@ def launch(
         db: The database.
         start_buffer: Seconds from the last VM configured to time 0; None leaves it.
         on_failure: abort, drop or wait; None leaves it.
+        late: start, skip or shift what is overdue.
+        allow_host: Whether entries may run on this host.
 
     Raises:
-        UsageError: there are no VMs, or a managed one has no path.
+        UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
+            and may not.
     """
     rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
@@ -7499,18 +7904,107 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    texts = ScheduleDb(db=db).list_all()
+    check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
+        _settle_late(db, late)
         connection.execute(
-            """UPDATE experiments SET halt = NULL, ended_at = NULL,
+            """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
+                   late = :late, allow_host = :allow_host,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
                WHERE destroyed_at IS NULL""",
-            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure},
+            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure}
+            | {"late": str(late), "allow_host": allow_host},
         )
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
+    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not.
+
+    Raises:
+        UsageError: there are some; they are named.
+    """
+    found = [
+        f"VM {name}, entry {entry.ordinal} ({entry})"
+        for name, text in schedules.items()
+        for entry in parse_schedule(text)
+        if entry.on_host and not allowed
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UsageError(
+            f"programs would run on this host: {'; '.join(found[:5])}{more}",
+            "Look at them, then say so: vmrm run --allow-host",
+        )
+
+
+def _settle_late(db: Database, late: str) -> None:
+    """Skip what is overdue, or record pauses for it, inside the caller's transaction.
+
+    All VMs get the same pause, from when the first overdue entry should have started until now, so
+    that they stay together; but one that had failed gets its own, and one in a break none.
+    Attempts that are armed may have begun: with these, the handler does as the guest says.
+    """
+    experiment = current_experiment(db)
+    start = experiment["start_at"]
+    now = CLOCK.wall() - start if start is not None else -math.inf
+    if late == Late.START or now <= 0:
+        return
+    lines: dict[str, Timeline] = {}
+    first: dict[str, float] = {}
+    failed = {row["server_name"] for row in db.query("SELECT * FROM vms WHERE state = 'failed'")}
+    for row in db.query("SELECT server_name FROM vms WHERE state <> 'n/a'"):
+        name = row["server_name"]
+        lines[name], overdue = _overdue(db, name, now)
+        if late == Late.SKIP:
+            _skip(db, experiment, name, overdue)
+        elif overdue:
+            first[name] = min(at for at, _ in overdue.values())
+    together = min((at for name, at in first.items() if name not in failed), default=math.inf)
+    for name, line in lines.items() if late == Late.SHIFT else ():
+        since = first.get(name, math.inf) if name in failed else together
+        if since < now and line.break_at(since) is None:
+            _record_hold(db, name, Hold(since, now - since))
+
+
+def _overdue(
+    db: Database, name: str, now: float
+) -> tuple[Timeline, dict[int, tuple[float, int | None]]]:
+    """Return a VM's timeline, and what should have begun before now: time and attempt, if any."""
+    rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+    entries = [ScheduleEntry.from_dict(json.loads(r["entry"]), r["ordinal"]) for r in rows]
+    line = Timeline(entries, read_holds(db, name))
+    overdue = {
+        entry.ordinal: (line.times[entry.ordinal], row["attempt"])
+        for entry, row in zip(entries, rows, strict=True)
+        if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
+        if not entry.options.get("resume")
+        if 0 < line.times[entry.ordinal] < now and not entry.repeats
+    }
+    return line, overdue
+
+
+def _skip(
+    db: Database,
+    experiment: Mapping[str, Any],
+    name: str,
+    overdue: Mapping[int, tuple[float, int | None]],
+) -> None:
+    for ordinal, (at, attempt) in overdue.items():
+        if attempt is None:
+            db.connection.execute(
+                """INSERT INTO attempts (experiment_id, server_name, generation, ordinal, attempt,
+                       outcome, planned_at, armed_at, ended_at, error)
+                   SELECT :id, :name, generation, :ordinal, 1, 'skipped', :planned, :now, :now,
+                       :error FROM schedules WHERE server_name = :name""",
+                {"id": experiment["id"], "name": name, "ordinal": ordinal}
+                | {"planned": experiment["start_at"] + at, "now": CLOCK.wall(), "error": SKIPPED},
+            )
 
 
 def supervisor_pid(db: Database) -> int | None:
@@ -7543,6 +8037,1196 @@ def _supervise(words: Sequence[str]) -> int:
     with Database(words[0]) as db:
         log_to(logging.getLogger("vmrm"), db.directory("logs") / "supervisor.log")
         return Supervisor(db, stay="--stay" in words).run()
+
+
+# === hooks of the pool ===========================================================================
+
+HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
+HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
+EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
+# A hook waits behind its gate until its pid is on record; if the keeper dies first, it never runs.
+_GATE = 'read -r _ && exec /bin/sh -c "$1" </dev/null'
+
+
+class HookKind(StrEnum):
+    """What a hook is for; also the name of its column of a group."""
+
+    SPAWN = "spawn"
+    CHECK = "check"
+    RELEASE = "release"
+    TERMINATE = "terminate"
+    LIST = "list"
+
+
+class _Kept:
+    """The last `HOOK_KEPT_BYTES` of what a stream gave, and how much that was in all."""
+
+    def __init__(self) -> None:
+        self.data, self.total = bytearray(), 0
+
+    def add(self, data: bytes) -> None:
+        self.data += data
+        self.total += len(data)
+        if len(self.data) > 2 * HOOK_KEPT_BYTES:
+            del self.data[:-HOOK_KEPT_BYTES]
+
+    def text(self) -> str:
+        return self.data[-HOOK_KEPT_BYTES:].decode(errors="replace")
+
+    @property
+    def dropped(self) -> int:
+        return max(0, self.total - HOOK_KEPT_BYTES)
+
+
+class Hook:
+    """One running hook: a command line in a session of its own, killed with all that is in it.
+
+    It has ended when its main process has, whoever else keeps its pipes open.
+
+    Args:
+        kind: What it is for.
+        group: The group whose hook it is.
+        vm_name: The VM it is for; '' for `list`.
+        command: What /bin/sh -c gets.
+        environment: All of it.
+        timeout_s: Seconds until it is killed.
+    """
+
+    def __init__(
+        self,
+        kind: HookKind,
+        group: str,
+        vm_name: str,
+        command: str,
+        environment: Mapping[str, str],
+        timeout_s: float,
+    ) -> None:
+        import subprocess
+
+        self.kind, self.group, self.vm_name = kind, group, vm_name
+        self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
+        self.deadline = self.began_at + timeout_s
+        self.verdict = ""  # why it was killed
+        self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
+        self.exit_code: int | None = None  # negative for a signal; None until `end`
+        self.seconds = 0.0
+        self.spawned: Spawned | None = None  # by a spawn hook that succeeded
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", _GATE, "sh", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+        self.started = process_started(self.pid) or 0
+        self.pidfd = os.pidfd_open(self.pid)
+        out, err = (cast(IO[bytes], pipe) for pipe in (self.process.stdout, self.process.stderr))
+        self.pipes = {out.fileno(): out, err.fileno(): err}
+        self.kept = {out.fileno(): _Kept(), err.fileno(): _Kept()}
+        self.out, self.err = self.kept.values()
+        for fd in self.pipes:
+            os.set_blocking(fd, False)
+
+    def open_gate(self) -> None:
+        """Let it run."""
+        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], self.process.stdin) as gate:
+            gate.write(b"\n")
+
+    def read(self, fd: int) -> bool:
+        """Take what a pipe holds, at most 1 MiB; return whether there is more to come."""
+        for _ in range(16):
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                self.pipes.pop(fd).close()
+                return False
+            self.kept[fd].add(data)
+        return True
+
+    def abandon(self) -> None:
+        """Leave it behind its gate, where it ends without having run."""
+        for pipe in [cast(IO[bytes], self.process.stdin), *self.pipes.values()]:
+            pipe.close()
+        self.process.wait()
+        os.close(self.pidfd)
+
+    def kill(self, verdict: str, grace_s: float) -> None:
+        """Begin to kill it, politely first; the first reason given stands."""
+        if not self.verdict:
+            self.verdict, self.deadline = verdict, -math.inf
+            self.enforce(grace_s)
+
+    def enforce(self, grace_s: float) -> bool:
+        """Do what is due if its deadline has passed; return whether there is nothing left to do."""
+        now = CLOCK.monotonic()
+        if now < self.deadline:
+            return False
+        if not self._signals:
+            self.verdict += " and could not be killed"
+            return True
+        self.verdict = self.verdict or f"took longer than {self.timeout_s:g} s"
+        signal_session(self.pid, self.started, self._signals.pop(0))
+        self.deadline = now + grace_s
+        return False
+
+    def end(self) -> None:
+        """Take in the rest of its output and how it ended; end what it may not leave behind."""
+        for fd in list(self.pipes):
+            self.read(fd)
+        for pipe in [*self.pipes.values(), cast(IO[bytes], self.process.stdin)]:
+            pipe.close()
+        self.pipes.clear()
+        status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None:
+            exited = status.si_code == os.CLD_EXITED
+            self.exit_code = status.si_status if exited else -status.si_status
+        self.seconds = CLOCK.monotonic() - self.began_at
+        if self.kind == HookKind.SPAWN and not self.fault:
+            try:
+                self.spawned = parse_spawned(self.out.text(), self.vm_name)
+            except ValueError as error:
+                self.verdict = _one_line(error)
+        if self.spawned is None:
+            signal_session(self.pid, self.started, signal.SIGKILL)
+        # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
+        self.process.poll()
+        os.close(self.pidfd)
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with how it ended, as a few words; '' if nothing is."""
+        code = self.exit_code
+        if self.verdict or code == 0:
+            return self.verdict
+        ended = "did not end" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            ended = f"killed by {signal.Signals(-code).name}"
+        lines = self.err.text().split("\n") + self.out.text().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"{ended}: {_words(last.encode())}" if last else ended
+
+
+def session_members(session: int, started: int) -> list[int]:
+    """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append((int(path.parent.name), int(fields[19])))
+    # Another leader of that number has begun another session; so have members older than it.
+    if any(began < started or (pid == session and began != started) for pid, began in found):
+        return []
+    return [pid for pid, _ in found]
+
+
+def signal_session(session: int, started: int, number: signal.Signals) -> None:
+    """Send a signal to all processes of a session, those being forked meanwhile included."""
+    told: set[int] = set()
+    for _ in range(8):  # who forks faster than that meets KILL, or the next deadline
+        new = set(session_members(session, started)) - told
+        if not new:
+            return
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        told |= new
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawned:
+    """What a spawn hook says it has made."""
+
+    name: str
+    ip: str
+    path: str
+
+
+def parse_spawned(text: str, name: str) -> Spawned:
+    """Return what a spawn hook has printed about its VM.
+
+    That is one JSON object with any of ip, name and path: the whole text, or its last line that
+    is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it.
+
+    Args:
+        text: What it printed.
+        name: The VM's name if none is printed.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    import ipaddress
+
+    said = _last_object(text)
+    if said is None:
+        words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
+        said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
+    known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
+    if wrong := [key for key, value in known.items() if not isinstance(value, str)]:
+        raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
+    if not known["ip"] and not known["path"]:
+        raise ValueError("it printed neither IP=… nor a JSON object with ip or path")
+    if known["ip"]:
+        try:
+            ipaddress.ip_address(known["ip"])
+        except ValueError:
+            raise ValueError(f"it printed {known['ip']!r:.80}, which is no IP address") from None
+    if known["path"]:
+        drivers.parse_address(known["path"])
+    return Spawned(checked_name("VM", known["name"] or name), known["ip"], known["path"])
+
+
+def _last_object(text: str) -> dict[str, Any] | None:
+    for part in [text, *reversed(text.splitlines())]:
+        if part.strip().startswith("{") and part.strip().endswith("}"):
+            with contextlib.suppress(ValueError, RecursionError):
+                return cast("dict[str, Any]", json.loads(part))
+    return None
+
+
+def log_hook(path: Path, hook: Hook) -> None:
+    """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > HOOK_LOG_BYTES:
+            path.rename(path.with_name(path.name + ".1"))
+    head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
+    lines = []
+    for name, kept in (("out", hook.out), ("err", hook.err)):
+        if kept.dropped:
+            lines.append(f"[{name}] … {kept.dropped} bytes before this are dropped")
+        text = kept.text()
+        lines += [f"[{name}] {_shown(line)}" for line in text.split("\n") if text and line]
+    level, end = ("warning", hook.fault) if hook.fault else ("info   ", "done")
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as log:
+        for line in lines:
+            log.write(f"{head.format('info   ')} {line}\n")
+        log.write(f"{head.format(level)}: {end}, {hook.seconds:.1f} s\n")
+
+
+def check_agent(path: str, database: Path, timeout: float) -> str:
+    """Return how a VM's guest agent is: ok, frozen, no-exec, no-answer; in-use if others have it.
+
+    Args:
+        path: The agent's address.
+        database: Named to whoever comes second.
+        timeout: Seconds within which it must begin to answer.
+    """
+    driver = drivers.QemuGuestAgentDriver({"path": path, "name": "vm"}, logging.getLogger("vmrm"))
+    try:
+        with agent_lock(path, database, time_to_wait, 0):
+            driver.connect(timeout)
+            return driver.health()
+    except Conflict as error:
+        return f"in-use: {error}"
+    except drivers.DriverError as error:
+        return f"no-answer: {error}"
+    finally:
+        driver.close()
+
+
+def _check_agent(words: Sequence[str]) -> int:
+    """The default check's main, `_check_agent PATH DATABASE SECONDS`."""
+    path, database, seconds = words
+    health = check_agent(path, Path(database), float(seconds)) if path else "the VM has no path"
+    print(health)
+    return {"ok": 0, "in-use": EX_TEMPFAIL}.get(health.partition(":")[0], 1)
+
+
+# === VMs by QEMU =================================================================================
+
+QEMU = "qemu-system-x86_64"
+QEMU_START_S = 30.0  # for QEMU to answer on its control socket
+QEMU_GRACE_S = 5.0  # to leave when it is asked to, and again when it is told to
+GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
+
+
+class QemuVm:
+    """A VM of a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
+
+    QEMU inherits the lock from whoever starts it, so the lock says whether it runs, whenever that
+    one dies; pid and start time are written by the process that becomes QEMU.
+
+    Args:
+        root: Holds the VMs' directories.
+        name: The VM.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.folder = root / checked_name("VM", name)
+        self.name = name
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process holds the lock."""
+        return _is_locked(self.folder / "pid")
+
+    def _lock(self) -> int | None:
+        """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
+        while (fd := take_lock(self.folder / "pid")) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
+                    return fd
+            os.close(fd)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        return None
+
+    def spawn(self, words: Sequence[str]) -> dict[str, str]:
+        """Start QEMU, which outlives us; return name, ip (not known: '') and the agent's path.
+
+        Args:
+            words: QEMU's, but for its name, sockets and agent port.
+
+        Raises:
+            Conflict: it runs already.
+            VmrmError: QEMU does not start; its words are told, and nothing is left.
+        """
+        import shutil
+        import subprocess
+
+        if (program := shutil.which(QEMU)) is None:
+            raise UsageError(f"{QEMU} is not installed")
+        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        lock = self._lock()
+        if lock is None:
+            raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
+        agent, control = self._listen("agent.sock"), self._listen("qmp.sock")
+        with (self.folder / "qemu.log").open("wb") as log:
+            try:
+                process = subprocess.Popen(
+                    [program, *self._own_words(agent, control), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
+                    pass_fds=(lock, agent.fileno(), control.fileno()),
+                    preexec_fn=lambda: _sign(lock),  # noqa: PLW1509 - there is one thread
+                    start_new_session=True,
+                )
+            finally:
+                agent.close()  # so that it is QEMU alone that keeps them open
+                control.close()
+                os.close(lock)
+        _crash("qemu-started")
+        try:
+            self.control("query-status", QEMU_START_S)
+        except (OSError, ValueError) as error:
+            said = _words((self.folder / "qemu.log").read_bytes()) or _one_line(error)
+            process.kill()
+            process.wait()
+            self.terminate()
+            raise VmrmError(f"QEMU did not start VM {self.name!r}: {said}") from error
+        return {"name": self.name, "ip": "", "path": str(self.folder / "agent.sock")}
+
+    def _listen(self, name: str) -> socket.socket:
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        listening = socket.socket(socket.AF_UNIX)
+        _through_directory(path, listening.bind)
+        listening.listen(1)
+        return listening
+
+    def _own_words(self, agent: socket.socket, control: socket.socket) -> list[str]:
+        words = ["-name", self.name, "-nodefaults", "-no-user-config", "-display", "none"]
+        for name, listening in (("agent", agent), ("control", control)):
+            words += ["-chardev", f"socket,id={name},fd={listening.fileno()},server=on,wait=off"]
+        words += ["-mon", "chardev=control,mode=control", "-device", "virtio-serial-pci"]
+        words += ["-device", f"virtserialport,chardev=agent,name={GUEST_AGENT_PORT}"]
+        return words
+
+    def control(self, command: str, timeout: float) -> None:
+        """Have QEMU carry out a command on its control socket (QMP).
+
+        Raises:
+            OSError: it does not answer in time, or is gone.
+            ValueError: it refuses.
+        """
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            _through_directory(self.folder / "qmp.sock", connection.connect)
+            with connection.makefile("rwb") as stream:
+                for words in ("", "qmp_capabilities", command):
+                    if words:
+                        stream.write(json.dumps({"execute": words}).encode())
+                        stream.flush()
+                    _await_qmp(stream, "return" if words else "QMP")
+
+    def terminate(self) -> None:
+        """End QEMU for certain and remove the directory; what is gone already is no error.
+
+        Raises:
+            VmrmError: it does not die; everything is left as it is.
+        """
+        import shutil
+
+        ends = [None, signal.SIGTERM, signal.SIGKILL]
+        while self.folder.exists():
+            if (lock := self._lock()) is not None:
+                _crash("qemu-ended")
+                shutil.rmtree(self.folder)
+                os.close(lock)
+            elif ends:
+                self._end(ends.pop(0))
+            else:
+                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self.folder}/pid")
+
+    def _end(self, number: signal.Signals | None) -> None:
+        """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
+
+        A process that is about to become QEMU has not signed yet.
+        """
+        deadline = CLOCK.monotonic() + QEMU_GRACE_S
+        while not (signed := (self.folder / "pid").read_text().split()):
+            if CLOCK.monotonic() >= deadline:
+                return
+            time_to_wait(0.02)
+        pid, started = int(signed[0]), int(signed[1])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            signal_session(pid, started, signal.SIGKILL)  # its children keep the lock
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        try:
+            if number is not None:
+                signal_session(pid, started, number)
+            else:
+                with contextlib.suppress(OSError, ValueError):
+                    self.control("quit", QEMU_GRACE_S)
+            if process_started(pid) == started:
+                poll.poll(QEMU_GRACE_S * 1000)
+        finally:
+            os.close(pidfd)
+
+
+def _sign(lock: int) -> None:
+    """Write our own pid and start time, which stay when this process becomes QEMU."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()} {process_started(os.getpid())}\n".encode(), 0)
+
+
+def _await_qmp(stream: io.BufferedRWPair, key: str) -> None:
+    """Read QEMU's lines, events among them, up to the one with `key`."""
+    for _ in range(1000):
+        line = stream.readline(1 << 20)
+        if not line:
+            raise ConnectionError("it closed its control socket")
+        said = json.loads(line)
+        if "error" in said:
+            raise ValueError(said["error"].get("desc"))
+        if key in said:
+            return
+    raise ValueError("it does not answer on its control socket")
+
+
+def qemu_words(
+    *,
+    memory: int,
+    cpus: int,
+    disk: str | None,
+    kernel: str | None,
+    initrd: str | None,
+    append: str | None,
+    accel: str | None,
+) -> list[str]:
+    """Return the part of QEMU's command line that says what machine it is and what it boots.
+
+    Args:
+        memory: MiB.
+        cpus: Virtual processors.
+        disk: An image, qcow2 or raw, that is only read: what the VM writes goes to an overlay,
+            which QEMU removes at its end.
+        kernel: A kernel to boot; with initrd and append, its initial RAM disk and command line.
+        initrd: See kernel.
+        append: See kernel.
+        accel: QEMU's -accel; None takes KVM if it works, else software emulation.
+
+    Raises:
+        UsageError: there is nothing to boot, or a file is missing.
+    """
+    if not disk and not kernel:
+        raise UsageError("there is nothing to boot", "Name --disk IMAGE, or --kernel FILE")
+    for file in (disk, kernel, initrd):
+        if file and not Path(file).is_file():
+            raise UsageError(f"there is no file {file!r}")
+    words = ["-machine", "q35", "-cpu", "max", "-m", str(memory), "-smp", str(cpus)]
+    for name in [accel] if accel else ["kvm", "tcg"]:
+        words += ["-accel", name]
+    for option, value in (("kernel", kernel), ("initrd", initrd), ("append", append)):
+        words += [f"-{option}", value] if value else []
+    if disk:
+        with Path(disk).open("rb") as image:  # not left to QEMU: a guest could write a header
+            kind = "qcow2" if image.read(4) == b"QFI\xfb" else "raw"
+        file = disk.replace(",", ",,")
+        words += ["-drive", f"if=virtio,format={kind},snapshot=on,file={file}"]
+    return words
+
+
+def qemu_running(root: Path) -> list[str]:
+    """Return the names of the VMs below a directory that run."""
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and QemuVm(root, f.name).runs]
+
+
+# === the keeper ==================================================================================
+#
+# keeper_plan says what is to be done about the pool's rows at some instant, and knows nothing but
+# them. The keeper does it: it starts a hook behind its gate, claims the row for it in one
+# transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
+# So a machine never exists without its row, and who comes after a killed keeper finds every hook.
+
+MAX_HOOKS = 16  # at once
+SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
+STOPPED = "the keeper was stopped"  # why a hook was killed that did nothing wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolAction:
+    """One thing to do: run a hook, move a VM to `terminating`, or kill the hook it has."""
+
+    what: HookKind | Literal["end", "kill"]
+    group: str
+    vm_name: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolRows:
+    """What the keeper knows of the pool when it plans: rows, at one instant."""
+
+    groups: Sequence[Mapping[str, Any]]
+    vms: Sequence[Mapping[str, Any]]
+    waiters: Sequence[Mapping[str, Any]] = ()
+    info: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    server_started: float = 0.0
+
+
+class _Dues:
+    """Tells which of many times have passed, and remembers the first of those that have not."""
+
+    def __init__(self, now: float) -> None:
+        self.now, self.next_at = now, math.inf
+
+    def passed(self, at: float | None) -> bool:
+        if at is None:
+            return False
+        if at > self.now:
+            self.next_at = min(self.next_at, at)
+        return at <= self.now
+
+
+def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
+    """Return what is to be done now, most urgent first, and when to look again at the latest.
+
+    Args:
+        pool: The rows.
+        now: Seconds since the epoch.
+        timeouts: Supplies `recheck` and `young`.
+    """
+    dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
+    actions: list[PoolAction] = []
+    for vm in pool.vms:
+        group = groups[vm["group"].lower()]
+        if action := _plan_vm(vm, group, pool.server_started, dues, timeouts):
+            actions.append(action)
+    for group in pool.groups:
+        actions += _plan_spawns(pool, group, dues)
+        listed = pool.info.get((group["name"], "listed")) or {"at": 0}
+        doubtful = listed.get("missing") or listed.get("strangers")
+        period = timeouts.young if doubtful else group["vm_health_check_period_s"]
+        if group["list"] and not listed.get("hook") and dues.passed(listed["at"] + period):
+            actions.append(PoolAction(HookKind.LIST, group["name"]))
+    order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
+    return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
+
+
+def _plan_vm(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> PoolAction | None:
+    do = functools.partial(PoolAction, group=group["name"], vm_name=vm["vm_name"])
+    if vm["hook"]:
+        stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
+        return do("kill", reason="its VM is to be terminated") if stale else None
+    if vm["state"] == VmStates.TERMINATING:
+        again_at = (vm["terminating_at"] or 0) + group["vm_terminating_timeout_s"]
+        ripe = not vm["terminate_tries"] or dues.passed(again_at)
+        return do(HookKind.TERMINATE) if ripe else None
+    if reason := _why_to_end(vm, group, dues):
+        return do("end", reason=reason)
+    if vm["releasing_at"] is not None:
+        return do(HookKind.RELEASE)
+    return do(HookKind.CHECK) if _check_is_due(vm, group, server_started, dues, timeouts) else None
+
+
+def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) -> str:
+    """Return why a VM that is not terminating has to, '' if it has not."""
+
+    def passed(since: float, limit: float | None) -> bool:
+        return limit is not None and dues.passed(since + limit)
+
+    match vm["state"]:
+        case VmStates.SPAWNING:
+            return "its spawn hook was lost"
+        case VmStates.HELD if dues.passed(vm["held_until"]):
+            return "it was held until now"
+        case VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] > group["vm_max_check_fails"]:
+            return f"it failed {vm['check_fails']} checks in a row"
+        case VmStates.READY:
+            used_at = vm["last_release"] or vm["spawned_at"]
+            count = group["reuse_max_count"]
+            if count is not None and vm["builds_count"] >= count:
+                return f"it was used {vm['builds_count']} times"
+            if passed(vm["spawned_at"], group["reuse_max_age_s"]):
+                return f"it is over {group['reuse_max_age_s']:g} s old"
+            if passed(used_at, group["reuse_max_idle_s"]):
+                return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
+            dirty = group["vm_dirty_terminating_timeout_s"]
+            if vm["bound_to_user"] and passed(used_at, dirty):
+                return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
+    return ""
+
+
+def _check_is_due(
+    vm: Mapping[str, Any],
+    group: Mapping[str, Any],
+    server_started: float,
+    dues: _Dues,
+    timeouts: Timeouts,
+) -> bool:
+    """Whether to check a VM's health now.
+
+    The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
+    A check that told nothing is repeated after `recheck` seconds.
+    """
+    again_at = (vm["check_started_at"] or 0) + timeouts.recheck
+    period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
+    match vm["state"]:
+        case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
+            return dues.passed(again_at)
+        case VmStates.CHECK_HEALTH_FAILED:
+            return dues.passed(max(again_at, vm["state_at"] + period))
+        case VmStates.READY | VmStates.IN_USE:
+            if vm["state"] == VmStates.IN_USE and not group["check"]:
+                return False
+            return dues.passed(again_at if last <= server_started else max(again_at, last + period))
+    return False
+
+
+def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[PoolAction]:
+    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
+    mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
+    spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
+    fresh = (VmStates.SPAWNING, VmStates.GOT_IP, VmStates.CHECK_HEALTH, VmStates.READY)
+    coming = sum(
+        vm["state"] in fresh and not vm["bound_to_user"] and not vm["check_fails"] for vm in mine
+    )
+    lacking = max(group["min_ready"], _waiting(pool, group, mine)) - coming
+    room = min(group["max_vm_total"] - len(mine), group["max_spawn_processes"] - spawning)
+    count = min(lacking, room)
+    if count <= 0 or not group["spawn"]:
+        return []
+    interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
+    not_before = (group["last_spawn_at"] or 0) + interval
+    if failed:
+        pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S)
+        not_before = max(not_before, failed["at"] + pause)
+    if not dues.passed(not_before):
+        return []
+    return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
+
+
+def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many VMs of a group are waited for by owners who may have more of them.
+
+    Who takes a VM of several groups waits for the first of them that spawns.
+    """
+    spawning = {g["name"].lower() for g in pool.groups if g["spawn"]}
+    waiting: dict[str, int] = {}
+    for waiter in pool.waiters:
+        for groups in json.loads(waiter["wants"]):
+            first = next((str(g).lower() for g in groups if str(g).lower() in spawning), None)
+            if first == group["name"].lower():
+                waiting[waiter["owner"]] = waiting.get(waiter["owner"], 0) + 1
+    limit = group["max_vm_per_user"]
+    if limit is not None:
+        for owner in waiting:
+            bound = sum(
+                vm["bound_to_user"] == owner and vm["state"] != VmStates.TERMINATING for vm in mine
+            )
+            waiting[owner] = min(waiting[owner], max(0, limit - bound))
+    return sum(waiting.values())
+
+
+class Keeper:
+    """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
+
+    One process, one thread, one wait; several hooks at once. It may be killed at any instruction.
+
+    Args:
+        db: The database.
+        once: Do what is due and what follows from it, then leave; for cron.
+    """
+
+    def __init__(self, db: Database, once: bool = False) -> None:
+        self.db, self.once, self.timeouts = db, once, db.timeouts
+        self.log = logging.getLogger("vmrm.keeper")
+        self.manager = VmManager(logger=self.log, db=db)
+        self.hooks: dict[int, Hook] = {}  # by pid
+        self._stopping = False
+        self._reap_at = self._checkpoint_at = -math.inf
+        self._not_before = -math.inf  # when to fork again, after the system refused
+        self._seen = -1  # PRAGMA data_version
+        self._done: set[PoolAction] = set()  # what `once` does not do twice
+
+    def run(self) -> int:
+        """Keep the pool until SIGTERM or SIGINT, or once; return 0.
+
+        Raises:
+            Conflict: another keeper runs; it is named.
+        """
+        path = self.db.directory("locks") / KEEPER
+        lock = take_lock(path)
+        if lock is None:
+            raise Conflict(
+                f"the pool is being kept already, by process {lock_holder(path)}",
+                "Let it, or stop it first",
+            )
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, lock)
+            self._prepare(stack)
+            self._bury()
+            while (actions := self._step()) or self.hooks or not (self.once or self._stopping):
+                self._wait(actions)
+            self.db.checkpoint(truncate=True)
+        return 0
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        self.wake = WakeSocket(self.db, KEEPER)
+        stack.callback(self.wake.close)
+        self._signals, sent = socket.socketpair()
+        for end in (self._signals, sent):
+            end.setblocking(False)
+            stack.callback(end.close)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sent.fileno()))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, self._stop))
+        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
+        temporary = tool.with_name(f"vmrm.{os.getpid()}")
+        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
+        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.chmod(0o700)
+        temporary.rename(tool)
+        if not self.once or _booted_at() > self._server_started():
+            self.manager.mark_server_start()
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True  # acted upon in the loop, never in the middle of a transaction
+
+    def _server_started(self) -> float:
+        return cast(float, self.db.value("SELECT started_at FROM pool_server") or 0.0)
+
+    def _bury(self) -> None:
+        """End the hooks that a dead keeper has left, and begin again where it stopped."""
+        left = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        listings = {name: self._info(name, "listed") for name in self._groups()}
+        sessions = [(row["hook_pid"], row["hook_started"], row["hook_boot"]) for row in left]
+        sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
+        deadline = CLOCK.monotonic() + self.timeouts.term_grace
+        for pid, started, boot in sessions:
+            while boot == boot_id() and session_members(pid, started):
+                signal_session(pid, started, signal.SIGKILL)
+                if CLOCK.monotonic() >= deadline:
+                    self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
+                    break
+                time_to_wait(0.02)
+        for row in left:
+            self._forget_hook(row["vm_name"], row["hook_pid"], again=True)
+        for name, found in listings.items():
+            if found.pop("hook", None):
+                self._put_info(name, "listed", found)
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        rows = self.db.query("SELECT * FROM pool_groups ORDER BY position, name")
+        return {row["name"]: row for row in rows}
+
+    def _info(self, group: str, key: str) -> dict[str, Any]:
+        return cast(
+            "dict[str, Any]", json.loads(self.manager.read_vm_pool_info(group, key) or "{}")
+        )
+
+    def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
+        self.manager.write_vm_pool_info(group, key, json.dumps(value))
+
+    def _row(self, vm_name: str) -> dict[str, Any] | None:
+        return self.db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+
+    # --- the loop ---
+
+    def _step(self) -> bool:
+        """Look at everything once and begin what is due; return whether something was."""
+        if self._stopping:
+            for hook in self.hooks.values():
+                hook.kill(STOPPED, self.timeouts.term_grace)
+            self._again_at = math.inf
+            return False
+        if CLOCK.monotonic() >= self._reap_at:
+            self._reap_at = CLOCK.monotonic() + self.timeouts.look
+            for name in self.manager.reap():
+                self.log.info("%s was taken back: its lease was over", name)
+        groups = self._groups()
+        rows = PoolRows(
+            list(groups.values()),
+            self.db.query("SELECT * FROM pool_vms ORDER BY state_at, vm_name"),
+            self.db.query(
+                "SELECT owner, wants FROM pool_waiters WHERE heartbeat_at > :since",
+                since=CLOCK.wall() - self.timeouts.heartbeat,
+            ),
+            {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
+            self._server_started(),
+        )
+        actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
+        seen = {row["vm_name"]: row for row in rows.vms}
+        begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
+        return any(begun)
+
+    def _wait(self, begun: bool) -> None:
+        """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        while not begun:
+            poll = select.poll()
+            fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
+            mine = {self.wake.fileno(), self._signals.fileno()}
+            for fd in fds | mine:
+                poll.register(fd, select.POLLIN)
+            now = CLOCK.monotonic()
+            dues = [hook.deadline - now for hook in self.hooks.values()]
+            wait = max(0.0, min([1.0, self._again_at - CLOCK.wall(), self._reap_at - now, *dues]))
+            ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
+            self.wake.drain()
+            with contextlib.suppress(BlockingIOError):
+                while self._signals.recv(4096):
+                    pass
+            self._checkpoint()
+            changed = self._seen != (version := self.db.data_version())
+            self._seen = version
+            late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
+            if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
+                return
+
+    def _attend(self, ready: set[int]) -> bool:
+        """Read what hooks print and hold them to their deadlines; return whether one has ended."""
+        ended = []
+        for hook in self.hooks.values():
+            for fd in ready.intersection(hook.pipes):
+                hook.read(fd)
+            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
+                ended.append(hook)
+        for hook in ended:
+            del self.hooks[hook.pid]
+            hook.end()
+            self._ended(hook)
+        return bool(ended)
+
+    def _checkpoint(self) -> None:
+        if CLOCK.monotonic() >= self._checkpoint_at:
+            self._checkpoint_at = CLOCK.monotonic() + 1.0
+            wal = Path(f"{self.db.path}-wal")
+            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+
+    # --- beginning ---
+
+    def _do(
+        self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> bool:
+        """Begin an action; return whether rows were moved by it."""
+        if action.what == "kill":
+            for hook in self.hooks.values():
+                if hook.vm_name == action.vm_name:
+                    hook.kill(action.reason, self.timeouts.term_grace)
+            return False
+        if action.what == "end":
+            return self._end_vm(action.vm_name, group)
+        if action.what == HookKind.TERMINATE and not group["terminate"]:
+            with contextlib.suppress(VmError):  # it came by hand, and goes by hand
+                self.manager.remove_vm_from_pool(action.vm_name)
+            return True
+        if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
+            return False
+        if self.once and action in self._done:
+            return False
+        try:
+            hook = self._hook(action.what, group, seen)
+        except OSError as error:
+            self.log.error("no hook can be started: %s", error)
+            self._not_before = CLOCK.monotonic() + self.timeouts.recheck
+            return False
+        if not self._claim(hook, group, seen):
+            hook.abandon()
+            return False
+        self.hooks[hook.pid] = hook
+        if self.once and action.what != HookKind.SPAWN:
+            self._done.add(action)
+        _crash("hook-claimed")
+        hook.open_gate()
+        _crash("hook-begun")
+        return True
+
+    def _end_vm(self, vm_name: str, group: Mapping[str, Any]) -> bool:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(vm_name)
+            reason = "" if row is None else _why_to_end(row, group, _Dues(CLOCK.wall()))
+            if row is None or not reason or row["hook"]:  # somebody has acquired it meanwhile
+                return False
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+        self.log.info("%s is terminated: %s", vm_name, reason)
+        return True
+
+    def _hook(
+        self, kind: HookKind, group: Mapping[str, Any], seen: Mapping[str, Any] | None
+    ) -> Hook:
+        """Start a hook of a group behind its gate."""
+        vm = seen or {}
+        name = vm.get("vm_name", "")
+        if kind == HookKind.SPAWN:
+            name = f"{group['name'][:57]}-{secrets.token_hex(3)}"
+        limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
+        command = group[kind]
+        if not command:
+            fresh = vm["last_health_check"] is None  # it may be booting
+            patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
+            words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
+            command = f"exec {shlex.join(map(str, words))}"
+        told = {
+            "HOOK": kind.value,
+            "VM": name,
+            "GROUP": group["name"],
+            "IP": vm.get("vm_ip"),
+            "PATH": vm.get("path"),
+            "STATE": vm.get("state"),
+            "OWNER": vm.get("bound_to_user"),
+            "SANDBOX": vm.get("bound_sandbox"),
+            "DB": str(self.db.path),
+            "STATE_DIR": str(self.db.state_dir),
+        }
+        environment = os.environ | {f"VMRM_{key}": value or "" for key, value in told.items()}
+        environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
+        return Hook(kind, group["name"], name, command, environment, limit)
+
+    def _claim(self, hook: Hook, group: Mapping[str, Any], seen: Mapping[str, Any] | None) -> bool:
+        """Put a hook on record, and move its VM; return whether it may run, as things are now."""
+        now, noted = CLOCK.wall(), (hook.pid, hook.started, boot_id())
+        if hook.kind == HookKind.LIST:
+            found = self._info(group["name"], "listed") | {"at": now, "hook": noted}
+            self._put_info(group["name"], "listed", found)
+            return True
+        columns: dict[str, Any] = {"hook": hook.kind.value}
+        columns |= zip(("hook_pid", "hook_started", "hook_boot"), noted, strict=True)
+        if hook.kind == HookKind.SPAWN:
+            return self._claim_spawn(hook, group, columns)
+        assert seen is not None
+        with self.db.transaction() as db:
+            row = self._row(hook.vm_name)
+            same = ("state", "hook", "token", "releasing_at")
+            if row is None or any(row[column] != seen[column] for column in same):
+                return False
+            state = row["state"]
+            if hook.kind == HookKind.CHECK:
+                columns["check_started_at"] = now
+                state = state if state == VmStates.IN_USE else VmStates.CHECK_HEALTH
+            elif hook.kind == HookKind.TERMINATE:
+                columns |= {"terminating_at": now, "terminate_tries": row["terminate_tries"] + 1}
+            move_pool_vm(db, hook.vm_name, state, **columns)
+        return True
+
+    def _claim_spawn(
+        self, hook: Hook, group: Mapping[str, Any], columns: Mapping[str, object]
+    ) -> bool:
+        with self.db.transaction(durable=True) as db:
+            count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
+            if count >= group["max_vm_total"]:
+                return False
+            self._add_row(hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
+            db.connection.execute(
+                "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
+                (CLOCK.wall(), group["name"]),
+            )
+        return True
+
+    def _add_row(self, name: str, group: str, state: VmStates, **columns: object) -> None:
+        """Add a VM inside the caller's transaction."""
+        now = CLOCK.wall()
+        values: dict[str, object] = {"vm_name": name, "group": group, "state": state.value}
+        values |= {"state_at": now, "spawned_at": now, "who": _who(os.getpid()), **columns}
+        names = ", ".join(f'"{column}"' for column in values)
+        places = ", ".join(f":{column}" for column in values)
+        sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
+        self.db.connection.execute(sql, values)
+
+    # --- ending ---
+
+    def _ended(self, hook: Hook) -> None:
+        """Write down how a hook ended."""
+        name = hook.vm_name or hook.group
+        undecided = hook.kind == HookKind.CHECK and hook.exit_code == EX_TEMPFAIL
+        if hook.fault and not undecided:
+            self.log.warning("%s: %s hook: %s", name, hook.kind, hook.fault)
+        elif hook.kind not in (HookKind.CHECK, HookKind.LIST):
+            self.log.info("%s: %s hook done in %.1f s", name, hook.kind, hook.seconds)
+        if hook.kind == HookKind.LIST:
+            self._listed(hook)
+            return
+        _crash("hook-ended")
+        with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
+            getattr(self, f"_end_{hook.kind}")(hook)
+        self._forget_hook(hook.vm_name, hook.pid)
+        log_hook(pool_log(self.db, hook.vm_name), hook)
+        wake_pool(self.db)
+
+    def _forget_hook(self, vm_name: str, pid: int, *, again: bool = False) -> None:
+        """Take a hook off the record; `again` if what it was to do has to begin anew."""
+        with self.db.transaction() as db:
+            row = self._row(vm_name)
+            if row is None or row["hook_pid"] != pid:
+                return
+            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
+            if again:
+                columns |= {"terminate_tries": 0, "check_started_at": None}
+            lost = again and row["state"] == VmStates.SPAWNING
+            state = VmStates.TERMINATING if lost else row["state"]
+            reason = "the keeper died while it was spawned"
+            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+
+    def _end_spawn(self, hook: Hook) -> None:
+        with self.db.transaction(durable=True) as db:
+            row = self._row(hook.vm_name)
+            if row is None:  # a machine may be there
+                reason = "it was removed while it was spawned"
+                self._add_row(hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
+            elif row["state"] == VmStates.SPAWNING:
+                if hook.spawned is not None and not hook.fault:
+                    self._settle(hook, hook.spawned)
+                if hook.fault:
+                    reason = f"spawn hook: {hook.fault}"
+                    move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
+        failed = self._info(hook.group, "failed")
+        if hook.fault and hook.verdict != STOPPED:
+            failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
+            self._put_info(hook.group, "failed", failed)
+        elif failed:
+            self._put_info(hook.group, "failed", {})
+
+    def _settle(self, hook: Hook, made: Spawned) -> None:
+        """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
+        if made.name != hook.vm_name:
+            if self._row(made.name):
+                hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
+                return
+            sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
+            self.db.connection.execute(sql, (made.name, hook.vm_name))
+            hook.vm_name = made.name
+        now = CLOCK.wall()
+        move_pool_vm(
+            self.db, made.name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
+        )
+
+    def _end_check(self, hook: Hook) -> None:
+        if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
+            with self.db.transaction() as db:  # what the check before it told goes on to hold
+                row = _pool_vm(db, hook.vm_name)
+                well = row["last_health_check"] is not None and not row["check_fails"]
+                if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
+                    move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
+        elif hook.fault:
+            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
+        else:
+            self.manager.mark_vm_checked(hook.vm_name)
+
+    def _end_release(self, hook: Hook) -> None:
+        if hook.verdict != STOPPED:
+            failure = hook.fault and f"release hook: {hook.fault}"
+            self.manager.mark_vm_released(hook.vm_name, failure)
+
+    def _end_terminate(self, hook: Hook) -> None:
+        if not hook.fault:
+            self.manager.remove_vm_from_pool(hook.vm_name)
+            return
+        self.db.write(
+            """UPDATE pool_vms SET reason = :reason,
+                   terminate_tries = iif(:stopped, 0, terminate_tries) WHERE vm_name = :name""",
+            reason=f"terminate hook: {hook.fault}",
+            stopped=hook.verdict == STOPPED,
+            name=hook.vm_name,
+        )
+
+    def _listed(self, hook: Hook) -> None:
+        """Compare the machines there are with the rows: what misses its other half twice is ended.
+
+        Young VMs are spared: a listing may be older than they are.
+        """
+        found, now = self._info(hook.group, "listed"), CLOCK.wall()
+        found.pop("hook", None)
+        names = hook.out.text().split()
+        wrong = hook.fault or next(
+            (f"it printed {n!r:.80}, which is no VM's name" for n in names if not _is_name(n)), ""
+        )
+        if hook.out.dropped:
+            wrong = "it printed too much"
+        if wrong:
+            self._put_info(hook.group, "listed", found)
+            self.log.warning("the list of group %s is of no use: %s", hook.group, wrong)
+            return
+        there, old = {name.lower(): name for name in names}, now - self.timeouts.young
+        began = now - hook.seconds
+        settled = (VmStates.SPAWNING, VmStates.TERMINATING)
+        rows = self.db.query("SELECT * FROM pool_vms")
+        missing = {
+            row["vm_name"]: began
+            for row in rows
+            if row["group"].lower() == hook.group.lower() and row["vm_name"].lower() not in there
+            if row["state"] not in settled and row["spawned_at"] < old
+        }
+        known = {row["vm_name"].lower() for row in rows}
+        strangers = {name: began for name in there.values() if name.lower() not in known}
+        for kind, present in (("missing", missing), ("strangers", strangers)):
+            before = found.get(kind, {})
+            present |= {name: at for name, at in before.items() if name in present}
+            for name in [name for name, at in present.items() if at < old]:
+                del present[name]
+                self._reconcile(kind, name, hook.group)
+        self._put_info(hook.group, "listed", {**found, "missing": missing, "strangers": strangers})
+
+    def _reconcile(self, kind: str, name: str, group: str) -> None:
+        """End a VM without a machine, or a machine without a VM, in the way of all others."""
+        with self.db.transaction(durable=True) as db:
+            row = self._row(name)
+            if kind == "missing" and row and row["state"] != VmStates.TERMINATING:
+                reason = "its machine is gone"
+                move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
+            elif kind == "strangers" and row is None:
+                reason = "a machine that the pool did not know"
+                self._add_row(name, group, VmStates.TERMINATING, reason=reason)
+            else:
+                return
+        self.log.warning("%s is terminated: %s", name, reason)
+        wake_pool(self.db)
+
+
+def _is_name(name: str) -> bool:
+    return NAME_PATTERN.fullmatch(name) is not None
+
+
+def _booted_at() -> float:
+    """Return when this host was booted, in seconds since the epoch."""
+    return CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 # === experiment files ============================================================================
@@ -7730,7 +9414,12 @@ class _ExperimentReader:
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
+        import shutil
+
         resolved = dict(item)
+        program = item.get("executable", "")
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
+            self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
         if "transfer" in item:
@@ -8179,7 +9868,9 @@ def report_of(run: Run) -> Report:
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
     if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    return Report(rows, faults, _summary(run.experiment, rows))
+    summary = _summary(run.experiment, rows)
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
+    return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
@@ -8591,7 +10282,8 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents and left-over requests.
+        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
+            pool from the dead.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -8611,7 +10303,11 @@ def check(db: Database, fix: bool = False) -> list[str]:
         if process_started(row["client_pid"]) != row["client_started"]
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
+    pool = VmManager(db=db)
+    faults += pool.check()
     if fix:
+        pool.reap()
+        pool.drop_dead_waiters()
         remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
@@ -8783,14 +10479,15 @@ class Viewer:
         return ours or supervisor_pid(self.db) is not None
 
     def _stop(self, process: Any) -> None:
-        halt_experiment(self.db, Halt.STOP)
         try:
+            halt_experiment(self.db, Halt.STOP)
             while self._is_running(process):
                 time_to_wait(0.05)
         except KeyboardInterrupt:
             if pid := supervisor_pid(self.db):
                 os.kill(pid, signal.SIGKILL)
             if process is not None:
+                process.kill()
                 process.wait()
 
     @contextlib.contextmanager
@@ -9019,7 +10716,8 @@ class PoolCommands(_Group):
         """
         if path:
             drivers.parse_address(path)
-        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
+        return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
     @command
     def list(self, group: str | None = None) -> object:
@@ -9085,6 +10783,8 @@ class PoolCommands(_Group):
         pool = self._manager()
         import getpass
 
+        for group in groups:
+            pool._group(group)
         request = Request(
             (pool._group_names(groups),),
             getpass.getuser() if owner is None else owner,
@@ -9206,6 +10906,105 @@ class PoolCommands(_Group):
         """Print the pool's figures as Prometheus text."""
         return self._manager().metrics().rstrip("\n")
 
+    @command
+    def serve(self, *, once: bool = False) -> object:
+        """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
+
+        Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
+        VMs stay.
+
+        Args:
+            once: Do what is due now and what follows from it, then leave: for cron.
+        """
+        db = self._manager().db
+        logger = logging.getLogger("vmrm.keeper")
+        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        if not self._main._screen.quiet:
+            told = logging.StreamHandler()
+            told.setFormatter(LogFormatter())
+            logger.addHandler(told)
+        Keeper(db, once).run()
+        return _SHOWN
+
+    @command
+    def spawn_qemu(
+        self,
+        vm: str | None = None,
+        *,
+        disk: str | None = None,
+        kernel: str | None = None,
+        initrd: str | None = None,
+        append: str | None = None,
+        memory: int = 512,
+        cpus: int = 1,
+        accel: str | None = None,
+        dir: str | None = None,  # noqa: A002 - the option's name
+    ) -> object:
+        """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
+
+        It has a guest-agent socket and a control socket in a directory of its own, and no network
+        unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            disk: A disk image, qcow2 or raw; what the VM writes is kept apart, until its end.
+            kernel: A kernel to boot instead of what is on the disk.
+            initrd: The kernel's initial RAM disk.
+            append: The kernel's command line.
+            memory: MiB.
+            cpus: Virtual processors.
+            accel: QEMU's accelerator; without it, KVM if that works, else software emulation.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        words = qemu_words(
+            memory=memory,
+            cpus=cpus,
+            disk=disk,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            accel=accel,
+        )
+        machine = self._qemu(vm, dir)
+        if not dir:
+            assert self._main._db().connection  # it makes the state directory, private
+        made = machine.spawn([*words, *self._main._tail])
+        print(json.dumps(made), flush=True)
+        return _SHOWN
+
+    @command
+    def terminate_qemu(self, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
+        """End a VM of spawn-qemu for certain, and remove what it had; if it is gone, that is well.
+
+        Args:
+            vm: The VM's name; without it, $VMRM_VM.
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        self._qemu(vm, dir).terminate()
+        return _SHOWN
+
+    @command
+    def list_qemu(self, *, dir: str | None = None) -> object:  # noqa: A002
+        """List the VMs of spawn-qemu that run, one name per line: a list hook.
+
+        Args:
+            dir: Where the VMs' directories are; without it, qemu in the state directory.
+        """
+        names = qemu_running(self._qemu_root(dir))
+        if self._main._screen.as_json:
+            return names
+        print("".join(f"{name}\n" for name in names), end="")
+        return _SHOWN
+
+    def _qemu(self, vm: str | None, folder: str | None) -> QemuVm:
+        name = vm or os.environ.get("VMRM_VM")
+        if not name:
+            raise UsageError("no VM is named", "Name one, or set VMRM_VM")
+        return QemuVm(self._qemu_root(folder), name)
+
+    def _qemu_root(self, folder: str | None) -> Path:
+        return Path(folder).absolute() if folder else self._main._db().state_dir / "qemu"
+
 
 class Commands(_Public):
     """vmrm takes a lab of virtual machines through an experiment.
@@ -9302,6 +11101,8 @@ class Commands(_Public):
         timeout: float | None = None,
         start_buffer: float | None = None,
         on_failure: str | None = None,
+        late: str = "start",
+        allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
     ) -> object:
@@ -9315,6 +11116,8 @@ class Commands(_Public):
             timeout: Seconds after which the experiment is stopped (exit code 124).
             start_buffer: Seconds from the last VM configured to time 0.
             on_failure: What a failed VM means before time 0: abort, drop or wait.
+            late: What is overdue when a run is continued: start it at once, skip it, or shift all.
+            allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
             report: A new file for the report as an HTML page, written however it ends.
         """
@@ -9322,7 +11125,11 @@ class Commands(_Public):
             self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
+        if late not in set(Late):
+            raise UsageError(f"late is {late!r}, but must be start, skip or shift")
         experiment = read_experiment(file) if file is not None else None
+        if experiment is not None:
+            check_host_entries(experiment.schedules, allow_host)
         db = self._db() if experiment else self._open()
         if experiment is not None:
             load_experiment(db, experiment)
@@ -9330,7 +11137,13 @@ class Commands(_Public):
         if pid := supervisor_pid(db):
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
-            launch(db, start_buffer=start_buffer, on_failure=on_failure)
+            launch(
+                db,
+                start_buffer=start_buffer,
+                on_failure=on_failure,
+                late=late,
+                allow_host=allow_host,
+            )
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
@@ -9643,16 +11456,30 @@ class Commands(_Public):
             kill: End the running guest programs, too.
             timeout: Seconds to wait for the handlers (exit code 124).
         """
-        db = self._open()
-        if supervisor_pid(db) is None and not live_handlers(db):
+        db, process = self._open(), None
+        running = supervisor_pid(db) is not None or live_handlers(db)
+        if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
+        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+            process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
-        while supervisor_pid(db) is not None or live_handlers(db):
+        while self._is_leaving(db, process):
             if CLOCK.monotonic() >= deadline:
                 raise TimedOut(f"not all handlers have left after {timeout:g} s")
             time_to_wait(0.05)
+        if kill and (left := vms_with_programs(db)):
+            raise VmrmError(
+                f"programs of {len(left)} VMs could not be ended: {', '.join(left[:3])}"
+                f"{', …' if len(left) > 3 else ''}",
+                f"See why: vmrm logs {left[0]}",
+            )
         return _SHOWN
+
+    @staticmethod
+    def _is_leaving(db: Database, process: Any) -> bool:
+        ours = process is not None and process.poll() is None
+        return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
 
     @command
     def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
@@ -9669,17 +11496,18 @@ class Commands(_Public):
         return None
 
     @command
-    def handle(self, vm: str) -> object:
+    def handle(self, vm: str, *, allow_host: bool = False) -> object:
         """Run one VM's handler in the foreground, without a supervisor.
 
         Args:
             vm: The VM's name.
+            allow_host: Let on_host entries run their programs on this host.
         """
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
-            launch(db)
+            launch(db, allow_host=allow_host)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -9717,10 +11545,10 @@ class Commands(_Public):
 
     @command
     def check(self, *, fix: bool = False) -> object:
-        """Check database, file store and requests; exit code 1 if something is wrong.
+        """Check database, file store, requests and pool; exit code 1 if something is wrong.
 
         Args:
-            fix: Remove what nothing needs any more.
+            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
         """
         db = self._open()
         faults = check(db, fix)
@@ -10204,9 +12032,10 @@ def _take_apart(argv: Sequence[str]) -> _Line:
         if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
             line.tail = rest if word == "--" else [word, *rest]
             break
-        if line.words[:2] == ["pool", "acquire"] and word == "--" and rest != ["--help"]:
+        tailed = [["pool", "acquire"], ["pool", "spawn-qemu"]]
+        if line.words[:2] in tailed and word == "--" and rest != ["--help"]:
             if not rest:
-                raise UsageError("no command follows --", "See: vmrm pool acquire --help")
+                raise UsageError("nothing follows --", f"See: vmrm pool {line.words[1]} --help")
             line.tail = rest
             break
         if word == "--db" or word.startswith("--db="):
@@ -10246,6 +12075,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["_supervise"]:
             return _supervise(words[1:])
+        if words[:1] == ["_check_agent"]:
+            return _check_agent(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
         with contextlib.ExitStack() as stack:

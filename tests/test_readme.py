@@ -155,7 +155,7 @@ def commands() -> dict[str, Callable[..., object]]:
         if callable(item):
             found[name] = item
         else:
-            found |= {f"{name} {part}": getattr(item, part) for part in dir(item)}
+            found |= {f"{name} {part.replace('_', '-')}": getattr(item, part) for part in dir(item)}
     return found
 
 
@@ -174,6 +174,7 @@ def usage(name: str, method: Callable[..., object]) -> str:
         elif not is_option(parameter):
             words.append(f"[{word}]")
     tail = {"exec": "PROGRAM [ARG …]", "pool acquire": "[-- COMMAND …]"}
+    tail["pool spawn-qemu"] = "[-- WORD …]"
     return " ".join([*words, *([tail[name]] if name in tail else [])])
 
 
