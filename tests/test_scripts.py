@@ -676,7 +676,7 @@ def test_a_claim_without_a_trace_is_a_claim(guest: Guest) -> None:
         "claim:0 0:1 2:alive:",
         "claim:0:1 2:gone",
         "claim:10000000000 0:1 2:gone",
-        "claim:-1 0:1 2:gone",
+        "claim:- 0:1 2:gone",
         "claim:0 2:1 2:gone",
         "claim:٣ 0:1 2:gone",
         "claim:: :gone",

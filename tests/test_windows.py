@@ -434,25 +434,21 @@ def test_a_program_is_found_again_after_its_handler_died(tmp_path: Path, crash: 
         assert (drive / "launch" / "record").read_text() == "x"
 
 
-def test_a_windows_that_cannot_run_programs_yet_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = iter(["", "", "77"])
+def test_a_windows_that_cannot_run_programs_yet_is_asked_again(tmp_path: Path) -> None:
+    answers, waits = iter(["", "", "", "77"]), list[float]()
+
+    class Booting(drivers.QemuGuestAgentDriver):
+        def connect(self, timeout: float | None = None, retry: bool = True) -> int:
+            self.is_windows = True
+            return 1
+
+        def boot_id(self) -> str:
+            return next(answers)
+
     with vmrm.Database(tmp_path / "lab.db") as db:
         vmrm.VMMapping(db=db).put("u", "w", path=str(tmp_path / "none.sock"))
         handler = vmrm.VMResourceHandler(vmrm.handler_config(db, "w"))
-        waited: list[float] = []
-        monkeypatch.setattr(drivers.QemuGuestAgentDriver, "connect", lambda *_, **__: 1)
-        monkeypatch.setattr(drivers.QemuGuestAgentDriver, "is_windows", True, raising=False)
-        monkeypatch.setattr(drivers.QemuGuestAgentDriver, "boot_id", lambda _: next(answers))
-        monkeypatch.setattr(handler, "_wait", lambda *words: waited.append(words[2]))
-        handler.import_driver()
-        original = drivers.QemuGuestAgentDriver.__init__
-
-        def on_windows(self: Any, *words: Any) -> None:
-            original(self, *words)
-            self.is_windows = True
-
-        monkeypatch.setattr(drivers.QemuGuestAgentDriver, "__init__", on_windows)
+        handler.driver = Booting(handler.config, handler.log)
+        handler._wait = lambda fd, events, seconds: bool(waits.append(seconds))  # type: ignore[method-assign, func-returns-value]
         handler._connect()
-        assert (handler._boot, len(waited)) == ("77", 2)
+        assert (handler._boot, len(waits)) == ("77", 2)
