@@ -22,6 +22,7 @@ statement or one transaction; inside a transaction there is no other I/O.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -72,8 +73,9 @@ __version__ = "0.1.0"
 #   │       └── VmDescriptorNotFound   also a NotFound
 #   ├── Unavailable            code 75: fine later
 #   │   ├── NoVmAvailable      the pool has no VM to give now
-#   │   └── Busy               the database's writer lock was not free in time
-#   │       └── ScheduleDbTimeoutError
+#   │   ├── Busy               the database's writer lock was not free in time
+#   │   │   └── ScheduleDbTimeoutError
+#   │   └── Unwritable         the database's disk is full, for example
 #   ├── TimedOut               code 124
 #   └── SchemaError            code 3: the database file is not ours, damaged or of another version
 
@@ -124,6 +126,10 @@ class NoVmAvailable(Unavailable):
 
 class Busy(Unavailable):
     """The database's writer lock was not free in time."""
+
+
+class Unwritable(Unavailable):
+    """The database cannot be used at present: its disk is full, for example."""
 
 
 class ScheduleDbTimeoutError(Busy):
@@ -186,6 +192,14 @@ class OnFailure(StrEnum):
     ABORT = "abort"  # finish what runs, start nothing further
     DROP = "drop"  # go on without it
     WAIT = "wait"  # wait until somebody retries it
+
+
+class Late(StrEnum):
+    """What becomes of entries that are overdue when an experiment is continued."""
+
+    START = "start"  # they start at once, in planned order
+    SKIP = "skip"  # they are recorded as skipped
+    SHIFT = "shift"  # a pause for as long as nothing ran is recorded for every VM
 
 
 class Halt(StrEnum):
@@ -353,7 +367,7 @@ def _crash(label: str) -> None:
     """Die here, as by kill -9, if `VMRM_CRASH=label:n` names this point and its n-th passing.
 
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
-    many processes one dies, once.
+    many processes one dies, once. With `$VMRM_CRASH_PARENT` set, our parent dies instead.
     """
     if not _CRASH:
         return
@@ -368,7 +382,8 @@ def _crash(label: str) -> None:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return
-    os.kill(os.getpid(), signal.SIGKILL)
+    victim = os.getppid() if "VMRM_CRASH_PARENT" in os.environ else os.getpid()
+    os.kill(victim, signal.SIGKILL)
 
 
 def boot_id() -> str:
@@ -438,6 +453,32 @@ def _file_system(path: Path) -> str:
         if left.split()[2] == wanted:
             return right.split()[0]
     return ""
+
+
+# What SQLite says when it is not the request that is wrong, and which may pass.
+_TROUBLE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+
+
+@contextlib.contextmanager
+def _telling_trouble() -> Iterator[None]:
+    """Raise `Unwritable` for what the disk, or another program, keeps us from."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _TROUBLE:
+            raise
+        raise Unwritable(
+            f"the database cannot be used now: {error}",
+            "Make room on its disk, or see who else has it open; nothing is lost",
+        ) from error
 
 
 class WriterLock:
@@ -650,6 +691,10 @@ class Database:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
+        with _telling_trouble():
+            return self._connected()
+
+    def _connected(self) -> sqlite3.Connection:
         me = threading.current_thread()
         try:
             connection = sqlite3.connect(
@@ -669,6 +714,8 @@ class Database:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
         except sqlite3.OperationalError as error:
             self._connections.pop(me, None)
+            if error.sqlite_errorcode & 0xFF in _TROUBLE:
+                raise
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
             self._connections.pop(me, None)
@@ -702,7 +749,11 @@ class Database:
 
     def query(self, sql: str, **parameters: object) -> list[dict[str, Any]]:
         """Return all rows of one reading statement, as dictionaries."""
-        return [dict(row) for row in self.connection.execute(sql, parameters).fetchall()]
+        return [dict(row) for row in self._rows(sql, parameters)]
+
+    def _rows(self, sql: str, parameters: Mapping[str, object]) -> list[sqlite3.Row]:
+        with _telling_trouble():
+            return self.connection.execute(sql, parameters).fetchall()
 
     def row(self, sql: str, **parameters: object) -> dict[str, Any] | None:
         """Return the first row, or None if there is none."""
@@ -711,7 +762,8 @@ class Database:
 
     def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row, or None if there is none."""
-        row = self.connection.execute(sql, parameters).fetchone()
+        with _telling_trouble():
+            row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
 
     @contextlib.contextmanager
@@ -723,9 +775,10 @@ class Database:
 
         Raises:
             Busy: other writers did not let us in within the writer time-out.
+            Unwritable: the disk is full, for example.
         """
         connection = self.connection
-        with self._writer.held():
+        with self._writer.held(), _telling_trouble():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
@@ -753,10 +806,10 @@ class Database:
     def checkpoint(self, truncate: bool = False) -> None:
         """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
         if not truncate:
-            self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(PASSIVE)", {})
             return
         with self._writer.held():
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._rows("PRAGMA wal_checkpoint(TRUNCATE)", {})
 
     @property
     def utils(self) -> sqlite_utils.Database:
@@ -1540,7 +1593,12 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
             if key in item:
                 yield f"{key} needs an executable"
     if item.get("on_host"):
-        yield "on_host entries are not supported by this version"
+        program = item.get("executable", "")
+        for key in ("user", *DATA_KEYS):
+            if key in item:
+                yield f"an on_host entry runs a program and cannot have {key!r}"
+        if not program.startswith("/") and not NAME_PATTERN.fullmatch(program):
+            yield "on_host needs an executable: an absolute path, or the name of a stored file"
 
 
 def _with_infinities(item: Any) -> Any:
@@ -1626,9 +1684,19 @@ class ScheduleEntry:
         return [item for item in self.data if mark in item]
 
     @property
+    def on_host(self) -> bool:
+        """Whether its program runs on this host instead of in the VM."""
+        return bool(self.options.get("on_host"))
+
+    @property
     def runs_script(self) -> bool:
-        """Whether our script runs in the guest for it: it places files or runs a program."""
+        """Whether our script runs for it: it places files or runs a program."""
         return bool(self.executable or self.items("file") or self.items("content"))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it does nothing but transfer again and again, to the experiment's end."""
+        return not self.executable and any(item["interval"] for item in self.items("transfer"))
 
     def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
         """Say which program runs in the VM.
@@ -2128,6 +2196,14 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
     return now, Timeline(entries, holds).break_at(now)
 
 
+def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> None:
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (name, CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+
+
 def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
     """Record one pause, break or resume inside the caller's transaction."""
     now, begun = _break_of(db, vm)
@@ -2138,11 +2214,7 @@ def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> di
         done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
     elif begun is not None and duration is None:
         done = f"resume: ends the break of {begun:g}"
-    db.connection.execute(
-        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
-           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
-        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
-    )
+    _record_hold(db, vm["server_name"], hold, ignored)
     return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
 
@@ -2158,6 +2230,7 @@ class Attempt:
     attempt: int
     outcome: Outcome
     planned_at: float | None
+    armed_at: float
     sent_at: float | None
     boot_id: str
     pid: int | None
@@ -2202,20 +2275,23 @@ class Journal:
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
-            """SELECT id, ordinal, attempt, outcome, planned_at, sent_at, boot_id, pid, exit_code,
-                      reboot, retried, error
+            """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
+                      exit_code, reboot, retried, error
                FROM attempts WHERE experiment_id = :experiment AND server_name = :name
                AND generation = :generation ORDER BY ordinal, attempt""",
             **self._key,
         )
         return {row["ordinal"]: _attempt(row) for row in rows}
 
-    def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
+    def arm(
+        self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
+    ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+            host: Those that run on this host, whose boot id they get.
 
         Raises:
             _Leave: the schedule was replaced meanwhile.
@@ -2233,7 +2309,8 @@ class Journal:
                            AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
-                    | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
+                    | {"ordinal": ordinal, "planned": planned_at}
+                    | {"boot": boot_id() if ordinal in host else boot}
                     | {"now": CLOCK.wall()},
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
@@ -2680,6 +2757,8 @@ class Holder:
         Raises:
             UsageError: there is none, as far as can be seen.
         """
+        if pid == os.getpid():
+            return _this_process(pid)
         boot, namespace = _viewpoint(os.getpid())
         started = process_started(pid) if namespace else 0
         if started is None:
@@ -2701,6 +2780,12 @@ def _viewpoint(pid: int) -> tuple[str, int]:
     """Return the boot and the pid namespace from which this process, `pid`, sees others."""
     itself = Path("/proc/self")
     return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Holder:
+    boot, namespace = _viewpoint(pid)
+    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2830,18 +2915,31 @@ NO_LEASE: dict[str, Any] = {
 
 
 def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+    db: Database,
+    vm_name: str,
+    state: str,
+    reason: str = "",
+    *,
+    row: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction, and set columns; return the new row.
+    """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. Whoever may have made a VM available calls
-    `wake_waiters` after the transaction.
+    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM's name.
+        state: Where it moves to, or stays.
+        reason: For the history, if it moves.
+        row: The row, if it was read in this transaction already.
+        columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = _pool_vm(db, vm_name)["state"]
+    old = (row or _pool_vm(db, vm_name))["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -2901,7 +2999,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -2913,7 +3011,8 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 def wake_pool(db: Database) -> None:
     """Wake the keeper, and those waiters who would be given a VM now."""
-    wake(db, KEEPER)
+    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
+        wake(db, KEEPER)
     if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
         wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
@@ -3005,7 +3104,7 @@ class VmManager(_Rows):
         """
         return VmDescriptor.load(self.db, vm_name)
 
-    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
         found = self._select("task_id = :task", task=str(task_id))
         return found[0] if found else None
@@ -3053,7 +3152,7 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
             lines += [f"  {vm}" for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
@@ -3204,7 +3303,11 @@ class VmManager(_Rows):
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
-        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        columns: dict[str, Any] = {
+            "last_health_check": now,
+            "check_fails": fails,
+            "check_started_at": None,
+        }
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
@@ -3308,8 +3411,9 @@ class VmManager(_Rows):
         )
         return self.acquire(request, wait)[0]
 
-    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(self._group(group)["name"] for group in groups)
+    @staticmethod
+    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(str(group) for group in groups)
         if not names:
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
@@ -3342,40 +3446,52 @@ class VmManager(_Rows):
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
         """Lease what is asked for; when something is missing, after looking for the dead once."""
         rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+        if not rows and (self.reap(32) or self.drop_dead_waiters()):
             rows = self._try_to_acquire(request)
         return rows
 
     def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since, queue = self._see_server(request), self._queue()
-            if not queue:
-                return self._take_all(request, since)
-            names = self._left_by_queue(queue, request, since)
-            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
-            return [self._lease(name, request) for name in names]
-        return []
+        try:
+            with self.db.transaction(durable=True) as db:
+                since, waiting = self._see_server(request)
+                if waiting and (queue := self._queue()):
+                    names = self._left_by_queue(queue, request, since)
+                    sql = "DELETE FROM pool_waiters WHERE token = ?"
+                    db.connection.execute(sql, (request.token,))
+                    rows = [self._lease(name, request) for name in names]
+                else:
+                    rows = self._take_all(request, since)
+                _crash("pool-acquiring")
+        except NoVmAvailable:
+            return []
+        _crash("pool-acquired")
+        return rows
 
-    def _see_server(self, request: Request) -> float:
-        """Return since when health checks count; refuse a holder whom nobody there can see."""
-        row = self.db.row("SELECT * FROM pool_server")
+    def _see_server(self, request: Request) -> tuple[float, bool]:
+        """Return since when health checks count, and whether there is a queue.
+
+        Raises:
+            UsageError: the holder is one that the pool's other processes cannot see.
+        """
+        row = self.db.query(
+            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+               FROM (SELECT 1) LEFT JOIN pool_server"""
+        )[0]
         holder = request.holder
-        if holder is None:
-            return 0.0 if row is None else cast(float, row["started_at"])
-        if row is None or row["boot"] != holder.boot:
+        if holder and row["boot"] != holder.boot:
             self.db.connection.execute(
                 """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
                    ON CONFLICT DO UPDATE
                    SET boot = excluded.boot, namespace = excluded.namespace""",
                 {"boot": holder.boot, "namespace": holder.namespace},
             )
-        elif holder.namespace != row["namespace"] and request.lease_s is None:
+        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return 0.0 if row is None else cast(float, row["started_at"])
+        return row["started_at"] or 0.0, bool(row["waiting"])
 
     def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
         return [self._take(groups, request, since) for groups in request.wants]
@@ -3385,6 +3501,7 @@ class VmManager(_Rows):
         for group in groups:
             found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
             if found is None:
+                self._group(group)  # which says that there is none
                 continue
             if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
@@ -3398,6 +3515,7 @@ class VmManager(_Rows):
             vm_name,
             VmStates.IN_USE,
             f"task {request.task_id}" if request.task_id else "",
+            row=_READY,
             bound_to_user=request.owner,
             bound_sandbox=request.sandbox,
             token=request.token,
@@ -3430,7 +3548,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
-            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
 
@@ -3549,20 +3667,34 @@ class VmManager(_Rows):
             **vars(waiter),
         )
 
-    def _drop_dead_waiters(self) -> int:
+    def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        dead = [
-            row["id"]
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
-        ]
+        dead = [row["id"] for row in self._dead_waiters()]
         if dead:
             self.db.write(
                 "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
                 ids=json.dumps(dead),
             )
         return len(dead)
+
+    def _dead_waiters(self) -> list[dict[str, Any]]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
+        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        loose = self.db.query(
+            """SELECT vm_name, "group" FROM pool_vms
+               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
+        )
+        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
 
     # --- renewal, release ---
 
@@ -3600,6 +3732,8 @@ class VmManager(_Rows):
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
         wake_pool(self.db)
         return True
@@ -3607,15 +3741,17 @@ class VmManager(_Rows):
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
         """End a lease, inside the caller's transaction."""
         if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
             return
-        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
         state = VmStates.CHECK_HEALTH if hook else VmStates.READY
         move_pool_vm(
             self.db,
             row["vm_name"],
             VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
             reason,
+            row=row,
             releasing_at=now if hook else None,
             last_release=now,
             builds_count=row["builds_count"] + 1,
@@ -3768,7 +3904,7 @@ class VmManager(_Rows):
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
             clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
             move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
         wake_pool(self.db)
 
@@ -3807,7 +3943,7 @@ class VmManager(_Rows):
                 if present is None:
                     continue
                 if row["vm_name"] in over:
-                    self._release(present, over[row["vm_name"]])
+                    self._release(present, f"taken back: {over[row['vm_name']]}")
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
@@ -3819,11 +3955,15 @@ class VmManager(_Rows):
         """Return why a lease is over, or '' if it is not."""
         end = row["lease_end_at"]
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return "taken back: its lease ended"
+            return f"its lease ended {_iso(end)}"
         holder = _holder(row)
         if holder and holder.is_dead():
-            return f"taken back: its holder, process {holder.pid}, is dead"
+            return f"its holder, process {holder.pid}, is dead"
         return ""
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM" if count == 1 else f"{count} VMs"
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -3846,8 +3986,10 @@ _LEASE_KEY = ("vm_name", "token", "lease_end_at")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
     AND token = :token AND lease_end_at IS :lease_end_at"""
 
+_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
+
 # The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms
+_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
@@ -4068,6 +4210,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
+    if purge:
+        shutil.rmtree(db.state_dir / "host", ignore_errors=True)
     for name in ("logs", "transfers"):
         kept = db.state_dir / f"{name}.{old}"
         with contextlib.suppress(FileNotFoundError):
@@ -4132,6 +4276,7 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
+KILLED = "killed by stop --kill"
 
 _CALL_SCRIPT = """\
 #!/bin/sh
@@ -4191,8 +4336,12 @@ if [ "$fresh" = fresh ]; then
         mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
     done
 fi
-cd "$stage" && ls
+cd "$stage" && wc -c * 2>/dev/null
+exit 0
 """
+
+_STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})$", re.MULTILINE | re.ASCII)
+
 
 # Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
 # puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
@@ -4215,18 +4364,27 @@ script() {{
 }}
 """
 
+# Life comes before the exit code: what is gone by then has written its code.
 _PROBE_SCRIPT = """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
-    [ -f "$here/exit" ] && read -r code < "$here/exit"
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
         [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
     fi
+    [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
 done
+"""
+
+# Takes the place of attempts that have not begun, so that they never will.
+_FORBID_SCRIPT = f"""\
+for here; do
+    mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
+done
+exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
@@ -4616,11 +4774,11 @@ class OutputLog:
         self.db, self.vm_name, self.log = db, vm_name, log
         self._partial: dict[tuple[int, str], str] = {}
         self._decoders: dict[tuple[int, str], Any] = {}
-        self._lost: set[tuple[int, int]] = set()
+        self._lost: dict[tuple[int, int], str] = {}
 
     def path(self, ordinal: int, attempt: int, stream: str) -> Path:
         """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.db.directory("logs", self.vm_name) / f"{ordinal}.{attempt}.{stream}"
+        return self.db.state_dir / "logs" / self.vm_name / f"{ordinal}.{attempt}.{stream}"
 
     def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
         """Return how many bytes of a stream are here: the offset to go on from."""
@@ -4629,25 +4787,30 @@ class OutputLog:
 
     def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
         """Return how many more bytes may be fetched of an attempt."""
-        if (entry.ordinal, attempt.attempt) in self._lost:
+        if self.loss(entry, attempt):
             return 0
         used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
         if used >= MAX_OUTPUT_BYTES:
             self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
         return MAX_OUTPUT_BYTES - used
 
+    def loss(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        """Return why the output of an attempt is incomplete, '' if it is not."""
+        return self._lost.get((entry.ordinal, attempt.attempt), "")
+
     def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
-        self._lost.add((entry.ordinal, attempt.attempt))
+        self._lost[entry.ordinal, attempt.attempt] = f"its output is incomplete: {why}"
         self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
 
     def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
         """Append raw output; return whether the host could keep it."""
         path = self.path(entry.ordinal, attempt.attempt, stream)
         try:
+            self.db.directory("logs", self.vm_name)
             with path.open("ab") as target:
                 target.write(data)
         except OSError as error:
-            self._lose(entry, attempt, str(error))
+            self._lose(entry, attempt, error.strerror or str(error))
             return False
         self._add_text(entry, stream, data)
         return True
@@ -4666,8 +4829,7 @@ class OutputLog:
             self._partial[key] = rest
         elif rest:
             lines.append(rest)
-        for line in lines:
-            self.line(str(entry), stream, line)
+        self.lines(str(entry), stream, lines)
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -4676,16 +4838,17 @@ class OutputLog:
                 self._add_text(entry, stream, b"", final=True)
                 del self._decoders[entry.ordinal, stream]
 
-    def line(self, entry: str, stream: str, line: str) -> None:
-        """Write one line of a program's output."""
-        self.log.info("[%s %s] %s", entry, stream, line)
-        if line.lstrip().startswith("{"):
-            self.json_lines(line)
+    def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
+        """Write lines of a program's output, all at once: there may be very many, and short."""
+        if lines:
+            told = [f"[{entry} {stream}] {line}" for line in lines]
+            self.log.info("output", extra={"lines": told})
+            self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json, with time and VM."""
         lines = [content] if isinstance(content, Mapping) else content.split("\n")
-        path = self.db.directory("logs") / f"{self.vm_name}.json"
+        records = []
         for line in lines:
             try:
                 item = json.loads(line) if isinstance(line, str) else dict(line)
@@ -4693,10 +4856,13 @@ class OutputLog:
                 text = json.dumps(record, default=str)
             except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
                 continue
-            if not isinstance(item, dict):
-                continue
-            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-                target.write(text + "\n")
+            if isinstance(item, dict):
+                records.append(f"{text}\n")
+        if not records:
+            return
+        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+            target.writelines(records)
 
 
 class LogFormatter(logging.Formatter):
@@ -4704,7 +4870,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one record as one line, an exception as one line each."""
-        lines = [record.getMessage()]
+        lines = getattr(record, "lines", [record.getMessage()])
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
         head = f"{_iso(record.created)} {record.levelname.lower():7}"
@@ -4712,14 +4878,35 @@ class LogFormatter(logging.Formatter):
 
 
 def _shown(text: str) -> str:
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+class LogFile(logging.Handler):
+    """A log that a full disk cannot break: what it cannot keep is counted, and told later."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self._lost = path, 0
+        self.setFormatter(LogFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one record; the file is open for no longer, so it can neither leak nor linger."""
+        lines = f"{self.format(record)}\n"
+        if self._lost:
+            lines = f"{_iso(record.created)} error   {self._lost} records lost here\n{lines}"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                whole = file.write(data := lines.encode(errors="backslashreplace")) == len(data)
+        except OSError:
+            whole = False
+        self._lost = 0 if whole else self._lost + 1
 
 
 def log_to(logger: logging.Logger, path: Path) -> None:
     """Make a logger write to a file, and nowhere else."""
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(LogFormatter())
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [LogFile(path)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -4853,8 +5040,9 @@ def agent_lock(
             )
         wait(0.1)
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is held without a name
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -4946,10 +5134,25 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     """
     if not found.claimed:  # what a reboot may have erased was perhaps there
         return NextStep.RUN if same_boot or not due else NextStep.FAILED
-    if found.exit_code is not None:
-        return NextStep.WATCH
-    begun = found.alive or found.pid is None  # a claim comes a moment before its pid
-    return NextStep.WATCH if same_boot and begun else NextStep.FAILED
+    return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
+
+
+SKIPPED = "it was overdue when the experiment was continued"
+
+
+def _write_program(path: Path, source: Path | BinaryIO) -> None:
+    """Put an executable file in its place; one that runs is replaced, not written to."""
+    import shutil
+
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    with (
+        source.open("rb") if isinstance(source, Path) else source as stream,
+        temporary.open("xb") as target,
+    ):
+        shutil.copyfileobj(stream, target)
+    temporary.chmod(0o700)
+    temporary.rename(path)
 
 
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
@@ -5037,6 +5240,7 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self._host = drivers.HostPrograms()
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -5053,10 +5257,11 @@ class VMResourceHandler:
         self._life: Task | None = None
         self._wake: WakeSocket | None = None
         self._woken = True
-        self._leaving = False  # told so already
+        self._killing = False  # on the way out, with all guest programs
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
         self._trouble_at: float | None = None
+        self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
 
@@ -5094,14 +5299,15 @@ class VMResourceHandler:
             return False
         return True
 
-    def _connect(self) -> None:
+    def _connect(self, timeout: float | None = None) -> None:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
             self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
             self.driver.wait = self._wait
-        self.driver.connect(timeout=float(self.config.get("agent_timeout") or 300))
-        self._boot = self.driver.boot_id()
+        self.driver.connect(timeout=timeout or float(self.config.get("agent_timeout") or 300))
+        # Twice, since an agent that is restarted between open and read has none to tell.
+        self._boot = self.driver.boot_id() or self.driver.boot_id()
 
     # --- life
 
@@ -5116,11 +5322,7 @@ class VMResourceHandler:
             raise Conflict(f"VM {self.vm_name!r} has a handler already")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
-            self.db.write(
-                "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
-                pid=os.getpid(),
-                name=self.vm_name,
-            )
+            self._check_in()
             self._answer_lost_requests()
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
@@ -5135,13 +5337,39 @@ class VMResourceHandler:
             wake(self.db, SUPERVISOR)
         return 0
 
+    def _check_in(self) -> None:
+        self.db.write(
+            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            pid=os.getpid(),
+            name=self.vm_name,
+        )
+
     def _run_until_told(self) -> None:
         try:
-            self._run()
+            self._leave_if_told()
+            while True:
+                try:
+                    self._run()
+                    return
+                except Unavailable as error:
+                    self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
             if leave.halt is Halt.KILL:
                 self._kill_all()
+
+    def _await_database(self, error: Unavailable) -> None:
+        """Wait until rows can be written again; what happens meanwhile stays in the guest."""
+        self.log.error("%s; waiting, the programs in the VM go on", error)
+        if self.driver is not None:
+            self.driver.close()
+        while True:
+            with contextlib.suppress(Unavailable):
+                self._wait(-1, 0, self.timeouts.reconnect)
+                self._check_in()
+                break
+        self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
+        self.log.warning("the database can be used again")
 
     def _run(self) -> None:
         """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
@@ -5151,14 +5379,23 @@ class VMResourceHandler:
                     self._connect()
                     self._loop()
                     return
-                except drivers.AgentError as error:
-                    raise VMFailed(str(error)) from error
-                except drivers.ConnectError as error:
-                    raise VMFailed(str(error)) from error
                 except drivers.DriverError as error:
+                    if self._is_final(error):
+                        raise VMFailed(str(error)) from error
                     self._link_trouble(error)
         except VMFailed as failed:
             self._fail(str(failed))
+
+    def _is_final(self, error: drivers.DriverError) -> bool:
+        """Whether another try is no use: nobody is there, it is forbidden, or refused twice.
+
+        Once is not enough: an agent that was restarted knows neither our files nor our programs.
+        """
+        refused, self._refused = self._refused, str(error)
+        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        again = isinstance(error, drivers.AgentError) and refused == str(error)
+        lost = isinstance(error, drivers.UnknownPid)
+        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -5172,7 +5409,7 @@ class VMResourceHandler:
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at = None
+        self._trouble_at, self._refused = None, ""
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -5237,7 +5474,7 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        if self._leaving:
+        if self._killing:
             return
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt in (Halt.STOP, Halt.KILL):
@@ -5278,7 +5515,7 @@ class VMResourceHandler:
         self.schedule.sort(key=lambda entry: entry.ordinal)
         halt = self.db.value("SELECT halt FROM current_experiment")
         self._halt = Halt(halt) if halt else None
-        for row in self._open_requests():
+        for row in [] if self._killing else self._open_requests():
             self.agenda.spawn(self._request_steps(row))
         self._withdraw_moved()
         if self._life:  # and nobody else: an armed entry sleeps until it is due
@@ -5358,40 +5595,92 @@ class VMResourceHandler:
         if self._ready_boot != self._boot:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
-            self.driver.used_agent_paths.clear()
-            for entry in self.schedule:
-                self.driver.create_paths(entry)
-            work = [entry for entry in added if entry.runs_script]
+            self._name_places()
+            for entry in added:
+                if entry.on_host:
+                    yield from self._prepare_host_steps(entry)
+            work = [entry for entry in added if entry.runs_script and not entry.on_host]
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
             self._progress()
 
+    def _host_paths(self, entry: ScheduleEntry) -> None:
+        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
+        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
+        entry.reboot_filepath = entry.working_dir / "reboot"
+
+    def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
+        """Write the script of an entry on this host: that for guests, with a program of ours."""
+        if not self.db.value("SELECT allow_host FROM current_experiment"):
+            yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
+            return
+        local = copy.copy(entry)
+        folder, program = Path(entry.working_dir), entry.executable or ""
+        try:
+            if not program.startswith("/"):
+                local.executable = str(folder / "program" / program)
+                _write_program(Path(local.executable), Path(self.store.get_path(program)))
+        except FileNotFoundError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            return
+        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
+        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
+        title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
+        script = call_script(local, title=title, token=self._token, stage="", placed=[])
+        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+
+    def _runner(self, entry: ScheduleEntry) -> drivers.QemuGuestAgentDriver | drivers.HostPrograms:
+        """Return who runs an entry's script and reads its files."""
+        return self._host if entry.on_host else self.driver
+
+    def _boot_of(self, entry: ScheduleEntry) -> str:
+        return boot_id() if entry.on_host else self._boot
+
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
+    def _name_places(self) -> None:
+        """Give every entry its places in the guest, which follow from the whole schedule."""
+        self.driver.used_agent_paths.clear()
+        for entry in self.schedule:
+            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
+
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present = self._list_stage(work)
+        present = self._list_stage(work)  # in full: a reset may cut short what was not synced
         layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
         yield from self._lay_out(layout)
 
-    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[str]:
-        """Make the stage and return what lies there; move an older experiment's folders aside."""
+    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[tuple[str, int]]:
+        """Make the stage and return the names and sizes of what lies there.
+
+        An older experiment's folders are moved aside.
+        """
         fresh = "keep" if self._ready or self._journal.latest() else "fresh"
         folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        status = self._sh(_PREPARE_SCRIPT, self._stage, old, fresh, *owner, *folders)
+        words = self._stage, old, fresh, *owner, *folders
+        status = self.driver.run(
+            ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words], timeout=self.timeouts.call
+        )
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
-        return set(status.out.decode(errors="replace").split("\n"))
+        listed = _STAGED.findall(status.out.decode(errors="replace"))
+        return {(sha256, int(size)) for size, sha256 in listed}
 
-    def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
+    def _sh(self, script: str, *words: str, on_host: bool = False) -> drivers.ExecStatus:
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
         argv = ["/bin/sh", "-c", script, "sh", *words]
-        return self.driver.run(argv, timeout=self.timeouts.call)
+        try:
+            runner = self._host if on_host else self.driver
+            return runner.run(argv, timeout=self.timeouts.call)
+        except drivers.AgentError as error:
+            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -5417,7 +5706,9 @@ class VMResourceHandler:
             )
         return Staged(sha256, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
 
-    def _load_steps(self, entry: ScheduleEntry, present: set[str], layout: list[str]) -> Steps:
+    def _load_steps(
+        self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
+    ) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
         try:
             placed = self._contents(entry)
@@ -5435,14 +5726,15 @@ class VMResourceHandler:
         if entry.executable and (user := entry.options.get("user")):
             scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
         for staged, _ in placed:
-            if staged.sha256 not in present:
+            if (staged.sha256, staged.size) not in present:
                 yield from self._push_steps(staged)
-                present.add(staged.sha256)
+                present.add((staged.sha256, staged.size))
                 layout.append(f"keep {staged.sha256} {staged.size}")
         for text, path, user in scripts:
-            sha256 = text_content(text).sha256
-            if sha256 not in present:
-                present.add(sha256)
+            content = text_content(text)
+            sha256 = content.sha256
+            if (sha256, content.size) not in present:
+                present.add((sha256, content.size))
                 layout.append(f"text {sha256} {shlex.quote(text)}")
             layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
 
@@ -5568,7 +5860,9 @@ class VMResourceHandler:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
                 self._check_boot()
-                armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
+                host = {entry.ordinal for entry in run if entry.on_host}
+                planned = dict.fromkeys((entry.ordinal for entry in run), None)
+                armed = self._journal.arm(planned, self._boot, host)
                 _crash("armed")
                 for entry in run:
                     self._spawn_attempt(entry, armed[entry.ordinal])
@@ -5686,7 +5980,8 @@ class VMResourceHandler:
     ) -> Steps:
         """Arm one attempt of an entry and take it to its end."""
         ordinal = schedule_entry.ordinal
-        attempt = self._journal.arm({ordinal: None}, self._boot)[ordinal]
+        host = {ordinal} if schedule_entry.on_host else ()
+        attempt = self._journal.arm({ordinal: None}, self._boot, host)[ordinal]
         yield from self._attempt_steps(schedule_entry, attempt, None)
         if queue is not None and self._journal.latest()[ordinal].reboot:
             queue.put(schedule_entry)
@@ -5719,7 +6014,13 @@ class VMResourceHandler:
             error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
         self.output.end(entry, attempt)
         _crash("before-journal")
-        again = entry.start_time < 0 and not error and (reboot or exit_code == REBOOT_EXIT_CODE)
+        again = (
+            outcome is Outcome.DONE
+            and entry.start_time < 0
+            and not entry.on_host
+            and (reboot or exit_code == REBOOT_EXIT_CODE)
+        )
+        error = error or self.output.loss(entry, attempt)
         self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
         self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
         self._progress()
@@ -5727,10 +6028,11 @@ class VMResourceHandler:
         if self._life:
             self.agenda.wake(self._life)
 
-    @staticmethod
-    def _judge(entry: ScheduleEntry, exit_code: int | None) -> str:
+    def _judge(self, entry: ScheduleEntry, exit_code: int | None) -> str:
         """Return what is wrong with an exit code, '' if nothing is."""
-        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
+        if self._killing and exit_code == CLAIM_FAILED:
+            return KILLED
+        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and not entry.on_host
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
@@ -5740,9 +6042,8 @@ class VMResourceHandler:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script = str(entry.call_arguments_filename)
         sent = CLOCK.wall()
-        pid = self.driver.start(
-            ["/bin/sh", script, str(attempt.attempt), self._token], capture=True
-        )
+        argv = ["/bin/sh", script, str(attempt.attempt), self._token]
+        pid = self._runner(entry).start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -5756,98 +6057,93 @@ class VMResourceHandler:
         limit = entry.options.get("timeout") or (
             self.timeouts.negative_entry if entry.start_time < 0 else math.inf
         )
-        if found.pid is None and found.exit_code is None:
-            found = yield from self._claim_steps(entry, attempt)
+        why = f"timed out after {limit:g} s and was killed"
         deadline = CLOCK.monotonic() + limit
-        if attempt.sent_at is not None:
-            deadline -= CLOCK.wall() - attempt.sent_at
+        if attempt.sent_at is not None:  # by the wall clock, which may have been set back
+            deadline -= max(0.0, CLOCK.wall() - attempt.sent_at)
+        if self._killing:
+            deadline, why = -math.inf, KILLED
         interval, fetch_at = self.timeouts.poll_first, 0.0
         while True:
             yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
             interval = min(interval * 1.5, self.timeouts.poll_last)
-            ended = self._ended(entry, attempt, found)
-            if ended is not None:
+            found = yield from self._look_steps(entry, attempt, found)
+            if found.exit_code is not None:
                 yield from self._fetch_steps(entry, attempt)
-                return ended
+                return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid)
+                yield from self._kill_steps(found.pid, on_host=entry.on_host)
                 yield from self._fetch_steps(entry, attempt)
-                raise _EntryFailed(f"timed out after {limit:g} s and was killed")
+                raise _EntryFailed(why)
 
-    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Give a script that has claimed a moment to say who it is; return what it says."""
-        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
-        while True:
-            found = self._probe([self._attempt_dir(entry, attempt)])[0]
-            if found.exit_code is not None or found.alive:
-                return found
-            if found.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it began, and nobody saw its end")
-            yield self.timeouts.claim_grace / 10
+    def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
+        """Look once how an attempt is; return it as found now, with an exit code if it has ended.
 
-    def _ended(
-        self, entry: ScheduleEntry, attempt: Attempt, found: Found
-    ) -> tuple[int | None, bool] | None:
-        """Return exit code and reboot wish if the program has ended, else None.
-
-        The guest's own file is asked first, then the agent; an agent that does not know the pid
+        The agent is asked first, then the guest's own files; an agent that does not know the pid
         (it was restarted) leaves the probe of the process itself.
 
         Raises:
             _EntryFailed: it was never begun, or died by a signal.
         """
         if found.exit_code is not None:
-            return found.exit_code, found.reboot
+            return found
+        if found.pid is None:
+            return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self.driver.status(cast(int, found.pid))
+            status = self._runner(entry).status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
-            return self._ended_by_probe(entry, attempt)
+            return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
-            return None
+            return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            return parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
-        return self._ended_without_file(entry, attempt, status, found)
-
-    def _ended_without_file(
-        self, entry: ScheduleEntry, attempt: Attempt, status: drivers.ExecStatus, found: Found
-    ) -> tuple[int | None, bool] | None:
+            exit_file = self._runner(entry).read_bytes(f"{here}/exit", limit=64)
+            code, reboot = parse_exit(exit_file.decode())
+            return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if not left.claimed and status.exitcode in (CLAIM_FAILED, None):
-            raise _EntryFailed(
-                f"the guest did not begin it: {_words(status.err) or 'no reason given'}"
-            )
+        left = self._look(entry, attempt)
         if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.pid not in (None, found.pid):  # another start of this attempt has the claim
-            return None if left.alive else self._ended_by_probe(entry, attempt)
+            return left
+        # A script of ours has nothing to tell the agent once it has made its claim.
+        if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
+            why = _words(status.err) or "no reason given"
+            where = "host" if entry.on_host else "guest"
+            raise _EntryFailed(f"the {where} did not begin it: {why}")
+        if left.claimed and status.err:  # another start of this attempt was faster
+            return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        return status.exitcode, self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = not entry.on_host and self.check_for_reboot(str(entry.reboot_filepath))
+        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
-    def _ended_by_probe(
-        self, entry: ScheduleEntry, attempt: Attempt
-    ) -> tuple[int | None, bool] | None:
-        left = self._probe([self._attempt_dir(entry, attempt)])[0]
-        if left.exit_code is not None:
-            return left.exit_code, left.reboot
-        if left.alive:
-            return None
-        if not left.claimed:  # recovery knows what to do with what never began
-            raise drivers.LinkLost("the agent was restarted")
-        raise _Unknown("it ended, and nobody saw how")
+    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
+        """Ask an attempt's own files how it is, and give it a moment to say who it is.
 
-    def _kill_steps(self, *pids: int | None) -> Steps:
-        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+        Raises:
+            LinkLost: it has not begun; recovery knows what to do with it.
+            _Unknown: it has begun, and ended without a word.
+        """
+        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
+        while True:
+            found = self._look(entry, attempt)
+            if found.exit_code is not None or found.alive:
+                return found
+            if not found.claimed:
+                raise drivers.LinkLost("the agent was restarted")
+            if found.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it ended, and nobody saw how")
+            yield self.timeouts.claim_grace / 10
+
+    def _kill_steps(self, *pids: int | None, on_host: bool = False) -> Steps:
+        """End programs' process groups: TERM to all, a moment of grace, KILL."""
         known = [str(pid) for pid in pids if pid is not None]
         for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known)
+            self._sh(_KILL_SCRIPT, name, *known, on_host=on_host)
             yield self.timeouts.term_grace if name == "TERM" else 0
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -5865,8 +6161,7 @@ class VMResourceHandler:
 
     def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
         """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
-        for line in (output or "").splitlines():
-            self.output.line(stream, stream_name, line)
+        self.output.lines(stream, stream_name, (output or "").splitlines())
 
     def log_json(self, content: str | Mapping[str, Any]) -> None:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
@@ -5879,7 +6174,9 @@ class VMResourceHandler:
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
+                    data = self._runner(entry).read_bytes(
+                        f"{here}/{stream}", limit=limit, offset=offset
+                    )
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -5890,12 +6187,15 @@ class VMResourceHandler:
 
     # --- recovery
 
-    def _probe(self, directories: Sequence[str]) -> list[Found]:
+    def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
+        return self._probe([self._attempt_dir(entry, attempt)], on_host=entry.on_host)[0]
+
+    def _probe(self, directories: Sequence[str], *, on_host: bool = False) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories)
+        status = self._sh(_PROBE_SCRIPT, *directories, on_host=on_host)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -5906,10 +6206,16 @@ class VMResourceHandler:
         """Find every open attempt again: by rows, then by what the guest's files say."""
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        scripts = [e for e in opened if e.runs_script]
-        probed = self._probe([self._attempt_dir(e, latest[e.ordinal]) for e in scripts])
-        for entry, found in zip(scripts, probed, strict=True):
-            self._recover_attempt(entry, latest[entry.ordinal], found)
+        for on_host in (False, True):
+            scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
+            places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            if self._killing and places:
+                self._sh(_FORBID_SCRIPT, *places, on_host=on_host)
+            found = self._probe(places, on_host=on_host)
+            for entry, left in zip(scripts, found, strict=True):
+                self._recover_attempt(entry, latest[entry.ordinal], left)
+        if self._killing:
+            return
         for entry in opened:
             if not entry.runs_script:  # a transfer: pulling again does no harm
                 self._again(entry, latest[entry.ordinal])
@@ -5919,26 +6225,33 @@ class VMResourceHandler:
         _crash("recovered")
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._boot
+        same_boot = attempt.boot_id == self._boot_of(entry)
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._again(entry, attempt)
-        elif step is NextStep.WATCH:
-            self._spawn_attempt(entry, attempt, found)
+            if not self._killing:  # else it is not even laid out
+                self._again(entry, attempt)
+        elif step is NextStep.WATCH:  # on a full disk the guest has no note of the pid
+            pid = found.pid if found.pid is not None else attempt.pid
+            self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
-            why = "nobody saw its end" if same_boot else "the guest was rebooted"
+            which = "host" if entry.on_host else "guest"
+            why = "nobody saw its end" if same_boot else f"the {which} was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
-        due = self._due(entry)
-        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
-            self._journal.withdraw([entry.ordinal])
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn_attempt(entry, attempt)
+            return
+        run = current_experiment(self.db)
+        skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
+            self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
         else:
-            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+            self._journal.withdraw([entry.ordinal])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)
@@ -6008,7 +6321,8 @@ class VMResourceHandler:
         self._check_boot()
         assert self.start_at is not None
         planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
-        armed = self._journal.arm(planned, self._boot)
+        host = {entry.ordinal for entry in soon if entry.on_host}
+        armed = self._journal.arm(planned, self._boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
             self._armed[entry.ordinal] = soon[entry]
@@ -6020,17 +6334,13 @@ class VMResourceHandler:
         times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
-            if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
+            if not task.done and entry.options.get("wait", True) and not entry.repeats:
                 return False
         held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
-        return not any(e.pause is None and not self._repeats(e) for e in held)
+        return not any(e.pause is None and not e.repeats for e in held)
 
     def _entry(self, ordinal: int) -> ScheduleEntry:
         return next(entry for entry in self.schedule if entry.ordinal == ordinal)
-
-    @staticmethod
-    def _repeats(entry: ScheduleEntry) -> bool:
-        return not entry.executable and any(item["interval"] for item in entry.items("transfer"))
 
     def _end_steps(self) -> Steps:
         """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
@@ -6054,7 +6364,7 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        whole = [t for o, t in self._tasks.items() if self._entry(o).repeats]
         yield [*repeating, *whole]
         return True
 
@@ -6090,18 +6400,20 @@ class VMResourceHandler:
 
     def _kill_all(self) -> None:
         """End the guest programs of all open attempts, on the way out."""
-        self._leaving = True
-        opened = [attempt for attempt in self._journal.latest().values() if attempt.is_open]
+        self._killing = True
         try:
-            self.driver.connect(timeout=self.timeouts.lock)
-            boot = self.driver.boot_id()
-            # A pid of an earlier boot is somebody else's now.
-            self._drain(self._kill_steps(*(a.pid for a in opened if a.boot_id == boot)))
-        except (drivers.DriverError, _Leave) as error:
+            self._connect(self.timeouts.lock)
+            self._drain(self._kill_all_steps())
+        except (drivers.DriverError, VMFailed, _Leave) as error:
             self.log.error("could not kill everything: %s", error)
-            return
-        for attempt in opened:
-            self._journal.ended(attempt, Outcome.FAILED, error="killed by stop --kill")
+
+    def _kill_all_steps(self) -> Steps:
+        """Find every open attempt as a recovery does; to watch one means to kill it now."""
+        self._tasks = {}
+        self._take_news()
+        self._name_places()
+        self._recover()
+        yield list(self._tasks.values())
 
     # --- transfers out of the guest
 
@@ -6562,7 +6874,10 @@ class Supervisor:
         self._progress: dict[str, object] = {}
         self._not_before: dict[str, float] = {}  # when a dead handler may be started again
         self._leave_by = math.inf
+        self._hurrying: Halt | None = None
         self._told_to_stop = False
+        self._trouble = False  # with the database, and told so
+        self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0.
@@ -6579,12 +6894,28 @@ class Supervisor:
             )
         self._prepare()
         try:
-            while not self._step():
+            while not self._ended():
                 self._pause()
-            self._end()
         finally:
             os.close(lock)
         return 0
+
+    def _ended(self) -> bool:
+        """Do what is to be done now; return whether the experiment is over, or we must leave.
+
+        While the database cannot be used nothing is decided; handlers wait for it as we do.
+        """
+        try:
+            if self._step():
+                self._end()
+                return True
+        except Unavailable as error:
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            self._trouble = True
+            return self._told_to_stop  # which no row can say now: the lifeline does
+        self._trouble = False
+        return False
 
     def _prepare(self) -> None:
         import gc
@@ -6605,7 +6936,7 @@ class Supervisor:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)  # programs would inherit SIG_IGN
         self.db.close()  # no connection crosses a fork
         gc.collect()
         gc.freeze()
@@ -6629,18 +6960,20 @@ class Supervisor:
         """Look at everything once; return whether the experiment is over."""
         self._reap()
         if self._told_to_stop:
-            self._told_to_stop = False
             halt_experiment(self.db, Halt.STOP)
+            self._told_to_stop = False
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt is None and self._end_if_over():
             halt = Halt.END
             _crash("end-set")
         if halt is None:
             self._start_handlers()
-        elif not self._children:
+        elif halt == Halt.KILL:
+            self._start_killers()
+        if halt is not None and not self._children:
             return True
-        elif halt in (Halt.STOP, Halt.KILL):
-            self._hurry()
+        if halt in (Halt.STOP, Halt.KILL):
+            self._hurry(Halt(halt))
         self._checkpoint()
         return False
 
@@ -6677,18 +7010,32 @@ class Supervisor:
             """SELECT server_name FROM vms WHERE state IN
                    ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
         )
-        present, now = set(self._children.values()), CLOCK.monotonic()
-        absent = [row["server_name"] for row in wanted if row["server_name"] not in present]
-        due = [name for name in absent if self._not_before.get(name, 0) <= now]
-        if due:
-            self.db.close()
-        for name in due:
-            self._not_before.pop(name, None)
-            self._fork(name)
+        now = CLOCK.monotonic()
+        for name in self._without_handler(row["server_name"] for row in wanted):
+            if self._not_before.get(name, 0) <= now:
+                self._not_before.pop(name, None)
+                self._fork(name)
+
+    def _start_killers(self) -> None:
+        """Where a program is left without a handler, start one, once: it knows what to do."""
+        for name in self._without_handler(vms_with_programs(self.db)):
+            if name not in self._last_rites:
+                self._last_rites.add(name)
+                self._fork(name)
+
+    def _without_handler(self, names: Iterable[str]) -> list[str]:
+        present = set(self._children.values())
+        return [name for name in names if name not in present]
 
     def _fork(self, name: str) -> None:
+        self.db.close()  # no connection crosses a fork
         _crash("before-fork")
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, or too little memory, for the moment
+            self.log.error("cannot start the handler of %s: %s", name, error)
+            self._not_before[name] = CLOCK.monotonic() + 1
+            return
         if pid == 0:
             handler_process(self.db.path, name, self._lifeline)
         self._children[pid] = name
@@ -6711,6 +7058,9 @@ class Supervisor:
         self._not_before[name] = CLOCK.monotonic() + 0.5
 
     def _died(self, name: str, code: int) -> None:
+        if code == Unavailable.code:  # it can do nothing without the database, nor can we
+            self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
+            return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
@@ -6735,14 +7085,16 @@ class Supervisor:
         with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
             move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
 
-    def _hurry(self) -> None:
+    def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
-        now = CLOCK.monotonic()
-        self._leave_by = min(self._leave_by, now + self.timeouts.leave)
+        now, grace = CLOCK.monotonic(), self.timeouts.leave
+        if halt is Halt.KILL:  # they connect anew, and end programs in two steps
+            grace += self.timeouts.lock + self.timeouts.claim_grace + self.timeouts.term_grace
+        if halt is not self._hurrying:
+            self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
-            self._leave_by = math.inf
 
     def _checkpoint(self) -> None:
         wal = Path(f"{self.db.path}-wal")
@@ -6764,7 +7116,6 @@ class Supervisor:
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
     """Be the handler of one VM, in a process just forked; never returns."""
     code, logger = 1, logging.getLogger(f"vmrm.{name}")
-    inherited = logging.getLogger("vmrm").handlers[:]  # kept: closing one would close a stranger
     try:
         logging.getLogger("vmrm").handlers.clear()
         signal.set_wakeup_fd(-1)
@@ -6780,10 +7131,12 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
                 logger.error("%s", conflict)
                 sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
                 db.write(sql, reason=str(conflict), name=name)
+    except Unavailable as error:
+        code = error.code
+        logger.error("%s", error)
     except BaseException:
         logger.exception("the handler broke")
     finally:
-        assert inherited is not None
         os._exit(code)
 
 
@@ -6798,7 +7151,7 @@ def handle(db: Database, name: str, **more: Any) -> int:
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
         return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
-    except Conflict:
+    except (Conflict, Unavailable):
         raise
     except VmrmError as error:
         logger.error("%s", error)
@@ -6808,10 +7161,30 @@ def handle(db: Database, name: str, **more: Any) -> int:
 
 
 def halt_experiment(db: Database, halt: Halt) -> None:
-    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
-    with db.transaction():
-        _set_halt(db, halt)
+    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill.
+
+    Raises:
+        Unwritable: the database cannot be used, and there is nobody who could be told otherwise.
+    """
+    try:
+        with db.transaction():
+            _set_halt(db, halt)
+    except Unavailable:
+        pid = supervisor_pid(db)
+        if halt is not Halt.STOP or pid in (None, os.getpid()):
+            raise
+        os.kill(pid, signal.SIGTERM)  # its end is the end of all handlers
+        return
     wake_all(db)
+
+
+def vms_with_programs(db: Database) -> list[str]:
+    """Return the VMs in which programs of ours run, as far as rows know."""
+    rows = db.query(
+        """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
+           WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
+    )
+    return [row["server_name"] for row in rows]
 
 
 def _set_halt(db: Database, halt: Halt) -> None:
@@ -6824,7 +7197,12 @@ def _set_halt(db: Database, halt: Halt) -> None:
 
 
 def launch(
-    db: Database, *, start_buffer: float | None = None, on_failure: str | None = None
+    db: Database,
+    *,
+    start_buffer: float | None = None,
+    on_failure: str | None = None,
+    late: str = Late.START,
+    allow_host: bool = False,
 ) -> None:
     """Make the experiment ready to be supervised: launch time, settings, failed entries again.
 
@@ -6832,9 +7210,12 @@ def launch(
         db: The database.
         start_buffer: Seconds from the last VM configured to time 0; None leaves it.
         on_failure: abort, drop or wait; None leaves it.
+        late: start, skip or shift what is overdue.
+        allow_host: Whether entries may run on this host.
 
     Raises:
-        UsageError: there are no VMs, or a managed one has no path.
+        UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
+            and may not.
     """
     rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
@@ -6843,18 +7224,107 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    texts = ScheduleDb(db=db).list_all()
+    check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
+        _settle_late(db, late)
         connection.execute(
-            """UPDATE experiments SET halt = NULL, ended_at = NULL,
+            """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
+                   late = :late, allow_host = :allow_host,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
                WHERE destroyed_at IS NULL""",
-            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure},
+            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure}
+            | {"late": str(late), "allow_host": allow_host},
         )
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
+    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not.
+
+    Raises:
+        UsageError: there are some; they are named.
+    """
+    found = [
+        f"VM {name}, entry {entry.ordinal} ({entry})"
+        for name, text in schedules.items()
+        for entry in parse_schedule(text)
+        if entry.on_host and not allowed
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UsageError(
+            f"programs would run on this host: {'; '.join(found[:5])}{more}",
+            "Look at them, then say so: vmrm run --allow-host",
+        )
+
+
+def _settle_late(db: Database, late: str) -> None:
+    """Skip what is overdue, or record pauses for it, inside the caller's transaction.
+
+    All VMs get the same pause, from when the first overdue entry should have started until now, so
+    that they stay together; but one that had failed gets its own, and one in a break none.
+    Attempts that are armed may have begun: with these, the handler does as the guest says.
+    """
+    experiment = current_experiment(db)
+    start = experiment["start_at"]
+    now = CLOCK.wall() - start if start is not None else -math.inf
+    if late == Late.START or now <= 0:
+        return
+    lines: dict[str, Timeline] = {}
+    first: dict[str, float] = {}
+    failed = {row["server_name"] for row in db.query("SELECT * FROM vms WHERE state = 'failed'")}
+    for row in db.query("SELECT server_name FROM vms WHERE state <> 'n/a'"):
+        name = row["server_name"]
+        lines[name], overdue = _overdue(db, name, now)
+        if late == Late.SKIP:
+            _skip(db, experiment, name, overdue)
+        elif overdue:
+            first[name] = min(at for at, _ in overdue.values())
+    together = min((at for name, at in first.items() if name not in failed), default=math.inf)
+    for name, line in lines.items() if late == Late.SHIFT else ():
+        since = first.get(name, math.inf) if name in failed else together
+        if since < now and line.break_at(since) is None:
+            _record_hold(db, name, Hold(since, now - since))
+
+
+def _overdue(
+    db: Database, name: str, now: float
+) -> tuple[Timeline, dict[int, tuple[float, int | None]]]:
+    """Return a VM's timeline, and what should have begun before now: time and attempt, if any."""
+    rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+    entries = [ScheduleEntry.from_dict(json.loads(r["entry"]), r["ordinal"]) for r in rows]
+    line = Timeline(entries, read_holds(db, name))
+    overdue = {
+        entry.ordinal: (line.times[entry.ordinal], row["attempt"])
+        for entry, row in zip(entries, rows, strict=True)
+        if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
+        if not entry.options.get("resume")
+        if 0 < line.times[entry.ordinal] < now and not entry.repeats
+    }
+    return line, overdue
+
+
+def _skip(
+    db: Database,
+    experiment: Mapping[str, Any],
+    name: str,
+    overdue: Mapping[int, tuple[float, int | None]],
+) -> None:
+    for ordinal, (at, attempt) in overdue.items():
+        if attempt is None:
+            db.connection.execute(
+                """INSERT INTO attempts (experiment_id, server_name, generation, ordinal, attempt,
+                       outcome, planned_at, armed_at, ended_at, error)
+                   SELECT :id, :name, generation, :ordinal, 1, 'skipped', :planned, :now, :now,
+                       :error FROM schedules WHERE server_name = :name""",
+                {"id": experiment["id"], "name": name, "ordinal": ordinal}
+                | {"planned": experiment["start_at"] + at, "now": CLOCK.wall(), "error": SKIPPED},
+            )
 
 
 def supervisor_pid(db: Database) -> int | None:
@@ -8304,7 +8774,12 @@ class _ExperimentReader:
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
+        import shutil
+
         resolved = dict(item)
+        program = item.get("executable", "")
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
+            self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
         if "transfer" in item:
@@ -8756,7 +9231,9 @@ def report_of(run: Run) -> Report:
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
     if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    return Report(rows, faults, _summary(run.experiment, rows))
+    summary = _summary(run.experiment, rows)
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
+    return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
@@ -9168,7 +9645,8 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents and left-over requests.
+        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
+            pool from the dead.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -9188,7 +9666,11 @@ def check(db: Database, fix: bool = False) -> list[str]:
         if process_started(row["client_pid"]) != row["client_started"]
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
+    pool = VmManager(db=db)
+    faults += pool.check()
     if fix:
+        pool.reap()
+        pool.drop_dead_waiters()
         remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
@@ -9360,14 +9842,15 @@ class Viewer:
         return ours or supervisor_pid(self.db) is not None
 
     def _stop(self, process: Any) -> None:
-        halt_experiment(self.db, Halt.STOP)
         try:
+            halt_experiment(self.db, Halt.STOP)
             while self._is_running(process):
                 time_to_wait(0.05)
         except KeyboardInterrupt:
             if pid := supervisor_pid(self.db):
                 os.kill(pid, signal.SIGKILL)
             if process is not None:
+                process.kill()
                 process.wait()
 
     @contextlib.contextmanager
@@ -9596,7 +10079,8 @@ class PoolCommands(_Group):
         """
         if path:
             drivers.parse_address(path)
-        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
+        return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
     @command
     def list(self, group: str | None = None) -> object:
@@ -9662,6 +10146,8 @@ class PoolCommands(_Group):
         pool = self._manager()
         import getpass
 
+        for group in groups:
+            pool._group(group)
         request = Request(
             (pool._group_names(groups),),
             getpass.getuser() if owner is None else owner,
@@ -9978,6 +10464,8 @@ class Commands(_Public):
         timeout: float | None = None,
         start_buffer: float | None = None,
         on_failure: str | None = None,
+        late: str = "start",
+        allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
     ) -> object:
@@ -9991,6 +10479,8 @@ class Commands(_Public):
             timeout: Seconds after which the experiment is stopped (exit code 124).
             start_buffer: Seconds from the last VM configured to time 0.
             on_failure: What a failed VM means before time 0: abort, drop or wait.
+            late: What is overdue when a run is continued: start it at once, skip it, or shift all.
+            allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
             report: A new file for the report as an HTML page, written however it ends.
         """
@@ -9998,7 +10488,11 @@ class Commands(_Public):
             self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
+        if late not in set(Late):
+            raise UsageError(f"late is {late!r}, but must be start, skip or shift")
         experiment = read_experiment(file) if file is not None else None
+        if experiment is not None:
+            check_host_entries(experiment.schedules, allow_host)
         db = self._db() if experiment else self._open()
         if experiment is not None:
             load_experiment(db, experiment)
@@ -10006,7 +10500,13 @@ class Commands(_Public):
         if pid := supervisor_pid(db):
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
-            launch(db, start_buffer=start_buffer, on_failure=on_failure)
+            launch(
+                db,
+                start_buffer=start_buffer,
+                on_failure=on_failure,
+                late=late,
+                allow_host=allow_host,
+            )
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
@@ -10318,16 +10818,30 @@ class Commands(_Public):
             kill: End the running guest programs, too.
             timeout: Seconds to wait for the handlers (exit code 124).
         """
-        db = self._open()
-        if supervisor_pid(db) is None and not live_handlers(db):
+        db, process = self._open(), None
+        running = supervisor_pid(db) is not None or live_handlers(db)
+        if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
+        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+            process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
-        while supervisor_pid(db) is not None or live_handlers(db):
+        while self._is_leaving(db, process):
             if CLOCK.monotonic() >= deadline:
                 raise TimedOut(f"not all handlers have left after {timeout:g} s")
             time_to_wait(0.05)
+        if kill and (left := vms_with_programs(db)):
+            raise VmrmError(
+                f"programs of {len(left)} VMs could not be ended: {', '.join(left[:3])}"
+                f"{', …' if len(left) > 3 else ''}",
+                f"See why: vmrm logs {left[0]}",
+            )
         return _SHOWN
+
+    @staticmethod
+    def _is_leaving(db: Database, process: Any) -> bool:
+        ours = process is not None and process.poll() is None
+        return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
 
     @command
     def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
@@ -10344,17 +10858,18 @@ class Commands(_Public):
         return None
 
     @command
-    def handle(self, vm: str) -> object:
+    def handle(self, vm: str, *, allow_host: bool = False) -> object:
         """Run one VM's handler in the foreground, without a supervisor.
 
         Args:
             vm: The VM's name.
+            allow_host: Let on_host entries run their programs on this host.
         """
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
-            launch(db)
+            launch(db, allow_host=allow_host)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -10382,10 +10897,10 @@ class Commands(_Public):
 
     @command
     def check(self, *, fix: bool = False) -> object:
-        """Check database, file store and requests; exit code 1 if something is wrong.
+        """Check database, file store, requests and pool; exit code 1 if something is wrong.
 
         Args:
-            fix: Remove what nothing needs any more.
+            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
         """
         db = self._open()
         faults = check(db, fix)

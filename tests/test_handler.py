@@ -344,7 +344,8 @@ NONE, CLAIM = vmrm.Found(claimed=False), vmrm.Found(claimed=True)
         (vmrm.Found(claimed=True, exit_code=3, pid=7), False, True, "WATCH"),
         (vmrm.Found(claimed=True, pid=7, alive=True), True, True, "WATCH"),
         (vmrm.Found(claimed=True, pid=7, alive=True), False, True, "FAILED"),  # another's pid
-        (vmrm.Found(claimed=True, pid=7), True, True, "FAILED"),
+        (vmrm.Found(claimed=True, pid=7), True, True, "WATCH"),  # the agent may know its end
+        (vmrm.Found(claimed=True, pid=7), False, True, "FAILED"),
     ],
 )
 def test_what_becomes_of_an_open_attempt(
