@@ -58,6 +58,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -1803,6 +1804,69 @@ class QemuGuestAgentDriver(AbstractDriver):
         with self.lock:
             link.post(ticket, data, Deadline(self.timeout))
         return ticket
+
+
+# === programs on this host ========================================================================
+
+
+class HostPrograms:
+    """Runs programs on this very host, under the calls that a handler makes to a guest's driver.
+
+    Each has a session of its own and no ties to us, so that it goes on when we end.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+
+    def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
+        """Start a program and return its pid; of its output only stderr is kept.
+
+        Raises AgentError if it cannot be started.
+        """
+        null = subprocess.DEVNULL
+        try:
+            errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by status)
+            program = subprocess.Popen(
+                argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
+            )
+        except OSError as error:
+            raise AgentError("GenericError", str(error), "start") from error
+        self._programs[program.pid] = program, errors
+        return program.pid
+
+    def status(self, pid: int) -> ExecStatus:
+        """Return whether a program has ended, and how; UnknownPid if another process began it."""
+        if pid not in self._programs:
+            raise UnknownPid("GenericError", f"process {pid} is not ours", "status")
+        program, errors = self._programs[pid]
+        code = program.poll()
+        if code is None:
+            return ExecStatus(exited=False)
+        del self._programs[pid]
+        with errors:
+            errors.seek(0)
+            said = errors.read(65536)
+        killed = code < 0
+        return ExecStatus(True, None if killed else code, -code if killed else None, b"", said)
+
+    def run(self, argv: Sequence[str], *, timeout: float) -> ExecStatus:
+        """Run a short program to its end. Raises DriverTimeout, having killed it."""
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DriverTimeout(f"program {argv[0]!r}", timeout) from error
+        return ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
+
+    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
+        """Return at most *limit* bytes of a file from *offset* on. Raises AgentError."""
+        try:
+            with Path(path).open("rb") as source:
+                source.seek(offset)
+                return source.read(limit)
+        except OSError as error:
+            raise AgentError("GenericError", str(error), "read") from error
 
 
 # === stand-in agent ===============================================================================

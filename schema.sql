@@ -21,6 +21,9 @@ CREATE TABLE experiments (
     start_buffer_s REAL NOT NULL DEFAULT 60 CHECK (start_buffer_s >= 0),
     on_failure TEXT NOT NULL DEFAULT 'abort' CHECK (on_failure IN ('abort', 'drop', 'wait')),
     launched_at REAL,                          -- the first run
+    continued_at REAL,                         -- the last run
+    late TEXT NOT NULL DEFAULT 'start' CHECK (late IN ('start', 'skip', 'shift')),  -- what it said
+    allow_host INTEGER NOT NULL DEFAULT 0 CHECK (allow_host IN (0, 1)),  -- entries may run here
     start_at REAL,                             -- time 0: written by the barrier, whole seconds
     halt TEXT CHECK (halt IN ('abort', 'stop', 'kill', 'end')),  -- what every handler must do now
     ended_at REAL,                             -- the supervisor's last act

@@ -22,6 +22,7 @@ statement or one transaction; inside a transaction there is no other I/O.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import fcntl
@@ -191,6 +192,14 @@ class OnFailure(StrEnum):
     ABORT = "abort"  # finish what runs, start nothing further
     DROP = "drop"  # go on without it
     WAIT = "wait"  # wait until somebody retries it
+
+
+class Late(StrEnum):
+    """What becomes of entries that are overdue when an experiment is continued."""
+
+    START = "start"  # they start at once, in planned order
+    SKIP = "skip"  # they are recorded as skipped
+    SHIFT = "shift"  # a pause for as long as nothing ran is recorded for every VM
 
 
 class Halt(StrEnum):
@@ -1584,7 +1593,12 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
             if key in item:
                 yield f"{key} needs an executable"
     if item.get("on_host"):
-        yield "on_host entries are not supported by this version"
+        program = item.get("executable", "")
+        for key in ("user", *DATA_KEYS):
+            if key in item:
+                yield f"an on_host entry runs a program and cannot have {key!r}"
+        if not program.startswith("/") and not NAME_PATTERN.fullmatch(program):
+            yield "on_host needs an executable: an absolute path, or the name of a stored file"
 
 
 def _with_infinities(item: Any) -> Any:
@@ -1670,9 +1684,19 @@ class ScheduleEntry:
         return [item for item in self.data if mark in item]
 
     @property
+    def on_host(self) -> bool:
+        """Whether its program runs on this host instead of in the VM."""
+        return bool(self.options.get("on_host"))
+
+    @property
     def runs_script(self) -> bool:
-        """Whether our script runs in the guest for it: it places files or runs a program."""
+        """Whether our script runs for it: it places files or runs a program."""
         return bool(self.executable or self.items("file") or self.items("content"))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it does nothing but transfer again and again, to the experiment's end."""
+        return not self.executable and any(item["interval"] for item in self.items("transfer"))
 
     def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
         """Say which program runs in the VM.
@@ -2172,6 +2196,14 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
     return now, Timeline(entries, holds).break_at(now)
 
 
+def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> None:
+    db.connection.execute(
+        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
+           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
+        (name, CLOCK.wall(), hold.time, hold.duration, ignored),
+    )
+
+
 def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
     """Record one pause, break or resume inside the caller's transaction."""
     now, begun = _break_of(db, vm)
@@ -2182,11 +2214,7 @@ def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> di
         done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
     elif begun is not None and duration is None:
         done = f"resume: ends the break of {begun:g}"
-    db.connection.execute(
-        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
-           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
-        (vm["server_name"], CLOCK.wall(), hold.time, hold.duration, ignored),
-    )
+    _record_hold(db, vm["server_name"], hold, ignored)
     return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
 
@@ -2202,6 +2230,7 @@ class Attempt:
     attempt: int
     outcome: Outcome
     planned_at: float | None
+    armed_at: float
     sent_at: float | None
     boot_id: str
     pid: int | None
@@ -2246,20 +2275,25 @@ class Journal:
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
-            """SELECT id, ordinal, attempt, outcome, planned_at, sent_at, boot_id, pid, exit_code,
-                      reboot, retried, error
+            """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
+                      exit_code, reboot, retried, error
                FROM attempts WHERE experiment_id = :experiment AND server_name = :name
                AND generation = :generation ORDER BY ordinal, attempt""",
             **self._key,
         )
         return {row["ordinal"]: _attempt(row) for row in rows}
 
-    def arm(self, planned: Mapping[int, float | None], boot: str) -> dict[int, Attempt]:
+    def arm(
+        self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
+    ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
+
+        Numbers go on over the generations of an experiment: output files are named after them.
 
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
+            host: Those that run on this host, whose boot id they get.
 
         Raises:
             _Leave: the schedule was replaced meanwhile.
@@ -2273,11 +2307,12 @@ class Journal:
                            attempt, outcome, planned_at, armed_at, boot_id)
                        SELECT :experiment, :name, :generation, :ordinal, 1 + coalesce((
                            SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment
-                           AND server_name = :name AND generation = :generation
-                           AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
+                           AND server_name = :name AND ordinal = :ordinal), 0),
+                           'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
-                    | {"ordinal": ordinal, "planned": planned_at, "boot": boot}
+                    | {"ordinal": ordinal, "planned": planned_at}
+                    | {"boot": boot_id() if ordinal in host else boot}
                     | {"now": CLOCK.wall()},
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
@@ -2724,6 +2759,8 @@ class Holder:
         Raises:
             UsageError: there is none, as far as can be seen.
         """
+        if pid == os.getpid():
+            return _this_process(pid)
         boot, namespace = _viewpoint(os.getpid())
         started = process_started(pid) if namespace else 0
         if started is None:
@@ -2745,6 +2782,12 @@ def _viewpoint(pid: int) -> tuple[str, int]:
     """Return the boot and the pid namespace from which this process, `pid`, sees others."""
     itself = Path("/proc/self")
     return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _this_process(pid: int) -> Holder:
+    boot, namespace = _viewpoint(pid)
+    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2874,18 +2917,31 @@ NO_LEASE: dict[str, Any] = {
 
 
 def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", **columns: object
+    db: Database,
+    vm_name: str,
+    state: str,
+    reason: str = "",
+    *,
+    row: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction, and set columns; return the new row.
+    """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. Whoever may have made a VM available calls
-    `wake_waiters` after the transaction.
+    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM's name.
+        state: Where it moves to, or stays.
+        reason: For the history, if it moves.
+        row: The row, if it was read in this transaction already.
+        columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = _pool_vm(db, vm_name)["state"]
+    old = (row or _pool_vm(db, vm_name))["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -2945,7 +3001,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.IntegrityError, sqlite3.InterfaceError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -2957,7 +3013,8 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 def wake_pool(db: Database) -> None:
     """Wake the keeper, and those waiters who would be given a VM now."""
-    wake(db, KEEPER)
+    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
+        wake(db, KEEPER)
     if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
         wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
@@ -3049,7 +3106,7 @@ class VmManager(_Rows):
         """
         return VmDescriptor.load(self.db, vm_name)
 
-    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
         found = self._select("task_id = :task", task=str(task_id))
         return found[0] if found else None
@@ -3097,7 +3154,7 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
             lines += [f"  {vm}" for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
@@ -3248,7 +3305,11 @@ class VmManager(_Rows):
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
-        columns = {"last_health_check": now, "check_fails": fails, "check_started_at": None}
+        columns: dict[str, Any] = {
+            "last_health_check": now,
+            "check_fails": fails,
+            "check_started_at": None,
+        }
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
@@ -3352,8 +3413,9 @@ class VmManager(_Rows):
         )
         return self.acquire(request, wait)[0]
 
-    def _group_names(self, groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(self._group(group)["name"] for group in groups)
+    @staticmethod
+    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
+        names = tuple(str(group) for group in groups)
         if not names:
             raise UsageError("no group is named, so there is no VM to choose from")
         return names
@@ -3386,40 +3448,52 @@ class VmManager(_Rows):
     def _acquire(self, request: Request) -> list[dict[str, Any]]:
         """Lease what is asked for; when something is missing, after looking for the dead once."""
         rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self._drop_dead_waiters()):
+        if not rows and (self.reap(32) or self.drop_dead_waiters()):
             rows = self._try_to_acquire(request)
         return rows
 
     def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
         """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        with contextlib.suppress(NoVmAvailable), self.db.transaction(durable=True):
-            since, queue = self._see_server(request), self._queue()
-            if not queue:
-                return self._take_all(request, since)
-            names = self._left_by_queue(queue, request, since)
-            self.db.connection.execute("DELETE FROM pool_waiters WHERE token = ?", (request.token,))
-            return [self._lease(name, request) for name in names]
-        return []
+        try:
+            with self.db.transaction(durable=True) as db:
+                since, waiting = self._see_server(request)
+                if waiting and (queue := self._queue()):
+                    names = self._left_by_queue(queue, request, since)
+                    sql = "DELETE FROM pool_waiters WHERE token = ?"
+                    db.connection.execute(sql, (request.token,))
+                    rows = [self._lease(name, request) for name in names]
+                else:
+                    rows = self._take_all(request, since)
+                _crash("pool-acquiring")
+        except NoVmAvailable:
+            return []
+        _crash("pool-acquired")
+        return rows
 
-    def _see_server(self, request: Request) -> float:
-        """Return since when health checks count; refuse a holder whom nobody there can see."""
-        row = self.db.row("SELECT * FROM pool_server")
+    def _see_server(self, request: Request) -> tuple[float, bool]:
+        """Return since when health checks count, and whether there is a queue.
+
+        Raises:
+            UsageError: the holder is one that the pool's other processes cannot see.
+        """
+        row = self.db.query(
+            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+               FROM (SELECT 1) LEFT JOIN pool_server"""
+        )[0]
         holder = request.holder
-        if holder is None:
-            return 0.0 if row is None else cast(float, row["started_at"])
-        if row is None or row["boot"] != holder.boot:
+        if holder and row["boot"] != holder.boot:
             self.db.connection.execute(
                 """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
                    ON CONFLICT DO UPDATE
                    SET boot = excluded.boot, namespace = excluded.namespace""",
                 {"boot": holder.boot, "namespace": holder.namespace},
             )
-        elif holder.namespace != row["namespace"] and request.lease_s is None:
+        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return 0.0 if row is None else cast(float, row["started_at"])
+        return row["started_at"] or 0.0, bool(row["waiting"])
 
     def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
         return [self._take(groups, request, since) for groups in request.wants]
@@ -3429,6 +3503,7 @@ class VmManager(_Rows):
         for group in groups:
             found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
             if found is None:
+                self._group(group)  # which says that there is none
                 continue
             if name := found["own"] or (found["may_bind"] and found["fresh"]):
                 return self._lease(cast(str, name), request)
@@ -3442,6 +3517,7 @@ class VmManager(_Rows):
             vm_name,
             VmStates.IN_USE,
             f"task {request.task_id}" if request.task_id else "",
+            row=_READY,
             bound_to_user=request.owner,
             bound_sandbox=request.sandbox,
             token=request.token,
@@ -3474,7 +3550,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
-            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
 
@@ -3593,20 +3669,34 @@ class VmManager(_Rows):
             **vars(waiter),
         )
 
-    def _drop_dead_waiters(self) -> int:
+    def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        dead = [
-            row["id"]
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if cast(Holder, _holder(row)).is_dead() or row["heartbeat_at"] < silent
-        ]
+        dead = [row["id"] for row in self._dead_waiters()]
         if dead:
             self.db.write(
                 "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
                 ids=json.dumps(dead),
             )
         return len(dead)
+
+    def _dead_waiters(self) -> list[dict[str, Any]]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
+        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        loose = self.db.query(
+            """SELECT vm_name, "group" FROM pool_vms
+               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
+        )
+        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
 
     # --- renewal, release ---
 
@@ -3644,6 +3734,8 @@ class VmManager(_Rows):
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
         wake_pool(self.db)
         return True
@@ -3651,15 +3743,17 @@ class VmManager(_Rows):
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
         """End a lease, inside the caller's transaction."""
         if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, **NO_LEASE)
+            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
             return
-        hook, now = self._group(row["group"])["release"], CLOCK.wall()
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
         state = VmStates.CHECK_HEALTH if hook else VmStates.READY
         move_pool_vm(
             self.db,
             row["vm_name"],
             VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
             reason,
+            row=row,
             releasing_at=now if hook else None,
             last_release=now,
             builds_count=row["builds_count"] + 1,
@@ -3812,7 +3906,7 @@ class VmManager(_Rows):
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
             clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
+            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
             move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
         wake_pool(self.db)
 
@@ -3851,7 +3945,7 @@ class VmManager(_Rows):
                 if present is None:
                     continue
                 if row["vm_name"] in over:
-                    self._release(present, over[row["vm_name"]])
+                    self._release(present, f"taken back: {over[row['vm_name']]}")
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
@@ -3863,11 +3957,15 @@ class VmManager(_Rows):
         """Return why a lease is over, or '' if it is not."""
         end = row["lease_end_at"]
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return "taken back: its lease ended"
+            return f"its lease ended {_iso(end)}"
         holder = _holder(row)
         if holder and holder.is_dead():
-            return f"taken back: its holder, process {holder.pid}, is dead"
+            return f"its holder, process {holder.pid}, is dead"
         return ""
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM" if count == 1 else f"{count} VMs"
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -3890,8 +3988,10 @@ _LEASE_KEY = ("vm_name", "token", "lease_end_at")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
     AND token = :token AND lease_end_at IS :lease_end_at"""
 
+_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
+
 # The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms
+_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
@@ -4112,6 +4212,8 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     import shutil
 
+    if purge:
+        shutil.rmtree(db.state_dir / "host", ignore_errors=True)
     for name in ("logs", "transfers"):
         kept = db.state_dir / f"{name}.{old}"
         with contextlib.suppress(FileNotFoundError):
@@ -5038,6 +5140,24 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
 
 
+SKIPPED = "it was overdue when the experiment was continued"
+
+
+def _write_program(path: Path, source: Path | BinaryIO) -> None:
+    """Put an executable file in its place; one that runs is replaced, not written to."""
+    import shutil
+
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    with (
+        source.open("rb") if isinstance(source, Path) else source as stream,
+        temporary.open("xb") as target,
+    ):
+        shutil.copyfileobj(stream, target)
+    temporary.chmod(0o700)
+    temporary.rename(path)
+
+
 def plug_ins() -> set[type[drivers.AbstractDriver]]:
     """Return every usable driver class of the drivers module.
 
@@ -5123,6 +5243,7 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self._host = drivers.HostPrograms()
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -5142,6 +5263,8 @@ class VMResourceHandler:
         self._killing = False  # on the way out, with all guest programs
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
+        # Drawn once: a look's price is the cold memory it touches.
+        self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
         self._refused = ""  # the last thing that the agent did not do
 
@@ -5367,7 +5490,7 @@ class VMResourceHandler:
         now = CLOCK.monotonic()
         if not self._woken and now < self._look_at:
             return
-        self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._look_at = now + self._look_interval
         self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
@@ -5478,11 +5601,47 @@ class VMResourceHandler:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
             self._name_places()
-            work = [entry for entry in added if entry.runs_script]
+            for entry in added:
+                if entry.on_host:
+                    yield from self._prepare_host_steps(entry)
+            work = [entry for entry in added if entry.runs_script and not entry.on_host]
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
             self._progress()
+
+    def _host_paths(self, entry: ScheduleEntry) -> None:
+        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
+        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
+        entry.reboot_filepath = entry.working_dir / "reboot"
+
+    def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
+        """Write the script of an entry on this host: that for guests, with a program of ours."""
+        if not self.db.value("SELECT allow_host FROM current_experiment"):
+            yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
+            return
+        local = copy.copy(entry)
+        folder, program = Path(entry.working_dir), entry.executable or ""
+        try:
+            if not program.startswith("/"):
+                local.executable = str(folder / "program" / program)
+                _write_program(Path(local.executable), Path(self.store.get_path(program)))
+        except FileNotFoundError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            return
+        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
+        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
+        title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
+        script = call_script(local, title=title, token=self._token, stage="", placed=[])
+        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+
+    def _runner(self, entry: ScheduleEntry) -> drivers.QemuGuestAgentDriver | drivers.HostPrograms:
+        """Return who runs an entry's script and reads its files."""
+        return self._host if entry.on_host else self.driver
+
+    def _boot_of(self, entry: ScheduleEntry) -> str:
+        return boot_id() if entry.on_host else self._boot
 
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
@@ -5491,7 +5650,7 @@ class VMResourceHandler:
         """Give every entry its places in the guest, which follow from the whole schedule."""
         self.driver.used_agent_paths.clear()
         for entry in self.schedule:
-            self.driver.create_paths(entry)
+            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
@@ -5519,11 +5678,12 @@ class VMResourceHandler:
         listed = _STAGED.findall(status.out.decode(errors="replace"))
         return {(sha256, int(size)) for size, sha256 in listed}
 
-    def _sh(self, script: str, *words: str) -> drivers.ExecStatus:
+    def _sh(self, script: str, *words: str, on_host: bool = False) -> drivers.ExecStatus:
         """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
         argv = ["/bin/sh", "-c", script, "sh", *words]
         try:
-            return self.driver.run(argv, timeout=self.timeouts.call)
+            runner = self._host if on_host else self.driver
+            return runner.run(argv, timeout=self.timeouts.call)
         except drivers.AgentError as error:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
@@ -5705,7 +5865,9 @@ class VMResourceHandler:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
                 self._check_boot()
-                armed = self._journal.arm(dict.fromkeys((e.ordinal for e in run), None), self._boot)
+                host = {entry.ordinal for entry in run if entry.on_host}
+                planned = dict.fromkeys((entry.ordinal for entry in run), None)
+                armed = self._journal.arm(planned, self._boot, host)
                 _crash("armed")
                 for entry in run:
                     self._spawn_attempt(entry, armed[entry.ordinal])
@@ -5823,7 +5985,8 @@ class VMResourceHandler:
     ) -> Steps:
         """Arm one attempt of an entry and take it to its end."""
         ordinal = schedule_entry.ordinal
-        attempt = self._journal.arm({ordinal: None}, self._boot)[ordinal]
+        host = {ordinal} if schedule_entry.on_host else ()
+        attempt = self._journal.arm({ordinal: None}, self._boot, host)[ordinal]
         yield from self._attempt_steps(schedule_entry, attempt, None)
         if queue is not None and self._journal.latest()[ordinal].reboot:
             queue.put(schedule_entry)
@@ -5859,6 +6022,7 @@ class VMResourceHandler:
         again = (
             outcome is Outcome.DONE
             and entry.start_time < 0
+            and not entry.on_host
             and (reboot or exit_code == REBOOT_EXIT_CODE)
         )
         error = error or self.output.loss(entry, attempt)
@@ -5873,7 +6037,7 @@ class VMResourceHandler:
         """Return what is wrong with an exit code, '' if nothing is."""
         if self._killing and exit_code == CLAIM_FAILED:
             return KILLED
-        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE
+        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and not entry.on_host
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
@@ -5883,9 +6047,8 @@ class VMResourceHandler:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script = str(entry.call_arguments_filename)
         sent = CLOCK.wall()
-        pid = self.driver.start(
-            ["/bin/sh", script, str(attempt.attempt), self._token], capture=True
-        )
+        argv = ["/bin/sh", script, str(attempt.attempt), self._token]
+        pid = self._runner(entry).start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -5917,7 +6080,7 @@ class VMResourceHandler:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid)
+                yield from self._kill_steps(found.pid, on_host=entry.on_host)
                 yield from self._fetch_steps(entry, attempt)
                 raise _EntryFailed(why)
 
@@ -5935,7 +6098,7 @@ class VMResourceHandler:
         if found.pid is None:
             return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self.driver.status(found.pid)
+            status = self._runner(entry).status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
@@ -5944,21 +6107,23 @@ class VMResourceHandler:
             return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            code, reboot = parse_exit(self.driver.read_bytes(f"{here}/exit", limit=64).decode())
+            exit_file = self._runner(entry).read_bytes(f"{here}/exit", limit=64)
+            code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
-        left = self._probe([here])[0]
+        left = self._look(entry, attempt)
         if left.exit_code is not None:
             return left
         # A script of ours has nothing to tell the agent once it has made its claim.
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = _words(status.err) or "no reason given"
-            raise _EntryFailed(f"the guest did not begin it: {why}")
+            where = "host" if entry.on_host else "guest"
+            raise _EntryFailed(f"the {where} did not begin it: {why}")
         if left.claimed and status.err:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        reboot = self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = not entry.on_host and self.check_for_reboot(str(entry.reboot_filepath))
         return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -5970,7 +6135,7 @@ class VMResourceHandler:
         """
         deadline = CLOCK.monotonic() + self.timeouts.claim_grace
         while True:
-            found = self._probe([self._attempt_dir(entry, attempt)])[0]
+            found = self._look(entry, attempt)
             if found.exit_code is not None or found.alive:
                 return found
             if not found.claimed:
@@ -5979,11 +6144,11 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, *pids: int | None) -> Steps:
-        """End programs' process groups in the guest: TERM to all, a moment of grace, KILL."""
+    def _kill_steps(self, *pids: int | None, on_host: bool = False) -> Steps:
+        """End programs' process groups: TERM to all, a moment of grace, KILL."""
         known = [str(pid) for pid in pids if pid is not None]
         for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known)
+            self._sh(_KILL_SCRIPT, name, *known, on_host=on_host)
             yield self.timeouts.term_grace if name == "TERM" else 0
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
@@ -6014,7 +6179,9 @@ class VMResourceHandler:
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self.driver.read_bytes(f"{here}/{stream}", limit=limit, offset=offset)
+                    data = self._runner(entry).read_bytes(
+                        f"{here}/{stream}", limit=limit, offset=offset
+                    )
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -6025,12 +6192,15 @@ class VMResourceHandler:
 
     # --- recovery
 
-    def _probe(self, directories: Sequence[str]) -> list[Found]:
+    def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
+        return self._probe([self._attempt_dir(entry, attempt)], on_host=entry.on_host)[0]
+
+    def _probe(self, directories: Sequence[str], *, on_host: bool = False) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories)
+        status = self._sh(_PROBE_SCRIPT, *directories, on_host=on_host)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -6041,12 +6211,14 @@ class VMResourceHandler:
         """Find every open attempt again: by rows, then by what the guest's files say."""
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        scripts = [e for e in opened if e.runs_script]
-        places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
-        if self._killing:
-            self._sh(_FORBID_SCRIPT, *places)
-        for entry, found in zip(scripts, self._probe(places), strict=True):
-            self._recover_attempt(entry, latest[entry.ordinal], found)
+        for on_host in (False, True):
+            scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
+            places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            if self._killing and places:
+                self._sh(_FORBID_SCRIPT, *places, on_host=on_host)
+            found = self._probe(places, on_host=on_host)
+            for entry, left in zip(scripts, found, strict=True):
+                self._recover_attempt(entry, latest[entry.ordinal], left)
         if self._killing:
             return
         for entry in opened:
@@ -6058,7 +6230,7 @@ class VMResourceHandler:
         _crash("recovered")
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._boot
+        same_boot = attempt.boot_id == self._boot_of(entry)
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
@@ -6070,16 +6242,21 @@ class VMResourceHandler:
             pid = found.pid if found.pid is not None else attempt.pid
             self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
-            why = "nobody saw its end" if same_boot else "the guest was rebooted"
+            which = "host" if entry.on_host else "guest"
+            why = "nobody saw its end" if same_boot else f"the {which} was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one that is not due yet is taken back."""
-        due = self._due(entry)
-        if attempt.outcome is Outcome.ARMED and due > CLOCK.monotonic():
-            self._journal.withdraw([entry.ordinal])
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn_attempt(entry, attempt)
+            return
+        run = current_experiment(self.db)
+        skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
+            self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
         else:
-            self._spawn_attempt(entry, attempt, at=min(due, CLOCK.monotonic()))
+            self._journal.withdraw([entry.ordinal])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)
@@ -6149,7 +6326,8 @@ class VMResourceHandler:
         self._check_boot()
         assert self.start_at is not None
         planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
-        armed = self._journal.arm(planned, self._boot)
+        host = {entry.ordinal for entry in soon if entry.on_host}
+        armed = self._journal.arm(planned, self._boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
             self._armed[entry.ordinal] = soon[entry]
@@ -6161,17 +6339,13 @@ class VMResourceHandler:
         times = self._times()
         for ordinal, task in self._tasks.items():
             entry = self._entry(ordinal)
-            if not task.done and entry.options.get("wait", True) and not self._repeats(entry):
+            if not task.done and entry.options.get("wait", True) and not entry.repeats:
                 return False
         held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
-        return not any(e.pause is None and not self._repeats(e) for e in held)
+        return not any(e.pause is None and not e.repeats for e in held)
 
     def _entry(self, ordinal: int) -> ScheduleEntry:
         return next(entry for entry in self.schedule if entry.ordinal == ordinal)
-
-    @staticmethod
-    def _repeats(entry: ScheduleEntry) -> bool:
-        return not entry.executable and any(item["interval"] for item in entry.items("transfer"))
 
     def _end_steps(self) -> Steps:
         """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
@@ -6195,7 +6369,7 @@ class VMResourceHandler:
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
-        whole = [t for o, t in self._tasks.items() if self._repeats(self._entry(o))]
+        whole = [t for o, t in self._tasks.items() if self._entry(o).repeats]
         yield [*repeating, *whole]
         return True
 
@@ -6767,7 +6941,7 @@ class Supervisor:
         signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: None)  # programs would inherit SIG_IGN
         self.db.close()  # no connection crosses a fork
         gc.collect()
         gc.freeze()
@@ -7028,7 +7202,12 @@ def _set_halt(db: Database, halt: Halt) -> None:
 
 
 def launch(
-    db: Database, *, start_buffer: float | None = None, on_failure: str | None = None
+    db: Database,
+    *,
+    start_buffer: float | None = None,
+    on_failure: str | None = None,
+    late: str = Late.START,
+    allow_host: bool = False,
 ) -> None:
     """Make the experiment ready to be supervised: launch time, settings, failed entries again.
 
@@ -7036,9 +7215,12 @@ def launch(
         db: The database.
         start_buffer: Seconds from the last VM configured to time 0; None leaves it.
         on_failure: abort, drop or wait; None leaves it.
+        late: start, skip or shift what is overdue.
+        allow_host: Whether entries may run on this host.
 
     Raises:
-        UsageError: there are no VMs, or a managed one has no path.
+        UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
+            and may not.
     """
     rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
@@ -7047,18 +7229,107 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    texts = ScheduleDb(db=db).list_all()
+    check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
+        _settle_late(db, late)
         connection.execute(
-            """UPDATE experiments SET halt = NULL, ended_at = NULL,
+            """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
+                   late = :late, allow_host = :allow_host,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
                WHERE destroyed_at IS NULL""",
-            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure},
+            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure}
+            | {"late": str(late), "allow_host": allow_host},
         )
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
+    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not.
+
+    Raises:
+        UsageError: there are some; they are named.
+    """
+    found = [
+        f"VM {name}, entry {entry.ordinal} ({entry})"
+        for name, text in schedules.items()
+        for entry in parse_schedule(text)
+        if entry.on_host and not allowed
+    ]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UsageError(
+            f"programs would run on this host: {'; '.join(found[:5])}{more}",
+            "Look at them, then say so: vmrm run --allow-host",
+        )
+
+
+def _settle_late(db: Database, late: str) -> None:
+    """Skip what is overdue, or record pauses for it, inside the caller's transaction.
+
+    All VMs get the same pause, from when the first overdue entry should have started until now, so
+    that they stay together; but one that had failed gets its own, and one in a break none.
+    Attempts that are armed may have begun: with these, the handler does as the guest says.
+    """
+    experiment = current_experiment(db)
+    start = experiment["start_at"]
+    now = CLOCK.wall() - start if start is not None else -math.inf
+    if late == Late.START or now <= 0:
+        return
+    lines: dict[str, Timeline] = {}
+    first: dict[str, float] = {}
+    failed = {row["server_name"] for row in db.query("SELECT * FROM vms WHERE state = 'failed'")}
+    for row in db.query("SELECT server_name FROM vms WHERE state <> 'n/a'"):
+        name = row["server_name"]
+        lines[name], overdue = _overdue(db, name, now)
+        if late == Late.SKIP:
+            _skip(db, experiment, name, overdue)
+        elif overdue:
+            first[name] = min(at for at, _ in overdue.values())
+    together = min((at for name, at in first.items() if name not in failed), default=math.inf)
+    for name, line in lines.items() if late == Late.SHIFT else ():
+        since = first.get(name, math.inf) if name in failed else together
+        if since < now and line.break_at(since) is None:
+            _record_hold(db, name, Hold(since, now - since))
+
+
+def _overdue(
+    db: Database, name: str, now: float
+) -> tuple[Timeline, dict[int, tuple[float, int | None]]]:
+    """Return a VM's timeline, and what should have begun before now: time and attempt, if any."""
+    rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+    entries = [ScheduleEntry.from_dict(json.loads(r["entry"]), r["ordinal"]) for r in rows]
+    line = Timeline(entries, read_holds(db, name))
+    overdue = {
+        entry.ordinal: (line.times[entry.ordinal], row["attempt"])
+        for entry, row in zip(entries, rows, strict=True)
+        if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
+        if not entry.options.get("resume")
+        if 0 < line.times[entry.ordinal] < now and not entry.repeats
+    }
+    return line, overdue
+
+
+def _skip(
+    db: Database,
+    experiment: Mapping[str, Any],
+    name: str,
+    overdue: Mapping[int, tuple[float, int | None]],
+) -> None:
+    for ordinal, (at, attempt) in overdue.items():
+        if attempt is None:
+            db.connection.execute(
+                """INSERT INTO attempts (experiment_id, server_name, generation, ordinal, attempt,
+                       outcome, planned_at, armed_at, ended_at, error)
+                   SELECT :id, :name, generation, :ordinal, 1, 'skipped', :planned, :now, :now,
+                       :error FROM schedules WHERE server_name = :name""",
+                {"id": experiment["id"], "name": name, "ordinal": ordinal}
+                | {"planned": experiment["start_at"] + at, "now": CLOCK.wall(), "error": SKIPPED},
+            )
 
 
 def supervisor_pid(db: Database) -> int | None:
@@ -8466,7 +8737,12 @@ class _ExperimentReader:
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
+        import shutil
+
         resolved = dict(item)
+        program = item.get("executable", "")
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
+            self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
         if "transfer" in item:
@@ -8751,7 +9027,7 @@ class Run:
     """One experiment as its rows tell it, also while it runs and after it was destroyed."""
 
     experiment: dict[str, Any]
-    now: float  # when it was read
+    now: float  # when it was read, or destroyed
     vms: list[VMRun]
     loose: list[str]  # schedules without a VM
 
@@ -8775,9 +9051,8 @@ class Run:
         ]
         for row in vm.holds:
             text = str(Hold(row["experiment_time"], row["duration_s"]))
-            found.append(
-                Mark(row["at"], text.split()[0], f"{text} given", {"ignored": row["ignored"]})
-            )
+            details = {"ignored": bool(row["ignored"])}
+            found.append(Mark(row["at"], text.split()[0], f"{text} given", details))
         boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
         for before, after in itertools.pairwise(boots):
             if after["boot_id"] != before["boot_id"]:
@@ -8821,15 +9096,15 @@ def read_run(db: Database, experiment: int | None = None) -> Run:
         hint = f"The last one that ran: --experiment {last}" if last else "Run one: vmrm run FILE"
         what = "current experiment" if experiment is None else f"experiment {experiment}"
         raise NotFound(f"there is no {what}", hint)
-    reader = _RunReader(db, row)
-    return Run(row, CLOCK.wall(), *reader.read())
+    now = row["destroyed_at"] or CLOCK.wall()
+    return Run(row, now, *_RunReader(db, row, now).read())
 
 
 class _RunReader:
     """Puts the rows of one experiment together by VM."""
 
-    def __init__(self, db: Database, experiment: Mapping[str, Any]) -> None:
-        self.db, self.id = db, experiment["id"]
+    def __init__(self, db: Database, experiment: Mapping[str, Any], now: float) -> None:
+        self.db, self.id, self.now = db, experiment["id"], now
         self.is_current = experiment["destroyed_at"] is None
         self._vms: dict[str, VMRun] = {}
 
@@ -8853,7 +9128,7 @@ class _RunReader:
         for row in attempts:
             text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
             entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
-            self._vm(row).attempts.append(_seen(row, entry))
+            self._vm(row).attempts.append(_seen(row, entry, self.now))
         return list(self._vms.values()), loose
 
     def _vm(self, row: Mapping[str, Any]) -> VMRun:
@@ -8874,7 +9149,7 @@ class _RunReader:
         return {(row["server_name"].lower(), row["generation"]): row["text"] for row in rows}
 
 
-def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
+def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[str, Any]:
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
@@ -8883,7 +9158,7 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
         "on_host": bool(entry and entry.options.get("on_host")),
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
-        "end": max(begin, row["ended_at"] or CLOCK.wall()),
+        "end": max(begin, row["ended_at"] or now),
         "late_s": round(sent - planned, 6) if sent and planned else None,
     }
 
@@ -8918,7 +9193,9 @@ def report_of(run: Run) -> Report:
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
     if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    return Report(rows, faults, _summary(run.experiment, rows))
+    summary = _summary(run.experiment, rows)
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
+    return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
@@ -9014,7 +9291,7 @@ class _Tracer:
         self._pid = self._tid = 0
 
     def microseconds(self, at: float) -> int:
-        return round((at - self.begin) * 1e6)
+        return max(0, round((at - self.begin) * 1e6))  # the host's clock may have been set back
 
     def _add(self, ph: str, name: str, **more: Any) -> None:
         self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})
@@ -9144,7 +9421,7 @@ def report_page(db: Database, run: Run) -> str:
     ended = run.experiment["ended_at"]
     word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
     if not ended:
-        word, colour = "running", "running"
+        word, colour = ("running" if supervisor_pid(db) else "unfinished"), "running"
     start = run.experiment["start_at"]
     times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
     facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
@@ -9330,7 +9607,8 @@ def check(db: Database, fix: bool = False) -> list[str]:
 
     Args:
         db: The database.
-        fix: Whether to remove unused contents and left-over requests.
+        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
+            pool from the dead.
     """
     faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
     faults = [f"database: {fault}" for fault in faults if fault != "ok"]
@@ -9350,7 +9628,11 @@ def check(db: Database, fix: bool = False) -> list[str]:
         if process_started(row["client_pid"]) != row["client_started"]
     ]
     faults += [f"request {row['id']}: its client is gone" for row in dead]
+    pool = VmManager(db=db)
+    faults += pool.check()
     if fix:
+        pool.reap()
+        pool.drop_dead_waiters()
         remove_unused_contents(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
@@ -9759,7 +10041,8 @@ class PoolCommands(_Group):
         """
         if path:
             drivers.parse_address(path)
-        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
+        return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
     @command
     def list(self, group: str | None = None) -> object:
@@ -9825,6 +10108,8 @@ class PoolCommands(_Group):
         pool = self._manager()
         import getpass
 
+        for group in groups:
+            pool._group(group)
         request = Request(
             (pool._group_names(groups),),
             getpass.getuser() if owner is None else owner,
@@ -10141,6 +10426,8 @@ class Commands(_Public):
         timeout: float | None = None,
         start_buffer: float | None = None,
         on_failure: str | None = None,
+        late: str = "start",
+        allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
     ) -> object:
@@ -10154,6 +10441,8 @@ class Commands(_Public):
             timeout: Seconds after which the experiment is stopped (exit code 124).
             start_buffer: Seconds from the last VM configured to time 0.
             on_failure: What a failed VM means before time 0: abort, drop or wait.
+            late: What is overdue when a run is continued: start it at once, skip it, or shift all.
+            allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
             report: A new file for the report as an HTML page, written however it ends.
         """
@@ -10161,7 +10450,11 @@ class Commands(_Public):
             self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
+        if late not in set(Late):
+            raise UsageError(f"late is {late!r}, but must be start, skip or shift")
         experiment = read_experiment(file) if file is not None else None
+        if experiment is not None:
+            check_host_entries(experiment.schedules, allow_host)
         db = self._db() if experiment else self._open()
         if experiment is not None:
             load_experiment(db, experiment)
@@ -10169,7 +10462,13 @@ class Commands(_Public):
         if pid := supervisor_pid(db):
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
-            launch(db, start_buffer=start_buffer, on_failure=on_failure)
+            launch(
+                db,
+                start_buffer=start_buffer,
+                on_failure=on_failure,
+                late=late,
+                allow_host=allow_host,
+            )
             process = spawn_supervisor(db, stay)
         if detach:
             return {"supervisor": pid if process is None else process.pid}
@@ -10229,7 +10528,8 @@ class Commands(_Public):
             file: The new file, which must not exist; without it, stdout.
             experiment: The number of an earlier, destroyed one; without it, the current one.
         """
-        self._write(file, report_page(self._db(), self._launched(experiment)))
+        run = self._launched(experiment)
+        self._write(file, report_page(self._db(), run))
         return _SHOWN
 
     @staticmethod
@@ -10521,17 +10821,18 @@ class Commands(_Public):
         return None
 
     @command
-    def handle(self, vm: str) -> object:
+    def handle(self, vm: str, *, allow_host: bool = False) -> object:
         """Run one VM's handler in the foreground, without a supervisor.
 
         Args:
             vm: The VM's name.
+            allow_host: Let on_host entries run their programs on this host.
         """
         db = self._open()
         name = self._vm(vm)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
-            launch(db)
+            launch(db, allow_host=allow_host)
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -10559,10 +10860,10 @@ class Commands(_Public):
 
     @command
     def check(self, *, fix: bool = False) -> object:
-        """Check database, file store and requests; exit code 1 if something is wrong.
+        """Check database, file store, requests and pool; exit code 1 if something is wrong.
 
         Args:
-            fix: Remove what nothing needs any more.
+            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
         """
         db = self._open()
         faults = check(db, fix)

@@ -53,6 +53,14 @@ def test_status_part_compares_with_a_bare_interpreter(tmp_path: Path) -> None:
     assert all(row["theirs"] > 0 for row in found.values())
 
 
+def test_pool_part_compares_with_plain_sqlite(tmp_path: Path) -> None:
+    words = ["--pool", "5", "6", "--pairs", "5", "--rounds", "1", "--contend", "0.2"]
+    found = figures(tmp_path, "pool", *words)
+    assert len(found) == 5
+    assert found["acquire + release, 6 VMs"]["theirs"] > 0
+    assert 0 < found["4 processes contending: least / most served"]["ours"] <= 1
+
+
 @pytest.mark.slow
 def test_handlers_part_takes_an_experiment_to_its_end(tmp_path: Path) -> None:
     found = figures(tmp_path, "handlers", "--handlers", "2", "--window", "0.5")

@@ -413,6 +413,10 @@ start_time = 2
 file = [{location = "a", filename = "nosuch"}]
 [[vm.schedule]]
 start_time = "soon"
+[[vm.schedule]]
+start_time = 3
+executable = "/nosuch"
+on_host = true
 [[vm]]
 name = "Y"
 path = "z.sock"
@@ -438,6 +442,7 @@ def test_a_faulty_file_tells_all_faults_at_once_and_changes_nothing(vm: Vm, db: 
         "vm 'y', entry 2: unknown key 'executble', did you mean 'executable'",
         "vm 'y', entry 3, file 'nosuch': there is no such file",
         "vm 'y', entry 4: start_time is 'soon', but must be a number",
+        "vm 'y', entry 5: this host has no program '/nosuch'",
         "name 'Y' is already that of vm 'y'",
     ):
         assert fault in result.err

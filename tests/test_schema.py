@@ -127,6 +127,8 @@ REFUSED = [
     ("experiments", {"start_buffer_s": -1}),
     ("experiments", {"on_failure": "panic"}),
     ("experiments", {"halt": "later"}),
+    ("experiments", {"late": "never"}),
+    ("experiments", {"allow_host": 2}),
     ("vms", {"server_uuid": ""}),
     ("vms", {"server_name": ""}),
     ("vms", {"server_name": "-web"}),

@@ -2,6 +2,7 @@
 
 agent      driver against a raw socket on a real qemu-ga: push, pull, ping, exec
 status     `vmrm status --json` against an interpreter that does nothing
+pool       acquire and release against the same transactions by plain sqlite3
 handlers   many handlers on stand-in agents: memory, idle CPU, launch, stop, lateness
 
 Each figure stands beside its measure and its goal; both were measured in this run.
@@ -21,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import agent_part  # (the path comes first)
 import handlers_part
+import pool_part
 import status_part
 from figures import Figure, table
 
-PARTS = ("agent", "status", "handlers")
+PARTS = ("agent", "status", "pool", "handlers")
 
 
 def _options() -> argparse.Namespace:
@@ -39,6 +41,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vms", type=int, default=200, help="VMs that status shows")
     parser.add_argument("--handlers", type=int, nargs="+", default=[100, 1000], metavar="N")
     parser.add_argument("--window", type=float, default=20, help="seconds of idling measured")
+    parser.add_argument("--pool", type=int, nargs="+", default=[10, 100, 1000, 10000], metavar="N")
+    parser.add_argument("--pairs", type=int, default=500, help="leases per round")
+    parser.add_argument("--contend", type=float, default=3, help="seconds of contention per round")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {min(unknown)}; there are: {', '.join(PARTS)}")
@@ -51,6 +56,9 @@ def _measure(part: str, folder: Path, options: argparse.Namespace) -> Iterator[F
         yield from agent_part.measure(folder, **sizes)
     elif part == "status":
         yield from status_part.measure(folder, vms=options.vms, rounds=2 * options.rounds + 1)
+    elif part == "pool":
+        limits = {"pairs": options.pairs, "rounds": options.rounds, "seconds": options.contend}
+        yield from pool_part.measure(folder, sizes=options.pool, **limits)
     else:
         for count in options.handlers:
             place = folder / str(count)

@@ -1,0 +1,169 @@
+"""The pool's acquire and release against the same two transactions by plain `sqlite3`."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from figures import ROOT, Figure, interleaved, rate
+
+import vmrm
+
+CONTENDERS = 4
+
+
+def _fill(path: Path, vms: int) -> None:
+    with vmrm.VmManager(db=path) as pool:
+        vmrm.put_group(pool.db, "g", {"max_vm_per_user": 5})
+        with pool.db.transaction() as db:
+            db.connection.executemany(
+                """INSERT INTO pool_vms (vm_name, "group", state, state_at, spawned_at,
+                       last_health_check) VALUES (?, 'g', 'ready', 1, 1, ?)""",
+                [(f"v{number}", 1.0 + number) for number in range(vms)],
+            )
+
+
+class Plain:
+    """Acquire and release as somebody would write them for one process and these tables."""
+
+    def __init__(self, path: Path, lock: Path | None = None) -> None:
+        self.db = sqlite3.connect(path, isolation_level=None, timeout=60)
+        self.db.execute("PRAGMA synchronous = FULL")
+        self.lock = os.open(lock, os.O_RDWR | os.O_CREAT) if lock else None
+
+    def _within(self, work: Callable[[], str]) -> str:
+        if self.lock is not None:
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.db.execute("BEGIN IMMEDIATE")
+        found = work()
+        self.db.execute("COMMIT")
+        if self.lock is not None:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+        return found
+
+    def acquire(self, owner: str) -> str:
+        """Lease a VM; return its name."""
+        return self._within(functools.partial(self._acquire, owner))
+
+    def _acquire(self, owner: str) -> str:
+        choice = {"owner": owner, "sandbox": "s", "group": "g", "since": 0.0}
+        own, fresh, may_bind = self.db.execute(vmrm._CHOOSE, choice).fetchone()
+        name = own or (may_bind and fresh)
+        self.db.execute(
+            """UPDATE pool_vms SET state = 'in_use', state_at = ?, bound_to_user = ?,
+               bound_sandbox = 's', token = ?, holder_pid = ?, acquired_at = ?, holder_seen_at = ?
+               WHERE vm_name = ?""",
+            (time.time(), owner, os.urandom(16).hex(), os.getpid(), time.time(), time.time(), name),
+        )
+        return str(name)
+
+    def release(self, name: str) -> str:
+        """Give a VM back."""
+        return self._within(functools.partial(self._release, name))
+
+    def _release(self, name: str) -> str:
+        select = "SELECT token, check_fails FROM pool_vms WHERE vm_name = ?"
+        self.db.execute(select, (name,)).fetchone()
+        self.db.execute(
+            """UPDATE pool_vms SET state = 'ready', state_at = ?, token = NULL, holder_pid = NULL,
+               acquired_at = NULL, holder_seen_at = NULL, last_release = ?,
+               builds_count = builds_count + 1 WHERE vm_name = ?""",
+            (time.time(), time.time(), name),
+        )
+        return name
+
+
+def _acquire_ours(pool: vmrm.VmManager, owner: str) -> str:
+    return pool.acquire_vm(["g"], owner, "s", os.getpid()).vm_name
+
+
+def _pairs_per_second(
+    acquire: Callable[[str], str], release: Callable[[str], object], pairs: int
+) -> float:
+    before = time.perf_counter()
+    for number in range(pairs):
+        release(acquire(f"o{number % 5}"))  # each has a VM of its own
+    return pairs / (time.perf_counter() - before)
+
+
+def measure(
+    folder: Path, *, sizes: Sequence[int], pairs: int, rounds: int, seconds: float
+) -> list[Figure]:
+    """Measure pairs of acquire and release in pools of *sizes*, and four processes contending."""
+    figures, rates = [], {}
+    for vms in sizes:
+        ours_at, theirs_at = folder / f"ours{vms}.db", folder / f"plain{vms}.db"
+        _fill(ours_at, vms)
+        _fill(theirs_at, vms)
+        with vmrm.VmManager(db=ours_at) as pool:
+            plain = Plain(theirs_at)
+            acquire = functools.partial(_acquire_ours, pool)
+            ours = functools.partial(_pairs_per_second, acquire, pool.release_vm, pairs)
+            theirs = functools.partial(_pairs_per_second, plain.acquire, plain.release, pairs)
+            pair = interleaved(rounds, ours, theirs)
+            plain.db.close()
+        rates[vms] = pair[0]
+        figures.append(rate(f"acquire + release, {vms} VMs", "pairs/s", pair, 0.5))
+    spread = max(rates.values()) / min(rates.values())
+    figures.append(Figure("fastest / slowest pool size", "", spread, None, "<= 1.5", spread <= 1.5))
+    return figures + _contention(folder, rounds, seconds)
+
+
+def _contention(folder: Path, rounds: int, seconds: float) -> list[Figure]:
+    """Let processes contend for VMs; the median over rounds of longest wait and fairness."""
+    for kind in ("ours", "plain"):
+        _fill(folder / f"{kind}.db", 50)
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+
+    def one(kind: str) -> float:
+        words = [sys.executable, __file__, kind, str(folder / f"{kind}.db"), str(seconds)]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+        workers = [
+            subprocess.Popen([*words, f"o{n}"], env=environment, stdout=subprocess.PIPE)
+            for n in range(CONTENDERS)
+        ]
+        rows = [json.loads(worker.communicate()[0]) for worker in workers]
+        pairs = [row["pairs"] for row in rows]
+        found[kind].append({"fair": min(pairs) / max(pairs)})
+        return 1e3 * float(max(row["longest"] for row in rows))
+
+    pair = interleaved(rounds, functools.partial(one, "ours"), functools.partial(one, "plain"))
+    fair = [sorted(row["fair"] for row in found[kind])[rounds // 2] for kind in found]
+    name = f"{CONTENDERS} processes contending"
+    goal = "ratio <= 2"
+    return [
+        Figure(f"{name}: longest wait", "ms", *pair, goal, pair[0] <= 2 * pair[1]),
+        Figure(f"{name}: least / most served", "", *fair, ">= 0.4", fair[0] >= 0.4),
+    ]
+
+
+def _contend(kind: str, path: Path, seconds: float, owner: str) -> dict[str, float]:
+    if kind == "ours":
+        pool = vmrm.VmManager(db=path)
+        acquire: Callable[[str], str] = functools.partial(_acquire_ours, pool)
+        release: Callable[[str], object] = pool.release_vm
+    else:
+        plain = Plain(path, path.with_suffix(".lock"))
+        acquire, release = plain.acquire, plain.release
+    start = time.time() // 1 + 2  # all begin together
+    time.sleep(start - time.time())
+    pairs, longest, end = 0, 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        before = time.perf_counter()
+        name = acquire(owner)
+        longest = max(longest, time.perf_counter() - before)
+        release(name)
+        pairs += 1
+    return {"pairs": pairs, "longest": longest}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_contend(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4])))
