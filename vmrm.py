@@ -7431,7 +7431,8 @@ class Hook:
         self.kind, self.group, self.vm_name = kind, group, vm_name
         self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
         self.deadline = self.began_at + timeout_s
-        self.verdict = ""  # why it was killed
+        self.verdict = ""  # what is wrong with it, or why it was killed
+        self.killed = False  # by us, and for no fault of its own
         self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
         self.exit_code: int | None = None  # negative for a signal; None until `end`
         self.seconds = 0.0
@@ -7481,9 +7482,9 @@ class Hook:
         os.close(self.pidfd)
 
     def kill(self, verdict: str, grace_s: float) -> None:
-        """Begin to kill it, politely first; the first reason given stands."""
+        """Begin to kill it for no fault of its own, politely first; the first reason stands."""
         if not self.verdict:
-            self.verdict, self.deadline = verdict, -math.inf
+            self.verdict, self.killed, self.deadline = verdict, True, -math.inf
             self.enforce(grace_s)
 
     def enforce(self, grace_s: float) -> bool:
@@ -7683,18 +7684,18 @@ class QemuVm:
 
     def __init__(self, root: Path, name: str) -> None:
         self.folder = root / checked_name("VM", name)
-        self.name = name
+        self.name, self._pid = name, self.folder / "pid"
 
     @property
     def runs(self) -> bool:
         """Whether a process holds the lock."""
-        return _is_locked(self.folder / "pid")
+        return _is_locked(self._pid)
 
     def _lock(self) -> int | None:
         """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
-        while (fd := take_lock(self.folder / "pid")) is not None:
+        while (fd := take_lock(self._pid)) is not None:
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
+                if os.path.samestat(os.fstat(fd), self._pid.stat()):
                     return fd
             os.close(fd)
             self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -7717,6 +7718,8 @@ class QemuVm:
             raise UsageError(f"{QEMU} is not installed")
         self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        if not self._pid.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{str(self.folder)!r} is something else's", "Name another --dir")
         lock = self._lock()
         if lock is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
@@ -7790,15 +7793,19 @@ class QemuVm:
         import shutil
 
         ends = [None, signal.SIGTERM, signal.SIGKILL]
-        while self.folder.exists():
+        while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
-                shutil.rmtree(self.folder)
+                for path in [path for path in self.folder.iterdir() if path != self._pid]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._pid.unlink()
                 os.close(lock)
             elif ends:
                 self._end(ends.pop(0))
             else:
-                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self.folder}/pid")
+                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -7806,7 +7813,7 @@ class QemuVm:
         A process that is about to become QEMU has not signed yet.
         """
         deadline = CLOCK.monotonic() + QEMU_GRACE_S
-        while not (signed := (self.folder / "pid").read_text().split()):
+        while not (signed := self._pid.read_text().split()):
             if CLOCK.monotonic() >= deadline:
                 return
             time_to_wait(0.02)
@@ -7906,9 +7913,9 @@ def qemu_running(root: Path) -> list[str]:
 # transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
 # So a machine never exists without its row, and who comes after a killed keeper finds every hook.
 
-MAX_HOOKS = 16  # at once
+MAX_HOOKS = 8  # of one kind at once; spawns have limits of their own
+KEPT_S = 30 * 86400.0  # the history, and the hooks' logs of VMs that are gone
 SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
-STOPPED = "the keeper was stopped"  # why a hook was killed that did nothing wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7945,6 +7952,11 @@ class _Dues:
             self.next_at = min(self.next_at, at)
         return at <= self.now
 
+    def again(self, last_at: float | None, pause: float) -> bool:
+        """Whether a pause since the last time is over; a last time to come is of another clock."""
+        last_at = last_at or 0.0
+        return last_at > self.now + 1 or self.passed(last_at + pause)
+
 
 def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
     """Return what is to be done now, most urgent first, and when to look again at the latest.
@@ -7957,15 +7969,15 @@ def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[Po
     dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
     actions: list[PoolAction] = []
     for vm in pool.vms:
-        group = groups[vm["group"].lower()]
-        if action := _plan_vm(vm, group, pool.server_started, dues, timeouts):
+        group = groups.get(vm["group"].lower())
+        if group and (action := _plan_vm(vm, group, pool.server_started, dues, timeouts)):
             actions.append(action)
     for group in pool.groups:
         actions += _plan_spawns(pool, group, dues)
         listed = pool.info.get((group["name"], "listed")) or {"at": 0}
         doubtful = listed.get("missing") or listed.get("strangers")
         period = timeouts.young if doubtful else group["vm_health_check_period_s"]
-        if group["list"] and not listed.get("hook") and dues.passed(listed["at"] + period):
+        if group["list"] and not listed.get("hook") and dues.again(listed["at"], period):
             actions.append(PoolAction(HookKind.LIST, group["name"]))
     order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
     return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
@@ -7983,9 +7995,8 @@ def _plan_vm(
         stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
         return do("kill", reason="its VM is to be terminated") if stale else None
     if vm["state"] == VmStates.TERMINATING:
-        again_at = (vm["terminating_at"] or 0) + group["vm_terminating_timeout_s"]
-        ripe = not vm["terminate_tries"] or dues.passed(again_at)
-        return do(HookKind.TERMINATE) if ripe else None
+        pause = group["vm_terminating_timeout_s"] if vm["terminate_tries"] else 0.0
+        return do(HookKind.TERMINATE) if dues.again(vm["terminating_at"], pause) else None
     if reason := _why_to_end(vm, group, dues):
         return do("end", reason=reason)
     if vm["releasing_at"] is not None:
@@ -8033,17 +8044,16 @@ def _check_is_due(
     The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
     A check that told nothing is repeated after `recheck` seconds.
     """
-    again_at = (vm["check_started_at"] or 0) + timeouts.recheck
-    period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
+    if not dues.again(vm["check_started_at"], timeouts.recheck):
+        return False
+    period, last_at = group["vm_health_check_period_s"], vm["last_health_check"] or 0.0
     match vm["state"]:
         case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
-            return dues.passed(again_at)
+            return True
         case VmStates.CHECK_HEALTH_FAILED:
-            return dues.passed(max(again_at, vm["state_at"] + period))
-        case VmStates.READY | VmStates.IN_USE:
-            if vm["state"] == VmStates.IN_USE and not group["check"]:
-                return False
-            return dues.passed(again_at if last <= server_started else max(again_at, last + period))
+            return dues.again(vm["state_at"], period)
+        case VmStates.READY | VmStates.IN_USE if vm["state"] == VmStates.READY or group["check"]:
+            return last_at <= server_started or dues.again(last_at, period)
     return False
 
 
@@ -8061,11 +8071,10 @@ def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[
     if count <= 0 or not group["spawn"]:
         return []
     interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
-    not_before = (group["last_spawn_at"] or 0) + interval
-    if failed:
-        pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S)
-        not_before = max(not_before, failed["at"] + pause)
-    if not dues.passed(not_before):
+    pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S) if failed else 0.0
+    if not dues.again(group["last_spawn_at"], interval):
+        return []
+    if failed and not dues.again(failed["at"], pause):
         return []
     return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
 
@@ -8108,7 +8117,7 @@ class Keeper:
         self.manager = VmManager(logger=self.log, db=db)
         self.hooks: dict[int, Hook] = {}  # by pid
         self._stopping = False
-        self._reap_at = self._checkpoint_at = -math.inf
+        self._reap_at = self._checkpoint_at = self._sweep_at = self._rest_until = -math.inf
         self._not_before = -math.inf  # when to fork again, after the system refused
         self._seen = -1  # PRAGMA data_version
         self._done: set[PoolAction] = set()  # what `once` does not do twice
@@ -8168,7 +8177,7 @@ class Keeper:
         sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
         for pid, started, boot in sessions:
-            while boot == boot_id() and session_members(pid, started):
+            while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
                 signal_session(pid, started, signal.SIGKILL)
                 if CLOCK.monotonic() >= deadline:
                     self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
@@ -8199,11 +8208,15 @@ class Keeper:
 
     def _step(self) -> bool:
         """Look at everything once and begin what is due; return whether something was."""
+        began = CLOCK.monotonic()
         if self._stopping:
             for hook in self.hooks.values():
-                hook.kill(STOPPED, self.timeouts.term_grace)
+                hook.kill("the keeper was stopped", self.timeouts.term_grace)
             self._again_at = math.inf
             return False
+        if CLOCK.monotonic() >= self._sweep_at:
+            self._sweep_at = CLOCK.monotonic() + 86400
+            self._sweep()
         if CLOCK.monotonic() >= self._reap_at:
             self._reap_at = CLOCK.monotonic() + self.timeouts.look
             for name in self.manager.reap():
@@ -8222,10 +8235,23 @@ class Keeper:
         actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
         seen = {row["vm_name"]: row for row in rows.vms}
         begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
+        # However big the pool, and however busy its users: looking takes a fifth of the time.
+        self._rest_until = CLOCK.monotonic() + 4 * (CLOCK.monotonic() - began)
         return any(begun)
+
+    def _sweep(self) -> None:
+        """Forget what has been history for long, and the logs of VMs long gone."""
+        before = CLOCK.wall() - KEPT_S
+        self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
+        for path in self.db.directory("logs", "pool").iterdir():
+            name = path.name.removesuffix(".1").removesuffix(".log")
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before and self._row(name) is None:
+                    path.unlink()
 
     def _wait(self, begun: bool) -> None:
         """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        due = False
         while not begun:
             poll = select.poll()
             fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
@@ -8234,7 +8260,8 @@ class Keeper:
                 poll.register(fd, select.POLLIN)
             now = CLOCK.monotonic()
             dues = [hook.deadline - now for hook in self.hooks.values()]
-            wait = max(0.0, min([1.0, self._again_at - CLOCK.wall(), self._reap_at - now, *dues]))
+            dues += [self._reap_at - now, self._again_at - CLOCK.wall()]
+            wait = max(0.0, self._rest_until - now if due else min([1.0, *dues]))
             ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
             self.wake.drain()
             with contextlib.suppress(BlockingIOError):
@@ -8245,6 +8272,8 @@ class Keeper:
             self._seen = version
             late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
             if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
+                due = True
+            if due and CLOCK.monotonic() >= self._rest_until:
                 return
 
     def _attend(self, ready: set[int]) -> bool:
@@ -8272,7 +8301,7 @@ class Keeper:
     def _do(
         self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
     ) -> bool:
-        """Begin an action; return whether rows were moved by it."""
+        """Begin an action; return whether the rows are no longer those that were planned with."""
         if action.what == "kill":
             for hook in self.hooks.values():
                 if hook.vm_name == action.vm_name:
@@ -8284,19 +8313,21 @@ class Keeper:
             with contextlib.suppress(VmError):  # it came by hand, and goes by hand
                 self.manager.remove_vm_from_pool(action.vm_name)
             return True
-        if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
-            return False
-        if self.once and action in self._done:
+        busy = sum(hook.kind == action.what for hook in self.hooks.values())
+        full = busy >= MAX_HOOKS and action.what != HookKind.SPAWN
+        if full or CLOCK.monotonic() < self._not_before or (self.once and action in self._done):
             return False
         try:
             hook = self._hook(action.what, group, seen)
         except OSError as error:
+            if self.once:
+                raise Unavailable(f"no hook can be started: {error}") from error
             self.log.error("no hook can be started: %s", error)
             self._not_before = CLOCK.monotonic() + self.timeouts.recheck
             return False
         if not self._claim(hook, group, seen):
             hook.abandon()
-            return False
+            return True  # somebody moved it meanwhile: look again
         self.hooks[hook.pid] = hook
         if self.once and action.what != HookKind.SPAWN:
             self._done.add(action)
@@ -8328,8 +8359,8 @@ class Keeper:
         if not command:
             fresh = vm["last_health_check"] is None  # it may be booting
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
-            command = f"exec {shlex.join(map(str, words))}"
+            words = shlex.join([sys.executable, str(Path(__file__).absolute()), "_check_agent"])
+            command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
         told = {
             "HOOK": kind.value,
             "VM": name,
@@ -8342,7 +8373,9 @@ class Keeper:
             "DB": str(self.db.path),
             "STATE_DIR": str(self.db.state_dir),
         }
-        environment = os.environ | {f"VMRM_{key}": value or "" for key, value in told.items()}
+        # Owners and sandboxes are anybody's words: they must not keep a hook from being started.
+        plain = {key: (value or "").replace("\0", "")[:4096] for key, value in told.items()}
+        environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
         environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
         return Hook(kind, group["name"], name, command, environment, limit)
 
@@ -8443,15 +8476,15 @@ class Keeper:
                     reason = f"spawn hook: {hook.fault}"
                     move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
         failed = self._info(hook.group, "failed")
-        if hook.fault and hook.verdict != STOPPED:
+        if not hook.fault and failed:
+            self._put_info(hook.group, "failed", {})
+        elif hook.fault and not hook.killed:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
             self._put_info(hook.group, "failed", failed)
-        elif failed:
-            self._put_info(hook.group, "failed", {})
 
     def _settle(self, hook: Hook, made: Spawned) -> None:
         """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
-        if made.name != hook.vm_name:
+        if made.name.lower() != hook.vm_name.lower():
             if self._row(made.name):
                 hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
                 return
@@ -8460,11 +8493,11 @@ class Keeper:
             hook.vm_name = made.name
         now = CLOCK.wall()
         move_pool_vm(
-            self.db, made.name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
+            self.db, hook.vm_name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
         )
 
     def _end_check(self, hook: Hook) -> None:
-        if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
+        if hook.killed or hook.exit_code == EX_TEMPFAIL:
             with self.db.transaction() as db:  # what the check before it told goes on to hold
                 row = _pool_vm(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
@@ -8476,7 +8509,7 @@ class Keeper:
             self.manager.mark_vm_checked(hook.vm_name)
 
     def _end_release(self, hook: Hook) -> None:
-        if hook.verdict != STOPPED:
+        if not hook.killed:
             failure = hook.fault and f"release hook: {hook.fault}"
             self.manager.mark_vm_released(hook.vm_name, failure)
 
@@ -8486,9 +8519,9 @@ class Keeper:
             return
         self.db.write(
             """UPDATE pool_vms SET reason = :reason,
-                   terminate_tries = iif(:stopped, 0, terminate_tries) WHERE vm_name = :name""",
+                   terminate_tries = iif(:killed, 0, terminate_tries) WHERE vm_name = :name""",
             reason=f"terminate hook: {hook.fault}",
-            stopped=hook.verdict == STOPPED,
+            killed=hook.killed,
             name=hook.vm_name,
         )
 
@@ -8547,6 +8580,15 @@ class Keeper:
 
 def _is_name(name: str) -> bool:
     return NAME_PATTERN.fullmatch(name) is not None
+
+
+def _is_of_hook(pid: int) -> bool:
+    """Whether a process has a hook's environment: long after, a pid may be another's."""
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return b"VMRM_HOOK=" in words or not words  # it has none while it becomes another program
 
 
 def _booted_at() -> float:
