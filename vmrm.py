@@ -4360,6 +4360,7 @@ keep() {{
 }}
 text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
+    cmp -s "$1" "$2" && return
     new=$2.new-$$
     mkdir -p "${{2%/*}}" && cp "$1" "$new" && chmod 500 "$new" || exit 1
     if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$new" || exit 1; fi
