@@ -2874,7 +2874,9 @@ class VmDescriptor:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
         """Return the descriptor of a row of pool_vms."""
-        return cls(**{**row, "group": _group_id(row["group"])})
+        found = cls(**{**row, "group": _group_id(row["group"])})
+        vars(found)["_read"] = {**row, "group": found.group}
+        return found
 
     @classmethod
     def load(cls, db: Database, vm_name: str) -> VmDescriptor:
@@ -2886,17 +2888,19 @@ class VmDescriptor:
         return cls.from_row(_pool_vm(db, vm_name))
 
     def store(self, db: Database) -> None:
-        """Write every field whose value differs from the row's; the state moves by `POOL_MOVES`.
+        """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
             VmError: the pool has no such VM, or it cannot move to this state.
         """
+        fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
+        changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
-            fields = dataclasses.asdict(self) | {"group": str(self.group)}
-            changed = {key: value for key, value in fields.items() if value != row[key]}
-            if changed:
-                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+            changed |= {"group": str(changed["group"])} if "group" in changed else {}
+            state = changed.pop("state", row["state"])
+            move_pool_vm(db, self.vm_name, state, row=row, **changed)
+        vars(self)["_read"] = fields
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
         """Set one field, here and in the row."""
@@ -2904,6 +2908,7 @@ class VmDescriptor:
         setattr(current, field, value)
         current.store(db)
         setattr(self, field, value)
+        vars(self)["_read"] = vars(self).get("_read", {}) | {field: value}
 
 
 def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
@@ -3092,7 +3097,7 @@ class Waiting:
 
 def pool_log(db: Database, vm_name: str) -> Path:
     """Return the file that holds what a VM's hooks printed."""
-    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+    return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
 
 
 class _AtLimit(NoVmAvailable):
@@ -3584,7 +3589,9 @@ class VmManager(_Rows):
 
     def _why_none(self, request: Request) -> str:
         names = dict.fromkeys(group for groups in request.wants for group in groups)
-        return "no VM is available: " + "; ".join(self._why(name, request) for name in names)
+        words = "; ".join(self._why(name, request) for name in names)
+        ahead = sum(other.token != request.token for other in self._queue())
+        return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
 
     def _why(self, group: str, request: Request) -> str:
         """Return in words why a group has no VM for this request."""
@@ -3592,18 +3599,22 @@ class VmManager(_Rows):
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
         row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
         bound = self._bound(request.owner, group)
+        wanted = max(1, request.wants.count((group,)))
+        idle = f"{row['idle']} of them idle in other sandboxes"
         if not row["vms"]:
             return f"group {group} has no VMs"
-        if limit is not None and bound >= limit:
+        if limit is not None and bound + wanted > limit:
+            more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
                 f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
-                f"{row['idle']} of them idle in other sandboxes)"
+                f"{idle}{more})"
             )
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
-            f"{row['others']} ready for others, {row['ill']} failed their check)"
+            f"{row['others']} ready for others, {row['ill']} failed their check; "
+            f"{bound} bound to {request.owner}, {idle})"
         )
 
     # --- the queue ---
@@ -4024,9 +4035,10 @@ def _descends_from(holder: Holder) -> bool:
     return not holder.is_dead()
 
 
-_LEASE_KEY = ("vm_name", "token", "lease_end_at")
+_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder_pid", "holder_started")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
-    AND token = :token AND lease_end_at IS :lease_end_at"""
+    AND token = :token AND lease_end_at IS :lease_end_at AND holder_pid IS :holder_pid
+    AND holder_started IS :holder_started"""
 
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
@@ -7715,7 +7727,8 @@ class Supervisor:
                 return
         except UsageError as error:
             for row in self._loan.vms():
-                self._give_up(row["server_name"], str(error))
+                if row["state"] != VMState.FAILED:
+                    self._give_up(row["server_name"], str(error))
         for name in lost_vms(self.db):
             sql = "SELECT state FROM vms WHERE server_name = :name"
             if self.db.value(sql, name=name) != VMState.FAILED:
@@ -7917,7 +7930,7 @@ class Loan:
                 Request(
                     tuple((row["pool"],) for row in rows),
                     _user(),
-                    f"experiment {experiment['id']}",
+                    str(Path(experiment["source"]).absolute()),  # which may use its VMs again
                     Holder.of(os.getpid()),
                     task_id=f"experiment {experiment['id']}",
                     within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
@@ -7945,6 +7958,8 @@ class Loan:
         if self._waiting:
             self._waiting.__exit__()
             self._waiting = None
+            sql = "UPDATE vms SET reason = '' WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql)
 
     def give_back(self) -> None:
         """Release all VMs."""
@@ -9136,7 +9151,7 @@ class Keeper:
         """Forget what has been history for long, and the logs of VMs long gone."""
         before = CLOCK.wall() - KEPT_S
         self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
-        for path in self.db.directory("logs", "pool").iterdir():
+        for path in self.db.directory("pool", "logs").iterdir():
             name = path.name.removesuffix(".1").removesuffix(".log")
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < before and self._row(name) is None:
@@ -11182,7 +11197,7 @@ class PoolCommands(_Group):
         """
         db = self._manager().db
         logger = logging.getLogger("vmrm.keeper")
-        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        log_to(logger, db.directory("pool") / f"{KEEPER}.log")
         if not self._main._screen.quiet:
             told = logging.StreamHandler()
             told.setFormatter(LogFormatter())
