@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import guests
 import pytest
+from conftest import ROOT
 from lab import Lab, kill, stand_ins
 from test_handler import load, sh, until, vm
 
@@ -421,3 +424,58 @@ def test_overdue_entries_after_an_outage(lab: Lab, late: str) -> None:
         assert first["planned_at"] == pytest.approx(continued, abs=1)
     else:
         assert not holds
+
+
+# === on a real VM ================================================================================
+
+
+@pytest.mark.vm
+def test_the_example_of_the_readme_on_a_real_guest(
+    tmp_path: Path, micro_vm: guests.Guest, children: None
+) -> None:
+    """Break, resume and pause from outside, addition, growing log, host entry: all at once."""
+    section = (ROOT / "README.md").read_text().partition("\n## Pauses, additions")[2]
+    example = section.partition("```toml\n")[2].partition("```\n")[0]
+    lab = Lab(tmp_path)
+    text = example.replace("/tmp/lab/agents/1.sock", str(micro_vm.agent_path))
+    assert text != example
+    (tmp_path / "time.toml").write_text(text)
+    run = ("run", str(tmp_path / "time.toml"), "--allow-host")
+    done(lab, *run, "--detach")
+    try:
+        done(lab, "wait", "--timeout", "120")
+        done(lab, "pause", "web1", "--duration", "0.5")
+        until(lambda: "ends the break" in done(lab, "resume", "web1"), 60)
+        added = re.search(r"echo '(.*)' > more.json", section)
+        assert added
+        (tmp_path / "more.json").write_text(added[1])
+        done(lab, "schedule", "add", "web1", str(tmp_path / "more.json"))
+        done(lab, *run)
+    finally:
+        lab.run("stop", "--kill")
+    rows = attempts(lab, "web1")
+    assert [(row["ordinal"], row["outcome"]) for row in rows] == [
+        (n, "done") for n in (1, 2, 3, 4, 6, 7)
+    ]
+    paused, resumed = (
+        row["experiment_time"]
+        for row in lab.query("SELECT * FROM holds WHERE NOT ignored ORDER BY id")
+    )
+    start = lab.query("SELECT start_at FROM experiments")[0]["start_at"]
+    planned = {row["ordinal"]: row["planned_at"] - start for row in rows[1:]}
+    assert planned[6] == pytest.approx(resumed + 1, abs=0.001)
+    assert planned[7] == pytest.approx(resumed + 1.5, abs=0.001)
+    if paused < 0.5:
+        assert planned[2] == pytest.approx(1, abs=0.001)
+    assert all(row["sent_at"] >= row["planned_at"] for row in rows[1:])
+    log = log_of(lab, "web1.log")
+    for words in ("[1.5 sh out] the host knows web1", "[3 echo out] after", "[3.5 echo out] added"):
+        assert words in log
+    pulled = (
+        tmp_path / "out" / "web1" / "tmp" / "lab" / "agents" / "1" / "data" / "log"
+    ).read_text()
+    with micro_vm.agent() as agent:
+        assert pulled == agent.run("cat", "/tmp/lab/agents/1/data/log").out.decode()
+        agent.run("rm", "-rf", "/tmp/lab")
+    assert pulled.splitlines()[-1] == "line 6"
+    assert rows[2]["ended_at"] >= rows[1]["ended_at"], "the last pass is the last"
