@@ -3104,7 +3104,7 @@ class VmManager(_Rows):
         """
         return VmDescriptor.load(self.db, vm_name)
 
-    def get_vm_by_task_id(self, task_id: str) -> VmDescriptor | None:
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
         found = self._select("task_id = :task", task=str(task_id))
         return found[0] if found else None
@@ -3152,7 +3152,7 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {len(vms)} VMs" + (f" ({states})" if vms else ""))
+            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
             lines += [f"  {vm}" for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
@@ -3548,7 +3548,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
-            f"group {group}: none ready ({row['vms']} VMs: {row['in_use']} in use, "
+            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
         )
 
@@ -3962,6 +3962,10 @@ class VmManager(_Rows):
         return ""
 
 
+def _vms(count: int) -> str:
+    return f"{count} VM" if count == 1 else f"{count} VMs"
+
+
 def _descends_from(holder: Holder) -> bool:
     """Whether this process is that one, or a descendant of it."""
     boot, namespace = _viewpoint(os.getpid())
@@ -3985,7 +3989,7 @@ _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
 # The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms
+_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
@@ -10033,7 +10037,8 @@ class PoolCommands(_Group):
         """
         if path:
             drivers.parse_address(path)
-        return _vm_line(self._manager().add_vm_to_pool(ip, vm, group, path=path))
+        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
+        return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
     @command
     def list(self, group: str | None = None) -> object:

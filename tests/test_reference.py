@@ -1,7 +1,4 @@
-"""Every name of the reference exists with its parameters, and does what is documented there.
-
-The pool's side of the reference is not here.
-"""
+"""Every name of the reference exists with its parameters, and does what is documented there."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import enum
 import inspect
 import logging
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -120,6 +118,32 @@ CLASSES: dict[str, tuple[str, dict[str, str]]] = {
             "set_state": "state",
             "stop": "exitcode",
             "transfer_data": "name, location, interval=None, destination=None",
+        },
+    ),
+    "VmManager": (
+        "opts, logger=None",
+        {
+            "set_logger": "logger",
+            "add_vm_to_pool": "vm_ip, vm_name, group",
+            "lookup_vms_by_ip": "vm_ip",
+            "mark_vm_check_failed": "vm_name",
+            "mark_server_start": "",
+            "can_user_acquire_more_vm": "username, group",
+            "get_ready_vms": "group",
+            "acquire_vm": "groups, ownername, sandbox, pid, task_id=None, build_id=None, "
+            "chroot=None",
+            "release_vm": "vm_name",
+            "start_vm_termination": "vm_name, allowed_pre_state=None",
+            "remove_vm_from_pool": "vm_name",
+            "_load_multi_safe": "vm_name_list",
+            "get_all_vm_in_group": "group",
+            "get_all_vm": "",
+            "get_vm_by_name": "vm_name",
+            "get_vm_by_task_id": "task_id",
+            "get_vm_by_group_and_state_list": "group, state_list",
+            "info": "",
+            "write_vm_pool_info": "group, key, value",
+            "read_vm_pool_info": "group, key",
         },
     ),
     "VmResourceStore": (
@@ -602,3 +626,52 @@ def test_a_transfer_of_a_path_that_is_not_absolute_is_a_runtime_error(
 ) -> None:
     with pytest.raises(RuntimeError, match="absolute"):
         handler._drain(handler._transfer_data("x", location))
+
+
+def test_a_pool_does_what_the_reference_says(default: Path) -> None:
+    pool = vmrm.VmManager({"build_groups": {0: {"max_vm_per_user": 1}, 1: {}}})
+    logger = logging.getLogger("mine")
+    pool.set_logger(logger)
+    assert pool.log is logger
+    assert pool.vm_groups == [0, 1]
+    vm = pool.add_vm_to_pool("192.0.2.1", "vm-a", 0)
+    assert isinstance(vm, vmrm.VmDescriptor)
+    assert (vm.vm_ip, vm.vm_name, vm.group, vm.state) == ("192.0.2.1", "vm-a", 0, "got_ip")
+    with pytest.raises(vmrm.VmError):
+        pool.add_vm_to_pool("192.0.2.1", "vm-a", 0)
+    assert pool.get_vm_by_name("vm-a") == vm
+    assert pool.lookup_vms_by_ip("192.0.2.1") == [vm]
+    assert pool.lookup_vms_by_ip("192.0.2.2") == []
+    assert pool.get_all_vm() == pool.get_all_vm_in_group(0) == [vm]
+    assert pool._load_multi_safe(["vm-b", "vm-a"]) == [vm]
+    assert pool.get_vm_by_group_and_state_list(None, [vmrm.VmStates.GOT_IP]) == [vm]
+    assert pool.get_vm_by_group_and_state_list(1, [vmrm.VmStates.GOT_IP]) == []
+    pool.mark_vm_check_failed("vm-a")
+    assert pool.get_vm_by_name("vm-a").check_fails == 1
+    assert pool.get_ready_vms(0) == []
+    with pytest.raises(vmrm.NoVmAvailable):
+        pool.acquire_vm([0, 1], "ann", "sandbox", os.getpid())
+    pool.mark_server_start()
+    with pool.db.transaction():
+        vmrm.move_pool_vm(pool.db, "vm-a", vmrm.VmStates.CHECK_HEALTH)
+    pool.mark_vm_checked("vm-a")
+    assert [vm.vm_name for vm in pool.get_ready_vms(0)] == ["vm-a"]
+    assert pool.can_user_acquire_more_vm("ann", 0) is True
+    taken = pool.acquire_vm([1, 0], "ann", "sandbox", os.getpid(), 17, 18, "fedora-42")
+    assert (taken.vm_name, taken.state) == ("vm-a", vmrm.VmState.IN_USE)
+    assert pool.can_user_acquire_more_vm("ann", 0) is False
+    assert pool.get_vm_by_task_id(17) == taken
+    assert pool.get_vm_by_task_id(99) is None
+    assert "vm-a" in pool.info()
+    assert pool.release_vm("vm-a") is True
+    with pytest.raises(vmrm.VmError):
+        pool.remove_vm_from_pool("vm-a")
+    with pytest.raises(vmrm.VmError):
+        pool.start_vm_termination("vm-a", allowed_pre_state=vmrm.VmStates.IN_USE)
+    pool.start_vm_termination("vm-a", allowed_pre_state=vmrm.VmStates.READY)
+    pool.remove_vm_from_pool("vm-a")
+    assert pool.get_all_vm() == []
+    assert pool.read_vm_pool_info(0, "spawned") is None
+    pool.write_vm_pool_info(0, "spawned", 5)
+    assert pool.read_vm_pool_info(0, "spawned") == "5"
+    pool.close()
