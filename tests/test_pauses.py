@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import guests
 import pytest
@@ -273,6 +274,71 @@ def test_entries_appended_in_a_break_and_after_the_end(lab: Lab) -> None:
 def _resume(lab: Lab) -> None:
     """Resume both VMs, unless their break has not come yet."""
     lab.run("resume")
+
+
+def test_a_handler_alone_takes_up_a_schedule_that_replaces_its_own(lab: Lab) -> None:
+    load_both(lab, {"start_time": "-inf", "pause": "inf"}, note(-1, "old"))
+    process = lab.start("handle", "vm1")
+    until(lambda: "VM is configuring" in lab.logs())
+    with vmrm.Database(lab.db) as db:
+        vmrm.ScheduleDb(db=db).put("vm1", json.dumps([note(-1, "new")]))
+    until(lambda: record(lab) == ["new"])
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def test_a_vm_that_is_testing_is_named_by_who_waits_for_it(lab: Lab) -> None:
+    load_both(lab, note(-1, "x"))
+    with vmrm.Database(lab.db) as db:
+        uuid = db.value("SELECT server_uuid FROM vms WHERE server_name = 'vm2'")
+        vmrm.VMMapping(db=db).set_vm_state_by_uuid(uuid, "testing")
+    detached = lab.run("run", "--detach")
+    assert "VM 'vm2' is testing: it is not run, and all wait for it\n" in detached.stderr
+
+
+def test_a_step_of_the_wall_clock_moves_no_plan(
+    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stepped(vmrm.Clock):
+        step = 0.0
+
+        def wall(self) -> float:
+            return super().wall() + self.step
+
+    clock = Stepped()
+    monkeypatch.setattr(vmrm, "CLOCK", clock)
+    put(db, {"start_time": 50, "executable": "x"})
+    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
+    handler.schedule = vmrm.parse_schedule(vmrm.ScheduleDb(db=db).get("web") or "")
+    handler._plan_start(clock.wall() + 10)
+    due = handler._due(handler.schedule[0])
+    assert due == pytest.approx(clock.monotonic() + 60, abs=5)
+    for clock.step in (3600, -3600):
+        handler._check_wall_clock()
+        assert handler._due(handler.schedule[0]) == due
+
+
+def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
+    """Content by a function, a file unpacked into the store, and arguments in pieces."""
+    load_both(lab)
+    packed = lab.folder / "stored.txt.gz"
+    packed.write_bytes(gzip.compress(b"from the store\n"))
+    with vmrm.Database(lab.db) as db:
+        vmrm.VmResourceStore(decompress=True, db=db).add_file(packed)
+        entry = vmrm.ScheduleEntry(-1)
+        entry.set_executable("show.sh", ["a b"])
+        entry.append_arguments(["$HOME"])
+        calls: list[int] = []
+        entry.add_content("show.sh", lambda: calls.append(1) or '#!/bin/sh\ncat here; echo "$2"\n')  # type: ignore[func-returns-value]
+        entry.add_file("here", "stored.txt")
+        vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+        assert calls == [1]
+        entry.add_content("nothing", lambda: cast(str, None))
+        with pytest.raises(ValueError, match="content is missing"):
+            vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+    done(lab, "run")
+    assert "out] from the store" in log_of(lab)
+    assert "out] $HOME" in log_of(lab)
 
 
 # === programs on this host =======================================================================
