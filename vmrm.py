@@ -2288,6 +2288,8 @@ class Journal:
     ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
+        Numbers go on over the generations of an experiment: output files are named after them.
+
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
@@ -2305,8 +2307,8 @@ class Journal:
                            attempt, outcome, planned_at, armed_at, boot_id)
                        SELECT :experiment, :name, :generation, :ordinal, 1 + coalesce((
                            SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment
-                           AND server_name = :name AND generation = :generation
-                           AND ordinal = :ordinal), 0), 'armed', :planned, :now, :boot
+                           AND server_name = :name AND ordinal = :ordinal), 0),
+                           'armed', :planned, :now, :boot
                        RETURNING *""",
                     self._key
                     | {"ordinal": ordinal, "planned": planned_at}
@@ -5265,6 +5267,8 @@ class VMResourceHandler:
         self._killing = False  # on the way out, with all guest programs
         self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
+        # Drawn once: a look's price is the cold memory it touches.
+        self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
         self._refused = ""  # the last thing that the agent did not do
 
@@ -5491,7 +5495,7 @@ class VMResourceHandler:
         now = CLOCK.monotonic()
         if not self._woken and now < self._look_at:
             return
-        self._look_at = now + self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._look_at = now + self._look_interval
         self._check_wall_clock()
         woken, self._woken = self._woken, False
         version = self.db.data_version()  # does not move by commits of our own, so a wake counts
@@ -9033,7 +9037,7 @@ class Run:
     """One experiment as its rows tell it, also while it runs and after it was destroyed."""
 
     experiment: dict[str, Any]
-    now: float  # when it was read
+    now: float  # when it was read, or destroyed
     vms: list[VMRun]
     loose: list[str]  # schedules without a VM
 
@@ -9057,9 +9061,8 @@ class Run:
         ]
         for row in vm.holds:
             text = str(Hold(row["experiment_time"], row["duration_s"]))
-            found.append(
-                Mark(row["at"], text.split()[0], f"{text} given", {"ignored": row["ignored"]})
-            )
+            details = {"ignored": bool(row["ignored"])}
+            found.append(Mark(row["at"], text.split()[0], f"{text} given", details))
         boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
         for before, after in itertools.pairwise(boots):
             if after["boot_id"] != before["boot_id"]:
@@ -9103,15 +9106,15 @@ def read_run(db: Database, experiment: int | None = None) -> Run:
         hint = f"The last one that ran: --experiment {last}" if last else "Run one: vmrm run FILE"
         what = "current experiment" if experiment is None else f"experiment {experiment}"
         raise NotFound(f"there is no {what}", hint)
-    reader = _RunReader(db, row)
-    return Run(row, CLOCK.wall(), *reader.read())
+    now = row["destroyed_at"] or CLOCK.wall()
+    return Run(row, now, *_RunReader(db, row, now).read())
 
 
 class _RunReader:
     """Puts the rows of one experiment together by VM."""
 
-    def __init__(self, db: Database, experiment: Mapping[str, Any]) -> None:
-        self.db, self.id = db, experiment["id"]
+    def __init__(self, db: Database, experiment: Mapping[str, Any], now: float) -> None:
+        self.db, self.id, self.now = db, experiment["id"], now
         self.is_current = experiment["destroyed_at"] is None
         self._vms: dict[str, VMRun] = {}
 
@@ -9135,7 +9138,7 @@ class _RunReader:
         for row in attempts:
             text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
             entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
-            self._vm(row).attempts.append(_seen(row, entry))
+            self._vm(row).attempts.append(_seen(row, entry, self.now))
         return list(self._vms.values()), loose
 
     def _vm(self, row: Mapping[str, Any]) -> VMRun:
@@ -9156,7 +9159,7 @@ class _RunReader:
         return {(row["server_name"].lower(), row["generation"]): row["text"] for row in rows}
 
 
-def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
+def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[str, Any]:
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
@@ -9165,7 +9168,7 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None) -> dict[str, Any]:
         "on_host": bool(entry and entry.options.get("on_host")),
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
-        "end": max(begin, row["ended_at"] or CLOCK.wall()),
+        "end": max(begin, row["ended_at"] or now),
         "late_s": round(sent - planned, 6) if sent and planned else None,
     }
 
@@ -9298,7 +9301,7 @@ class _Tracer:
         self._pid = self._tid = 0
 
     def microseconds(self, at: float) -> int:
-        return round((at - self.begin) * 1e6)
+        return max(0, round((at - self.begin) * 1e6))  # the host's clock may have been set back
 
     def _add(self, ph: str, name: str, **more: Any) -> None:
         self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})
@@ -9428,7 +9431,7 @@ def report_page(db: Database, run: Run) -> str:
     ended = run.experiment["ended_at"]
     word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
     if not ended:
-        word, colour = "running", "running"
+        word, colour = ("running" if supervisor_pid(db) else "unfinished"), "running"
     start = run.experiment["start_at"]
     times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
     facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
@@ -10538,7 +10541,8 @@ class Commands(_Public):
             file: The new file, which must not exist; without it, stdout.
             experiment: The number of an earlier, destroyed one; without it, the current one.
         """
-        self._write(file, report_page(self._db(), self._launched(experiment)))
+        run = self._launched(experiment)
+        self._write(file, report_page(self._db(), run))
         return _SHOWN
 
     @staticmethod

@@ -130,6 +130,15 @@ def test_the_token_tells_experiments_and_generations_apart(db: Database) -> None
     assert len(set(tokens)) == 3
 
 
+def test_the_attempts_of_a_replaced_schedule_have_other_numbers(db: Database) -> None:
+    """Their output files would be taken for the old ones, and be read on from their end."""
+    assert Journal(db, "web").arm({1: None}, "boot")[1].attempt == 1
+    ScheduleDb(db=db).destroy_one("web")
+    ScheduleDb(db=db).put("web", TWO)
+    armed = Journal(db, "web").arm({1: None, 2: 5.0}, "boot")
+    assert {o: a.attempt for o, a in armed.items()} == {1: 2, 2: 1}
+
+
 # === Retrying ====================================================================================
 
 
@@ -184,7 +193,8 @@ def test_a_failed_vm_goes_back_to_where_it_was(db: Database, started: bool, stat
 def attempt_of(outcome: Outcome, **changes: Any) -> Attempt:
     values = {
         "id": 1, "ordinal": 1, "attempt": 1, "outcome": outcome, "planned_at": None,
-        "sent_at": None, "boot_id": "now", "pid": None, "exit_code": None, "reboot": False,
+        "armed_at": 0.0, "sent_at": None,
+        "boot_id": "now", "pid": None, "exit_code": None, "reboot": False,
         "retried": False, "error": "",
     }  # fmt: skip
     return Attempt(**(values | changes))

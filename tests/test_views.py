@@ -306,6 +306,22 @@ def test_what_exists_is_not_overwritten(ran: Lab, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [taken]
 
 
+def test_a_clock_that_was_set_back_and_a_removed_schedule_break_nothing(tmp_path: Path) -> None:
+    with vmrm.Database(tmp_path / "lab.db") as db:
+        vmrm.VMMapping(db=db).put("u", "web", path="/nowhere")
+        vmrm.ScheduleDb(db=db).put("WEB", '[{"start_time": 1, "executable": "a"}]')
+        vmrm.launch(db)
+        attempt = vmrm.Journal(db, "web").arm({1: 2e9}, "boot")[1]
+        db.write("UPDATE attempts SET sent_at = 1000.0")
+        vmrm.Journal(db, "web").ended(attempt, vmrm.Outcome.UNKNOWN, error="<b>")
+        vmrm.ScheduleDb(db=db).destroy_one("web")
+        run = vmrm.read_run(db)
+        (only,) = (e for e in checked(json.dumps(vmrm.trace(run))) if e["ph"] == "X")
+        assert (only["ts"], only["name"]) == (0, "1 a")
+        assert "entry 1 (1 a), attempt 1: unknown: &lt;b&gt;" in vmrm.report_page(db, run)
+        assert vmrm.report_of(run).rows[0]["entries"] == 0
+
+
 spans = st.tuples(st.integers(0, 50), st.integers(0, 20)).map(
     lambda span: {"begin": span[0], "end": span[0] + span[1]}
 )
