@@ -47,11 +47,12 @@ import stat
 import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
@@ -1564,7 +1565,7 @@ def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
 
 
 # What our script keeps in an entry's directory.
-_OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
+_OUR_OWN = re.compile(r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+)(/|$)", re.IGNORECASE)
 
 
 def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
@@ -1586,7 +1587,7 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
-        if _OUR_OWN.match(os.path.normpath(part["location"])):
+        if _OUR_OWN.match(os.path.normpath(part["location"].replace("\\", "/"))):
             yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
@@ -4359,6 +4360,7 @@ keep() {{
 }}
 text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
+    cmp -s "$1" "$2" && return
     new=$2.new-$$
     mkdir -p "${{2%/*}}" && cp "$1" "$new" && chmod 500 "$new" || exit 1
     if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$new" || exit 1; fi
@@ -4395,6 +4397,11 @@ name=$1; shift
 for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
 """
 
+_MOVE_SCRIPT = (
+    'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
+    'chmod "$3" "$1" && mv -f "$1" "$2"'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
@@ -4420,6 +4427,11 @@ def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
+
+
+def is_guest_path(path: str) -> bool:
+    """Whether a path means the same wherever a program of the guest stands, whatever its system."""
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
 
 
 def guest_path(entry: ScheduleEntry, location: str) -> str:
@@ -4516,7 +4528,7 @@ def parse_found(line: str) -> Found:
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
-_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
+_EXIT_WORDS = re.compile(r"(-?[0-9]{1,10}) ([01])\r?\n?")  # Windows has 32 bits
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -4529,6 +4541,473 @@ def parse_exit(text: str) -> tuple[int, bool]:
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
+
+
+# --- Windows
+#
+# cmd.exe reads a batch file line by line: first %NAME% is replaced, then quotes and ^ decide which
+# of & | < > ( ) mean something; what is left reaches a program as one string, which the program
+# takes apart by the rules of CommandLineToArgvW. "||" and "&&" are not used: the condition after
+# each command is written out, as every cmd.exe has understood it since 1993.
+
+_CALL_BATCH = """\
+@echo off
+rem vmrm: {title}
+setlocal EnableExtensions DisableDelayedExpansion
+if "%~2"=="{token}" goto ours
+echo this launch directory is used by another VM or experiment>&2
+exit /b {claim_failed}
+:ours
+cd /d {working_dir}
+if errorlevel 1 exit /b {claim_failed}
+mkdir "attempt.%~1"
+if errorlevel 1 exit /b {claim_failed}
+set "here=attempt.%~1"
+cmd.exe /d /e:on /v:off /c .\\call_program.bat >"%here%\\out" 2>"%here%\\err" <nul
+set code=%errorlevel%
+set reboot=0
+if exist {reboot} set reboot=1
+>"%here%\\exit.new" echo %code% %reboot%
+move /y "%here%\\exit.new" "%here%\\exit" >nul
+exit /b %code%
+"""
+
+# One file of the entry: a directory in its place is not replaced.
+_PLACE_BATCH = """\
+if exist {as_folder} echo {location} is a directory>&2
+if exist {as_folder} exit /b {place_failed}
+if not exist {folder_as_folder} mkdir {folder}
+copy /b /y {content} {temporary} >nul
+if errorlevel 1 exit /b {place_failed}
+move /y {temporary} {location} >nul
+if errorlevel 1 exit /b {place_failed}
+"""
+
+# A file gets its name and content in one step, and ren replaces nothing: one VM owns the stage.
+_PREPARE_BATCH = """\
+@echo off
+setlocal EnableExtensions DisableDelayedExpansion
+cd /d {stage}
+if errorlevel 1 exit /b 1
+>"{new}" echo {vm}
+ren "{new}" "of.{experiment}" 2>nul
+if exist "{new}" del "{new}"
+set owner=
+set /p owner=<"of.{experiment}"
+if "%owner%"=="{vm}" goto ours
+echo this launch directory is used by another VM of this experiment>&2
+exit /b 1
+:ours
+cd ..
+{moving}
+cd {stage}
+for %%F in (*) do echo %%~zF %%F
+exit /b 0
+"""
+
+_KEEP_BATCH = """\
+for %%F in ("{sha256}.part") do if not "%%~zF"=="{size}" goto damaged
+move /y "{sha256}.part" "{sha256}" >nul
+if errorlevel 1 exit /b 1
+"""
+
+_BATCH_LINE = 8000  # cmd.exe takes 8191 characters
+_PLAIN_LAUNCH = re.compile(r"[A-Za-z]:\\[A-Za-z0-9 ._~\\-]*")
+_NO_WINDOWS_PATH = re.compile(r"[\x00-\x1f\"<>|?*]")
+_NO_BATCH_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f]")
+
+
+def batch_text(text: str) -> str:
+    """Return a text for a line of a batch file that cmd.exe passes on unchanged.
+
+    Every character that means something is escaped, quotes too, so that there is no quoted part
+    in which `^` would escape nothing.
+    """
+    return re.sub(r'[()!^"<>&|]', r"^\g<0>", text).replace("%", "%%")
+
+
+def batch_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a line of a batch file that runs a program with exactly these arguments.
+
+    Raises:
+        ValueError: cmd.exe cannot carry one of them.
+    """
+    import subprocess
+
+    for word in (program, *arguments):
+        if _NO_BATCH_TEXT.search(word):
+            raise ValueError(
+                f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
+                "pass it in a file"
+            )
+    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+
+
+def _batch_path(path: str) -> str:
+    """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
+    if _NO_WINDOWS_PATH.search(path):
+        raise ValueError(f"no path of Windows: {path!r}")
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def _batch_folder(path: str) -> str:
+    """Return, for `if exist`, what exists only if a path is a directory, an empty one too."""
+    return _batch_path(path.rstrip("\\"))[:-1] + '\\*"'
+
+
+def batch_file(text: str) -> str:
+    """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced.
+
+    Raises:
+        ValueError: a line is too long for cmd.exe.
+    """
+    lines = re.split(r"\r?\n", text)
+    if not text.isascii():
+        # Where there is no console it fails, and only a program sets ERRORLEVEL back.
+        lines[1:1] = ["chcp 65001 >nul 2>nul", "cmd.exe /d /c exit 0"]
+    longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
+    if longest > _BATCH_LINE:
+        raise ValueError(f"cmd.exe takes no line of {longest} characters; use a file")
+    return "\r\n".join(lines)
+
+
+class PosixGuest:
+    """What a handler has to know of its guest's system: paths, our scripts, what runs them.
+
+    Args:
+        driver: Connected.
+        launch_dir: That of the VM, '' for the system's own.
+        seconds: For one of our scripts.
+    """
+
+    launch = "/var/launch"
+    separator = "/"
+    flavour: type[PurePath] = PurePosixPath
+
+    def __init__(
+        self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+    ) -> None:
+        self.driver, self.seconds = driver, seconds
+        self.stage = self.join(launch_dir or self.launch, ".stage")
+
+    def join(self, *parts: str) -> str:
+        """Return a path of the guest."""
+        return self.separator.join(parts)
+
+    def path(self, entry: ScheduleEntry, location: str) -> str:
+        """Return a location as an absolute path: relative ones lie in the entry's directory."""
+        return str(self.flavour(entry.working_dir) / location)
+
+    def is_absolute(self, path: str) -> bool:
+        """Whether a path means the same wherever a program stands."""
+        return self.flavour(path).is_absolute()
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text as the file at a location must have it."""
+        return text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return token
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a script of ours that is in the guest."""
+        return ["/bin/sh", script, *words]
+
+    def ask(self, argv: Sequence[str]) -> drivers.ExecStatus:
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about.
+
+        Raises:
+            LinkLost: it cannot.
+        """
+        try:
+            return self.driver.run(argv, timeout=self.seconds)
+        except drivers.AgentError as error:
+            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
+        argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
+        return self.driver.run(argv, timeout=self.seconds)
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, user) of each script of an entry. Raises ValueError if it has none.
+
+        The parameters are those of `call_script`.
+        """
+        script = call_script(entry, title=title, token=token, stage=self.stage, placed=placed)
+        scripts = [(script, str(entry.call_arguments_filename), "")]
+        if entry.executable and (user := entry.options.get("user")):
+            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
+        return scripts
+
+    script_suffix = ".part"
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the script that lays files out, given what the next three methods return."""
+        return "\n".join([_LAYOUT_HEAD.format(stage=shlex.quote(self.stage)), *lines]) + "\n"
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage."""
+        return f"keep {sha256} {size}"
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return what makes a text a content of the stage; None: it must be pushed."""
+        return f"text {sha256} {shlex.quote(text)}"
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        return f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}"
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        return self.ask(["/bin/sh", "-c", _PROBE_SCRIPT, "sh", *directories])
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the commands that end programs and all theirs, each with a pause after it."""
+        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
+        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return ["/bin/sh", "-c", _LIST_SCRIPT, "sh", location]
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that gives a file its mode and place, but not that of a directory."""
+        return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; `last` says that there will not be another chance."""
+        return self.driver.read_bytes(path, limit=limit, offset=offset)
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`, as the driver's method of this name does."""
+        return self.driver.pull(path, sink, offset=offset, limit=limit)
+
+
+class WindowsGuest(PosixGuest):
+    """A Windows guest: batch files for what starts programs, PowerShell for what asks."""
+
+    launch = "C:\\launch"
+    separator = "\\"
+    flavour = PureWindowsPath
+    script_suffix = ".bat"
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
+        is_batch = PureWindowsPath(location).suffix.lower() in (".bat", ".cmd")
+        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return _digest(token)
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a batch file; the agent puts quotes around a path with blanks,
+        which cmd.exe takes for what they are since nothing else in it needs quotes."""
+        return ["cmd.exe", "/d", "/c", script, *words]
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+            raise VMFailed(
+                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
+                "digits, blanks, '.', '_', '-', '~'"
+            )
+        aside = f".previous\\{old}"
+        moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
+        for folder in folders if fresh else ():
+            moving.append(f'if exist "{folder}\\*" move "{folder}" "{aside}\\" >nul')
+            moving.append(f'if exist "{folder}\\*" exit /b 1')
+        script = _PREPARE_BATCH.format(
+            stage=_batch_path(self.stage),
+            new=f"new.{old}",
+            vm=_digest(vm),
+            experiment=experiment,
+            moving="\n".join(moving),
+        )
+        self.driver.create_directories(self.stage)
+        path = self.join(self.stage, f"prepare.{old}.bat")
+        for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
+            pass
+        status = self.driver.run(self.argv(path), timeout=self.seconds)
+        self.driver.delete_file(path)
+        return status
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, '') of each script of an entry. Raises ValueError if it has none."""
+        if "user" in entry.options:
+            raise ValueError("user is for POSIX guests; Windows lets nobody become another so")
+        script = _CALL_BATCH.format(
+            title=re.sub(r"[^A-Za-z0-9 ,.:()_-]", "?", title),
+            token=self.token(token),
+            claim_failed=CLAIM_FAILED,
+            working_dir=_batch_path(str(entry.working_dir)),
+            reboot=_batch_path(str(entry.reboot_filepath)),
+        )
+        program = "\n".join(self._program(entry, [sha256 for sha256, _ in placed])) + "\n"
+        folder = str(entry.working_dir)
+        return [
+            (batch_file(program), self.join(folder, "call_program.bat"), ""),
+            (batch_file(script), str(entry.call_arguments_filename), ""),
+        ]
+
+    def _program(self, entry: ScheduleEntry, placed: Sequence[str]) -> Iterator[str]:
+        """Yield the lines that place an entry's files and become its program."""
+        yield "@echo off"
+        yield "setlocal EnableExtensions DisableDelayedExpansion"
+        own: dict[str, str] = {}
+        for number, (item, sha256) in enumerate(zip(entry_files(entry), placed, strict=True)):
+            path = self.path(entry, item["location"])
+            if not self.is_absolute(path):
+                raise ValueError(f"location {item['location']!r} has a drive but no root")
+            own[path.casefold()] = path
+            folder = str(PureWindowsPath(path).parent)
+            temporary = self.join(folder, f".vmrm-{entry.ordinal}-{number}")
+            yield _PLACE_BATCH.format(
+                as_folder=_batch_folder(path),
+                location=_batch_path(path),
+                place_failed=PLACE_FAILED,
+                folder_as_folder=_batch_folder(folder),
+                folder=_batch_path(folder),
+                content=_batch_path(self.join(self.stage, sha256)),
+                temporary=_batch_path(temporary),
+            ).rstrip()
+        if not entry.executable:
+            yield "exit /b 0"
+            return
+        yield f"cd /d {_batch_path(self.path(entry, entry.options.get('cwd', '.')))}"
+        yield f"if errorlevel 1 exit /b {PLACE_FAILED}"
+        for key, value in entry.options.get("env", {}).items():
+            if _NO_BATCH_TEXT.search(value):
+                raise ValueError(f"cmd.exe cannot carry a line break or control character in {key}")
+            yield f"set {key}={batch_text(value)}"
+        placed_program = self.path(entry, entry.executable)
+        program = own.get(placed_program.casefold(), str(PureWindowsPath(entry.executable)))
+        if isinstance(entry.arguments, str):
+            yield f"{_batch_path(program)} {entry.arguments}"
+        else:
+            yield batch_command(program, entry.arguments or [])
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the batch file that lays files out, given what the next three methods return."""
+        head = ["@echo off", f"cd /d {_batch_path(self.stage)}", "if errorlevel 1 exit /b 1"]
+        tail = ["exit /b 0", ":damaged", "echo a file arrived damaged>&2", "exit /b 1", ""]
+        return batch_file("\n".join([*head, *(line.rstrip() for line in lines), *tail]))
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage; sizes must agree."""
+        return _KEEP_BATCH.format(sha256=sha256, size=size)
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return None: a batch file cannot carry another one."""
+        return None
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        folder, new = str(PureWindowsPath(path).parent), _batch_path(path + ".new")
+        return "\n".join(
+            [
+                f"if not exist {_batch_folder(folder)} mkdir {_batch_path(folder)}",
+                f"copy /b /y {sha256} {new} >nul",
+                "if errorlevel 1 exit /b 1",
+                f"move /y {new} {_batch_path(path)} >nul",
+                "if errorlevel 1 exit /b 1",
+            ]
+        )
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        return self.ask(drivers.powershell(drivers.PROBE_PS, *directories))
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        for here in directories:
+            if self.ask(["cmd.exe", "/d", "/c", "mkdir", here]).exitcode == 0:
+                code = io.BytesIO(f"{CLAIM_FAILED} 0".encode())
+                for _ in self.driver.push(code, self.join(here, "exit")):
+                    pass
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the command that ends programs and all that they started."""
+        named = [word for pid in pids for word in ("/PID", pid)]
+        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return drivers.powershell(drivers.LIST_PS, location)
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return drivers.powershell(drivers.HASH_PS, path, str(size))
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that puts a file in its place, but not in that of a directory."""
+        return drivers.powershell(drivers.MOVE_PS, temporary, path)
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; only at last of a copy, if a program still holds it."""
+        if not last:
+            return self.driver.read_bytes(path, limit=limit, offset=offset)
+        sink = io.BytesIO()
+        for _ in self.pull(path, sink, offset=offset, limit=limit):
+            pass
+        return sink.getvalue()
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`; of one that is being written, a copy of that.
+
+        The agent opens no file that somebody else has open for writing; other programs do.
+        """
+        begin = sink.tell()
+        try:
+            yield from self.driver.pull(path, sink, offset=offset, limit=limit)
+        except drivers.AgentError:
+            copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
+            status = self.driver.run(
+                drivers.powershell(drivers.COPY_PS, path, copy), timeout=self.seconds
+            )
+            if status.exitcode != 0 or sink.tell() != begin:
+                raise
+            try:
+                yield from self.driver.pull(copy, sink, offset=offset, limit=limit)
+            finally:
+                with contextlib.suppress(drivers.DriverError):
+                    self.driver.delete_file(copy)
+
+
+def _digest(text: str) -> str:
+    """Return a word without any character that means something, instead of somebody's text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def guest_of(
+    driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+) -> PosixGuest:
+    """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
+    kind = WindowsGuest if driver.is_windows else PosixGuest
+    return kind(driver, launch_dir, seconds)
 
 
 # === agenda ======================================================================================
@@ -4831,7 +5310,7 @@ class OutputLog:
             self._partial[key] = rest
         elif rest:
             lines.append(rest)
-        self.lines(str(entry), stream, lines)
+        self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -4932,16 +5411,23 @@ def _one_line(error: BaseException) -> str:
 
 _LIST_SCRIPT = """\
 IFS=
+now=$(date +%s)
 for top in $1; do
     [ -e "$top" ] || continue
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        now=$1; shift
         for path; do
             kind=f; [ -d "$path" ] && kind=d
             facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
-            printf "%s %s %s\\0" "$kind" "$facts" "$path"
-        done' sh {} +
+            printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
+        done' sh "$now" {} +
 done
 """
+
+# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
+_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
+
+SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4952,6 +5438,15 @@ class Listed:
     size: int  # bytes
     mtime: int  # seconds since the epoch
     path: str
+    settled: bool = True  # a later write gives it another mtime
+
+    @property
+    def copy_mtime_ns(self) -> int:
+        """The modification time of the host's copy, by which it is recognised, in nanoseconds.
+
+        The guest's, plus half a second if the file may change again within that very second.
+        """
+        return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
 
 
 def parse_listed(record: bytes) -> Listed:
@@ -4960,21 +5455,31 @@ def parse_listed(record: bytes) -> Listed:
     Raises:
         ValueError: it is no such record, or its path is not text that an agent could be sent.
     """
-    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
+    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11}) (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
         raise ValueError("the VM lists it in an unexpected form")
-    kind, size, mtime, path = match.groups()
-    return Listed(kind == b"d", int(size), int(mtime), path.decode())
+    kind, size, mtime, now, path = match.groups()
+    # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
+    settled = abs(int(now) - int(mtime)) >= 2
+    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled)
 
 
 def safe_parts(path: str) -> list[str]:
     """Return the components of a guest's absolute path, none of which leads elsewhere.
 
+    Those of `C:\\logs\\a.log` are C, logs and a.log.
+
     Raises:
         ValueError: one of them does.
     """
-    parts = [part for part in path.split("/") if part]
-    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
+    if drive := re.match(r"([A-Za-z]):\\", path):
+        parts = [drive[1].upper(), *path[3:].split("\\")]
+        odd = [part for part in parts if "/" in part]
+    else:
+        parts, odd = path.split("/"), []
+    parts = [part for part in parts if part]
+    if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
         raise ValueError("its path leads out of the destination")
     return parts
 
@@ -4997,14 +5502,13 @@ def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
         os.close(fd)
 
 
-def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
-    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
+def _copy_of(folder: int, name: str) -> os.stat_result | None:
+    """Return what the host's copy of a file is like, if there is one."""
     try:
-        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return False
-    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
-    return stat.S_ISREG(present.st_mode) and same
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 # === one client per agent ========================================================================
@@ -5070,6 +5574,133 @@ def _agent_lock_path(path: str) -> Path:
         if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
             return directory / name
     raise UsageError(f"no directory for the lock of agent {path!r} can be written")
+
+
+# === drivers, ours and plugged in ================================================================
+
+Driver = type[drivers.AbstractDriver]
+
+# What a handler asks of a driver beyond what AbstractDriver demands.
+_ALSO_NEEDED = {
+    *("boot_id", "call", "fileno", "health", "info", "pull", "push", "read_bytes"),
+    *("run", "start", "status"),
+}
+
+
+def driver_of(engine: str) -> Driver:
+    """Return the driver class for an engine; plug-ins are read only if it is none of ours.
+
+    Raises:
+        UsageError: no driver has that engine, or a plug-in is faulty.
+    """
+    if found := _own_drivers().get(engine):
+        return found
+    known = plug_ins()
+    if engine not in known:
+        there_are = ", ".join(sorted(known))
+        raise UsageError(
+            f"unknown engine {engine!r}; one of {there_are}", "Name its file in $VMRM_DRIVERS"
+        )
+    return known[engine]
+
+
+def plug_ins() -> dict[str, Driver]:
+    """Return the usable driver classes by engine: ours, of $VMRM_DRIVERS, and of entry points.
+
+    Raises:
+        UsageError: a plug-in is faulty, or names the engine of another; which, and how.
+    """
+    from importlib import metadata
+
+    known = _own_drivers()
+    for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
+        _add_drivers(known, f"driver file {path!r}", functools.partial(_driver_file, path))
+    for point in metadata.entry_points(group="vmrm.drivers"):
+        _add_drivers(known, f"driver {point.value!r}", functools.partial(_entry_point, point))
+    return known
+
+
+def _own_drivers() -> dict[str, Driver]:
+    """Return the usable classes of the drivers module by engine.
+
+    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
+    each handler a quarter of a mebibyte, in the caches of abstract base classes.
+    """
+    found: dict[str, Driver] = {}
+    below: list[Driver] = drivers.AbstractDriver.__subclasses__()
+    while below:
+        below += (item := below.pop()).__subclasses__()
+        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+            found[item.get_engine()] = item
+    return found
+
+
+def _add_drivers(known: dict[str, Driver], what: str, load: Callable[[], list[Driver]]) -> None:
+    """Add what a plug-in brings to the drivers known. Raises UsageError with its first fault."""
+    try:
+        found = load()
+        if not found:
+            raise ValueError("it has no subclass of AbstractDriver")
+        for driver in found:
+            engine = _checked_engine(driver)
+            if engine in known and known[engine] is not driver:
+                raise ValueError(f"another driver has the engine {engine!r} already")
+            known[engine] = driver
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        raise UsageError(f"{what}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _checked_engine(driver: Driver) -> str:
+    """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
+    missing = {name for name in _ALSO_NEEDED if not callable(getattr(driver, name, None))}
+    missing |= getattr(driver, "__abstractmethods__", set())
+    if missing:
+        raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
+    engine = driver.get_engine()
+    if not _is_text(engine):
+        raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
+    return engine
+
+
+def _drivers_in(module: types.ModuleType) -> list[Driver]:
+    """Return the driver classes that a module defines itself and does not call private."""
+    return [
+        item
+        for name, item in vars(module).items()
+        if isinstance(item, type)
+        and issubclass(item, drivers.AbstractDriver)
+        and item.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+def _driver_file(path: str) -> list[Driver]:
+    """Run a driver file, which only its user or root may be able to write; return its drivers.
+
+    What is checked is the open file, so that nobody can exchange it afterwards.
+    """
+    place = Path(path)
+    if not place.is_absolute():
+        raise ValueError("its path is not absolute")
+    with place.open("rb") as stream:
+        for info in (os.fstat(stream.fileno()), place.parent.stat()):
+            shared = info.st_mode & 0o022 and not (
+                stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            )
+            if info.st_uid not in (0, os.geteuid()) or shared:
+                raise PermissionError("others can write it or its directory: chmod go-w")
+        source = stream.read()
+    module = types.ModuleType(f"vmrm_driver_{place.stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
+    return _drivers_in(module)
+
+
+def _entry_point(point: Any) -> list[Driver]:
+    """Return the driver class, or the drivers of the module, that an entry point names."""
+    found = point.load()
+    return _drivers_in(found) if isinstance(found, types.ModuleType) else [found]
 
 
 # === handler =====================================================================================
@@ -5161,21 +5792,6 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
     temporary.rename(path)
 
 
-def plug_ins() -> set[type[drivers.AbstractDriver]]:
-    """Return every usable driver class of the drivers module.
-
-    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
-    each handler a quarter of a mebibyte, in the caches of abstract base classes.
-    """
-    found: set[type[drivers.AbstractDriver]] = set()
-    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
-    while below:
-        below += (item := below.pop()).__subclasses__()
-        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
-            found.add(item)
-    return found
-
-
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     """Return a VM's row as the configuration that `VMResourceHandler` takes.
 
@@ -5246,7 +5862,7 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
-        self._host = drivers.HostPrograms()
+        self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
@@ -5284,20 +5900,18 @@ class VMResourceHandler:
 
     def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
         """Return the set of available driver classes."""
-        return plug_ins()
+        return set(plug_ins().values())
 
     def import_driver(self) -> type[drivers.AbstractDriver]:
         """Return the driver class whose engine is this VM's.
 
         Raises:
-            VMFailed: there is none.
+            VMFailed: there is none, or a plug-in is faulty.
         """
-        engine = self.config.get("engine") or "QemuVM"
-        found = {driver.get_engine(): driver for driver in self._import_drivers()}
-        if engine not in found:
-            known = ", ".join(sorted(found))
-            raise VMFailed(f"no driver for engine {engine!r}; there are: {known}")
-        return found[engine]
+        try:
+            return driver_of(self.config.get("engine") or "QemuVM")
+        except UsageError as error:
+            raise VMFailed(f"{error} ({error.hint})" if error.hint else str(error)) from error
 
     def connect_to_driver(self) -> bool:
         """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
@@ -5312,11 +5926,21 @@ class VMResourceHandler:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
-            self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            try:
+                self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            except Exception as error:  # a plug-in is anybody's code
+                raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
-        self.driver.connect(timeout=timeout or float(self.config.get("agent_timeout") or 300))
+        limit = timeout or float(self.config.get("agent_timeout") or 300)
+        deadline = CLOCK.monotonic() + limit
+        self.driver.connect(timeout=limit)
         # Twice, since an agent that is restarted between open and read has none to tell.
         self._boot = self.driver.boot_id() or self.driver.boot_id()
+        while self.driver.is_windows and not self._boot:  # it answers before it runs programs
+            if CLOCK.monotonic() > deadline:
+                raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
+            self._wait(-1, 0, 1)
+            self._boot = self.driver.boot_id()
 
     # --- life
 
@@ -5586,9 +6210,10 @@ class VMResourceHandler:
 
     # --- preparing the guest
 
-    @property
-    def _stage(self) -> str:
-        return f"{self.config.get('launch_dir') or '/var/launch'}/.stage"
+    @functools.cached_property
+    def _guest(self) -> PosixGuest:
+        launch_dir = str(self.config.get("launch_dir") or "")
+        return guest_of(self.driver, launch_dir, self.timeouts.call)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -5600,8 +6225,6 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
         if self._ready_boot != self._boot:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
@@ -5642,9 +6265,9 @@ class VMResourceHandler:
         except OSError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
 
-    def _runner(self, entry: ScheduleEntry) -> drivers.QemuGuestAgentDriver | drivers.HostPrograms:
-        """Return who runs an entry's script and reads its files."""
-        return self._host if entry.on_host else self.driver
+    def _place(self, entry: ScheduleEntry) -> PosixGuest:
+        """Return the system on which an entry's script runs: the guest's, or this host's."""
+        return self._host if entry.on_host else self._guest
 
     def _boot_of(self, entry: ScheduleEntry) -> str:
         return boot_id() if entry.on_host else self._boot
@@ -5660,7 +6283,7 @@ class VMResourceHandler:
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
-        layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
+        layout: list[str] = []
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
@@ -5671,27 +6294,15 @@ class VMResourceHandler:
 
         An older experiment's folders are moved aside.
         """
-        fresh = "keep" if self._ready or self._journal.latest() else "fresh"
-        folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
+        fresh, guest = not (self._ready or self._journal.latest()), self._guest
+        folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        words = self._stage, old, fresh, *owner, *folders
-        status = self.driver.run(
-            ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words], timeout=self.timeouts.call
-        )
+        status = guest.prepare(old, fresh, *owner, folders)
         if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
-        listed = _STAGED.findall(status.out.decode(errors="replace"))
+            raise VMFailed(f"cannot prepare {guest.stage!r}: {_words(status.err)}")
+        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
         return {(sha256, int(size)) for size, sha256 in listed}
-
-    def _sh(self, script: str, *words: str, on_host: bool = False) -> drivers.ExecStatus:
-        """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
-        argv = ["/bin/sh", "-c", script, "sh", *words]
-        try:
-            runner = self._host if on_host else self.driver
-            return runner.run(argv, timeout=self.timeouts.call)
-        except drivers.AgentError as error:
-            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -5700,10 +6311,14 @@ class VMResourceHandler:
             FileNotFoundError: the store does not have a file.
         """
         placed = []
-        own_program = guest_path(entry, entry.executable or "")
+        guest = self._guest
+        own_program = guest.path(entry, entry.executable or "")
         for item in entry_files(entry):
-            staged = text_content(item["content"]) if "content" in item else self._stored(item)
-            location = guest_path(entry, item["location"])
+            location = guest.path(entry, item["location"])
+            if "content" in item:
+                staged = text_content(guest.content(location, item["content"]))
+            else:
+                staged = self._stored(item)
             is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
@@ -5721,33 +6336,37 @@ class VMResourceHandler:
         self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
     ) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
+        guest = self._guest
         try:
             placed = self._contents(entry)
+            scripts = guest.scripts(
+                entry,
+                f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+                self._token,
+                [(staged.sha256, mode) for staged, mode in placed],
+            )
         except FileNotFoundError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             return
-        script = call_script(
-            entry,
-            title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
-            token=self._token,
-            stage=self._stage,
-            placed=[(staged.sha256, mode) for staged, mode in placed],
-        )
-        scripts = [(script, str(entry.call_arguments_filename), "")]
-        if entry.executable and (user := entry.options.get("user")):
-            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
-        for staged, _ in placed:
+        except ValueError as error:
+            yield from self._not_loadable(entry, str(error))
+            return
+        contents, puts = [staged for staged, _ in placed], []
+        for text, path, user in scripts:
+            staged = text_content(text)
+            line = guest.text(staged.sha256, text)
+            if line is None:
+                contents.append(staged)
+            elif (staged.sha256, staged.size) not in present:
+                present.add((staged.sha256, staged.size))
+                layout.append(line)
+            puts.append(guest.put(staged.sha256, path, user))
+        for staged in contents:
             if (staged.sha256, staged.size) not in present:
                 yield from self._push_steps(staged)
                 present.add((staged.sha256, staged.size))
-                layout.append(f"keep {staged.sha256} {staged.size}")
-        for text, path, user in scripts:
-            content = text_content(text)
-            sha256 = content.sha256
-            if (sha256, content.size) not in present:
-                present.add((sha256, content.size))
-                layout.append(f"text {sha256} {shlex.quote(text)}")
-            layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
+                layout.append(guest.keep(staged.sha256, staged.size))
+        layout += puts
 
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
@@ -5757,17 +6376,18 @@ class VMResourceHandler:
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
         yield 0
 
-    def _push_steps(self, staged: Staged) -> Steps:
+    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
+        """Copy a content into the stage; return its path there."""
+        path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
         with staged.source() as source:
-            for _ in self.driver.push(source, f"{self._stage}/{staged.sha256}.part"):
+            for _ in self.driver.push(source, path):
                 yield 0
+        return path
 
     def _lay_out(self, layout: Sequence[str]) -> Steps:
-        script = text_content("\n".join(layout) + "\n")
-        yield from self._push_steps(script)
-        status = self.driver.run(
-            ["/bin/sh", f"{self._stage}/{script.sha256}.part"], timeout=10 * self.timeouts.call
-        )
+        script = text_content(self._guest.layout(layout))
+        path = yield from self._push_steps(script, self._guest.script_suffix)
+        status = self.driver.run(self._guest.argv(path), timeout=10 * self.timeouts.call)
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {_words(status.err)}")
 
@@ -5943,10 +6563,12 @@ class VMResourceHandler:
             except drivers.DriverError as error:  # it went down while we were asking
                 self.log.debug("still going down: %s", error)
                 self._boot = old
-            if self._boot != old:
+            booting = self.driver.is_windows and not self._boot  # it cannot run programs yet
+            if self._boot != old and not booting:
                 break
-            if CLOCK.monotonic() > going_down:
-                raise VMFailed("the VM accepted a reboot but does not go down")
+            if CLOCK.monotonic() > (deadline if booting else going_down):
+                what = "does not come back" if booting else "does not go down"
+                raise VMFailed(f"the VM accepted a reboot but {what}")
             self.driver.close()
             self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
         self.log.info("the VM is back (boot %s)", self._boot)
@@ -6047,14 +6669,14 @@ class VMResourceHandler:
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return f"{entry.working_dir}/attempt.{attempt.attempt}"
+        return self._place(entry).join(str(entry.working_dir), f"attempt.{attempt.attempt}")
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
-        script = str(entry.call_arguments_filename)
+        script, guest = str(entry.call_arguments_filename), self._place(entry)
+        argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        argv = ["/bin/sh", script, str(attempt.attempt), self._token]
-        pid = self._runner(entry).start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6080,14 +6702,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             found = yield from self._look_steps(entry, attempt, found)
             if found.exit_code is not None:
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid, on_host=entry.on_host)
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._kill_steps(self._place(entry), found.pid)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 raise _EntryFailed(why)
 
     def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
@@ -6099,12 +6721,13 @@ class VMResourceHandler:
         Raises:
             _EntryFailed: it was never begun, or died by a signal.
         """
+        guest = self._place(entry)
         if found.exit_code is not None:
             return found
         if found.pid is None:
             return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self._runner(entry).status(found.pid)
+            status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
@@ -6113,7 +6736,7 @@ class VMResourceHandler:
             return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            exit_file = self._runner(entry).read_bytes(f"{here}/exit", limit=64)
+            exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
             code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
@@ -6150,12 +6773,12 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, *pids: int | None, on_host: bool = False) -> Steps:
-        """End programs' process groups: TERM to all, a moment of grace, KILL."""
+    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
+        """End programs and what they started: first politely where the guest knows how."""
         known = [str(pid) for pid in pids if pid is not None]
-        for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known, on_host=on_host)
-            yield self.timeouts.term_grace if name == "TERM" else 0
+        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
+            guest.ask(argv)
+            yield grace
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -6178,16 +6801,17 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Append what the program has written since the last time to the host's logs."""
-        here = self._attempt_dir(entry, attempt)
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt, last: bool = False) -> Steps:
+        """Append what the program has written since the last time to the host's logs.
+
+        While a program runs, Windows lets the agent not read what it has written so far.
+        """
+        here, guest = self._attempt_dir(entry, attempt), self._place(entry)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self._runner(entry).read_bytes(
-                        f"{here}/{stream}", limit=limit, offset=offset
-                    )
+                    data = guest.read(guest.join(here, stream), limit, offset, last)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -6199,14 +6823,15 @@ class VMResourceHandler:
     # --- recovery
 
     def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
-        return self._probe([self._attempt_dir(entry, attempt)], on_host=entry.on_host)[0]
+        return self._probe(self._place(entry), [self._attempt_dir(entry, attempt)])[0]
 
-    def _probe(self, directories: Sequence[str], *, on_host: bool = False) -> list[Found]:
+    @staticmethod
+    def _probe(guest: PosixGuest, directories: Sequence[str]) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories, on_host=on_host)
+        status = guest.probe(directories)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -6220,9 +6845,10 @@ class VMResourceHandler:
         for on_host in (False, True):
             scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
             places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            guest = self._host if on_host else self._guest
             if self._killing and places:
-                self._sh(_FORBID_SCRIPT, *places, on_host=on_host)
-            found = self._probe(places, on_host=on_host)
+                guest.forbid(places)
+            found = self._probe(guest, places)
             for entry, left in zip(scripts, found, strict=True):
                 self._recover_attempt(entry, latest[entry.ordinal], left)
         if self._killing:
@@ -6431,30 +7057,21 @@ class VMResourceHandler:
     def _repeat(self, entry: ScheduleEntry) -> list[Task]:
         """Return the tasks of an entry's repeating transfers, started by the first call."""
         if entry.ordinal not in self._repeating:
-            items = [item for item in entry.items("transfer") if item["interval"]]
             self._repeating[entry.ordinal] = [
-                self.agenda.spawn(self._repeat_steps(entry, item)) for item in items
+                self.agenda.spawn(self._transfer_item(entry, item))
+                for item in entry.items("transfer")
+                if item["interval"]
             ]
         return self._repeating[entry.ordinal]
 
-    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        location = guest_path(entry, item["location"])
-        while True:
-            last = self._ending
-            try:
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
-            except (RuntimeError, drivers.AgentError) as error:
-                self.log.warning("transfer of %s: %s", location, error)
-            if last:
-                return
-            if not self._ending:
-                yield item["interval"]
+    def _transfer_item(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        location = self._guest.path(entry, item["location"])
+        return self._transfer_data(str(entry), location, item["interval"], item["destination"])
 
     def _transfer_once_steps(self, entry: ScheduleEntry) -> Steps:
         for item in entry.items("transfer"):
             if not item["interval"]:
-                location = guest_path(entry, item["location"])
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
+                yield from self._transfer_item(entry, item)
 
     def transfer_data(
         self,
@@ -6483,26 +7100,51 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> Steps:
-        """The steps of `transfer_data`; the same parameters and errors."""
-        if not location.startswith("/"):
+        """The steps of `transfer_data`; the same parameters and errors.
+
+        What fails once is an error; what fails in a repeated transfer is told when it is new, and
+        tried again. The last pass begins after everybody's work is done.
+        """
+        if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
+        told: list[str] = []
         while True:
-            faults: list[str] = []
-            for record in (yield from self._list_steps(location)):
-                try:
-                    yield from self._pull_steps(parse_listed(record), root)
-                except (OSError, ValueError) as error:
-                    if _is_link_trouble(error):
-                        raise
-                    faults.append(f"{os.fsdecode(record)!r}: {error}")
+            last = self._ending or not interval
+            faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            if not interval or self._ending:
-                return
-            for fault in faults:
+            for fault in faults if faults != told else ():
                 self.log.warning("transfer of %s: %s", name, fault)
+            told = faults
+            if last:
+                return
+            if not self._ending:
+                yield cast(float, interval)
+
+    def _pass_steps(self, location: str, root: Path) -> Steps:
+        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
+        faults: list[str] = []
+        try:
+            records = yield from self._list_steps(location)
+        except (RuntimeError, drivers.AgentError) as error:
+            return [str(error)]
+        for record in records:
+            try:
+                yield from self._pull_steps(parse_listed(record), root, location)
+            except (OSError, ValueError) as error:
+                if _is_link_trouble(error):
+                    raise
+                faults.append(f"{os.fsdecode(record)!r}: {error}")
+        return faults
+
+    def _finish_steps(self, argv: Sequence[str]) -> Steps:
+        """Run a program of the guest without holding up anything else; return its status."""
+        pid, interval = self.driver.start(argv, capture=True), 0.002
+        while not (status := self.driver.status(pid)).exited:
             yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
+        return status
 
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob.
@@ -6510,11 +7152,7 @@ class VMResourceHandler:
         Raises:
             RuntimeError: there are none, or too many to list.
         """
-        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
-        interval = 0.002
-        while not (status := self.driver.status(pid)).exited:
-            yield interval
-            interval = min(interval * 1.5, self.timeouts.poll_last)
+        status = yield from self._finish_steps(self._guest.list_argv(location))
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         records = [record for record in status.out.split(b"\0") if record]
@@ -6522,29 +7160,74 @@ class VMResourceHandler:
             raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
         return records
 
-    def _pull_steps(self, listed: Listed, root: Path) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is."""
+    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
+
+        A file that is gone by now is no fault, unless it is the one that was asked for.
+        """
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
-            if listed.is_dir or _is_unchanged(folder, parts[-1], listed):
+            if listed.is_dir:
                 return
-            free = os.fstatvfs(folder)
-            if listed.size > free.f_bavail * free.f_frsize - (64 << 20):
-                raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
-            temporary = f".vmrm-{secrets.token_hex(8)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            old = _copy_of(folder, parts[-1])
+            known = (listed.size, listed.copy_mtime_ns)
+            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                return
             try:
-                fd = os.open(temporary, flags, 0o644, dir_fd=folder)
-                with os.fdopen(fd, "wb") as sink:
-                    for _ in self.driver.pull(listed.path, sink, limit=listed.size):
-                        yield 0
-                os.utime(temporary, (listed.mtime, listed.mtime), dir_fd=folder)
-                _crash("transfer-before-rename")
-                os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=folder)
-                raise
+                yield from self._copy_steps(listed, folder, parts[-1], old)
+            except drivers.AgentError:
+                if listed.path == location or self.driver.file_exists(listed.path):
+                    raise
+                self.log.info("transfer: %r is gone again", listed.path)
+
+    def _copy_steps(
+        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
+    ) -> Steps:
+        """Make the host's copy of a file; of one that has only grown, fetch what is new.
+
+        What was written while it was read comes with the next pass: until then the copy is a
+        beginning of the file. It takes the guest's time, by which the next pass, also that of
+        another handler, knows it.
+        """
+        temporary = f".vmrm-{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o644, dir_fd=folder), "w+b") as sink:
+                kept = 0
+                if old and SMALL_BYTES < old.st_size <= listed.size:
+                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
+                free = os.fstatvfs(folder)
+                if listed.size - kept > free.f_bavail * free.f_frsize - (64 << 20):
+                    raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
+                pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
+                for _ in pull:
+                    yield 0
+            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
+            os.utime(temporary, ns=times, dir_fd=folder)
+            _crash("transfer-before-rename")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+    def _keep_steps(
+        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
+    ) -> Steps:
+        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
+        digest = hashlib.sha256()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
+            while data := present.read(1 << 20):
+                digest.update(data)
+                sink.write(data)
+                yield 0
+        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size))
+        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
+            return size
+        sink.seek(0)
+        sink.truncate()
+        return 0
 
     # --- requests of commands
 
@@ -6646,16 +7329,13 @@ def _push_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     """Copy `data` into the guest under a temporary name, then put it in its place."""
-    remote = arguments["remote"]
+    remote, guest = arguments["remote"], guest_of(driver)
     temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
-    if not driver.create_directories(str(PurePosixPath(remote).parent)):
+    if not driver.create_directories(str(guest.flavour(remote).parent)):
         raise VmrmError(f"the directory of {remote!r} cannot be made in the VM")
     with (folder / "data").open("rb") as source:
         yield from _report_steps(driver.push(source, temporary), folder)
-    script = 'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
-    script += 'chmod "$3" "$1" && mv -f "$1" "$2"'
-    argv = ["/bin/sh", "-c", script, "sh", temporary, remote, arguments["mode"]]
-    status = driver.run(argv)
+    status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
     if status.exitcode != 0:
         raise VmrmError(f"cannot put {remote!r} in its place: {_words(status.err)}")
     return {"bytes": (folder / "data").stat().st_size}
@@ -6665,7 +7345,8 @@ def _pull_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     with (folder / "data").open("wb") as sink:
-        yield from _report_steps(driver.pull(arguments["remote"], sink), folder)
+        copy = guest_of(driver).pull(arguments["remote"], sink)
+        yield from _report_steps(copy, folder)
     return {"bytes": (folder / "data").stat().st_size}
 
 
@@ -7441,7 +8122,8 @@ class Hook:
         self.kind, self.group, self.vm_name = kind, group, vm_name
         self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
         self.deadline = self.began_at + timeout_s
-        self.verdict = ""  # why it was killed
+        self.verdict = ""  # what is wrong with it, or why it was killed
+        self.killed = False  # by us, and for no fault of its own
         self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
         self.exit_code: int | None = None  # negative for a signal; None until `end`
         self.seconds = 0.0
@@ -7491,9 +8173,9 @@ class Hook:
         os.close(self.pidfd)
 
     def kill(self, verdict: str, grace_s: float) -> None:
-        """Begin to kill it, politely first; the first reason given stands."""
+        """Begin to kill it for no fault of its own, politely first; the first reason stands."""
         if not self.verdict:
-            self.verdict, self.deadline = verdict, -math.inf
+            self.verdict, self.killed, self.deadline = verdict, True, -math.inf
             self.enforce(grace_s)
 
     def enforce(self, grace_s: float) -> bool:
@@ -7693,18 +8375,18 @@ class QemuVm:
 
     def __init__(self, root: Path, name: str) -> None:
         self.folder = root / checked_name("VM", name)
-        self.name = name
+        self.name, self._pid = name, self.folder / "pid"
 
     @property
     def runs(self) -> bool:
         """Whether a process holds the lock."""
-        return _is_locked(self.folder / "pid")
+        return _is_locked(self._pid)
 
     def _lock(self) -> int | None:
         """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
-        while (fd := take_lock(self.folder / "pid")) is not None:
+        while (fd := take_lock(self._pid)) is not None:
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), (self.folder / "pid").stat()):
+                if os.path.samestat(os.fstat(fd), self._pid.stat()):
                     return fd
             os.close(fd)
             self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -7727,6 +8409,8 @@ class QemuVm:
             raise UsageError(f"{QEMU} is not installed")
         self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        if not self._pid.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{str(self.folder)!r} is something else's", "Name another --dir")
         lock = self._lock()
         if lock is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
@@ -7800,15 +8484,19 @@ class QemuVm:
         import shutil
 
         ends = [None, signal.SIGTERM, signal.SIGKILL]
-        while self.folder.exists():
+        while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
-                shutil.rmtree(self.folder)
+                for path in [path for path in self.folder.iterdir() if path != self._pid]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._pid.unlink()
                 os.close(lock)
             elif ends:
                 self._end(ends.pop(0))
             else:
-                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self.folder}/pid")
+                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -7816,7 +8504,7 @@ class QemuVm:
         A process that is about to become QEMU has not signed yet.
         """
         deadline = CLOCK.monotonic() + QEMU_GRACE_S
-        while not (signed := (self.folder / "pid").read_text().split()):
+        while not (signed := self._pid.read_text().split()):
             if CLOCK.monotonic() >= deadline:
                 return
             time_to_wait(0.02)
@@ -7916,9 +8604,9 @@ def qemu_running(root: Path) -> list[str]:
 # transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
 # So a machine never exists without its row, and who comes after a killed keeper finds every hook.
 
-MAX_HOOKS = 16  # at once
+MAX_HOOKS = 8  # of one kind at once; spawns have limits of their own
+KEPT_S = 30 * 86400.0  # the history, and the hooks' logs of VMs that are gone
 SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
-STOPPED = "the keeper was stopped"  # why a hook was killed that did nothing wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -7955,6 +8643,11 @@ class _Dues:
             self.next_at = min(self.next_at, at)
         return at <= self.now
 
+    def again(self, last_at: float | None, pause: float) -> bool:
+        """Whether a pause since the last time is over; a last time to come is of another clock."""
+        last_at = last_at or 0.0
+        return last_at > self.now + 1 or self.passed(last_at + pause)
+
 
 def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
     """Return what is to be done now, most urgent first, and when to look again at the latest.
@@ -7967,15 +8660,15 @@ def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[Po
     dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
     actions: list[PoolAction] = []
     for vm in pool.vms:
-        group = groups[vm["group"].lower()]
-        if action := _plan_vm(vm, group, pool.server_started, dues, timeouts):
+        group = groups.get(vm["group"].lower())
+        if group and (action := _plan_vm(vm, group, pool.server_started, dues, timeouts)):
             actions.append(action)
     for group in pool.groups:
         actions += _plan_spawns(pool, group, dues)
         listed = pool.info.get((group["name"], "listed")) or {"at": 0}
         doubtful = listed.get("missing") or listed.get("strangers")
         period = timeouts.young if doubtful else group["vm_health_check_period_s"]
-        if group["list"] and not listed.get("hook") and dues.passed(listed["at"] + period):
+        if group["list"] and not listed.get("hook") and dues.again(listed["at"], period):
             actions.append(PoolAction(HookKind.LIST, group["name"]))
     order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
     return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
@@ -7993,9 +8686,8 @@ def _plan_vm(
         stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
         return do("kill", reason="its VM is to be terminated") if stale else None
     if vm["state"] == VmStates.TERMINATING:
-        again_at = (vm["terminating_at"] or 0) + group["vm_terminating_timeout_s"]
-        ripe = not vm["terminate_tries"] or dues.passed(again_at)
-        return do(HookKind.TERMINATE) if ripe else None
+        pause = group["vm_terminating_timeout_s"] if vm["terminate_tries"] else 0.0
+        return do(HookKind.TERMINATE) if dues.again(vm["terminating_at"], pause) else None
     if reason := _why_to_end(vm, group, dues):
         return do("end", reason=reason)
     if vm["releasing_at"] is not None:
@@ -8043,17 +8735,16 @@ def _check_is_due(
     The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
     A check that told nothing is repeated after `recheck` seconds.
     """
-    again_at = (vm["check_started_at"] or 0) + timeouts.recheck
-    period, last = group["vm_health_check_period_s"], vm["last_health_check"] or 0
+    if not dues.again(vm["check_started_at"], timeouts.recheck):
+        return False
+    period, last_at = group["vm_health_check_period_s"], vm["last_health_check"] or 0.0
     match vm["state"]:
         case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
-            return dues.passed(again_at)
+            return True
         case VmStates.CHECK_HEALTH_FAILED:
-            return dues.passed(max(again_at, vm["state_at"] + period))
-        case VmStates.READY | VmStates.IN_USE:
-            if vm["state"] == VmStates.IN_USE and not group["check"]:
-                return False
-            return dues.passed(again_at if last <= server_started else max(again_at, last + period))
+            return dues.again(vm["state_at"], period)
+        case VmStates.READY | VmStates.IN_USE if vm["state"] == VmStates.READY or group["check"]:
+            return last_at <= server_started or dues.again(last_at, period)
     return False
 
 
@@ -8071,11 +8762,10 @@ def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[
     if count <= 0 or not group["spawn"]:
         return []
     interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
-    not_before = (group["last_spawn_at"] or 0) + interval
-    if failed:
-        pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S)
-        not_before = max(not_before, failed["at"] + pause)
-    if not dues.passed(not_before):
+    pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S) if failed else 0.0
+    if not dues.again(group["last_spawn_at"], interval):
+        return []
+    if failed and not dues.again(failed["at"], pause):
         return []
     return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
 
@@ -8118,7 +8808,7 @@ class Keeper:
         self.manager = VmManager(logger=self.log, db=db)
         self.hooks: dict[int, Hook] = {}  # by pid
         self._stopping = False
-        self._reap_at = self._checkpoint_at = -math.inf
+        self._reap_at = self._checkpoint_at = self._sweep_at = self._rest_until = -math.inf
         self._not_before = -math.inf  # when to fork again, after the system refused
         self._seen = -1  # PRAGMA data_version
         self._done: set[PoolAction] = set()  # what `once` does not do twice
@@ -8178,7 +8868,7 @@ class Keeper:
         sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
         for pid, started, boot in sessions:
-            while boot == boot_id() and session_members(pid, started):
+            while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
                 signal_session(pid, started, signal.SIGKILL)
                 if CLOCK.monotonic() >= deadline:
                     self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
@@ -8209,11 +8899,15 @@ class Keeper:
 
     def _step(self) -> bool:
         """Look at everything once and begin what is due; return whether something was."""
+        began = CLOCK.monotonic()
         if self._stopping:
             for hook in self.hooks.values():
-                hook.kill(STOPPED, self.timeouts.term_grace)
+                hook.kill("the keeper was stopped", self.timeouts.term_grace)
             self._again_at = math.inf
             return False
+        if CLOCK.monotonic() >= self._sweep_at:
+            self._sweep_at = CLOCK.monotonic() + 86400
+            self._sweep()
         if CLOCK.monotonic() >= self._reap_at:
             self._reap_at = CLOCK.monotonic() + self.timeouts.look
             for name in self.manager.reap():
@@ -8232,10 +8926,23 @@ class Keeper:
         actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
         seen = {row["vm_name"]: row for row in rows.vms}
         begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
+        # However big the pool, and however busy its users: looking takes a fifth of the time.
+        self._rest_until = CLOCK.monotonic() + 4 * (CLOCK.monotonic() - began)
         return any(begun)
+
+    def _sweep(self) -> None:
+        """Forget what has been history for long, and the logs of VMs long gone."""
+        before = CLOCK.wall() - KEPT_S
+        self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
+        for path in self.db.directory("logs", "pool").iterdir():
+            name = path.name.removesuffix(".1").removesuffix(".log")
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before and self._row(name) is None:
+                    path.unlink()
 
     def _wait(self, begun: bool) -> None:
         """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        due = False
         while not begun:
             poll = select.poll()
             fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
@@ -8244,7 +8951,8 @@ class Keeper:
                 poll.register(fd, select.POLLIN)
             now = CLOCK.monotonic()
             dues = [hook.deadline - now for hook in self.hooks.values()]
-            wait = max(0.0, min([1.0, self._again_at - CLOCK.wall(), self._reap_at - now, *dues]))
+            dues += [self._reap_at - now, self._again_at - CLOCK.wall()]
+            wait = max(0.0, self._rest_until - now if due else min([1.0, *dues]))
             ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
             self.wake.drain()
             with contextlib.suppress(BlockingIOError):
@@ -8255,6 +8963,8 @@ class Keeper:
             self._seen = version
             late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
             if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
+                due = True
+            if due and CLOCK.monotonic() >= self._rest_until:
                 return
 
     def _attend(self, ready: set[int]) -> bool:
@@ -8282,7 +8992,7 @@ class Keeper:
     def _do(
         self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
     ) -> bool:
-        """Begin an action; return whether rows were moved by it."""
+        """Begin an action; return whether the rows are no longer those that were planned with."""
         if action.what == "kill":
             for hook in self.hooks.values():
                 if hook.vm_name == action.vm_name:
@@ -8294,19 +9004,21 @@ class Keeper:
             with contextlib.suppress(VmError):  # it came by hand, and goes by hand
                 self.manager.remove_vm_from_pool(action.vm_name)
             return True
-        if len(self.hooks) >= MAX_HOOKS or CLOCK.monotonic() < self._not_before:
-            return False
-        if self.once and action in self._done:
+        busy = sum(hook.kind == action.what for hook in self.hooks.values())
+        full = busy >= MAX_HOOKS and action.what != HookKind.SPAWN
+        if full or CLOCK.monotonic() < self._not_before or (self.once and action in self._done):
             return False
         try:
             hook = self._hook(action.what, group, seen)
         except OSError as error:
+            if self.once:
+                raise Unavailable(f"no hook can be started: {error}") from error
             self.log.error("no hook can be started: %s", error)
             self._not_before = CLOCK.monotonic() + self.timeouts.recheck
             return False
         if not self._claim(hook, group, seen):
             hook.abandon()
-            return False
+            return True  # somebody moved it meanwhile: look again
         self.hooks[hook.pid] = hook
         if self.once and action.what != HookKind.SPAWN:
             self._done.add(action)
@@ -8338,8 +9050,8 @@ class Keeper:
         if not command:
             fresh = vm["last_health_check"] is None  # it may be booting
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = [sys.executable, __file__, "_check_agent", vm["path"], self.db.path, patience]
-            command = f"exec {shlex.join(map(str, words))}"
+            words = shlex.join([sys.executable, str(Path(__file__).absolute()), "_check_agent"])
+            command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
         told = {
             "HOOK": kind.value,
             "VM": name,
@@ -8352,7 +9064,9 @@ class Keeper:
             "DB": str(self.db.path),
             "STATE_DIR": str(self.db.state_dir),
         }
-        environment = os.environ | {f"VMRM_{key}": value or "" for key, value in told.items()}
+        # Owners and sandboxes are anybody's words: they must not keep a hook from being started.
+        plain = {key: (value or "").replace("\0", "")[:4096] for key, value in told.items()}
+        environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
         environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
         return Hook(kind, group["name"], name, command, environment, limit)
 
@@ -8453,15 +9167,15 @@ class Keeper:
                     reason = f"spawn hook: {hook.fault}"
                     move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
         failed = self._info(hook.group, "failed")
-        if hook.fault and hook.verdict != STOPPED:
+        if not hook.fault and failed:
+            self._put_info(hook.group, "failed", {})
+        elif hook.fault and not hook.killed:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
             self._put_info(hook.group, "failed", failed)
-        elif failed:
-            self._put_info(hook.group, "failed", {})
 
     def _settle(self, hook: Hook, made: Spawned) -> None:
         """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
-        if made.name != hook.vm_name:
+        if made.name.lower() != hook.vm_name.lower():
             if self._row(made.name):
                 hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
                 return
@@ -8470,11 +9184,11 @@ class Keeper:
             hook.vm_name = made.name
         now = CLOCK.wall()
         move_pool_vm(
-            self.db, made.name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
+            self.db, hook.vm_name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
         )
 
     def _end_check(self, hook: Hook) -> None:
-        if hook.verdict == STOPPED or hook.exit_code == EX_TEMPFAIL:
+        if hook.killed or hook.exit_code == EX_TEMPFAIL:
             with self.db.transaction() as db:  # what the check before it told goes on to hold
                 row = _pool_vm(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
@@ -8486,7 +9200,7 @@ class Keeper:
             self.manager.mark_vm_checked(hook.vm_name)
 
     def _end_release(self, hook: Hook) -> None:
-        if hook.verdict != STOPPED:
+        if not hook.killed:
             failure = hook.fault and f"release hook: {hook.fault}"
             self.manager.mark_vm_released(hook.vm_name, failure)
 
@@ -8496,9 +9210,9 @@ class Keeper:
             return
         self.db.write(
             """UPDATE pool_vms SET reason = :reason,
-                   terminate_tries = iif(:stopped, 0, terminate_tries) WHERE vm_name = :name""",
+                   terminate_tries = iif(:killed, 0, terminate_tries) WHERE vm_name = :name""",
             reason=f"terminate hook: {hook.fault}",
-            stopped=hook.verdict == STOPPED,
+            killed=hook.killed,
             name=hook.vm_name,
         )
 
@@ -8557,6 +9271,15 @@ class Keeper:
 
 def _is_name(name: str) -> bool:
     return NAME_PATTERN.fullmatch(name) is not None
+
+
+def _is_of_hook(pid: int) -> bool:
+    """Whether a process has a hook's environment: long after, a pid may be another's."""
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return b"VMRM_HOOK=" in words or not words  # it has none while it becomes another program
 
 
 def _booted_at() -> float:
@@ -8685,12 +9408,14 @@ class _ExperimentReader:
         entries = self._read_schedule(sound.get("schedule", []), where)
         if "name" not in table:
             self.faults.append(f"{where}: name is missing")
-        if "name" not in sound:
-            return
-        for complete in self._expand(sound, table.keys(), where):
+        for complete in self._expand(sound, table.keys(), where) if "name" in sound else ():
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
+        try:
+            driver_of(sound.get("engine", "QemuVM"))
+        except UsageError as error:
+            self.faults.append(f"{where}: {error}")
 
     def _expand(
         self, table: dict[str, Any], given: Collection[str], where: str
@@ -8805,9 +9530,6 @@ def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterat
     misspelt = any(key not in VM_KEYS for key in given)
     if "path" not in given and not misspelt and table.get("use_vm_manager", True):
         yield "path to the guest agent is missing"
-    engines = sorted(driver.get_engine() for driver in plug_ins())
-    if table.get("engine", "QemuVM") not in engines:
-        yield f"unknown engine {table['engine']!r}; one of {', '.join(engines)}"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -8980,7 +9702,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
 
 def _plan_notes(entry: ScheduleEntry) -> list[str]:
     said = {
-        "on the host": entry.options.get("on_host"),
+        "on the host": entry.on_host,
         "failure ignored": entry.ignore_failure,
         "not waited for": not entry.options.get("wait", True),
         "run again if unknown": entry.options.get("rerun"),
@@ -9046,7 +9768,7 @@ class Run:
         """When it was launched."""
         return float(self.experiment["launched_at"])
 
-    @property
+    @functools.cached_property
     def end(self) -> float:
         """When it ended, or was read; nothing that happened is later."""
         ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
@@ -9163,9 +9885,11 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    on_host = entry is not None and entry.on_host
+    label = str(entry) if entry else f"entry {row['ordinal']}"
     return row | {
-        "label": str(entry) if entry else f"entry {row['ordinal']}",
-        "on_host": bool(entry and entry.options.get("on_host")),
+        "label": f"{label} on the host" if on_host else label,
+        "on_host": on_host,
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
         "end": max(begin, row["ended_at"] or now),
@@ -10645,7 +11369,7 @@ class Commands(_Public):
         source, name = Path(local), self._any_vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = remote + source.name if remote.endswith("/") else remote
         mode = f"{source.stat().st_mode & 0o755:o}"
@@ -10666,11 +11390,12 @@ class Commands(_Public):
             local: The file, or an existing directory, on this host.
             timeout: Seconds within which the VM must begin to answer.
         """
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = Path(local)
         if target.is_dir():
-            target = target / PurePosixPath(remote).name
+            windows = not remote.startswith("/")
+            target /= (PureWindowsPath if windows else PurePosixPath)(remote).name
         if not target.parent.is_dir():
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil
@@ -10850,7 +11575,14 @@ class Commands(_Public):
         return [row for row in vm_rows(db) if row["vm"] == name]
 
     @command
-    def agent(self, socket: str, root: str | None = None, count: int | None = None) -> object:
+    def agent(
+        self,
+        socket: str,
+        root: str | None = None,
+        count: int | None = None,
+        *,
+        windows: bool = False,
+    ) -> object:
         """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
 
         For trying a schedule without a VM, for containers, and for tests. Programs run on this
@@ -10860,13 +11592,16 @@ class Commands(_Public):
             socket: The socket's path; with --count, a directory for N of them.
             root: File commands outside this directory are refused.
             count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
+            windows: Answer as the agent of Windows does; drive C: is the root's folder C.
         """
+        if windows and root is None and count is None:
+            raise UsageError("--windows needs --root: its drives are folders there")
         say = functools.partial(print, "listening", flush=True)
         try:
             if count is None:
-                drivers.serve_agent(socket, root, ready=say)
+                drivers.serve_agent(socket, root, windows=windows, ready=say)
             else:
-                drivers.serve_agents(socket, count, ready=say)
+                drivers.serve_agents(socket, count, windows=windows, ready=say)
         except OSError as error:
             raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
         return _SHOWN

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cli_lab import until
 from conftest import ROOT
 
 import vmrm
@@ -57,10 +58,14 @@ class Provider:
         return False
 
     def end(self) -> None:
-        """Kill all machines."""
+        """Kill all machines, also those that have not written their pid yet."""
+        until(lambda: not self._kill())
+
+    def _kill(self) -> set[str]:
         for path in self.folder.glob("*.pid"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
+        return self.running()
 
 
 def group(db: vmrm.Database, hooks: Mapping[str, str], **settings: Any) -> None:

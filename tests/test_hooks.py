@@ -89,7 +89,9 @@ def test_a_faulty_spawn_hook_is_told_and_its_vm_terminated(
     slow = 20.0 if fault == "100 MiB" else 0.4
     group(db, hooks, spawn_timeout=slow, min_ready=2, max_spawn_processes=1, max_vm_total=2)
     vmrm.VmManager(db=db).add_vm_to_pool("10.0.0.9", "other", "ci")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     keep(db)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert states(db) == {"other": "ready"}
     assert any(why in reason for reason in reasons(db)), reasons(db)
     (name,) = (tmp_path / "ended").read_text().split()
@@ -161,6 +163,20 @@ def test_a_hook_is_told_about_its_vm_and_finds_our_command(db: vmrm.Database) ->
     assert told["VMRM_STATE"] == "got_ip"
     assert told["VMRM_DB"] == str(db.path)
     assert said[-1] == f"{told['VMRM_STATE_DIR']}/bin/vmrm"
+
+
+def test_no_word_of_an_owner_keeps_a_hook_from_running(db: vmrm.Database) -> None:
+    group(db, {"check": "true", "release": 'echo "$VMRM_OWNER" | wc -c; echo "<$VMRM_SANDBOX>"'})
+    manager = vmrm.VmManager(db=db)
+    manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    manager.acquire_vm(["ci"], "o" * 3_000_000, "a\0$(reboot)\n\x1b[2J", os.getpid())
+    manager.release_vm("vm1")
+    keep(db)
+    assert states(db) == {"vm1": "ready"}
+    assert "[out] 4097\n" in log(db, "vm1")
+    assert "[out] <a$(reboot)\n" in log(db, "vm1")
+    assert "\x1b" not in log(db, "vm1")
 
 
 def test_the_log_of_hooks_begins_anew_before_it_fills_the_disk(

@@ -97,6 +97,8 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any], str, float]] = {
     "used up, in use": ({"reuse_max_count": 2}, vm("in_use", builds_count=2), "", 0),
     "old": ({"reuse_max_age_s": 30}, vm("ready"), "end", 0),
     "idle": ({"reuse_max_idle_s": 20}, vm("ready", last_release=NOW - 25), "end", 0),
+    "clock set back": ({}, vm("ready", last_health_check=NOW + 3600), "check", 0),
+    "group gone": ({"name": "other"}, vm("got_ip"), "", 0),
     "not idle": ({"reuse_max_idle_s": 20}, vm("ready", last_release=NOW - 5), "", 15),
 }
 
@@ -195,6 +197,27 @@ def test_a_vm_whose_hook_chose_its_name_is_known_by_that(
     keep(db)
     assert states(db) == {"chosen": "ready"}
     assert "spawn: done" in log(db, "chosen")
+    loud = provider.hooks["spawn"] + "; echo vm_name=$VMRM_VM | tr a-z A-Z"
+    group(db, {**provider.hooks, "spawn": loud.replace(" vm_name=$VMRM_VM;", ";")}, min_ready=2)
+    keep(db)
+    assert sorted(states(db).values()) == ["ready", "ready"], log(db)
+
+
+def test_what_is_old_history_is_forgotten(db: vmrm.Database) -> None:
+    group(db, {"check": "true"})
+    manager = vmrm.VmManager(db=db)
+    manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    folder, long_ago = db.directory("logs", "pool"), time.time() - 2 * vmrm.KEPT_S
+    for name in ("vm1.log", "gone.log", "gone.log.1"):
+        (folder / name).touch()
+        os.utime(folder / name, (long_ago, long_ago))
+    (folder / "late.log").touch()
+    db.write("UPDATE pool_history SET at = :then WHERE new_state = 'got_ip'", then=long_ago)
+    keep(db)
+    assert {path.name for path in folder.iterdir()} == {"vm1.log", "late.log"}
+    rows = manager.db.query("SELECT new_state FROM pool_history ORDER BY id")
+    assert [row["new_state"] for row in rows] == ["check_health", "ready"]
 
 
 def test_machines_and_rows_that_miss_each_other_are_ended(
@@ -251,11 +274,9 @@ def test_a_vm_removed_while_it_is_spawned_leaves_no_machine(
     group(db, {**provider.hooks, "spawn": slow})
     with served(db.path) as keeper:
         until(provider.running)
-        (name,) = states(db)
-        manager = vmrm.VmManager(db=db)
-        manager.start_vm_termination(name)
-        db.write("DELETE FROM pool_vms")
-        db.write("UPDATE pool_groups SET min_ready = 0")
+        with db.transaction():
+            db.connection.execute("DELETE FROM pool_vms")
+            db.connection.execute("UPDATE pool_groups SET min_ready = 0")
         until(lambda: not provider.running() and not states(db))
         keeper.terminate()
     assert keeper.returncode == 0
@@ -323,7 +344,7 @@ def survive(db: vmrm.Database, provider: Provider, seed: int, setting: dict[str,
         keeper.wait(20)
     keep(db)
     keep(db)  # what was begun anew
-    assert set(states(db).values()) <= {"ready"}, (crash, states(db), log(db))
+    assert set(states(db).values()) <= {"ready"}, (crash, states(db), reasons(db), log(db))
     assert provider.running() == set(states(db)), (crash, log(db))
     assert not db.query("SELECT 1 FROM pool_vms WHERE hook <> ''")
 
@@ -452,6 +473,20 @@ def test_a_vm_that_will_not_quit_is_killed(db: vmrm.Database, root: Path, cli: C
         vmrm.QEMU_GRACE_S = grace
     assert vmrm.process_started(pid) is None
     assert not list(root.iterdir())
+
+
+def test_a_directory_that_is_no_vms_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+    precious = tmp_path / "home" / "work" / "thesis.txt"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    home = precious.parent.parent
+    assert cli("pool", "list-qemu", "--dir", home).out == ""
+    assert cli("pool", "terminate-qemu", "work", "--dir", home).code == 0
+    if shutil.which(vmrm.QEMU):
+        told = cli("pool", "spawn-qemu", "work", "--dir", home, "--disk", precious)
+        assert told.code == 2
+        assert "is something else's" in told.err
+    assert list(precious.parent.iterdir()) == [precious]
 
 
 @pytest.mark.parametrize(
