@@ -1042,6 +1042,7 @@ _VM_DEFAULTS: dict[str, Any] = {
     "current_time": "",
     "control_ip": "",
     "path": "",
+    "pool": "",
     "engine": "QemuVM",
     "launch_dir": "",
     "agent_timeout_s": 300.0,
@@ -1080,7 +1081,7 @@ class VMMapping(_Served):
 
         Args:
             entry: server_uuid and server_name, and any of state, current_time, control_ip,
-                path, engine, launch_dir, agent_timeout_s (seconds), set_time.
+                path, pool, engine, launch_dir, agent_timeout_s (seconds), set_time.
 
         Raises:
             ValueError: server_uuid or server_name is missing or unusable, the state unknown,
@@ -1261,15 +1262,16 @@ def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, A
         try:
             connection.execute(
                 """INSERT INTO vms (server_uuid, server_name, state, state_at, "current_time",
-                       control_ip, path, engine, launch_dir, agent_timeout_s, set_time)
+                       control_ip, path, pool, engine, launch_dir, agent_timeout_s, set_time)
                    VALUES (:server_uuid, :server_name, :state, :now, :current_time,
-                       :control_ip, :path, :engine, :launch_dir, :agent_timeout_s, :set_time)
+                       :control_ip, :path, :pool, :engine, :launch_dir, :agent_timeout_s, :set_time)
                    ON CONFLICT (server_uuid) DO UPDATE SET
                        server_name = excluded.server_name, state = excluded.state,
                        state_at = excluded.state_at, reason = '',
                        "current_time" = excluded."current_time",
                        control_ip = excluded.control_ip, path = excluded.path,
-                       engine = excluded.engine, launch_dir = excluded.launch_dir,
+                       pool = excluded.pool, engine = excluded.engine,
+                       launch_dir = excluded.launch_dir,
                        agent_timeout_s = excluded.agent_timeout_s,
                        set_time = excluded.set_time""",
                 {**entry, "now": CLOCK.wall()},
@@ -2794,11 +2796,15 @@ def _this_process(pid: int) -> Holder:
 @functools.lru_cache(maxsize=1)
 def _who(pid: int) -> str:
     """Return this process, `pid`, in words for the pool's history."""
+    return f"{_user()}, process {pid}"
+
+
+def _user() -> str:
     import getpass
 
     with contextlib.suppress(KeyError, OSError):  # a user without a name
-        return f"{getpass.getuser()}, process {pid}"
-    return f"user {os.getuid()}, process {pid}"
+        return getpass.getuser()
+    return f"user {os.getuid()}"
 
 
 def _holder(row: Mapping[str, Any]) -> Holder | None:
@@ -3033,12 +3039,55 @@ class Request:
     build_id: str | None = None
     chroot: str | None = None
     priority: int = 0  # in the queue: higher ones first
+    # Called with the rows of the leased VMs, inside the transaction that leases them.
+    within: Callable[[list[dict[str, Any]]], object] | None = None
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def party(self) -> dict[str, str]:
         """Whom VMs are bound to by it."""
         return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+class Waiting:
+    """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
+
+    Args:
+        pool: The pool.
+        request: What is wanted.
+        seconds: After which nobody need reckon with it any more.
+    """
+
+    def __init__(self, pool: VmManager, request: Request, seconds: float = math.inf) -> None:
+        self.pool, self.request = pool, request
+        self._deadline = CLOCK.monotonic() + seconds
+        self._socket = WakeSocket(pool.db, f"wait-{request.token}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the queue; who came after may have what was kept for us."""
+        self._socket.close()
+        sql = "DELETE FROM pool_waiters WHERE token = :token RETURNING id"
+        if self.pool.db.write(sql, token=self.request.token):
+            wake_pool(self.pool.db)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._socket.fileno()
+
+    def try_again(self) -> list[dict[str, Any]]:
+        """Return the rows of all VMs that are wanted, now leased; or none, and go on waiting."""
+        self._socket.drain()
+        self.pool._queue_up(self.request, self._deadline - CLOCK.monotonic())
+        return self.pool._acquire(self.request)
+
+    def reason(self) -> str:
+        """Return the place in the queue, and why there is nothing yet."""
+        token, queue = self.request.token, self.pool._queue()
+        place = len(list(itertools.takewhile(lambda other: other.token != token, queue))) + 1
+        return f"number {place} in the queue; {self.pool._why_none(self.request)}"
 
 
 def pool_log(db: Database, vm_name: str) -> Path:
@@ -3465,6 +3514,8 @@ class VmManager(_Rows):
                     rows = [self._lease(name, request) for name in names]
                 else:
                     rows = self._take_all(request, since)
+                if request.within:
+                    request.within(rows)
                 _crash("pool-acquiring")
         except NoVmAvailable:
             return []
@@ -3627,28 +3678,16 @@ class VmManager(_Rows):
         self, request: Request, timeout: float, tell: Callable[[str], object]
     ) -> list[dict[str, Any]]:
         """Stand in the queue until there is what is wanted; leave it in any case."""
-        told, deadline = "", CLOCK.monotonic() + timeout
-        poll, socket = select.poll(), WakeSocket(self.db, f"wait-{request.token}")
-        poll.register(socket.fileno(), select.POLLIN)
-        try:
-            while True:
-                self._queue_up(request, deadline - CLOCK.monotonic())
-                if rows := self._acquire(request):
-                    return rows
+        told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
+        with Waiting(self, request, timeout) as place:
+            poll.register(place.fileno(), select.POLLIN)
+            while not (rows := place.try_again()):
                 if (left := deadline - CLOCK.monotonic()) <= 0:
                     raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
-                ahead = itertools.takewhile(lambda r: r.token != request.token, self._queue())
-                place = len(list(ahead)) + 1
-                if (now := f"number {place} in the queue; {self._why_none(request)}") != told:
+                if (now := place.reason()) != told:
                     tell(told := now)
                 poll.poll(1000 * min(left, self.db.timeouts.look))
-                socket.drain()
-        finally:
-            socket.close()
-            if self.db.write(
-                "DELETE FROM pool_waiters WHERE token = :token RETURNING id", token=request.token
-            ):
-                wake_pool(self.db)  # who came after may have what was kept for us
+            return rows
 
     def _queue_up(self, request: Request, left: float) -> None:
         """Enter the queue, or say that we still wait."""
@@ -4192,7 +4231,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     """End the current experiment: VMs, schedules, times and requests go.
 
     The journal stays under the old experiment's id, as do logs and transfers, in directories
-    named after it. The pool is never touched.
+    named after it. The pool gets its VMs back, and is not touched otherwise.
 
     Args:
         db: The database.
@@ -4205,12 +4244,14 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     old = current_experiment(db)["id"]
     with db.transaction(durable=True):
         run = db.connection.execute
+        give_back(db)
         run("DELETE FROM vms")
         run("DELETE FROM requests")
         run("UPDATE schedules SET text = NULL, generation = generation + 1")
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
+    wake_pool(db)
     import shutil
 
     if purge:
@@ -5798,6 +5839,10 @@ def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     row = db.row("SELECT * FROM vms WHERE server_name = :name", name=server_name)
     if row is None:
         raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
+    if row["pool"] and (not row["pool_token"] or row["server_name"] in lost_vms(db)):
+        raise UsageError(
+            f"VM {server_name!r} has no machine of the pool now", "See the pool: vmrm pool info"
+        )
     if not row["path"]:
         raise UsageError(
             f"VM {server_name!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
@@ -7563,6 +7608,7 @@ class Supervisor:
         self._told_to_stop = False
         self._trouble = False  # with the database, and told so
         self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
+        self._loan = Loan(db)
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0.
@@ -7631,7 +7677,7 @@ class Supervisor:
 
     def _pause(self) -> None:
         poll = select.poll()
-        for descriptor in (self.wake.fileno(), self._signals.fileno()):
+        for descriptor in (self.wake.fileno(), self._signals.fileno(), *self._loan.descriptors()):
             poll.register(descriptor, select.POLLIN)
         now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
         wait = min([1.0, *(due - now for due in dues if due > now)])  # what is past had its turn
@@ -7652,7 +7698,7 @@ class Supervisor:
             halt = Halt.END
             _crash("end-set")
         if halt is None:
-            self._start_handlers()
+            self._see_to_loan()
         elif halt == Halt.KILL:
             self._start_killers()
         if halt is not None and not self._children:
@@ -7661,6 +7707,22 @@ class Supervisor:
             self._hurry(Halt(halt))
         self._checkpoint()
         return False
+
+    def _see_to_loan(self) -> None:
+        """Start handlers once all VMs of the pool are here; give up those that were taken away."""
+        try:
+            if not self._loan.obtain():
+                return
+        except UsageError as error:
+            for row in self._loan.vms():
+                self._give_up(row["server_name"], str(error))
+        for name in lost_vms(self.db):
+            sql = "SELECT state FROM vms WHERE server_name = :name"
+            if self.db.value(sql, name=name) != VMState.FAILED:
+                self._give_up(name, "its machine of the pool was taken back")
+            for pid in [pid for pid, child in self._children.items() if child == name]:
+                os.kill(pid, signal.SIGKILL)
+        self._start_handlers()
 
     def _end_if_over(self) -> bool:
         """Tell everybody if all work is done; looking again and telling are one decision."""
@@ -7792,10 +7854,137 @@ class Supervisor:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
         )
+        over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
+        self._loan.give_back() if over else self._loan.leave()
         self.log.info("the experiment has ended")
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
+
+
+class Loan:
+    """The experiment's VMs of the pool, leased by the supervisor: all at once, or none.
+
+    They are given back when all work is done, or with the experiment's end by `destroy`. One that
+    was interrupted keeps them for `LOAN_S`, since what was done on them was done on these machines
+    only; from a supervisor that was killed anybody may take them back at once.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db, self._have, self._told = db, False, ""
+        self._waiting: Waiting | None = None
+
+    def vms(self) -> list[dict[str, Any]]:
+        """Return the rows of the VMs that come from the pool."""
+        sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
+        return self.db.query(sql)
+
+    def descriptors(self) -> list[int]:
+        """Return what to wait on while waiting in the queue."""
+        return [self._waiting.fileno()] if self._waiting else []
+
+    def obtain(self) -> bool:
+        """Return whether all VMs are here; while they are not, stand in the queue.
+
+        Raises:
+            UsageError: they cannot be had.
+        """
+        if not self._have:
+            rows = self.vms()
+            if any(row["pool_token"] for row in rows):
+                self._take_over(rows)
+                self._have = True
+            else:
+                self._have = not rows or self._borrow(rows)
+        return self._have
+
+    def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Be the holder of what an earlier supervisor has leased, as far as it stands."""
+        holder = {f"holder_{key}": value for key, value in vars(Holder.of(os.getpid())).items()}
+        with self.db.transaction(durable=True):
+            for leased in _leased(self.db):
+                lease = {key: leased[key] for key in NO_LEASE} | {"lease_end_at": None} | holder
+                move_pool_vm(self.db, leased["vm_name"], leased["state"], row=leased, **lease)
+
+    def _borrow(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        if self._waiting is None:
+            experiment = current_experiment(self.db)
+            self._waiting = Waiting(
+                VmManager(db=self.db),
+                Request(
+                    tuple((row["pool"],) for row in rows),
+                    _user(),
+                    f"experiment {experiment['id']}",
+                    Holder.of(os.getpid()),
+                    task_id=f"experiment {experiment['id']}",
+                    within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
+                ),
+            )
+        if self._waiting.try_again():
+            self.close()
+            return True
+        if (reason := self._waiting.reason()) != self._told:
+            self._told = reason
+            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql, reason=reason)
+        return False
+
+    def _assign(self, ordinals: Sequence[int], leased: Sequence[Mapping[str, Any]]) -> None:
+        for ordinal, row in zip(ordinals, leased, strict=True):
+            self.db.connection.execute(
+                """UPDATE vms SET path = :path, control_ip = :vm_ip, pool_vm = :vm_name,
+                       pool_token = :token, reason = '' WHERE ordinal = :ordinal""",
+                {**row, "ordinal": ordinal},
+            )
+
+    def close(self) -> None:
+        """Leave the queue."""
+        if self._waiting:
+            self._waiting.__exit__()
+            self._waiting = None
+
+    def give_back(self) -> None:
+        """Release all VMs."""
+        self.close()
+        with self.db.transaction(durable=True):
+            give_back(self.db)
+        wake_pool(self.db)
+
+    def leave(self) -> None:
+        """Keep the VMs for a while, for `run` again."""
+        self.close()
+        with self.db.transaction(durable=True):
+            for row in _leased(self.db):
+                lease = {**NO_LEASE, "token": row["token"], "task_id": row["task_id"]}
+                lease |= {"lease_end_at": CLOCK.wall() + LOAN_S}
+                move_pool_vm(self.db, row["vm_name"], row["state"], row=row, **lease)
+
+
+_ON_LOAN = """FROM vms AS v LEFT JOIN pool_vms AS p ON p.vm_name = v.pool_vm
+    AND p.token = v.pool_token WHERE v.pool_token <> ''"""
+
+
+def _leased(db: Database) -> list[dict[str, Any]]:
+    """Return the pool's rows of the VMs that the experiment has."""
+    return db.query(f"SELECT p.* {_ON_LOAN} AND p.vm_name IS NOT NULL")
+
+
+def lost_vms(db: Database) -> list[str]:
+    """Return the VMs of the experiment whose machine of the pool is no longer theirs."""
+    return [
+        r["server_name"] for r in db.query(f"SELECT v.server_name {_ON_LOAN} AND p.token IS NULL")
+    ]
+
+
+def give_back(db: Database) -> None:
+    """Release the experiment's VMs of the pool, inside the caller's transaction."""
+    pool = VmManager(db=db)
+    for row in _leased(db):
+        pool._release(row, "the experiment has ended")
+    db.connection.execute("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
@@ -7902,13 +8091,14 @@ def launch(
         UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
             and may not.
     """
-    rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
+    rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
         raise UsageError("there is no VM to run", "Load an experiment: vmrm load FILE")
-    if pathless := [row["server_name"] for row in rows if not row["path"]]:
+    if pathless := [row["server_name"] for row in rows if not row["path"] and not row["pool"]]:
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    _check_loan(db, rows)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
@@ -7926,6 +8116,29 @@ def launch(
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to go on with other machines of the pool than those on which work was done.
+
+    Raises:
+        NotFound: the pool has no such group.
+        Conflict: the experiment's machines were given, or taken, back.
+    """
+    pooled = [row for row in rows if row["pool"]]
+    for row in pooled:
+        VmManager(db=db)._group(row["pool"])
+    gone = [row for row in pooled if not row["pool_token"]] or lost_vms(db)
+    begun = "SELECT 1 FROM attempts WHERE experiment_id = (SELECT id FROM current_experiment)"
+    if gone and db.value(begun):
+        raise Conflict(
+            f"{len(gone)} of the experiment's {_vms(len(pooled))} of the pool went back to it, and "
+            "with them what was done there",
+            "Begin anew: vmrm destroy --yes, then run it again",
+        )
+    if gone:
+        with db.transaction(durable=True):
+            give_back(db)
 
 
 def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
@@ -9288,6 +9501,7 @@ EXPERIMENT_KEYS: _Keys = {
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
     "path": (_is_text, "an agent's address"),
+    "pool": (_is_text, "a group of the pool"),
     "engine": (_is_text, "a driver's engine"),
     "uuid": (_is_text, "a uuid"),
     "control_ip": (_is_word, "an address"),
@@ -9430,7 +9644,7 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        for key in ("control_ip", "engine", "launch_dir", "set_time"):
+        for key in ("pool", "control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
@@ -9510,6 +9724,7 @@ def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterat
     checks: list[tuple[Callable[[str], object], str]] = [
         (functools.partial(checked_name, "VM"), table["name"]),
         (drivers.parse_address, table.get("path", "/")),
+        (functools.partial(checked_name, "group"), table.get("pool", "g")),
     ]
     for check, value in checks:
         try:
@@ -9517,7 +9732,10 @@ def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterat
         except ValueError as error:
             yield str(error)
     misspelt = any(key not in VM_KEYS for key in given)
-    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+    if {"path", "pool"} <= {*given}:
+        yield "it has a path and a pool; one of them"
+    managed = table.get("use_vm_manager", True)
+    if not {"path", "pool"} & {*given} and not misspelt and managed:
         yield "path to the guest agent is missing"
 
 
@@ -9691,7 +9909,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
 
 def _plan_notes(entry: ScheduleEntry) -> list[str]:
     said = {
-        "on the host": entry.options.get("on_host"),
+        "on the host": entry.on_host,
         "failure ignored": entry.ignore_failure,
         "not waited for": not entry.options.get("wait", True),
         "run again if unknown": entry.options.get("rerun"),
@@ -9757,7 +9975,7 @@ class Run:
         """When it was launched."""
         return float(self.experiment["launched_at"])
 
-    @property
+    @functools.cached_property
     def end(self) -> float:
         """When it ended, or was read; nothing that happened is later."""
         ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
@@ -9874,9 +10092,11 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    on_host = entry is not None and entry.on_host
+    label = str(entry) if entry else f"entry {row['ordinal']}"
     return row | {
-        "label": str(entry) if entry else f"entry {row['ordinal']}",
-        "on_host": bool(entry and entry.options.get("on_host")),
+        "label": f"{label} on the host" if on_host else label,
+        "on_host": on_host,
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
         "end": max(begin, row["ended_at"] or now),
@@ -10827,13 +11047,11 @@ class PoolCommands(_Group):
             lease = 3600.0
         holder = os.getpid() if runs else pid
         pool = self._manager()
-        import getpass
-
         for group in groups:
             pool._group(group)
         request = Request(
             (pool._group_names(groups),),
-            getpass.getuser() if owner is None else owner,
+            _user() if owner is None else owner,
             sandbox,
             None if holder is None else Holder.of(holder),
             lease,
