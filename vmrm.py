@@ -2299,7 +2299,7 @@ class Journal:
             host: Those that run on this host, whose boot id they get.
 
         Raises:
-            _Leave: the schedule was replaced meanwhile.
+            _Replaced: the schedule was replaced meanwhile.
         """
         armed = {}
         with self.db.transaction():
@@ -2332,10 +2332,10 @@ class Journal:
         )
 
     def check_generation(self) -> None:
-        """Raise `_Leave` if these entries are no longer the VM's schedule."""
+        """Raise `_Replaced` if these entries are no longer the VM's schedule."""
         sql = "SELECT generation FROM schedules WHERE server_name = :name"
         if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
-            raise _Leave("the schedule was replaced")
+            raise _Replaced("the schedule was replaced")
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
@@ -5767,6 +5767,10 @@ class _Leave(Exception):
         self.halt = halt
 
 
+class _Replaced(_Leave):
+    """The handler's entries are no longer the VM's schedule."""
+
+
 class VMFailed(VmrmError):
     """The VM cannot go on: it becomes `failed` with this reason."""
 
@@ -5916,6 +5920,7 @@ class VMResourceHandler:
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
+        self.replaced = False  # it left because its entries are no longer the VM's schedule
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -6040,6 +6045,7 @@ class VMResourceHandler:
                     self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
+            self.replaced = isinstance(leave, _Replaced)
             if leave.halt is Halt.KILL:
                 self._kill_all()
 
@@ -6290,8 +6296,8 @@ class VMResourceHandler:
             self._progress()
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
-        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
-        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
+        entry.working_dir = PurePosixPath(folder / str(entry.ordinal))
         entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
         entry.reboot_filepath = entry.working_dir / "reboot"
 
@@ -6302,18 +6308,19 @@ class VMResourceHandler:
             return
         local = copy.copy(entry)
         folder, program = Path(entry.working_dir), entry.executable or ""
-        try:
-            if not program.startswith("/"):
-                local.executable = str(folder / "program" / program)
-                _write_program(Path(local.executable), Path(self.store.get_path(program)))
-        except FileNotFoundError as error:
-            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-            return
+        if not program.startswith("/"):
+            local.executable = str(folder / "program" / program)
         ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
         local.options = entry.options | {"env": ours | entry.options.get("env", {})}
         title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
         script = call_script(local, title=title, token=self._token, stage="", placed=[])
-        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        try:
+            self.db.directory(*folder.relative_to(self.db.state_dir).parts)
+            if not program.startswith("/"):
+                _write_program(Path(local.executable or ""), Path(self.store.get_path(program)))
+            _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        except OSError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
 
     def _place(self, entry: ScheduleEntry) -> PosixGuest:
         """Return the system on which an entry's script runs: the guest's, or this host's."""
@@ -8039,7 +8046,11 @@ def handle(db: Database, name: str, **more: Any) -> int:
     logger = logging.getLogger(f"vmrm.{config['vm_name']}")
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
-        return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
+        while True:
+            handler = VMResourceHandler({**config, **more}, check_interval=db.timeouts.look)
+            code = handler.run()
+            if not (handler.replaced and more.get("alone")):  # no supervisor starts it again
+                return code
     except (Conflict, Unavailable):
         raise
     except VmrmError as error:
@@ -11424,6 +11435,9 @@ class Commands(_Public):
                 allow_host=allow_host,
             )
             process = spawn_supervisor(db, stay)
+        for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
+            name = row["server_name"]
+            self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
             return {"supervisor": pid if process is None else process.pid}
         try:
