@@ -68,7 +68,8 @@ def test_an_experiment_waits_for_all_its_vms_and_gives_them_back(
         pool.remove_vm_from_pool(taken.vm_name)
         pool.add_vm_to_pool("", "p3", "g", path=taken.path)
         well(pool, "p3")
-        assert run.wait(60) == 0, run.stderr.read()
+        assert run.wait(60) == 0
+        assert "number 1 in the queue; no VM is available: group g: " in run.stderr.read()
     assert states(pool) == ["ready", "ready"]
     rows = pool.db.query("SELECT pool_vm, path, pool_token FROM vms ORDER BY pool_vm")
     assert [(row["path"], row["pool_token"]) for row in rows] == [("", ""), ("", "")]
