@@ -10807,8 +10807,8 @@ class Viewer:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
             wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
-            if wait and self._told.get("") != wait:  # the same for all VMs of the pool
-                self._told[""] = wait
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
                 self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
