@@ -318,6 +318,27 @@ def test_a_step_of_the_wall_clock_moves_no_plan(
         assert handler._due(handler.schedule[0]) == due
 
 
+def test_what_is_due_is_armed_while_added_files_are_pushed(
+    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
+    done: list[str] = []
+
+    def push() -> Iterator[float]:
+        for _ in range(3):
+            done.append("chunk")
+            yield 0
+
+    def arm() -> float:
+        done.append("arm")
+        return -math.inf if done.count("arm") < 2 else math.inf
+
+    monkeypatch.setattr(handler, "_prepare_steps", push)
+    monkeypatch.setattr(handler, "_arm_due", arm)
+    assert list(handler._prepare_added_steps()) == [0, 0, 0]
+    assert done == ["chunk", "arm", "chunk", "arm", "chunk"]
+
+
 def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
     """Content by a function, a file unpacked into the store, and arguments in pieces."""
     load_both(lab)
