@@ -4433,10 +4433,7 @@ exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = """\
-name=$1; shift
-for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
-"""
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 _MOVE_SCRIPT = (
     'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
@@ -4813,10 +4810,10 @@ class PosixGuest:
         """Take the place of attempts that have not begun, so that they never will."""
         self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the commands that end programs and all theirs, each with a pause after it."""
-        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
-        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """Send a program and all that it started a signal; return whether there was anything."""
+        argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
+        return self.ask(argv).exitcode == 0
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -4988,10 +4985,10 @@ class WindowsGuest(PosixGuest):
                 for _ in self.driver.push(code, self.join(here, "exit")):
                     pass
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the command that ends programs and all that they started."""
-        named = [word for pid in pids for word in ("/PID", pid)]
-        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """End a program and all that it started, whatever the signal: nothing is left of it."""
+        self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
+        return False
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -6818,12 +6815,15 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
-        """End programs and what they started: first politely where the guest knows how."""
-        known = [str(pid) for pid in pids if pid is not None]
-        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
-            guest.ask(argv)
-            yield grace
+    def _kill_steps(self, guest: PosixGuest, pid: int | None) -> Steps:
+        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
+        left = pid is not None and guest.signal("TERM", pid)
+        pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
+        while pid is not None and left and CLOCK.monotonic() < deadline:
+            yield pause
+            left, pause = guest.signal("0", pid), min(2 * pause, self.timeouts.poll_last)
+        if pid is not None and left:
+            guest.signal("KILL", pid)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
