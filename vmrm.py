@@ -4673,15 +4673,25 @@ def batch_command(program: str, arguments: Sequence[str]) -> str:
     Raises:
         ValueError: cmd.exe cannot carry one of them.
     """
-    import subprocess
-
     for word in (program, *arguments):
         if _NO_BATCH_TEXT.search(word):
             raise ValueError(
                 f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
                 "pass it in a file"
             )
-    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+    words = " ".join(_run_time_word(word) for word in arguments)
+    return f"{_batch_path(program)} {batch_text(words)}".rstrip(" ")
+
+
+def _run_time_word(word: str) -> str:
+    """Return an argument as the C run time reads it back, in quotes also for cmd.exe's sake.
+
+    `a,b` and `a&b` are one word to a program, but more to a batch file.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./\\:@+-]+", word):
+        return word
+    inner = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), word)
+    return f'"{inner}"'
 
 
 def _batch_path(path: str) -> str:
@@ -4723,13 +4733,15 @@ class PosixGuest:
 
     launch = "/var/launch"
     separator = "/"
+    captures = True  # what a script says before its claim is kept for the error's message
     flavour: type[PurePath] = PurePosixPath
 
     def __init__(
         self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
     ) -> None:
         self.driver, self.seconds = driver, seconds
-        self.stage = self.join(launch_dir or self.launch, ".stage")
+        self.launch = launch_dir or self.launch
+        self.stage = self.join(self.launch, ".stage")
 
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
@@ -4846,6 +4858,8 @@ class WindowsGuest(PosixGuest):
 
     launch = "C:\\launch"
     separator = "\\"
+    # Every process inherits every pipe: with a daemon left behind, a program would never end.
+    captures = False
     flavour = PureWindowsPath
     script_suffix = ".bat"
 
@@ -4867,10 +4881,9 @@ class WindowsGuest(PosixGuest):
         self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
     ) -> drivers.ExecStatus:
         """Make the stage and list it; let a fresh experiment move older folders aside."""
-        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+        if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
-                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
-                "digits, blanks, '.', '_', '-', '~'"
+                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, blank, ._-~)"
             )
         aside = f".previous\\{old}"
         moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
@@ -6714,7 +6727,7 @@ class VMResourceHandler:
         script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        pid = guest.driver.start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6786,7 +6799,8 @@ class VMResourceHandler:
             why = _words(status.err) or "no reason given"
             where = "host" if entry.on_host else "guest"
             raise _EntryFailed(f"the {where} did not begin it: {why}")
-        if left.claimed and status.err:  # another start of this attempt was faster
+        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
+        if left.claimed and refused:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
