@@ -2299,7 +2299,7 @@ class Journal:
             host: Those that run on this host, whose boot id they get.
 
         Raises:
-            _Leave: the schedule was replaced meanwhile.
+            _Replaced: the schedule was replaced meanwhile.
         """
         armed = {}
         with self.db.transaction():
@@ -2332,10 +2332,10 @@ class Journal:
         )
 
     def check_generation(self) -> None:
-        """Raise `_Leave` if these entries are no longer the VM's schedule."""
+        """Raise `_Replaced` if these entries are no longer the VM's schedule."""
         sql = "SELECT generation FROM schedules WHERE server_name = :name"
         if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
-            raise _Leave("the schedule was replaced")
+            raise _Replaced("the schedule was replaced")
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
@@ -2874,7 +2874,9 @@ class VmDescriptor:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
         """Return the descriptor of a row of pool_vms."""
-        return cls(**{**row, "group": _group_id(row["group"])})
+        found = cls(**{**row, "group": _group_id(row["group"])})
+        vars(found)["_read"] = {**row, "group": found.group}
+        return found
 
     @classmethod
     def load(cls, db: Database, vm_name: str) -> VmDescriptor:
@@ -2886,17 +2888,19 @@ class VmDescriptor:
         return cls.from_row(_pool_vm(db, vm_name))
 
     def store(self, db: Database) -> None:
-        """Write every field whose value differs from the row's; the state moves by `POOL_MOVES`.
+        """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
             VmError: the pool has no such VM, or it cannot move to this state.
         """
+        fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
+        changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
-            fields = dataclasses.asdict(self) | {"group": str(self.group)}
-            changed = {key: value for key, value in fields.items() if value != row[key]}
-            if changed:
-                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+            changed |= {"group": str(changed["group"])} if "group" in changed else {}
+            state = changed.pop("state", row["state"])
+            move_pool_vm(db, self.vm_name, state, row=row, **changed)
+        vars(self)["_read"] = fields
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
         """Set one field, here and in the row."""
@@ -2904,6 +2908,7 @@ class VmDescriptor:
         setattr(current, field, value)
         current.store(db)
         setattr(self, field, value)
+        vars(self)["_read"] = vars(self).get("_read", {}) | {field: value}
 
 
 def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
@@ -3092,7 +3097,7 @@ class Waiting:
 
 def pool_log(db: Database, vm_name: str) -> Path:
     """Return the file that holds what a VM's hooks printed."""
-    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+    return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
 
 
 class _AtLimit(NoVmAvailable):
@@ -3584,7 +3589,9 @@ class VmManager(_Rows):
 
     def _why_none(self, request: Request) -> str:
         names = dict.fromkeys(group for groups in request.wants for group in groups)
-        return "no VM is available: " + "; ".join(self._why(name, request) for name in names)
+        words = "; ".join(self._why(name, request) for name in names)
+        ahead = sum(other.token != request.token for other in self._queue())
+        return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
 
     def _why(self, group: str, request: Request) -> str:
         """Return in words why a group has no VM for this request."""
@@ -3592,18 +3599,22 @@ class VmManager(_Rows):
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
         row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
         bound = self._bound(request.owner, group)
+        wanted = max(1, request.wants.count((group,)))
+        idle = f"{row['idle']} of them idle in other sandboxes"
         if not row["vms"]:
             return f"group {group} has no VMs"
-        if limit is not None and bound >= limit:
+        if limit is not None and bound + wanted > limit:
+            more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
                 f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
-                f"{row['idle']} of them idle in other sandboxes)"
+                f"{idle}{more})"
             )
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
-            f"{row['others']} ready for others, {row['ill']} failed their check)"
+            f"{row['others']} ready for others, {row['ill']} failed their check; "
+            f"{bound} bound to {request.owner}, {idle})"
         )
 
     # --- the queue ---
@@ -4024,9 +4035,10 @@ def _descends_from(holder: Holder) -> bool:
     return not holder.is_dead()
 
 
-_LEASE_KEY = ("vm_name", "token", "lease_end_at")
+_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder_pid", "holder_started")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
-    AND token = :token AND lease_end_at IS :lease_end_at"""
+    AND token = :token AND lease_end_at IS :lease_end_at AND holder_pid IS :holder_pid
+    AND holder_started IS :holder_started"""
 
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
@@ -5768,6 +5780,10 @@ class _Leave(Exception):
         self.halt = halt
 
 
+class _Replaced(_Leave):
+    """The handler's entries are no longer the VM's schedule."""
+
+
 class VMFailed(VmrmError):
     """The VM cannot go on: it becomes `failed` with this reason."""
 
@@ -5917,6 +5933,7 @@ class VMResourceHandler:
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
+        self.replaced = False  # it left because its entries are no longer the VM's schedule
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -6041,6 +6058,7 @@ class VMResourceHandler:
                     self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
+            self.replaced = isinstance(leave, _Replaced)
             if leave.halt is Halt.KILL:
                 self._kill_all()
 
@@ -6291,8 +6309,8 @@ class VMResourceHandler:
             self._progress()
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
-        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
-        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
+        entry.working_dir = PurePosixPath(folder / str(entry.ordinal))
         entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
         entry.reboot_filepath = entry.working_dir / "reboot"
 
@@ -6303,18 +6321,19 @@ class VMResourceHandler:
             return
         local = copy.copy(entry)
         folder, program = Path(entry.working_dir), entry.executable or ""
-        try:
-            if not program.startswith("/"):
-                local.executable = str(folder / "program" / program)
-                _write_program(Path(local.executable), Path(self.store.get_path(program)))
-        except FileNotFoundError as error:
-            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-            return
+        if not program.startswith("/"):
+            local.executable = str(folder / "program" / program)
         ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
         local.options = entry.options | {"env": ours | entry.options.get("env", {})}
         title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
         script = call_script(local, title=title, token=self._token, stage="", placed=[])
-        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        try:
+            self.db.directory(*folder.relative_to(self.db.state_dir).parts)
+            if not program.startswith("/"):
+                _write_program(Path(local.executable or ""), Path(self.store.get_path(program)))
+            _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        except OSError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
 
     def _place(self, entry: ScheduleEntry) -> PosixGuest:
         """Return the system on which an entry's script runs: the guest's, or this host's."""
@@ -7729,7 +7748,8 @@ class Supervisor:
                 return
         except UsageError as error:
             for row in self._loan.vms():
-                self._give_up(row["server_name"], str(error))
+                if row["state"] != VMState.FAILED:
+                    self._give_up(row["server_name"], str(error))
         for name in lost_vms(self.db):
             sql = "SELECT state FROM vms WHERE server_name = :name"
             if self.db.value(sql, name=name) != VMState.FAILED:
@@ -7931,7 +7951,7 @@ class Loan:
                 Request(
                     tuple((row["pool"],) for row in rows),
                     _user(),
-                    f"experiment {experiment['id']}",
+                    str(Path(experiment["source"]).absolute()),  # which may use its VMs again
                     Holder.of(os.getpid()),
                     task_id=f"experiment {experiment['id']}",
                     within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
@@ -7959,6 +7979,8 @@ class Loan:
         if self._waiting:
             self._waiting.__exit__()
             self._waiting = None
+            sql = "UPDATE vms SET reason = '' WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql)
 
     def give_back(self) -> None:
         """Release all VMs."""
@@ -8038,7 +8060,11 @@ def handle(db: Database, name: str, **more: Any) -> int:
     logger = logging.getLogger(f"vmrm.{config['vm_name']}")
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
-        return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
+        while True:
+            handler = VMResourceHandler({**config, **more}, check_interval=db.timeouts.look)
+            code = handler.run()
+            if not (handler.replaced and more.get("alone")):  # no supervisor starts it again
+                return code
     except (Conflict, Unavailable):
         raise
     except VmrmError as error:
@@ -9150,7 +9176,7 @@ class Keeper:
         """Forget what has been history for long, and the logs of VMs long gone."""
         before = CLOCK.wall() - KEPT_S
         self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
-        for path in self.db.directory("logs", "pool").iterdir():
+        for path in self.db.directory("pool", "logs").iterdir():
             name = path.name.removesuffix(".1").removesuffix(".log")
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < before and self._row(name) is None:
@@ -11196,7 +11222,7 @@ class PoolCommands(_Group):
         """
         db = self._manager().db
         logger = logging.getLogger("vmrm.keeper")
-        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        log_to(logger, db.directory("pool") / f"{KEEPER}.log")
         if not self._main._screen.quiet:
             told = logging.StreamHandler()
             told.setFormatter(LogFormatter())
@@ -11423,6 +11449,9 @@ class Commands(_Public):
                 allow_host=allow_host,
             )
             process = spawn_supervisor(db, stay)
+        for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
+            name = row["server_name"]
+            self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
             return {"supervisor": pid if process is None else process.pid}
         try:

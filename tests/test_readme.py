@@ -280,7 +280,7 @@ def test_every_experiment_file_is_accepted(tmp_path: Path, monkeypatch: pytest.M
     driver.write_text(next(b.text for b in blocks() if b.text.startswith("# traced.py")))
     monkeypatch.setenv("VMRM_DRIVERS", str(driver))
     found = [block.text for block in blocks() if block.language == "toml"]
-    assert len(found) == 3
+    assert len(found) == 4
     used: set[str] = set()
     for text in found:
         path = tmp_path / "shown.toml"
@@ -289,7 +289,7 @@ def test_every_experiment_file_is_accepted(tmp_path: Path, monkeypatch: pytest.M
         used |= set(re.findall(r"^(\w+) =", text, re.MULTILINE))
     keys = {*vmrm.EXPERIMENT_KEYS, *vmrm.VM_KEYS, *vmrm.ENTRY_KEYS, *vmrm.DATA_KEYS}
     # Those that no session can show: what is refused, or needs a file beside this one.
-    assert keys - used == {"schedule", "on_host", "pause", "resume", "file"}
+    assert keys - used == {"schedule", "resume", "file"}
 
 
 def test_shell_blocks_are_commands_of_this_project() -> None:
