@@ -4895,7 +4895,7 @@ class WindowsGuest(PosixGuest):
         """Make the stage and list it; let a fresh experiment move older folders aside."""
         if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
-                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, blank, ._-~)"
+                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
             )
         aside = f".previous\\{old}"
         moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
