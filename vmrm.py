@@ -588,6 +588,12 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
 LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
 
 
+def process_of(db: Database, name: str) -> int | None:
+    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
+    path = db.directory("locks") / name
+    return lock_holder(path) if _is_locked(path) else None
+
+
 def take_lock(path: Path) -> int | None:
     """Do what `try_lock` does, but outlast those who only look whether it is held."""
     deadline = CLOCK.monotonic() + LOOK_S
@@ -3548,7 +3554,8 @@ class VmManager(_Rows):
                 f"{row['idle']} of them idle in other sandboxes)"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check)"
@@ -6978,7 +6985,7 @@ class Supervisor:
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
-        self._checkpoint()
+        checkpoint_wal(self.db)
         return False
 
     def _end_if_over(self) -> bool:
@@ -7100,13 +7107,6 @@ class Supervisor:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _checkpoint(self) -> None:
-        wal = Path(f"{self.db.path}-wal")
-        big = wal.exists() and wal.stat().st_size > 16 << 20
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        near = start is not None and abs(start - CLOCK.wall()) < 2
-        self.db.checkpoint(truncate=big and not near)
-
     def _end(self) -> None:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
@@ -7115,6 +7115,15 @@ class Supervisor:
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
 
 
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
@@ -7333,8 +7342,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    path = db.directory("locks") / "supervisor"
-    return lock_holder(path) if _is_locked(path) else None
+    return process_of(db, "supervisor")
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -7616,7 +7624,7 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
     head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
@@ -8292,8 +8300,7 @@ class Keeper:
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
             self._checkpoint_at = CLOCK.monotonic() + 1.0
-            wal = Path(f"{self.db.path}-wal")
-            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+            checkpoint_wal(self.db)
 
     # --- beginning ---
 

@@ -315,17 +315,21 @@ def test_a_keeper_told_to_stop_kills_its_hooks_and_leaves_vms(
     assert provider.running() == {ready}
 
 
-def test_the_keeper_is_woken_when_somebody_waits(db: vmrm.Database, provider: Provider) -> None:
-    group(db, provider.hooks, vm_dirty_terminating_timeout=0)
+def test_who_waits_gets_a_vm_spawned_and_who_is_done_has_it_ended(
+    db: vmrm.Database, provider: Provider
+) -> None:
+    group(db, provider.hooks, min_ready=0, vm_dirty_terminating_timeout=0)
+    manager = vmrm.VmManager(db=db)
     with served(db.path) as keeper:
-        until(lambda: list(states(db).values()) == ["ready"])
-        manager = vmrm.VmManager(db=db)
-        first = manager.acquire_vm(["ci"], "me", "box", os.getpid()).vm_name
-        until(lambda: sorted(states(db).values()) == ["in_use", "ready"])
-        manager.release_vm(first)
-        until(lambda: first not in states(db) and first not in provider.running())
+        until(lambda: vmrm.process_of(db, vmrm.KEEPER) == keeper.pid)
+        with manager.lease(["ci"], "me", "box", wait=30) as mine:
+            assert provider.running() == {mine.vm_name}
+        until(lambda: not states(db) and not provider.running())
         keeper.terminate()
     assert keeper.returncode == 0
+    manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    with pytest.raises(vmrm.NoVmAvailable, match="no keeper runs"):
+        manager.acquire_vm(["ci"], "me", "box", os.getpid())
 
 
 # === killed in the middle ========================================================================
