@@ -570,7 +570,7 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
@@ -578,7 +578,7 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -1014,12 +1014,18 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    """Whether a process holds the lock on a file, which need not exist and is not made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return False
-    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
-    if fd is not None:
+    try:  # shared, so that two who look do not see each other
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(fd)
-    return fd is None
+    return False
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -7797,9 +7803,14 @@ class QemuVm:
         Raises:
             VmrmError: it does not die; everything is left as it is.
         """
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _terminate(self, ends: list[signal.Signals | None]) -> None:
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
         while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
@@ -7811,8 +7822,6 @@ class QemuVm:
                 self._end(ends.pop(0))
             else:
                 raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
