@@ -1,15 +1,19 @@
-"""Two hundred handlers at once: all work is done, and nothing is left behind."""
+"""Hundreds of handlers at once: all work is done, and nothing is left behind."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lab import VMRM, Lab, stand_ins
+from lab import VMRM, Lab, entry, kill, stand_ins
 
 COUNT = 200
+KILLED, KILLS, SEED = 100, 120, 20261122
 
 
 def write_large(lab: Lab) -> Path:
@@ -59,3 +63,31 @@ def test_two_hundred_handlers_do_all_their_work(tmp_path: Path) -> None:
         ["pgrep", "-f", f"{VMRM[1]}.*{tmp_path}"], capture_output=True, check=False
     )
     assert not running.stdout.split()
+
+
+def simple_entries(guest: str) -> list[dict[str, Any]]:
+    """Return twenty entries: eight in four negative times, twelve after the start."""
+    times = [-4, -4, -3, -3, -2, -2, -1, -1, *(0.4 * n for n in range(1, 13))]
+    return [entry(number, at) for number, at in enumerate(times, 1)]
+
+
+@pytest.mark.slow
+def test_two_thousand_entries_survive_random_kills_of_their_handlers(tmp_path: Path) -> None:
+    dice, kills = random.Random(SEED), 0
+    lab = Lab(tmp_path, count=KILLED, start_buffer=1)
+    with stand_ins(tmp_path / "agents", KILLED):
+        assert lab.run("load", str(lab.write(simple_entries))).returncode == 0
+        with lab.start("--quiet", "run", VMRM_TIMEOUT_SCALE="1") as run:
+            while run.poll() is None:
+                if kills < KILLS and (pids := lab.handler_pids()):
+                    kill(dice.choice(pids))
+                    kills += 1
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(dice.uniform(0, 0.3))
+        print(f"seed {SEED}: {kills} handlers killed; then exit code {run.returncode}")
+        if run.returncode:
+            lab.run_to_the_end()
+    lab.audit()
+    rows = lab.query("SELECT entries, done FROM vm_status")
+    assert [tuple(row.values()) for row in rows] == [(20, 20)] * KILLED
+    assert kills == KILLS

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,27 @@ def test_ctrl_c_stops_cleanly_with_130(cli: Cli, tmp_path: Path, children: None)
         pid = int((tmp_path / "pid").read_text())
         assert Path(f"/proc/{pid}").exists()
         assert cli("status").out.startswith("vm1\tconfiguring\t-1\t1\t0\t0\t0\t1")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_anybody(
+    cli: Cli, tmp_path: Path, children: None
+) -> None:
+    with stand_ins(tmp_path / "agents", 1), terminal(cli, "run", endless(tmp_path)) as child:
+        until((tmp_path / "pid").exists)
+        with sqlite3.connect(f"file:{cli.db}?mode=ro", uri=True) as db:
+            handler = db.execute("SELECT handler_pid FROM vms").fetchone()[0]
+        os.kill(handler, signal.SIGSTOP)  # it cannot leave
+        child.sendintr()
+        child.expect("again: at once")
+        child.sendintr()
+        text, code = ended(child)
+        os.kill(handler, signal.SIGKILL)
+        assert code == 130
+        assert "Traceback" not in text
+        until(lambda: cli("stop").code == 2)
+        assert cli("stop", "--kill").code == 0  # what has no handler any more
+        pid = int((tmp_path / "pid").read_text())
+        until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 @pytest.mark.parametrize("words", ["wait", "logs vm1 --follow", "exec vm1 sleep 20"])
