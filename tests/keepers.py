@@ -113,5 +113,5 @@ def reasons(db: vmrm.Database) -> list[str]:
 
 def log(db: vmrm.Database, name: str = "*") -> str:
     """Return the log of a VM's hooks, or all of them."""
-    paths = sorted(db.directory("logs", "pool").glob(f"{name}.log"))
+    paths = sorted(db.directory("pool", "logs").glob(f"{name}.log"))
     return "\n".join(path.read_text() for path in paths)

@@ -187,7 +187,7 @@ def test_the_log_of_hooks_begins_anew_before_it_fills_the_disk(
     for _ in range(8):
         keep(db)
         db.write("UPDATE pool_vms SET check_started_at = NULL")
-    folder = db.directory("logs", "pool")
+    folder = db.directory("pool", "logs")
     assert {path.name for path in folder.iterdir()} == {"vm1.log", "vm1.log.1"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 700
 

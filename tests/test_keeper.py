@@ -208,7 +208,7 @@ def test_what_is_old_history_is_forgotten(db: vmrm.Database) -> None:
     manager = vmrm.VmManager(db=db)
     manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
     keep(db)
-    folder, long_ago = db.directory("logs", "pool"), time.time() - 2 * vmrm.KEPT_S
+    folder, long_ago = db.directory("pool", "logs"), time.time() - 2 * vmrm.KEPT_S
     for name in ("vm1.log", "gone.log", "gone.log.1"):
         (folder / name).touch()
         os.utime(folder / name, (long_ago, long_ago))

@@ -516,7 +516,10 @@ def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmMan
     add(pool, "a")
     vm = vmrm.VmDescriptor.load(pool.db, "a")
     vm.vm_ip, vm.state = "192.0.2.9", "terminating"
+    taken = pool.acquire_vm([7], "ann", "s", ME)
+    pool.release_vm("a")
     vm.store(pool.db)
+    assert pool.get_vm_by_name("a").bound_to_user == taken.bound_to_user, "it was not changed here"
     assert pool.lookup_vms_by_ip("192.0.2.9")[0].state == "terminating"
     with pytest.raises(VmError, match="cannot move"):
         vm.store_field(pool.db, "state", "ready")
