@@ -571,7 +571,7 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
@@ -579,7 +579,7 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -587,6 +587,12 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
 
 
 LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def process_of(db: Database, name: str) -> int | None:
+    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
+    path = db.directory("locks") / name
+    return lock_holder(path) if _is_locked(path) else None
 
 
 def take_lock(path: Path) -> int | None:
@@ -1009,12 +1015,18 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    """Whether a process holds the lock on a file, which need not exist and is not made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return False
-    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
-    if fd is not None:
+    try:  # shared, so that two who look do not see each other
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(fd)
-    return fd is None
+    return False
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -3612,7 +3624,8 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -4447,10 +4460,7 @@ exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = """\
-name=$1; shift
-for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
-"""
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 _MOVE_SCRIPT = (
     'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
@@ -4687,15 +4697,25 @@ def batch_command(program: str, arguments: Sequence[str]) -> str:
     Raises:
         ValueError: cmd.exe cannot carry one of them.
     """
-    import subprocess
-
     for word in (program, *arguments):
         if _NO_BATCH_TEXT.search(word):
             raise ValueError(
                 f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
                 "pass it in a file"
             )
-    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+    words = " ".join(_run_time_word(word) for word in arguments)
+    return f"{_batch_path(program)} {batch_text(words)}".rstrip(" ")
+
+
+def _run_time_word(word: str) -> str:
+    """Return an argument as the C run time reads it back, in quotes also for cmd.exe's sake.
+
+    `a,b` and `a&b` are one word to a program, but more to a batch file.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./\\:@+-]+", word):
+        return word
+    inner = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), word)
+    return f'"{inner}"'
 
 
 def _batch_path(path: str) -> str:
@@ -4737,13 +4757,15 @@ class PosixGuest:
 
     launch = "/var/launch"
     separator = "/"
+    captures = True  # what a script says before its claim is kept for the error's message
     flavour: type[PurePath] = PurePosixPath
 
     def __init__(
         self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
     ) -> None:
         self.driver, self.seconds = driver, seconds
-        self.stage = self.join(launch_dir or self.launch, ".stage")
+        self.launch = launch_dir or self.launch
+        self.stage = self.join(self.launch, ".stage")
 
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
@@ -4827,10 +4849,10 @@ class PosixGuest:
         """Take the place of attempts that have not begun, so that they never will."""
         self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the commands that end programs and all theirs, each with a pause after it."""
-        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
-        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """Send a program and all that it started a signal; return whether there was anything."""
+        argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
+        return self.ask(argv).exitcode == 0
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -4860,6 +4882,8 @@ class WindowsGuest(PosixGuest):
 
     launch = "C:\\launch"
     separator = "\\"
+    # Every process inherits every pipe: with a daemon left behind, a program would never end.
+    captures = False
     flavour = PureWindowsPath
     script_suffix = ".bat"
 
@@ -4881,10 +4905,9 @@ class WindowsGuest(PosixGuest):
         self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
     ) -> drivers.ExecStatus:
         """Make the stage and list it; let a fresh experiment move older folders aside."""
-        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+        if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
-                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
-                "digits, blanks, '.', '_', '-', '~'"
+                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
             )
         aside = f".previous\\{old}"
         moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
@@ -5002,10 +5025,10 @@ class WindowsGuest(PosixGuest):
                 for _ in self.driver.push(code, self.join(here, "exit")):
                     pass
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the command that ends programs and all that they started."""
-        named = [word for pid in pids for word in ("/PID", pid)]
-        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """End a program and all that it started, whatever the signal: nothing is left of it."""
+        self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
+        return False
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -6735,7 +6758,7 @@ class VMResourceHandler:
         script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        pid = guest.driver.start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6807,7 +6830,8 @@ class VMResourceHandler:
             why = _words(status.err) or "no reason given"
             where = "host" if entry.on_host else "guest"
             raise _EntryFailed(f"the {where} did not begin it: {why}")
-        if left.claimed and status.err:  # another start of this attempt was faster
+        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
+        if left.claimed and refused:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
@@ -6832,12 +6856,15 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
-        """End programs and what they started: first politely where the guest knows how."""
-        known = [str(pid) for pid in pids if pid is not None]
-        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
-            guest.ask(argv)
-            yield grace
+    def _kill_steps(self, guest: PosixGuest, pid: int | None) -> Steps:
+        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
+        left = pid is not None and guest.signal("TERM", pid)
+        pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
+        while pid is not None and left and CLOCK.monotonic() < deadline:
+            yield pause
+            left, pause = guest.signal("0", pid), min(2 * pause, self.timeouts.poll_last)
+        if pid is not None and left:
+            guest.signal("KILL", pid)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -7726,7 +7753,7 @@ class Supervisor:
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
-        self._checkpoint()
+        checkpoint_wal(self.db)
         return False
 
     def _see_to_loan(self) -> None:
@@ -7865,13 +7892,6 @@ class Supervisor:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _checkpoint(self) -> None:
-        wal = Path(f"{self.db.path}-wal")
-        big = wal.exists() and wal.stat().st_size > 16 << 20
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        near = start is not None and abs(start - CLOCK.wall()) < 2
-        self.db.checkpoint(truncate=big and not near)
-
     def _end(self) -> None:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
@@ -7882,6 +7902,15 @@ class Supervisor:
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
 
 
 LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
@@ -8178,8 +8207,9 @@ def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
+        if not allowed and ("on_host" in text or "\\u" in text)  # most are not worth parsing
         for entry in parse_schedule(text)
-        if entry.on_host and not allowed
+        if entry.on_host
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -8255,8 +8285,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    path = db.directory("locks") / "supervisor"
-    return lock_holder(path) if _is_locked(path) else None
+    return process_of(db, "supervisor")
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -8538,7 +8567,7 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
     head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
@@ -8711,9 +8740,14 @@ class QemuVm:
         Raises:
             VmrmError: it does not die; everything is left as it is.
         """
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _terminate(self, ends: list[signal.Signals | None]) -> None:
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
         while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
@@ -8725,8 +8759,6 @@ class QemuVm:
                 self._end(ends.pop(0))
             else:
                 raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -9214,8 +9246,7 @@ class Keeper:
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
             self._checkpoint_at = CLOCK.monotonic() + 1.0
-            wal = Path(f"{self.db.path}-wal")
-            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+            checkpoint_wal(self.db)
 
     # --- beginning ---
 
