@@ -7130,7 +7130,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks = {}
+        self._tasks, self._armed = {}, {}
         self._take_news()
         self._name_places()
         self._recover()
