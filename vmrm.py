@@ -3502,6 +3502,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None and request.lease_s <= 0:
+            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -8205,8 +8207,9 @@ def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
+        if not allowed and ("on_host" in text or "\\u" in text)  # most are not worth parsing
         for entry in parse_schedule(text)
-        if entry.on_host and not allowed
+        if entry.on_host
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -10835,6 +10838,10 @@ class Viewer:
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
+                self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
@@ -11050,8 +11057,9 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
-        return [_vm_line(vm) for vm in vms]
+        if group is None:
+            return [_vm_line(vm) for vm in pool.get_all_vm()]
+        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
 
     @command
     def info(self, vm: str | None = None) -> object:
