@@ -3502,6 +3502,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None and request.lease_s <= 0:
+            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3613,8 +3615,9 @@ class VmManager(_Rows):
         bound = self._bound(request.owner, group)
         wanted = max(1, request.wants.count((group,)))
         idle = f"{row['idle']} of them idle in other sandboxes"
+        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
-            return f"group {group} has no VMs"
+            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
         if limit is not None and bound + wanted > limit:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
@@ -3622,8 +3625,7 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -8481,7 +8483,8 @@ class Hook:
         if code is not None and code < 0:
             ended = f"killed by {signal.Signals(-code).name}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
+        last = next(told, "")
         return f"{ended}: {_words(last.encode())}" if last else ended
 
 
@@ -10835,6 +10838,10 @@ class Viewer:
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
+                self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
@@ -11050,8 +11057,9 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
-        return [_vm_line(vm) for vm in vms]
+        if group is None:
+            return [_vm_line(vm) for vm in pool.get_all_vm()]
+        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
 
     @command
     def info(self, vm: str | None = None) -> object:
