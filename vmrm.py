@@ -3615,8 +3615,9 @@ class VmManager(_Rows):
         bound = self._bound(request.owner, group)
         wanted = max(1, request.wants.count((group,)))
         idle = f"{row['idle']} of them idle in other sandboxes"
+        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
-            return f"group {group} has no VMs"
+            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
         if limit is not None and bound + wanted > limit:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
@@ -3624,8 +3625,7 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -7130,7 +7130,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks = {}
+        self._tasks, self._armed = {}, {}
         self._take_news()
         self._name_places()
         self._recover()
@@ -8481,7 +8481,8 @@ class Hook:
         if code is not None and code < 0:
             ended = f"killed by {signal.Signals(-code).name}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
+        last = next(told, "")
         return f"{ended}: {_words(last.encode())}" if last else ended
 
 
