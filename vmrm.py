@@ -4327,8 +4327,9 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
-# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
+# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
+# code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
