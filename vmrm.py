@@ -571,7 +571,7 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
@@ -579,7 +579,7 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -587,6 +587,12 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
 
 
 LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def process_of(db: Database, name: str) -> int | None:
+    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
+    path = db.directory("locks") / name
+    return lock_holder(path) if _is_locked(path) else None
 
 
 def take_lock(path: Path) -> int | None:
@@ -1009,12 +1015,18 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    """Whether a process holds the lock on a file, which need not exist and is not made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return False
-    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
-    if fd is not None:
+    try:  # shared, so that two who look do not see each other
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(fd)
-    return fd is None
+    return False
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -2868,7 +2880,7 @@ class VmDescriptor:
             words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
         words.append(f"task {self.task_id}" if self.task_id else "")
         words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
-        words.append(f"({self.reason})" if self.reason else "")
+        words.append(f"({self.reason})" if self.reason and self.state != VmStates.IN_USE else "")
         return "  ".join(word for word in words if word)
 
     @classmethod
@@ -3210,9 +3222,9 @@ class VmManager(_Rows):
                 if (count := sum(vm.state == state for vm in vms))
             )
             lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
-            lines += [f"  {vm}" for vm in vms]
+            lines += [_cell(f"  {vm}") for vm in vms]
         if queue := self._queue():
-            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+            lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
         return "\n".join(lines)
 
     def metrics(self) -> str:
@@ -3490,6 +3502,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None and request.lease_s <= 0:
+            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3601,8 +3615,9 @@ class VmManager(_Rows):
         bound = self._bound(request.owner, group)
         wanted = max(1, request.wants.count((group,)))
         idle = f"{row['idle']} of them idle in other sandboxes"
+        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
-            return f"group {group} has no VMs"
+            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
         if limit is not None and bound + wanted > limit:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
@@ -3610,7 +3625,7 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -3722,12 +3737,10 @@ class VmManager(_Rows):
 
     def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        dead = [row["id"] for row in self._dead_waiters()]
-        if dead:
-            self.db.write(
-                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
-                ids=json.dumps(dead),
-            )
+        dead = self._dead_waiters()
+        for row in dead:
+            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
+            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
         return len(dead)
 
     def _dead_waiters(self) -> list[dict[str, Any]]:
@@ -3898,7 +3911,7 @@ class VmManager(_Rows):
             while not over.wait(pause):
                 try:
                     self._still_own(vm, lease)
-                except Busy as error:
+                except Unavailable as error:
                     self.log.warning("lease of VM %s: %s", vm.vm_name, error)
                 except VmError as error:
                     (lost or self.log.error)(error)
@@ -4446,10 +4459,7 @@ exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = """\
-name=$1; shift
-for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
-"""
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 _MOVE_SCRIPT = (
     'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
@@ -4838,10 +4848,10 @@ class PosixGuest:
         """Take the place of attempts that have not begun, so that they never will."""
         self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the commands that end programs and all theirs, each with a pause after it."""
-        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
-        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """Send a program and all that it started a signal; return whether there was anything."""
+        argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
+        return self.ask(argv).exitcode == 0
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -5014,10 +5024,10 @@ class WindowsGuest(PosixGuest):
                 for _ in self.driver.push(code, self.join(here, "exit")):
                     pass
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the command that ends programs and all that they started."""
-        named = [word for pid in pids for word in ("/PID", pid)]
-        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """End a program and all that it started, whatever the signal: nothing is left of it."""
+        self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
+        return False
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -6845,12 +6855,15 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
-        """End programs and what they started: first politely where the guest knows how."""
-        known = [str(pid) for pid in pids if pid is not None]
-        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
-            guest.ask(argv)
-            yield grace
+    def _kill_steps(self, guest: PosixGuest, pid: int | None) -> Steps:
+        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
+        left = pid is not None and guest.signal("TERM", pid)
+        pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
+        while pid is not None and left and CLOCK.monotonic() < deadline:
+            yield pause
+            left, pause = guest.signal("0", pid), min(2 * pause, self.timeouts.poll_last)
+        if pid is not None and left:
+            guest.signal("KILL", pid)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -7118,7 +7131,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks = {}
+        self._tasks, self._armed = {}, {}
         self._take_news()
         self._name_places()
         self._recover()
@@ -7739,7 +7752,7 @@ class Supervisor:
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
-        self._checkpoint()
+        checkpoint_wal(self.db)
         return False
 
     def _see_to_loan(self) -> None:
@@ -7878,13 +7891,6 @@ class Supervisor:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _checkpoint(self) -> None:
-        wal = Path(f"{self.db.path}-wal")
-        big = wal.exists() and wal.stat().st_size > 16 << 20
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        near = start is not None and abs(start - CLOCK.wall()) < 2
-        self.db.checkpoint(truncate=big and not near)
-
     def _end(self) -> None:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
@@ -7895,6 +7901,15 @@ class Supervisor:
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
 
 
 LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
@@ -8191,8 +8206,9 @@ def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
+        if not allowed and ("on_host" in text or "\\u" in text)  # most are not worth parsing
         for entry in parse_schedule(text)
-        if entry.on_host and not allowed
+        if entry.on_host
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -8268,8 +8284,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    path = db.directory("locks") / "supervisor"
-    return lock_holder(path) if _is_locked(path) else None
+    return process_of(db, "supervisor")
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -8467,7 +8482,8 @@ class Hook:
         if code is not None and code < 0:
             ended = f"killed by {signal.Signals(-code).name}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
+        last = next(told, "")
         return f"{ended}: {_words(last.encode())}" if last else ended
 
 
@@ -8551,7 +8567,7 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
     head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
@@ -8724,9 +8740,14 @@ class QemuVm:
         Raises:
             VmrmError: it does not die; everything is left as it is.
         """
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _terminate(self, ends: list[signal.Signals | None]) -> None:
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
         while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
@@ -8738,8 +8759,6 @@ class QemuVm:
                 self._end(ends.pop(0))
             else:
                 raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -9227,8 +9246,7 @@ class Keeper:
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
             self._checkpoint_at = CLOCK.monotonic() + 1.0
-            wal = Path(f"{self.db.path}-wal")
-            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+            checkpoint_wal(self.db)
 
     # --- beginning ---
 
@@ -10819,6 +10837,10 @@ class Viewer:
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
+                self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
@@ -11034,8 +11056,9 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
-        return [_vm_line(vm) for vm in vms]
+        if group is None:
+            return [_vm_line(vm) for vm in pool.get_all_vm()]
+        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
 
     @command
     def info(self, vm: str | None = None) -> object:
@@ -11996,8 +12019,12 @@ def run_leased(
         screen.tell(f"vmrm: {error}; the command is ended")
         send(signal.SIGTERM)
 
-    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    def interrupt(number: int, _: object) -> None:
+        if not _in_foreground():  # else the terminal has told both
+            send(number)
+
+    handlers = {signal.SIGTERM: send, signal.SIGHUP: send, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         pool.hand_over(vm, Holder.of(child))
         os.write(go, b"g")
@@ -12010,6 +12037,18 @@ def run_leased(
         os.close(process)
     pool.release_vm(vm.vm_name, token=vm.token)
     return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether Ctrl-C at a terminal reaches this process with its whole group."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
