@@ -5266,6 +5266,7 @@ class VMResourceHandler:
         # Drawn once: a look's price is the cold memory it touches.
         self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
+        self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
@@ -5311,8 +5312,10 @@ class VMResourceHandler:
             self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
             self.driver.wait = self._wait
         self.driver.connect(timeout=timeout or float(self.config.get("agent_timeout") or 300))
-        # Twice, since an agent that is restarted between open and read has none to tell.
-        self._boot = self.driver.boot_id() or self.driver.boot_id()
+        boot = self.driver.boot_id()
+        if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
+            raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
+        self._boot = boot
 
     # --- life
 
@@ -5344,7 +5347,9 @@ class VMResourceHandler:
 
     def _check_in(self) -> None:
         self.db.write(
-            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            """UPDATE vms SET handler_pid = :pid,
+                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+               WHERE server_name = :name""",
             pid=os.getpid(),
             name=self.vm_name,
         )
@@ -5397,10 +5402,10 @@ class VMResourceHandler:
         Once is not enough: an agent that was restarted knows neither our files nor our programs.
         """
         refused, self._refused = self._refused, str(error)
-        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
         again = isinstance(error, drivers.AgentError) and refused == str(error)
-        lost = isinstance(error, drivers.UnknownPid)
-        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
+        passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
+        return isinstance(error, final) or (again and not isinstance(error, passing))
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -5410,11 +5415,12 @@ class VMResourceHandler:
         self._answer_lost_requests()
         if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
-        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 + (now - self._trouble_at) / 4))
+        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
+        self._troubles += 1
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at, self._refused = None, ""
+        self._trouble_at, self._refused, self._troubles = None, "", 0
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -5608,7 +5614,8 @@ class VMResourceHandler:
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
-            self._progress()
+            # What seems to boot for ever is still asked ever less.
+            self._trouble_at, self._refused = None, ""
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
         parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
@@ -6013,6 +6020,8 @@ class VMResourceHandler:
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
+        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
+            raise
         except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
             error = str(failed)
         except _Unknown as unknown:
@@ -10513,6 +10522,8 @@ class Commands(_Public):
             )
             process = spawn_supervisor(db, stay)
         if detach:
+            while process and process.poll() is None and supervisor_pid(db) is None:
+                time_to_wait(0.01)  # so that `stop`, for one, finds it
             return {"supervisor": pid if process is None else process.pid}
         try:
             Viewer(db, self._screen, timeout).watch(process)
@@ -10828,7 +10839,7 @@ class Commands(_Public):
         if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
-        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+        if not running:  # but an earlier one has left programs behind
             process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
         while self._is_leaving(db, process):
