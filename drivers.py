@@ -41,6 +41,7 @@ import binascii
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -54,10 +55,12 @@ import reprlib
 import resource
 import secrets
 import select
+import shutil
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -674,6 +677,14 @@ _FIND_SH = (
     'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
+_STOP_PS = "$ErrorActionPreference = 'Stop'; "
+# Bytes, since a service has no console whose encoding could be set.
+_TELL_PS = (
+    "$out = [Console]::OpenStandardOutput(); function tell($text) { "
+    "$bytes = [Text.Encoding]::UTF8.GetBytes($text + [char]0); "
+    "$out.Write($bytes, 0, $bytes.Length) }; function seconds($time) { "
+    "[int64][Math]::Floor(($time - [datetime]'1970-01-01').TotalSeconds) }; "
+)
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
 _MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
 _DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
@@ -682,20 +693,63 @@ _PRUNE_PS = (
     "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
 )
 _FIND_PS = (
-    "$ErrorActionPreference = 'Stop'; [Console]::OutputEncoding = [Text.Encoding]::UTF8; "
-    "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
+    _STOP_PS + _TELL_PS + "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
     "Get-ChildItem -Recurse -File -Force -LiteralPath $w[0] | "
-    "Where-Object { $_.LastWriteTime -gt $after } | "
-    "ForEach-Object { [Console]::Write($_.FullName + [char]0) }"
+    "Where-Object { $_.LastWriteTime -gt $after } | ForEach-Object { tell $_.FullName }"
+)
+# What a handler asks of a Windows guest. A directory entry lags behind a file that is open, hence
+# Refresh; a link is listed by nobody, but the place that was asked for may be one.
+LIST_PS = (
+    _TELL_PS + "$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack; "
+    "Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | "
+    "ForEach-Object { $todo.Push($_) }; while ($todo.Count) { $f = $todo.Pop(); $f.Refresh(); "
+    "if (-not $f.Exists) { continue }; $kind, $size = 'f', $f.Length; "
+    "if ($f.PSIsContainer) { $kind, $size = 'd', 0; "
+    "Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue | "
+    "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
+    "ForEach-Object { $todo.Push($_) } }; "
+    "$time = seconds $f.LastWriteTimeUtc; "
+    "tell ('{0} {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
+)
+HASH_PS = (
+    _STOP_PS + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
+    "$left = [int64]$w[1]; "
+    "$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete'); "
+    "while ($left -gt 0) { $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length)); "
+    "if (-not $n) { exit 1 }; [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n }; "
+    "[void]$h.TransformFinalBlock($b, 0, 0); "
+    "-join ($h.Hash | ForEach-Object { $_.ToString('x2') })"
+)
+MOVE_PS = (
+    _STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
+    "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
+    "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
+)
+COPY_PS = _STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
+# A batch file cannot tell its own pid; its command line has its path and the attempt's number.
+PROBE_PS = (
+    "$all = @(Get-CimInstance Win32_Process -Filter \"Name='cmd.exe'\"); foreach ($here in $w) { "
+    "if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }; "
+    "$code = ''; $file = Join-Path $here 'exit'; "
+    "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() }; "
+    "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
+    "$number = $here.Substring($here.LastIndexOf('.') + 1); "
+    "$pattern = [regex]::Escape($script) + '\"? ' + $number + ' '; "
+    "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
+    "$life = if ($p) { 'alive' } else { 'gone' }; "
+    "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
 )
 
 
 def powershell(script: str, *words: str) -> list[str]:
     """Return the argument list that runs *script* on Windows with *words* as its array `$w`.
 
-    An encoded command needs no quoting by the agent, whose rules differ from the shell's.
+    An encoded command needs no quoting by the agent, whose rules differ from the shell's. To
+    PowerShell, printers' single quotes are single quotes too.
     """
-    quoted = ", ".join("'" + word.replace("'", "''") + "'" for word in words)
+    quoted = ", ".join(
+        "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", word) + "'" for word in words
+    )
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
     return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
 
@@ -1043,7 +1097,11 @@ _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share t
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
 _BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
-_BOOT_TIME_PS = "(Get-CimInstance Win32_OperatingSystem).LastBootUpTime.ToFileTimeUtc()"
+# The first process of a Windows session has the boot's life. The time of booting itself will not
+# do: it moves when the clock is set, which we do after each boot.
+_BOOT_PS = (
+    "(Get-CimInstance Win32_Process -Filter \"Name='wininit.exe'\").CreationDate.ToFileTimeUtc()"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1557,7 +1615,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         """Return a word that changes with each boot of the guest, or "" if none can be had."""
         try:
             if self.is_windows:
-                text = self.run(powershell(_BOOT_TIME_PS)).out
+                text = self.run(powershell(_BOOT_PS), timeout=self.timeout).out
             else:
                 text = self.read_bytes(_BOOT_ID_PATH, limit=64)
         except AgentError as error:
@@ -2092,14 +2150,27 @@ class StandInAgent:
     after links and `..` are resolved; programs are not confined. The boot id derives from the
     host's and from *socket_path*; after a reboot it is a new one, kept in `<socket_path>.boot`, so
     that an agent that is killed and started again is on the same boot.
+
+    With *windows* it answers as the agent of Windows does: drive X: is the folder X of *root*
+    (C: is made), and of programs it knows what `_Windows` plays.
     """
 
     def __init__(
-        self, socket_path: str | Path, loop: AbstractEventLoop, root: str | Path | None = None
+        self,
+        socket_path: str | Path,
+        loop: AbstractEventLoop,
+        root: str | Path | None = None,
+        windows: bool = False,
     ) -> None:
         # The folder's links are resolved, the socket itself may not exist yet.
         self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
         self.root = None if root is None else Path(os.path.realpath(root))
+        self.windows = None
+        if windows:
+            if self.root is None:
+                raise ValueError("a stand-in for Windows needs a root for its drives")
+            self.windows = _Windows(self.root)
+            (self.root / "C").mkdir(parents=True, exist_ok=True)
         self.halted = False  # it was told to power down
         self.rebooted = False  # it was told to reboot; the server resets this
         self._loop = loop
@@ -2224,6 +2295,8 @@ class StandInAgent:
         return {"version": "7.2.0", "supported_commands": commands}
 
     def _osinfo(self) -> dict[str, Any]:
+        if self.windows:
+            return {"id": "mswindows", "pretty-name": "Windows, played", "version-id": "10"}
         try:
             release = platform.freedesktop_os_release()
         except OSError:
@@ -2270,6 +2343,8 @@ class StandInAgent:
         words = None if env is None else dict(word.partition("=")[::2] for word in env)
         argv = [path, *(arg or [])]
         try:
+            if self.windows:
+                argv = self.windows.argv(self._boot, *argv)
             program = _Program(self._loop, argv, words, capture=capture_output, input_data=content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -2293,13 +2368,14 @@ class StandInAgent:
     # --- commands: files ---
 
     def _host_path(self, path: str) -> str:
-        real = os.path.realpath(os.path.join("/", path))  # noqa: PTH118 - an absolute path wins
+        place = self.windows.host(path) if self.windows else os.path.join("/", path)  # noqa: PTH118 - an absolute path wins
+        real = os.path.realpath(place)
         if self.root is not None and not Path(real).is_relative_to(self.root):
             raise RequestRefused(f"failed to open file '{path}': outside of the agent's root")
         return real
 
     def _open(self, path: str, mode: str = "r") -> int:
-        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode):
+        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode) or (self.windows and mode == "ab"):
             raise RequestRefused(f"invalid file open mode '{mode}'")
         if "\0" in path:
             raise RequestRefused("failed to open file: it has a null character")
@@ -2313,9 +2389,11 @@ class StandInAgent:
         return handle
 
     def _open_file(self, path: str, mode: str) -> _GuestFile:
-        if path == _BOOT_ID_PATH:
+        if path == _BOOT_ID_PATH and not self.windows:
             return _memory_file(f"{self._boot}\n".encode())
         real = self._host_path(path)
+        if self.windows and _is_being_written(real):
+            raise OSError(errno.EACCES, "The process cannot access the file: sharing violation")
         created = mode[0] != "r" and not Path(real).exists()
         mode = mode.replace("b", "") + "b"
         # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
@@ -2334,7 +2412,8 @@ class StandInAgent:
         if not 0 <= count <= _READ_LIMIT:
             raise RequestRefused(f"value '{count}' is invalid for argument count")
         data = file.read(count) or b""
-        return {"count": len(data), "buf-b64": _encoded(data), "eof": len(data) < count}
+        eof = not data if self.windows else len(data) < count
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
 
     def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
         file = self._file(handle)
@@ -2437,6 +2516,469 @@ def _describe_interface(name: str) -> dict[str, Any]:
     return info
 
 
+# === stand-in for Windows =========================================================================
+#
+# Just enough to run vmrm's own scripts and a test's: cmd.exe with batch files of plain lines (no
+# blocks, no pipes, no && and ||, no call, no delayed expansion, one form of `for`), taskkill, and
+# of PowerShell the scripts of this module, known by their text. Names are not case-blind. X.exe is
+# the host's program X. What it does not play is an error that says so, never a guess.
+
+
+def _is_being_written(path: str) -> bool:
+    """Whether a process has a file open for writing: Windows then lets the agent not read it."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if str(link.readlink()) == path and int(link.parent.parent.name) != os.getpid():
+                flags = Path(link.parent.parent, "fdinfo", link.name).read_text().split()[3]
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
+
+
+def words_of_windows(text: str) -> list[str]:
+    """Return the words of a Windows command line, as CommandLineToArgvW takes it apart."""
+    words: list[str] = []
+    word, quoted, begun = "", False, False
+    for match in re.finditer(r'(\\*)"|\\+|[ \t]|[^\\" \t]+', text):
+        part = match[0]
+        if part.endswith('"'):
+            word += "\\" * (len(match[1]) // 2)
+            begun = True
+            if len(match[1]) % 2:
+                word += '"'
+            else:
+                quoted = not quoted
+        elif part in (" ", "\t") and not quoted:
+            if begun:
+                words.append(word)
+            word, begun = "", False
+        else:
+            word, begun = word + part, True
+    return [*words, word] if begun else words
+
+
+class _NotPlayed(Exception):
+    """Something that the stand-in does not play."""
+
+
+class _BatchEnd(Exception):
+    """The end of a batch file, or of cmd.exe itself."""
+
+    def __init__(self, code: int, of_all: bool = False) -> None:
+        super().__init__(code)
+        self.code, self.of_all = code, of_all
+
+
+# Imported, not run as a script, so that it is compiled once.
+_PLAY = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    "import drivers; sys.exit(drivers._play_windows(*sys.argv[1:]))"
+)
+
+
+class _Windows:
+    """A Windows guest's programs, played below a folder of this host."""
+
+    def __init__(self, root: Path, boot: str = "") -> None:
+        self.root, self.boot = root, boot
+
+    def host(self, path: str | PurePath, cwd: str | PurePath = "") -> str:
+        """Return the host's path of a guest's. Raises OSError for one without a drive."""
+        place = PureWindowsPath(cwd, path)
+        if not place.is_absolute() or len(place.drive) != 2:
+            raise OSError(errno.ENOENT, "The system cannot find the path specified")
+        return str(self.root.joinpath(place.drive[0].upper(), *place.parts[1:]))
+
+    def argv(self, boot: str, path: str, *words: str) -> list[str]:
+        """Return the host's words that play a guest's program."""
+        name = PureWindowsPath(path).name.lower().removesuffix(".exe")
+        if name in ("cmd", "powershell", "taskkill"):
+            # The agent joins what it is given to one string, by the rules of the C run time.
+            tail = subprocess.list2cmdline(words)
+            return [sys.executable, "-IS", "-c", _PLAY, str(self.root), boot, name, tail]
+        return [self.program(path, "C:\\"), *words]
+
+    def program(self, name: str, cwd: str | PurePath) -> str:
+        """Return the host's path of a program, for a batch file that of the file itself."""
+        place = PureWindowsPath(name)
+        for suffix in ("", ".exe", ".bat", ".cmd"):
+            with contextlib.suppress(OSError):
+                found = self.host(f"{name}{suffix}", cwd)
+                if Path(found).is_file():
+                    return found
+        on_host = None if len(place.parts) > 1 else shutil.which(name.removesuffix(".exe"))
+        if on_host is None:
+            raise OSError(errno.ENOENT, "The system cannot find the file specified")
+        return on_host
+
+    def play(self, name: str, tail: str) -> int:
+        """Play cmd, powershell or taskkill with its command line; return the exit code."""
+        if name == "cmd":
+            return _Cmd(self).run(tail)
+        words = words_of_windows(tail)
+        if name == "taskkill":
+            pids = [int(word) for word in words if word.isdigit()]
+            return 128 * sum(not _signal(os.killpg, pid, signal.SIGKILL) for pid in pids)
+        script = base64.b64decode(words[-1]).decode("utf-16-le").removeprefix("$w = @(")
+        found: list[str] = []
+        one = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
+        while match := one.match(script):
+            found.append(re.sub("(['\u2018-\u201b])\\1", r"\1", match[1]))
+            script = script[match.end() :]
+        script = script.removeprefix("); ")
+        if script not in _PLAYED:
+            raise _NotPlayed(f"PowerShell: {script[:200]}")
+        return int(_PLAYED[script](self, *found) or 0)
+
+    def _matches(self, path: str) -> Sequence[Path]:
+        place = Path(self.host(path))
+        pattern = str(place.relative_to(self.root))
+        return [place] if place.exists() else sorted(self.root.glob(pattern))
+
+    def exists(self, path: str) -> int:
+        """Play _EXISTS_PS."""
+        return int(not self._matches(path))
+
+    def mkdir(self, path: str) -> None:
+        """Play _MKDIR_PS."""
+        Path(self.host(path)).mkdir(parents=True, exist_ok=True)
+
+    def delete(self, path: str) -> None:
+        """Play _DELETE_PS."""
+        Path(self.host(path)).unlink()
+
+    def tell_boot(self) -> None:
+        """Play _BOOT_PS."""
+        print(self.boot)  # noqa: T201 - it is a program's output
+
+    def list(self, path: str) -> None:
+        """Play LIST_PS."""
+        for top in self._matches(path):
+            for place in [top, *(item for item in top.rglob("*") if not item.is_symlink())]:
+                drive, *parts = place.relative_to(self.root).parts
+                kind, facts = "d" if place.is_dir() else "f", place.stat()
+                times = f"{facts.st_mtime // 1:.0f} {time.time() // 1:.0f}"
+                shown = PureWindowsPath(f"{drive}:\\", *parts)
+                line = f"{kind} {facts.st_size * (kind == 'f')} {times} {shown}\0"
+                sys.stdout.buffer.write(os.fsencode(line))
+
+    def hash(self, path: str, size: str) -> int:
+        """Play HASH_PS."""
+        data = Path(self.host(path)).read_bytes()[: int(size)]
+        print(hashlib.sha256(data).hexdigest())  # noqa: T201 - it is a program's output
+        return int(len(data) < int(size))
+
+    def move(self, source: str, target: str) -> int:
+        """Play MOVE_PS."""
+        if Path(self.host(target)).is_dir():
+            Path(self.host(source)).unlink()
+            print("it is a directory", file=sys.stderr)  # noqa: T201 - it is a program's output
+            return 1
+        Path(self.host(source)).replace(self.host(target))
+        return 0
+
+    def copy(self, source: str, target: str) -> None:
+        """Play COPY_PS."""
+        shutil.copyfile(self.host(source), self.host(target))
+
+    def probe(self, *directories: str) -> None:
+        """Play PROBE_PS."""
+        running: dict[int, str] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                words = (folder / "cmdline").read_text().rstrip("\0").split("\0")
+                if words[3:5] == [_PLAY, str(self.root)] and words[6] == "cmd":
+                    running[int(folder.name)] = words[7]
+        for here in map(PureWindowsPath, directories):
+            folder = Path(self.host(here))
+            code = folder / "exit"
+            script = re.escape(str(here.parent / "call_arguments.bat"))
+            pattern = f'{script}"? {here.suffix[1:]} '
+            pids = [pid for pid, line in running.items() if re.search(pattern, line)]
+            told = [
+                "claim",
+                code.read_text().strip() if code.exists() else "",
+                str(pids[0]) if pids else "",
+                "alive" if pids else "gone",
+            ]
+            print(":".join(told) if folder.is_dir() else "none")  # noqa: T201 - a program's output
+
+
+_PLAYED: dict[str, Callable[..., int | None]] = {
+    _EXISTS_PS: _Windows.exists,
+    _MKDIR_PS: _Windows.mkdir,
+    _DELETE_PS: _Windows.delete,
+    _BOOT_PS: _Windows.tell_boot,
+    LIST_PS: _Windows.list,
+    HASH_PS: _Windows.hash,
+    MOVE_PS: _Windows.move,
+    COPY_PS: _Windows.copy,
+    PROBE_PS: _Windows.probe,
+}
+
+
+class _Cmd:
+    """cmd.exe, as far as the comment of this section says."""
+
+    _WORD = r'(?:"[^"]*"|[^\s"]+)'
+    _IF = re.compile(
+        rf"if\s+(not\s+)?(?:exist\s+({_WORD})|errorlevel\s+(\d+)|({_WORD}?)==({_WORD}))\s+(.*)",
+        re.IGNORECASE | re.DOTALL,
+    )
+    _FOR = re.compile(r'for %([A-Z]) in \((?:"([^"]+)"|\*)\) do (.*)', re.DOTALL)
+    _REDIRECT = re.compile(r'(>>|>|<)[ ]*(?:&([12])|"([^"]*)"|([^\s&|<>"]+))')
+
+    def __init__(self, windows: _Windows) -> None:
+        self.windows = windows
+        self.code = 0  # ERRORLEVEL
+        self.cwd = PureWindowsPath("C:\\")
+        with contextlib.suppress(ValueError):  # the agent's own is outside of all drives
+            drive, *parts = Path.cwd().relative_to(windows.root).parts
+            self.cwd = PureWindowsPath(f"{drive}:\\", *parts)
+
+    def run(self, tail: str) -> int:
+        """Do what the words after `cmd.exe` say; return the exit code."""
+        match = re.fullmatch(r"(?:/d |/e:on |/v:off )*/c (.*)", tail, re.DOTALL | re.IGNORECASE)
+        if match is None:
+            raise _NotPlayed(f"cmd.exe {tail}")
+        line = match[1]
+        if line.startswith('"') and not self._is_program(line):
+            head, _, rest = line[1:].rpartition('"')
+            line = head + rest
+        try:
+            self._line(self._expanded(line, None))
+        except _BatchEnd as end:
+            return end.code
+        return self.code
+
+    def _is_program(self, line: str) -> bool:
+        """Whether the quotes of a line are those of its program's name, and so to be kept."""
+        name = line.split('"')[1]
+        if line.count('"') != 2 or " " not in name or re.search(r"[&<>()@^|]", name):
+            return False
+        with contextlib.suppress(OSError):
+            return bool(self.windows.program(name, self.cwd))
+        return False
+
+    def _file(self, path: str, tail: str) -> None:
+        """Run a batch file; set the exit code."""
+        words = [path, *re.findall(self._WORD, tail)]
+        lines = Path(path).read_bytes().decode().replace("\r\n", "\n").split("\n")
+        labels = {line[1:].split()[0].lower(): n for n, line in enumerate(lines) if line[:1] == ":"}
+        at = 0
+        while at < len(lines):
+            line, at = lines[at], at + 1
+            try:
+                if line[:1] != ":":
+                    self._line(self._expanded(line, words))
+            except _BatchEnd as end:
+                if end.of_all:
+                    raise
+                self.code = end.code
+                return
+            except KeyError as label:  # goto
+                at = labels[str(label.args[0])]
+
+    def _expanded(self, line: str, words: Sequence[str] | None) -> str:
+        """Return a line with its variables replaced; *words* are a batch file's."""
+
+        def value(match: re.Match[str]) -> str:
+            double, strip, number, name = match.groups()
+            if number and words is not None:
+                word = words[int(number)] if int(number) < len(words) else ""
+                return word.strip('"') if strip else word
+            if double and words is not None:
+                return "%"
+            if name and ":" in name:
+                raise _NotPlayed(f"%{name}%")
+            known = {key.lower(): text for key, text in os.environ.items()}
+            known["errorlevel"] = str(self.code)
+            if name:
+                return known.get(name.lower(), "" if words is not None else match[0])
+            return "" if words is not None else match[0]
+
+        return re.sub(r"%(?:(%)|(~?)([0-9])|([^%]+)%)?", value, line)
+
+    def _line(self, line: str) -> None:
+        line = line.lstrip(" \t@")
+        if match := self._IF.fullmatch(line):
+            negated, path, level, left, right, rest = match.groups()
+            if path:
+                holds = self._exists(path.strip('"'))
+            else:
+                holds = self.code >= int(level) if level else left == right
+            if holds != bool(negated):
+                self._line(rest)
+        elif match := self._FOR.fullmatch(line):
+            letter, name, rest = match.groups()
+            folder = Path(self.windows.host(self.cwd))
+            for place in (
+                [folder / name] if name else filter(Path.is_file, sorted(folder.iterdir()))
+            ):
+                line = rest.replace(f"%~z{letter}", str(place.stat().st_size))
+                self._line(line.replace(f"%{letter}", place.name))
+        else:
+            for text, redirects in self._commands(line):
+                with self._redirected(redirects):
+                    self._command(text)
+
+    def _exists(self, path: str) -> bool:
+        place = Path(self.windows.host(path.removesuffix("*"), self.cwd))
+        return place.is_dir() if path.endswith("*") else place.exists()
+
+    def _commands(self, line: str) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
+        """Yield the commands of a line, each with its redirections (descriptor, how, where)."""
+        text, quoted, at = "", False, 0
+        redirects: list[tuple[int, str, str]] = []
+        while at < len(line):
+            char = line[at]
+            if char == '"':
+                quoted = not quoted
+            elif char == "^" and not quoted:
+                at += 1
+                char = line[at : at + 1]
+            elif char in "<>" and not quoted:
+                match = self._REDIRECT.match(line, at)
+                if match is None:
+                    raise _NotPlayed(line)
+                how, copied, *named = match.groups()
+                fd = 0 if how == "<" else 1
+                if re.search(r"(^|\s)[0-9]$", text):
+                    text, fd = text[:-1], int(text[-1])
+                redirects.append((fd, how, f"&{copied}" if copied else named[0] or named[1]))
+                at = match.end()
+                continue
+            elif char in "&|" and not quoted:
+                if char == "|" or line[at : at + 2] == "&&":
+                    raise _NotPlayed(line)
+                yield text, redirects
+                text, redirects, char = "", [], ""
+            text, at = text + char, at + 1
+        yield text, redirects
+
+    @contextlib.contextmanager
+    def _redirected(self, redirects: Sequence[tuple[int, str, str]]) -> Iterator[None]:
+        saved = {fd: os.dup(fd) for fd, _, _ in redirects}
+        flags = {"<": os.O_RDONLY, ">": os.O_WRONLY | os.O_CREAT | os.O_TRUNC}
+        flags[">>"] = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        try:
+            for fd, how, target in redirects:
+                if target[0] == "&":
+                    os.dup2(int(target[1]), fd)
+                    continue
+                null = target.lower() == "nul"
+                path = os.devnull if null else self.windows.host(target, self.cwd)
+                opened = os.open(path, flags[how], 0o666)
+                os.dup2(opened, fd)
+                os.close(opened)
+            yield
+        finally:
+            for fd, old in saved.items():
+                os.dup2(old, fd)
+                os.close(old)
+
+    def _command(self, text: str) -> None:
+        match = re.match(r'\s*(?:"([^"]*)"|([^\s"=,;]+))(.*)', text, re.DOTALL)
+        if match is None:
+            return
+        name, tail = match[1] or match[2], match[3]
+        builtin = getattr(self, f"_do_{name.lower()}", None) if match[1] is None else None
+        if builtin is None:
+            self._start(name, tail)
+            return
+        words = [word.strip('"') for word in re.findall(self._WORD, tail)]
+        try:
+            builtin(tail, *(word for word in words if word.lower() not in ("/y", "/b", "/d")))
+        except OSError as error:
+            self.code = 1
+            os.write(2, f"{error.strerror}\r\n".encode())
+
+    def _start(self, name: str, tail: str) -> None:
+        if name.lower() in ("cmd", "cmd.exe"):
+            words = self.windows.argv(self.windows.boot, "cmd.exe")
+            argv = [*words[:-1], tail.strip()]
+        else:
+            try:
+                found = self.windows.program(name, self.cwd)
+            except OSError:
+                os.write(2, f"'{name}' is not recognized as a program or batch file\r\n".encode())
+                self.code = 9009
+                return
+            if found.lower().endswith((".bat", ".cmd")):  # which never returns
+                self._file(found, tail)
+                raise _BatchEnd(self.code)
+            argv = [found, *words_of_windows(tail)]
+        code = subprocess.run(argv, cwd=self.windows.host(self.cwd), check=False).returncode
+        self.code = code if code >= 0 else 1
+
+    def _do_echo(self, tail: str, *_: str) -> None:
+        if tail.strip().lower() not in ("off", "on"):
+            os.write(1, f"{tail[1:]}\r\n".encode())
+
+    def _do_rem(self, tail: str, *_: str) -> None:
+        pass
+
+    _do_setlocal = _do_chcp = _do_rem
+
+    def _do_set(self, tail: str, *words: str) -> None:
+        tail = tail[1:]
+        reads = tail.lower().startswith("/p ")
+        tail = tail[3:] if reads else tail
+        if tail.startswith('"'):
+            tail = tail[1:].rpartition('"')[0]
+        name, _, value = tail.partition("=")
+        if reads:
+            value = os.read(0, 1024).decode().splitlines()[0]
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
+
+    def _do_cd(self, tail: str, path: str) -> None:
+        place = self.cwd.parent if path == ".." else PureWindowsPath(self.cwd, path)
+        if not Path(self.windows.host(place)).is_dir():
+            raise FileNotFoundError(errno.ENOENT, "The system cannot find the path specified")
+        self.cwd = place
+
+    def _do_mkdir(self, tail: str, path: str) -> None:
+        Path(self.windows.host(path, self.cwd)).mkdir(parents=True)
+
+    def _do_goto(self, tail: str, label: str) -> None:
+        raise KeyError(label.lower().lstrip(":"))
+
+    def _do_exit(self, tail: str, code: str = "") -> None:
+        raise _BatchEnd(int(code or self.code), "/b" not in tail.lower())
+
+    def _do_copy(self, tail: str, source: str, target: str) -> None:
+        shutil.copyfile(*(self.windows.host(path, self.cwd) for path in (source, target)))
+        self.code = 0
+
+    def _do_move(self, tail: str, source: str, target: str) -> None:
+        old, new = (Path(self.windows.host(path, self.cwd)) for path in (source, target))
+        old.replace(new / old.name if new.is_dir() else new)
+        self.code = 0
+
+    def _do_ren(self, tail: str, source: str, target: str) -> None:
+        old = Path(self.windows.host(source, self.cwd))
+        os.link(old, old.with_name(target))  # which replaces nothing
+        old.unlink()
+
+    def _do_del(self, tail: str, path: str) -> None:
+        Path(self.windows.host(path, self.cwd)).unlink()
+
+    def _do_type(self, tail: str, path: str) -> None:
+        os.write(1, b"" if path == "nul" else Path(self.windows.host(path, self.cwd)).read_bytes())
+
+
+def _play_windows(root: str, boot: str, name: str, tail: str) -> int:
+    """Be a program of a Windows guest; return its exit code."""
+    try:
+        return _Windows(Path(root), boot).play(name, tail)
+    except (OSError, _NotPlayed) as error:
+        kind = "the stand-in does not play" if isinstance(error, _NotPlayed) else "error"
+        print(f"{kind}: {error}", file=sys.stderr)  # noqa: T201 - it is a program's output
+        return 1
+
+
 # === stand-in server ==============================================================================
 
 
@@ -2495,7 +3037,10 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _serve(
-    places: Sequence[tuple[Path, Path | None]], boot_s: float, ready: Callable[[], None] | None
+    places: Sequence[tuple[Path, Path | None]],
+    windows: bool,
+    boot_s: float,
+    ready: Callable[[], None] | None,
 ) -> None:
     # Only a process that plays agents pays for this import.
     import asyncio
@@ -2505,7 +3050,7 @@ def _serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asyncio.current_task(loop).cancel)  # type: ignore[union-attr]
         for path, root in places:
-            agent = StandInAgent(path, loop, root)
+            agent = StandInAgent(path, loop, root, windows)
             listener = _listen(agent.socket_path)
             serving.append(loop.create_task(_serve_agent(loop, listener, agent, boot_s)))
             await asyncio.sleep(0)  # what has begun tidies up when it is cancelled
@@ -2523,25 +3068,28 @@ def serve_agent(
     socket_path: str | Path,
     root: str | Path | None = None,
     *,
+    windows: bool = False,
     boot_s: float = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Play a guest agent at *socket_path* until SIGTERM or SIGINT; call from the main thread.
 
-    With *root*, file commands outside of that directory are refused. A reboot takes *boot_s*
+    With *root*, file commands outside of that directory are refused. With *windows* it answers as
+    the agent of Windows does; drive C: is the folder C of *root*. A reboot takes *boot_s*
     seconds. *ready* is called once the socket listens. In the end the socket is removed and the
     programs are killed, so the next start is another boot; after a kill -9 it is the same one.
 
     Raises FileExistsError if something is at *socket_path* already, another OSError for a
-    missing directory.
+    missing directory; ValueError for *windows* without *root*.
     """
-    _serve([(Path(socket_path), None if root is None else Path(root))], boot_s, ready)
+    _serve([(Path(socket_path), None if root is None else Path(root))], windows, boot_s, ready)
 
 
 def serve_agents(
     directory: str | Path,
     count: int,
     *,
+    windows: bool = False,
     boot_s: float = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
@@ -2556,4 +3104,4 @@ def serve_agents(
         root = folder / str(number)
         root.mkdir(parents=True, exist_ok=True)
         places.append((folder / f"{number}.sock", root))
-    _serve(places, boot_s, ready)
+    _serve(places, windows, boot_s, ready)

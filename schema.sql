@@ -47,6 +47,9 @@ CREATE TABLE vms (
     "current_time" TEXT NOT NULL DEFAULT '',   -- the schedule time reached; '' until contacted
     control_ip TEXT NOT NULL DEFAULT '',
     path TEXT NOT NULL DEFAULT '',             -- the agent's address; '' cannot be run
+    pool TEXT NOT NULL DEFAULT '',             -- the group it is leased from: path comes with it
+    pool_vm TEXT NOT NULL DEFAULT '',          -- its name there
+    pool_token TEXT NOT NULL DEFAULT '',       -- the lease's, one for all VMs of the experiment
     engine TEXT NOT NULL DEFAULT 'QemuVM',     -- which driver
     launch_dir TEXT NOT NULL DEFAULT '',       -- '' is the driver's own: /var/launch, C:\launch
     agent_timeout_s REAL NOT NULL DEFAULT 300 CHECK (agent_timeout_s > 0),

@@ -47,11 +47,12 @@ import stat
 import sys
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
@@ -1041,6 +1042,7 @@ _VM_DEFAULTS: dict[str, Any] = {
     "current_time": "",
     "control_ip": "",
     "path": "",
+    "pool": "",
     "engine": "QemuVM",
     "launch_dir": "",
     "agent_timeout_s": 300.0,
@@ -1079,7 +1081,7 @@ class VMMapping(_Served):
 
         Args:
             entry: server_uuid and server_name, and any of state, current_time, control_ip,
-                path, engine, launch_dir, agent_timeout_s (seconds), set_time.
+                path, pool, engine, launch_dir, agent_timeout_s (seconds), set_time.
 
         Raises:
             ValueError: server_uuid or server_name is missing or unusable, the state unknown,
@@ -1260,15 +1262,16 @@ def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, A
         try:
             connection.execute(
                 """INSERT INTO vms (server_uuid, server_name, state, state_at, "current_time",
-                       control_ip, path, engine, launch_dir, agent_timeout_s, set_time)
+                       control_ip, path, pool, engine, launch_dir, agent_timeout_s, set_time)
                    VALUES (:server_uuid, :server_name, :state, :now, :current_time,
-                       :control_ip, :path, :engine, :launch_dir, :agent_timeout_s, :set_time)
+                       :control_ip, :path, :pool, :engine, :launch_dir, :agent_timeout_s, :set_time)
                    ON CONFLICT (server_uuid) DO UPDATE SET
                        server_name = excluded.server_name, state = excluded.state,
                        state_at = excluded.state_at, reason = '',
                        "current_time" = excluded."current_time",
                        control_ip = excluded.control_ip, path = excluded.path,
-                       engine = excluded.engine, launch_dir = excluded.launch_dir,
+                       pool = excluded.pool, engine = excluded.engine,
+                       launch_dir = excluded.launch_dir,
                        agent_timeout_s = excluded.agent_timeout_s,
                        set_time = excluded.set_time""",
                 {**entry, "now": CLOCK.wall()},
@@ -1564,7 +1567,7 @@ def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
 
 
 # What our script keeps in an entry's directory.
-_OUR_OWN = re.compile(r"(call_(arguments|program)\.sh|attempt\.[0-9]+)(/|$)")
+_OUR_OWN = re.compile(r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+)(/|$)", re.IGNORECASE)
 
 
 def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
@@ -1586,7 +1589,7 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
     if item.get("resume") and at < 0:
         yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
-        if _OUR_OWN.match(os.path.normpath(part["location"])):
+        if _OUR_OWN.match(os.path.normpath(part["location"].replace("\\", "/"))):
             yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in given:
         for key in ("arguments", "env", "cwd", "user", "timeout"):
@@ -2296,7 +2299,7 @@ class Journal:
             host: Those that run on this host, whose boot id they get.
 
         Raises:
-            _Leave: the schedule was replaced meanwhile.
+            _Replaced: the schedule was replaced meanwhile.
         """
         armed = {}
         with self.db.transaction():
@@ -2329,10 +2332,10 @@ class Journal:
         )
 
     def check_generation(self) -> None:
-        """Raise `_Leave` if these entries are no longer the VM's schedule."""
+        """Raise `_Replaced` if these entries are no longer the VM's schedule."""
         sql = "SELECT generation FROM schedules WHERE server_name = :name"
         if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
-            raise _Leave("the schedule was replaced")
+            raise _Replaced("the schedule was replaced")
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
@@ -2793,11 +2796,15 @@ def _this_process(pid: int) -> Holder:
 @functools.lru_cache(maxsize=1)
 def _who(pid: int) -> str:
     """Return this process, `pid`, in words for the pool's history."""
+    return f"{_user()}, process {pid}"
+
+
+def _user() -> str:
     import getpass
 
     with contextlib.suppress(KeyError, OSError):  # a user without a name
-        return f"{getpass.getuser()}, process {pid}"
-    return f"user {os.getuid()}, process {pid}"
+        return getpass.getuser()
+    return f"user {os.getuid()}"
 
 
 def _holder(row: Mapping[str, Any]) -> Holder | None:
@@ -3032,12 +3039,55 @@ class Request:
     build_id: str | None = None
     chroot: str | None = None
     priority: int = 0  # in the queue: higher ones first
+    # Called with the rows of the leased VMs, inside the transaction that leases them.
+    within: Callable[[list[dict[str, Any]]], object] | None = None
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def party(self) -> dict[str, str]:
         """Whom VMs are bound to by it."""
         return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+class Waiting:
+    """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
+
+    Args:
+        pool: The pool.
+        request: What is wanted.
+        seconds: After which nobody need reckon with it any more.
+    """
+
+    def __init__(self, pool: VmManager, request: Request, seconds: float = math.inf) -> None:
+        self.pool, self.request = pool, request
+        self._deadline = CLOCK.monotonic() + seconds
+        self._socket = WakeSocket(pool.db, f"wait-{request.token}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the queue; who came after may have what was kept for us."""
+        self._socket.close()
+        sql = "DELETE FROM pool_waiters WHERE token = :token RETURNING id"
+        if self.pool.db.write(sql, token=self.request.token):
+            wake_pool(self.pool.db)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._socket.fileno()
+
+    def try_again(self) -> list[dict[str, Any]]:
+        """Return the rows of all VMs that are wanted, now leased; or none, and go on waiting."""
+        self._socket.drain()
+        self.pool._queue_up(self.request, self._deadline - CLOCK.monotonic())
+        return self.pool._acquire(self.request)
+
+    def reason(self) -> str:
+        """Return the place in the queue, and why there is nothing yet."""
+        token, queue = self.request.token, self.pool._queue()
+        place = len(list(itertools.takewhile(lambda other: other.token != token, queue))) + 1
+        return f"number {place} in the queue; {self.pool._why_none(self.request)}"
 
 
 def pool_log(db: Database, vm_name: str) -> Path:
@@ -3464,6 +3514,8 @@ class VmManager(_Rows):
                     rows = [self._lease(name, request) for name in names]
                 else:
                     rows = self._take_all(request, since)
+                if request.within:
+                    request.within(rows)
                 _crash("pool-acquiring")
         except NoVmAvailable:
             return []
@@ -3626,28 +3678,16 @@ class VmManager(_Rows):
         self, request: Request, timeout: float, tell: Callable[[str], object]
     ) -> list[dict[str, Any]]:
         """Stand in the queue until there is what is wanted; leave it in any case."""
-        told, deadline = "", CLOCK.monotonic() + timeout
-        poll, socket = select.poll(), WakeSocket(self.db, f"wait-{request.token}")
-        poll.register(socket.fileno(), select.POLLIN)
-        try:
-            while True:
-                self._queue_up(request, deadline - CLOCK.monotonic())
-                if rows := self._acquire(request):
-                    return rows
+        told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
+        with Waiting(self, request, timeout) as place:
+            poll.register(place.fileno(), select.POLLIN)
+            while not (rows := place.try_again()):
                 if (left := deadline - CLOCK.monotonic()) <= 0:
                     raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
-                ahead = itertools.takewhile(lambda r: r.token != request.token, self._queue())
-                place = len(list(ahead)) + 1
-                if (now := f"number {place} in the queue; {self._why_none(request)}") != told:
+                if (now := place.reason()) != told:
                     tell(told := now)
                 poll.poll(1000 * min(left, self.db.timeouts.look))
-                socket.drain()
-        finally:
-            socket.close()
-            if self.db.write(
-                "DELETE FROM pool_waiters WHERE token = :token RETURNING id", token=request.token
-            ):
-                wake_pool(self.db)  # who came after may have what was kept for us
+            return rows
 
     def _queue_up(self, request: Request, left: float) -> None:
         """Enter the queue, or say that we still wait."""
@@ -4191,7 +4231,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     """End the current experiment: VMs, schedules, times and requests go.
 
     The journal stays under the old experiment's id, as do logs and transfers, in directories
-    named after it. The pool is never touched.
+    named after it. The pool gets its VMs back, and is not touched otherwise.
 
     Args:
         db: The database.
@@ -4204,12 +4244,14 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     old = current_experiment(db)["id"]
     with db.transaction(durable=True):
         run = db.connection.execute
+        give_back(db)
         run("DELETE FROM vms")
         run("DELETE FROM requests")
         run("UPDATE schedules SET text = NULL, generation = generation + 1")
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
+    wake_pool(db)
     import shutil
 
     if purge:
@@ -4396,6 +4438,11 @@ name=$1; shift
 for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
 """
 
+_MOVE_SCRIPT = (
+    'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
+    'chmod "$3" "$1" && mv -f "$1" "$2"'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
@@ -4421,6 +4468,11 @@ def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
+
+
+def is_guest_path(path: str) -> bool:
+    """Whether a path means the same wherever a program of the guest stands, whatever its system."""
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
 
 
 def guest_path(entry: ScheduleEntry, location: str) -> str:
@@ -4517,7 +4569,7 @@ def parse_found(line: str) -> Found:
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
-_EXIT_WORDS = re.compile(r"([0-9]{1,3}) ([01])\n?")
+_EXIT_WORDS = re.compile(r"(-?[0-9]{1,10}) ([01])\r?\n?")  # Windows has 32 bits
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
@@ -4530,6 +4582,473 @@ def parse_exit(text: str) -> tuple[int, bool]:
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
+
+
+# --- Windows
+#
+# cmd.exe reads a batch file line by line: first %NAME% is replaced, then quotes and ^ decide which
+# of & | < > ( ) mean something; what is left reaches a program as one string, which the program
+# takes apart by the rules of CommandLineToArgvW. "||" and "&&" are not used: the condition after
+# each command is written out, as every cmd.exe has understood it since 1993.
+
+_CALL_BATCH = """\
+@echo off
+rem vmrm: {title}
+setlocal EnableExtensions DisableDelayedExpansion
+if "%~2"=="{token}" goto ours
+echo this launch directory is used by another VM or experiment>&2
+exit /b {claim_failed}
+:ours
+cd /d {working_dir}
+if errorlevel 1 exit /b {claim_failed}
+mkdir "attempt.%~1"
+if errorlevel 1 exit /b {claim_failed}
+set "here=attempt.%~1"
+cmd.exe /d /e:on /v:off /c .\\call_program.bat >"%here%\\out" 2>"%here%\\err" <nul
+set code=%errorlevel%
+set reboot=0
+if exist {reboot} set reboot=1
+>"%here%\\exit.new" echo %code% %reboot%
+move /y "%here%\\exit.new" "%here%\\exit" >nul
+exit /b %code%
+"""
+
+# One file of the entry: a directory in its place is not replaced.
+_PLACE_BATCH = """\
+if exist {as_folder} echo {location} is a directory>&2
+if exist {as_folder} exit /b {place_failed}
+if not exist {folder_as_folder} mkdir {folder}
+copy /b /y {content} {temporary} >nul
+if errorlevel 1 exit /b {place_failed}
+move /y {temporary} {location} >nul
+if errorlevel 1 exit /b {place_failed}
+"""
+
+# A file gets its name and content in one step, and ren replaces nothing: one VM owns the stage.
+_PREPARE_BATCH = """\
+@echo off
+setlocal EnableExtensions DisableDelayedExpansion
+cd /d {stage}
+if errorlevel 1 exit /b 1
+>"{new}" echo {vm}
+ren "{new}" "of.{experiment}" 2>nul
+if exist "{new}" del "{new}"
+set owner=
+set /p owner=<"of.{experiment}"
+if "%owner%"=="{vm}" goto ours
+echo this launch directory is used by another VM of this experiment>&2
+exit /b 1
+:ours
+cd ..
+{moving}
+cd {stage}
+for %%F in (*) do echo %%~zF %%F
+exit /b 0
+"""
+
+_KEEP_BATCH = """\
+for %%F in ("{sha256}.part") do if not "%%~zF"=="{size}" goto damaged
+move /y "{sha256}.part" "{sha256}" >nul
+if errorlevel 1 exit /b 1
+"""
+
+_BATCH_LINE = 8000  # cmd.exe takes 8191 characters
+_PLAIN_LAUNCH = re.compile(r"[A-Za-z]:\\[A-Za-z0-9 ._~\\-]*")
+_NO_WINDOWS_PATH = re.compile(r"[\x00-\x1f\"<>|?*]")
+_NO_BATCH_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f]")
+
+
+def batch_text(text: str) -> str:
+    """Return a text for a line of a batch file that cmd.exe passes on unchanged.
+
+    Every character that means something is escaped, quotes too, so that there is no quoted part
+    in which `^` would escape nothing.
+    """
+    return re.sub(r'[()!^"<>&|]', r"^\g<0>", text).replace("%", "%%")
+
+
+def batch_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a line of a batch file that runs a program with exactly these arguments.
+
+    Raises:
+        ValueError: cmd.exe cannot carry one of them.
+    """
+    import subprocess
+
+    for word in (program, *arguments):
+        if _NO_BATCH_TEXT.search(word):
+            raise ValueError(
+                f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
+                "pass it in a file"
+            )
+    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+
+
+def _batch_path(path: str) -> str:
+    """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
+    if _NO_WINDOWS_PATH.search(path):
+        raise ValueError(f"no path of Windows: {path!r}")
+    return '"' + path.replace("%", "%%") + '"'
+
+
+def _batch_folder(path: str) -> str:
+    """Return, for `if exist`, what exists only if a path is a directory, an empty one too."""
+    return _batch_path(path.rstrip("\\"))[:-1] + '\\*"'
+
+
+def batch_file(text: str) -> str:
+    """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced.
+
+    Raises:
+        ValueError: a line is too long for cmd.exe.
+    """
+    lines = re.split(r"\r?\n", text)
+    if not text.isascii():
+        # Where there is no console it fails, and only a program sets ERRORLEVEL back.
+        lines[1:1] = ["chcp 65001 >nul 2>nul", "cmd.exe /d /c exit 0"]
+    longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
+    if longest > _BATCH_LINE:
+        raise ValueError(f"cmd.exe takes no line of {longest} characters; use a file")
+    return "\r\n".join(lines)
+
+
+class PosixGuest:
+    """What a handler has to know of its guest's system: paths, our scripts, what runs them.
+
+    Args:
+        driver: Connected.
+        launch_dir: That of the VM, '' for the system's own.
+        seconds: For one of our scripts.
+    """
+
+    launch = "/var/launch"
+    separator = "/"
+    flavour: type[PurePath] = PurePosixPath
+
+    def __init__(
+        self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+    ) -> None:
+        self.driver, self.seconds = driver, seconds
+        self.stage = self.join(launch_dir or self.launch, ".stage")
+
+    def join(self, *parts: str) -> str:
+        """Return a path of the guest."""
+        return self.separator.join(parts)
+
+    def path(self, entry: ScheduleEntry, location: str) -> str:
+        """Return a location as an absolute path: relative ones lie in the entry's directory."""
+        return str(self.flavour(entry.working_dir) / location)
+
+    def is_absolute(self, path: str) -> bool:
+        """Whether a path means the same wherever a program stands."""
+        return self.flavour(path).is_absolute()
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text as the file at a location must have it."""
+        return text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return token
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a script of ours that is in the guest."""
+        return ["/bin/sh", script, *words]
+
+    def ask(self, argv: Sequence[str]) -> drivers.ExecStatus:
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about.
+
+        Raises:
+            LinkLost: it cannot.
+        """
+        try:
+            return self.driver.run(argv, timeout=self.seconds)
+        except drivers.AgentError as error:
+            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
+        argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
+        return self.driver.run(argv, timeout=self.seconds)
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, user) of each script of an entry. Raises ValueError if it has none.
+
+        The parameters are those of `call_script`.
+        """
+        script = call_script(entry, title=title, token=token, stage=self.stage, placed=placed)
+        scripts = [(script, str(entry.call_arguments_filename), "")]
+        if entry.executable and (user := entry.options.get("user")):
+            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
+        return scripts
+
+    script_suffix = ".part"
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the script that lays files out, given what the next three methods return."""
+        return "\n".join([_LAYOUT_HEAD.format(stage=shlex.quote(self.stage)), *lines]) + "\n"
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage."""
+        return f"keep {sha256} {size}"
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return what makes a text a content of the stage; None: it must be pushed."""
+        return f"text {sha256} {shlex.quote(text)}"
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        return f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}"
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        return self.ask(["/bin/sh", "-c", _PROBE_SCRIPT, "sh", *directories])
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the commands that end programs and all theirs, each with a pause after it."""
+        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
+        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return ["/bin/sh", "-c", _LIST_SCRIPT, "sh", location]
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that gives a file its mode and place, but not that of a directory."""
+        return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; `last` says that there will not be another chance."""
+        return self.driver.read_bytes(path, limit=limit, offset=offset)
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`, as the driver's method of this name does."""
+        return self.driver.pull(path, sink, offset=offset, limit=limit)
+
+
+class WindowsGuest(PosixGuest):
+    """A Windows guest: batch files for what starts programs, PowerShell for what asks."""
+
+    launch = "C:\\launch"
+    separator = "\\"
+    flavour = PureWindowsPath
+    script_suffix = ".bat"
+
+    def content(self, location: str, text: str) -> str:
+        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
+        is_batch = PureWindowsPath(location).suffix.lower() in (".bat", ".cmd")
+        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return _digest(token)
+
+    def argv(self, script: str, *words: str) -> list[str]:
+        """Return the words that run a batch file; the agent puts quotes around a path with blanks,
+        which cmd.exe takes for what they are since nothing else in it needs quotes."""
+        return ["cmd.exe", "/d", "/c", script, *words]
+
+    def prepare(
+        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
+    ) -> drivers.ExecStatus:
+        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+            raise VMFailed(
+                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
+                "digits, blanks, '.', '_', '-', '~'"
+            )
+        aside = f".previous\\{old}"
+        moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
+        for folder in folders if fresh else ():
+            moving.append(f'if exist "{folder}\\*" move "{folder}" "{aside}\\" >nul')
+            moving.append(f'if exist "{folder}\\*" exit /b 1')
+        script = _PREPARE_BATCH.format(
+            stage=_batch_path(self.stage),
+            new=f"new.{old}",
+            vm=_digest(vm),
+            experiment=experiment,
+            moving="\n".join(moving),
+        )
+        self.driver.create_directories(self.stage)
+        path = self.join(self.stage, f"prepare.{old}.bat")
+        for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
+            pass
+        status = self.driver.run(self.argv(path), timeout=self.seconds)
+        self.driver.delete_file(path)
+        return status
+
+    def scripts(
+        self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Return (text, path, '') of each script of an entry. Raises ValueError if it has none."""
+        if "user" in entry.options:
+            raise ValueError("user is for POSIX guests; Windows lets nobody become another so")
+        script = _CALL_BATCH.format(
+            title=re.sub(r"[^A-Za-z0-9 ,.:()_-]", "?", title),
+            token=self.token(token),
+            claim_failed=CLAIM_FAILED,
+            working_dir=_batch_path(str(entry.working_dir)),
+            reboot=_batch_path(str(entry.reboot_filepath)),
+        )
+        program = "\n".join(self._program(entry, [sha256 for sha256, _ in placed])) + "\n"
+        folder = str(entry.working_dir)
+        return [
+            (batch_file(program), self.join(folder, "call_program.bat"), ""),
+            (batch_file(script), str(entry.call_arguments_filename), ""),
+        ]
+
+    def _program(self, entry: ScheduleEntry, placed: Sequence[str]) -> Iterator[str]:
+        """Yield the lines that place an entry's files and become its program."""
+        yield "@echo off"
+        yield "setlocal EnableExtensions DisableDelayedExpansion"
+        own: dict[str, str] = {}
+        for number, (item, sha256) in enumerate(zip(entry_files(entry), placed, strict=True)):
+            path = self.path(entry, item["location"])
+            if not self.is_absolute(path):
+                raise ValueError(f"location {item['location']!r} has a drive but no root")
+            own[path.casefold()] = path
+            folder = str(PureWindowsPath(path).parent)
+            temporary = self.join(folder, f".vmrm-{entry.ordinal}-{number}")
+            yield _PLACE_BATCH.format(
+                as_folder=_batch_folder(path),
+                location=_batch_path(path),
+                place_failed=PLACE_FAILED,
+                folder_as_folder=_batch_folder(folder),
+                folder=_batch_path(folder),
+                content=_batch_path(self.join(self.stage, sha256)),
+                temporary=_batch_path(temporary),
+            ).rstrip()
+        if not entry.executable:
+            yield "exit /b 0"
+            return
+        yield f"cd /d {_batch_path(self.path(entry, entry.options.get('cwd', '.')))}"
+        yield f"if errorlevel 1 exit /b {PLACE_FAILED}"
+        for key, value in entry.options.get("env", {}).items():
+            if _NO_BATCH_TEXT.search(value):
+                raise ValueError(f"cmd.exe cannot carry a line break or control character in {key}")
+            yield f"set {key}={batch_text(value)}"
+        placed_program = self.path(entry, entry.executable)
+        program = own.get(placed_program.casefold(), str(PureWindowsPath(entry.executable)))
+        if isinstance(entry.arguments, str):
+            yield f"{_batch_path(program)} {entry.arguments}"
+        else:
+            yield batch_command(program, entry.arguments or [])
+
+    def layout(self, lines: Sequence[str]) -> str:
+        """Return the batch file that lays files out, given what the next three methods return."""
+        head = ["@echo off", f"cd /d {_batch_path(self.stage)}", "if errorlevel 1 exit /b 1"]
+        tail = ["exit /b 0", ":damaged", "echo a file arrived damaged>&2", "exit /b 1", ""]
+        return batch_file("\n".join([*head, *(line.rstrip() for line in lines), *tail]))
+
+    def keep(self, sha256: str, size: int) -> str:
+        """Return what makes a pushed `<sha256>.part` a content of the stage; sizes must agree."""
+        return _KEEP_BATCH.format(sha256=sha256, size=size)
+
+    def text(self, sha256: str, text: str) -> str | None:
+        """Return None: a batch file cannot carry another one."""
+        return None
+
+    def put(self, sha256: str, path: str, user: str) -> str:
+        """Return what makes a content of the stage a script at a path."""
+        folder, new = str(PureWindowsPath(path).parent), _batch_path(path + ".new")
+        return "\n".join(
+            [
+                f"if not exist {_batch_folder(folder)} mkdir {_batch_path(folder)}",
+                f"copy /b /y {sha256} {new} >nul",
+                "if errorlevel 1 exit /b 1",
+                f"move /y {new} {_batch_path(path)} >nul",
+                "if errorlevel 1 exit /b 1",
+            ]
+        )
+
+    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
+        """Ask what attempts have left; a line for each, for `parse_found`."""
+        return self.ask(drivers.powershell(drivers.PROBE_PS, *directories))
+
+    def forbid(self, directories: Sequence[str]) -> None:
+        """Take the place of attempts that have not begun, so that they never will."""
+        for here in directories:
+            if self.ask(["cmd.exe", "/d", "/c", "mkdir", here]).exitcode == 0:
+                code = io.BytesIO(f"{CLAIM_FAILED} 0".encode())
+                for _ in self.driver.push(code, self.join(here, "exit")):
+                    pass
+
+    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
+        """Return the command that ends programs and all that they started."""
+        named = [word for pid in pids for word in ("/PID", pid)]
+        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+
+    def list_argv(self, location: str) -> list[str]:
+        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
+        return drivers.powershell(drivers.LIST_PS, location)
+
+    def hash_argv(self, path: str, size: int) -> list[str]:
+        """Return the command that prints the SHA-256 of a file's first bytes."""
+        return drivers.powershell(drivers.HASH_PS, path, str(size))
+
+    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that puts a file in its place, but not in that of a directory."""
+        return drivers.powershell(drivers.MOVE_PS, temporary, path)
+
+    def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
+        """Return a piece of a file; only at last of a copy, if a program still holds it."""
+        if not last:
+            return self.driver.read_bytes(path, limit=limit, offset=offset)
+        sink = io.BytesIO()
+        for _ in self.pull(path, sink, offset=offset, limit=limit):
+            pass
+        return sink.getvalue()
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Iterator[int]:
+        """Copy a file of the guest to `sink`; of one that is being written, a copy of that.
+
+        The agent opens no file that somebody else has open for writing; other programs do.
+        """
+        begin = sink.tell()
+        try:
+            yield from self.driver.pull(path, sink, offset=offset, limit=limit)
+        except drivers.AgentError:
+            copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
+            status = self.driver.run(
+                drivers.powershell(drivers.COPY_PS, path, copy), timeout=self.seconds
+            )
+            if status.exitcode != 0 or sink.tell() != begin:
+                raise
+            try:
+                yield from self.driver.pull(copy, sink, offset=offset, limit=limit)
+            finally:
+                with contextlib.suppress(drivers.DriverError):
+                    self.driver.delete_file(copy)
+
+
+def _digest(text: str) -> str:
+    """Return a word without any character that means something, instead of somebody's text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def guest_of(
+    driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+) -> PosixGuest:
+    """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
+    kind = WindowsGuest if driver.is_windows else PosixGuest
+    return kind(driver, launch_dir, seconds)
 
 
 # === agenda ======================================================================================
@@ -4832,7 +5351,7 @@ class OutputLog:
             self._partial[key] = rest
         elif rest:
             lines.append(rest)
-        self.lines(str(entry), stream, lines)
+        self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
         """Write what is left of a last line without an end."""
@@ -4933,16 +5452,23 @@ def _one_line(error: BaseException) -> str:
 
 _LIST_SCRIPT = """\
 IFS=
+now=$(date +%s)
 for top in $1; do
     [ -e "$top" ] || continue
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        now=$1; shift
         for path; do
             kind=f; [ -d "$path" ] && kind=d
             facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
-            printf "%s %s %s\\0" "$kind" "$facts" "$path"
-        done' sh {} +
+            printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
+        done' sh "$now" {} +
 done
 """
+
+# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
+_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
+
+SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4953,6 +5479,15 @@ class Listed:
     size: int  # bytes
     mtime: int  # seconds since the epoch
     path: str
+    settled: bool = True  # a later write gives it another mtime
+
+    @property
+    def copy_mtime_ns(self) -> int:
+        """The modification time of the host's copy, by which it is recognised, in nanoseconds.
+
+        The guest's, plus half a second if the file may change again within that very second.
+        """
+        return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
 
 
 def parse_listed(record: bytes) -> Listed:
@@ -4961,21 +5496,31 @@ def parse_listed(record: bytes) -> Listed:
     Raises:
         ValueError: it is no such record, or its path is not text that an agent could be sent.
     """
-    match = re.fullmatch(rb"([fd]) (\d{1,18}) (-?\d{1,11}) (/.*)", record, re.DOTALL)
+    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11}) (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
         raise ValueError("the VM lists it in an unexpected form")
-    kind, size, mtime, path = match.groups()
-    return Listed(kind == b"d", int(size), int(mtime), path.decode())
+    kind, size, mtime, now, path = match.groups()
+    # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
+    settled = abs(int(now) - int(mtime)) >= 2
+    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled)
 
 
 def safe_parts(path: str) -> list[str]:
     """Return the components of a guest's absolute path, none of which leads elsewhere.
 
+    Those of `C:\\logs\\a.log` are C, logs and a.log.
+
     Raises:
         ValueError: one of them does.
     """
-    parts = [part for part in path.split("/") if part]
-    if not parts or any(part in (".", "..") or "\0" in part for part in parts):
+    if drive := re.match(r"([A-Za-z]):\\", path):
+        parts = [drive[1].upper(), *path[3:].split("\\")]
+        odd = [part for part in parts if "/" in part]
+    else:
+        parts, odd = path.split("/"), []
+    parts = [part for part in parts if part]
+    if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
         raise ValueError("its path leads out of the destination")
     return parts
 
@@ -4998,14 +5543,13 @@ def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
         os.close(fd)
 
 
-def _is_unchanged(folder: int, name: str, listed: Listed) -> bool:
-    """Whether the host's copy has the size and time the guest lists: the copy is the memory."""
+def _copy_of(folder: int, name: str) -> os.stat_result | None:
+    """Return what the host's copy of a file is like, if there is one."""
     try:
-        present = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
-        return False
-    same = (present.st_size, int(present.st_mtime)) == (listed.size, listed.mtime)
-    return stat.S_ISREG(present.st_mode) and same
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
 # === one client per agent ========================================================================
@@ -5073,6 +5617,133 @@ def _agent_lock_path(path: str) -> Path:
     raise UsageError(f"no directory for the lock of agent {path!r} can be written")
 
 
+# === drivers, ours and plugged in ================================================================
+
+Driver = type[drivers.AbstractDriver]
+
+# What a handler asks of a driver beyond what AbstractDriver demands.
+_ALSO_NEEDED = {
+    *("boot_id", "call", "fileno", "health", "info", "pull", "push", "read_bytes"),
+    *("run", "start", "status"),
+}
+
+
+def driver_of(engine: str) -> Driver:
+    """Return the driver class for an engine; plug-ins are read only if it is none of ours.
+
+    Raises:
+        UsageError: no driver has that engine, or a plug-in is faulty.
+    """
+    if found := _own_drivers().get(engine):
+        return found
+    known = plug_ins()
+    if engine not in known:
+        there_are = ", ".join(sorted(known))
+        raise UsageError(
+            f"unknown engine {engine!r}; one of {there_are}", "Name its file in $VMRM_DRIVERS"
+        )
+    return known[engine]
+
+
+def plug_ins() -> dict[str, Driver]:
+    """Return the usable driver classes by engine: ours, of $VMRM_DRIVERS, and of entry points.
+
+    Raises:
+        UsageError: a plug-in is faulty, or names the engine of another; which, and how.
+    """
+    from importlib import metadata
+
+    known = _own_drivers()
+    for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
+        _add_drivers(known, f"driver file {path!r}", functools.partial(_driver_file, path))
+    for point in metadata.entry_points(group="vmrm.drivers"):
+        _add_drivers(known, f"driver {point.value!r}", functools.partial(_entry_point, point))
+    return known
+
+
+def _own_drivers() -> dict[str, Driver]:
+    """Return the usable classes of the drivers module by engine.
+
+    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
+    each handler a quarter of a mebibyte, in the caches of abstract base classes.
+    """
+    found: dict[str, Driver] = {}
+    below: list[Driver] = drivers.AbstractDriver.__subclasses__()
+    while below:
+        below += (item := below.pop()).__subclasses__()
+        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+            found[item.get_engine()] = item
+    return found
+
+
+def _add_drivers(known: dict[str, Driver], what: str, load: Callable[[], list[Driver]]) -> None:
+    """Add what a plug-in brings to the drivers known. Raises UsageError with its first fault."""
+    try:
+        found = load()
+        if not found:
+            raise ValueError("it has no subclass of AbstractDriver")
+        for driver in found:
+            engine = _checked_engine(driver)
+            if engine in known and known[engine] is not driver:
+                raise ValueError(f"another driver has the engine {engine!r} already")
+            known[engine] = driver
+    except (Exception, SystemExit) as error:  # it is anybody's code
+        raise UsageError(f"{what}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _checked_engine(driver: Driver) -> str:
+    """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
+    missing = {name for name in _ALSO_NEEDED if not callable(getattr(driver, name, None))}
+    missing |= getattr(driver, "__abstractmethods__", set())
+    if missing:
+        raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
+    engine = driver.get_engine()
+    if not _is_text(engine):
+        raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
+    return engine
+
+
+def _drivers_in(module: types.ModuleType) -> list[Driver]:
+    """Return the driver classes that a module defines itself and does not call private."""
+    return [
+        item
+        for name, item in vars(module).items()
+        if isinstance(item, type)
+        and issubclass(item, drivers.AbstractDriver)
+        and item.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+def _driver_file(path: str) -> list[Driver]:
+    """Run a driver file, which only its user or root may be able to write; return its drivers.
+
+    What is checked is the open file, so that nobody can exchange it afterwards.
+    """
+    place = Path(path)
+    if not place.is_absolute():
+        raise ValueError("its path is not absolute")
+    with place.open("rb") as stream:
+        for info in (os.fstat(stream.fileno()), place.parent.stat()):
+            shared = info.st_mode & 0o022 and not (
+                stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            )
+            if info.st_uid not in (0, os.geteuid()) or shared:
+                raise PermissionError("others can write it or its directory: chmod go-w")
+        source = stream.read()
+    module = types.ModuleType(f"vmrm_driver_{place.stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
+    return _drivers_in(module)
+
+
+def _entry_point(point: Any) -> list[Driver]:
+    """Return the driver class, or the drivers of the module, that an entry point names."""
+    found = point.load()
+    return _drivers_in(found) if isinstance(found, types.ModuleType) else [found]
+
+
 # === handler =====================================================================================
 
 
@@ -5082,6 +5753,10 @@ class _Leave(Exception):
     def __init__(self, why: str, halt: Halt | None = None) -> None:
         super().__init__(why)
         self.halt = halt
+
+
+class _Replaced(_Leave):
+    """The handler's entries are no longer the VM's schedule."""
 
 
 class VMFailed(VmrmError):
@@ -5158,21 +5833,6 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
     temporary.rename(path)
 
 
-def plug_ins() -> set[type[drivers.AbstractDriver]]:
-    """Return every usable driver class of the drivers module.
-
-    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
-    each handler a quarter of a mebibyte, in the caches of abstract base classes.
-    """
-    found: set[type[drivers.AbstractDriver]] = set()
-    below: list[type[drivers.AbstractDriver]] = drivers.AbstractDriver.__subclasses__()
-    while below:
-        below += (item := below.pop()).__subclasses__()
-        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
-            found.add(item)
-    return found
-
-
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     """Return a VM's row as the configuration that `VMResourceHandler` takes.
 
@@ -5183,6 +5843,10 @@ def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     row = db.row("SELECT * FROM vms WHERE server_name = :name", name=server_name)
     if row is None:
         raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
+    if row["pool"] and (not row["pool_token"] or row["server_name"] in lost_vms(db)):
+        raise UsageError(
+            f"VM {server_name!r} has no machine of the pool now", "See the pool: vmrm pool info"
+        )
     if not row["path"]:
         raise UsageError(
             f"VM {server_name!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
@@ -5243,7 +5907,8 @@ class VMResourceHandler:
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
-        self._host = drivers.HostPrograms()
+        self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
+        self.replaced = False  # it left because its entries are no longer the VM's schedule
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -5281,20 +5946,18 @@ class VMResourceHandler:
 
     def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
         """Return the set of available driver classes."""
-        return plug_ins()
+        return set(plug_ins().values())
 
     def import_driver(self) -> type[drivers.AbstractDriver]:
         """Return the driver class whose engine is this VM's.
 
         Raises:
-            VMFailed: there is none.
+            VMFailed: there is none, or a plug-in is faulty.
         """
-        engine = self.config.get("engine") or "QemuVM"
-        found = {driver.get_engine(): driver for driver in self._import_drivers()}
-        if engine not in found:
-            known = ", ".join(sorted(found))
-            raise VMFailed(f"no driver for engine {engine!r}; there are: {known}")
-        return found[engine]
+        try:
+            return driver_of(self.config.get("engine") or "QemuVM")
+        except UsageError as error:
+            raise VMFailed(f"{error} ({error.hint})" if error.hint else str(error)) from error
 
     def connect_to_driver(self) -> bool:
         """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
@@ -5309,10 +5972,20 @@ class VMResourceHandler:
         if self.driver is None:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
-            self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            try:
+                self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+            except Exception as error:  # a plug-in is anybody's code
+                raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
-        self.driver.connect(timeout=timeout or float(self.config.get("agent_timeout") or 300))
+        limit = timeout or float(self.config.get("agent_timeout") or 300)
+        deadline = CLOCK.monotonic() + limit
+        self.driver.connect(timeout=limit)
         boot = self.driver.boot_id()
+        while self.driver.is_windows and not boot:  # it answers before it runs programs
+            if CLOCK.monotonic() > deadline:
+                raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
+            self._wait(-1, 0, 1)
+            boot = self.driver.boot_id()
         if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
             raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
         self._boot = boot
@@ -5365,6 +6038,7 @@ class VMResourceHandler:
                     self._await_database(error)
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
+            self.replaced = isinstance(leave, _Replaced)
             if leave.halt is Halt.KILL:
                 self._kill_all()
 
@@ -5587,9 +6261,10 @@ class VMResourceHandler:
 
     # --- preparing the guest
 
-    @property
-    def _stage(self) -> str:
-        return f"{self.config.get('launch_dir') or '/var/launch'}/.stage"
+    @functools.cached_property
+    def _guest(self) -> PosixGuest:
+        launch_dir = str(self.config.get("launch_dir") or "")
+        return guest_of(self.driver, launch_dir, self.timeouts.call)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -5601,8 +6276,6 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self.driver.is_windows:
-            raise VMFailed("Windows guests are not supported by this version")
         if self._ready_boot != self._boot:
             self._ready, self._ready_boot = set(), self._boot
         while added := self._unprepared():
@@ -5618,8 +6291,8 @@ class VMResourceHandler:
             self._trouble_at, self._refused = None, ""
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
-        parts = ("host", self._journal.token, self.vm_name, str(entry.ordinal))
-        entry.working_dir = PurePosixPath(self.db.directory(*parts))
+        folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
+        entry.working_dir = PurePosixPath(folder / str(entry.ordinal))
         entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
         entry.reboot_filepath = entry.working_dir / "reboot"
 
@@ -5630,22 +6303,23 @@ class VMResourceHandler:
             return
         local = copy.copy(entry)
         folder, program = Path(entry.working_dir), entry.executable or ""
-        try:
-            if not program.startswith("/"):
-                local.executable = str(folder / "program" / program)
-                _write_program(Path(local.executable), Path(self.store.get_path(program)))
-        except FileNotFoundError as error:
-            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-            return
+        if not program.startswith("/"):
+            local.executable = str(folder / "program" / program)
         ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
         local.options = entry.options | {"env": ours | entry.options.get("env", {})}
         title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
         script = call_script(local, title=title, token=self._token, stage="", placed=[])
-        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        try:
+            self.db.directory(*folder.relative_to(self.db.state_dir).parts)
+            if not program.startswith("/"):
+                _write_program(Path(local.executable or ""), Path(self.store.get_path(program)))
+            _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        except OSError as error:
+            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
 
-    def _runner(self, entry: ScheduleEntry) -> drivers.QemuGuestAgentDriver | drivers.HostPrograms:
-        """Return who runs an entry's script and reads its files."""
-        return self._host if entry.on_host else self.driver
+    def _place(self, entry: ScheduleEntry) -> PosixGuest:
+        """Return the system on which an entry's script runs: the guest's, or this host's."""
+        return self._host if entry.on_host else self._guest
 
     def _boot_of(self, entry: ScheduleEntry) -> str:
         return boot_id() if entry.on_host else self._boot
@@ -5661,7 +6335,7 @@ class VMResourceHandler:
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
-        layout = [_LAYOUT_HEAD.format(stage=shlex.quote(self._stage))]
+        layout: list[str] = []
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
@@ -5672,27 +6346,15 @@ class VMResourceHandler:
 
         An older experiment's folders are moved aside.
         """
-        fresh = "keep" if self._ready or self._journal.latest() else "fresh"
-        folders = sorted({PurePosixPath(entry.working_dir).parent.name for entry in work})
+        fresh, guest = not (self._ready or self._journal.latest()), self._guest
+        folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        words = self._stage, old, fresh, *owner, *folders
-        status = self.driver.run(
-            ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words], timeout=self.timeouts.call
-        )
+        status = guest.prepare(old, fresh, *owner, folders)
         if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {self._stage!r}: {_words(status.err)}")
-        listed = _STAGED.findall(status.out.decode(errors="replace"))
+            raise VMFailed(f"cannot prepare {guest.stage!r}: {_words(status.err)}")
+        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
         return {(sha256, int(size)) for size, sha256 in listed}
-
-    def _sh(self, script: str, *words: str, on_host: bool = False) -> drivers.ExecStatus:
-        """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
-        argv = ["/bin/sh", "-c", script, "sh", *words]
-        try:
-            runner = self._host if on_host else self.driver
-            return runner.run(argv, timeout=self.timeouts.call)
-        except drivers.AgentError as error:
-            raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode.
@@ -5701,10 +6363,14 @@ class VMResourceHandler:
             FileNotFoundError: the store does not have a file.
         """
         placed = []
-        own_program = guest_path(entry, entry.executable or "")
+        guest = self._guest
+        own_program = guest.path(entry, entry.executable or "")
         for item in entry_files(entry):
-            staged = text_content(item["content"]) if "content" in item else self._stored(item)
-            location = guest_path(entry, item["location"])
+            location = guest.path(entry, item["location"])
+            if "content" in item:
+                staged = text_content(guest.content(location, item["content"]))
+            else:
+                staged = self._stored(item)
             is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
@@ -5722,33 +6388,37 @@ class VMResourceHandler:
         self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
     ) -> Steps:
         """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
+        guest = self._guest
         try:
             placed = self._contents(entry)
+            scripts = guest.scripts(
+                entry,
+                f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+                self._token,
+                [(staged.sha256, mode) for staged, mode in placed],
+            )
         except FileNotFoundError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             return
-        script = call_script(
-            entry,
-            title=f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
-            token=self._token,
-            stage=self._stage,
-            placed=[(staged.sha256, mode) for staged, mode in placed],
-        )
-        scripts = [(script, str(entry.call_arguments_filename), "")]
-        if entry.executable and (user := entry.options.get("user")):
-            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
-        for staged, _ in placed:
+        except ValueError as error:
+            yield from self._not_loadable(entry, str(error))
+            return
+        contents, puts = [staged for staged, _ in placed], []
+        for text, path, user in scripts:
+            staged = text_content(text)
+            line = guest.text(staged.sha256, text)
+            if line is None:
+                contents.append(staged)
+            elif (staged.sha256, staged.size) not in present:
+                present.add((staged.sha256, staged.size))
+                layout.append(line)
+            puts.append(guest.put(staged.sha256, path, user))
+        for staged in contents:
             if (staged.sha256, staged.size) not in present:
                 yield from self._push_steps(staged)
                 present.add((staged.sha256, staged.size))
-                layout.append(f"keep {staged.sha256} {staged.size}")
-        for text, path, user in scripts:
-            content = text_content(text)
-            sha256 = content.sha256
-            if (sha256, content.size) not in present:
-                present.add((sha256, content.size))
-                layout.append(f"text {sha256} {shlex.quote(text)}")
-            layout.append(f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}")
+                layout.append(guest.keep(staged.sha256, staged.size))
+        layout += puts
 
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
@@ -5758,17 +6428,18 @@ class VMResourceHandler:
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
         yield 0
 
-    def _push_steps(self, staged: Staged) -> Steps:
+    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
+        """Copy a content into the stage; return its path there."""
+        path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
         with staged.source() as source:
-            for _ in self.driver.push(source, f"{self._stage}/{staged.sha256}.part"):
+            for _ in self.driver.push(source, path):
                 yield 0
+        return path
 
     def _lay_out(self, layout: Sequence[str]) -> Steps:
-        script = text_content("\n".join(layout) + "\n")
-        yield from self._push_steps(script)
-        status = self.driver.run(
-            ["/bin/sh", f"{self._stage}/{script.sha256}.part"], timeout=10 * self.timeouts.call
-        )
+        script = text_content(self._guest.layout(layout))
+        path = yield from self._push_steps(script, self._guest.script_suffix)
+        status = self.driver.run(self._guest.argv(path), timeout=10 * self.timeouts.call)
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {_words(status.err)}")
 
@@ -5944,10 +6615,12 @@ class VMResourceHandler:
             except drivers.DriverError as error:  # it went down while we were asking
                 self.log.debug("still going down: %s", error)
                 self._boot = old
-            if self._boot != old:
+            booting = self.driver.is_windows and not self._boot  # it cannot run programs yet
+            if self._boot != old and not booting:
                 break
-            if CLOCK.monotonic() > going_down:
-                raise VMFailed("the VM accepted a reboot but does not go down")
+            if CLOCK.monotonic() > (deadline if booting else going_down):
+                what = "does not come back" if booting else "does not go down"
+                raise VMFailed(f"the VM accepted a reboot but {what}")
             self.driver.close()
             self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
         self.log.info("the VM is back (boot %s)", self._boot)
@@ -6050,14 +6723,14 @@ class VMResourceHandler:
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return f"{entry.working_dir}/attempt.{attempt.attempt}"
+        return self._place(entry).join(str(entry.working_dir), f"attempt.{attempt.attempt}")
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
-        script = str(entry.call_arguments_filename)
+        script, guest = str(entry.call_arguments_filename), self._place(entry)
+        argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        argv = ["/bin/sh", script, str(attempt.attempt), self._token]
-        pid = self._runner(entry).start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=True)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6083,14 +6756,14 @@ class VMResourceHandler:
             interval = min(interval * 1.5, self.timeouts.poll_last)
             found = yield from self._look_steps(entry, attempt, found)
             if found.exit_code is not None:
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
                 yield from self._fetch_steps(entry, attempt)
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(found.pid, on_host=entry.on_host)
-                yield from self._fetch_steps(entry, attempt)
+                yield from self._kill_steps(self._place(entry), found.pid)
+                yield from self._fetch_steps(entry, attempt, last=True)
                 raise _EntryFailed(why)
 
     def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
@@ -6102,12 +6775,13 @@ class VMResourceHandler:
         Raises:
             _EntryFailed: it was never begun, or died by a signal.
         """
+        guest = self._place(entry)
         if found.exit_code is not None:
             return found
         if found.pid is None:
             return (yield from self._claim_steps(entry, attempt))
         try:
-            status = self._runner(entry).status(found.pid)
+            status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
             self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
@@ -6116,7 +6790,7 @@ class VMResourceHandler:
             return found
         here = self._attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            exit_file = self._runner(entry).read_bytes(f"{here}/exit", limit=64)
+            exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
             code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
         self._check_boot()  # after a reboot, another program may have this pid
@@ -6153,12 +6827,12 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, *pids: int | None, on_host: bool = False) -> Steps:
-        """End programs' process groups: TERM to all, a moment of grace, KILL."""
+    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
+        """End programs and what they started: first politely where the guest knows how."""
         known = [str(pid) for pid in pids if pid is not None]
-        for name in ("TERM", "KILL") if known else ():
-            self._sh(_KILL_SCRIPT, name, *known, on_host=on_host)
-            yield self.timeouts.term_grace if name == "TERM" else 0
+        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
+            guest.ask(argv)
+            yield grace
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -6181,16 +6855,17 @@ class VMResourceHandler:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
         self.output.json_lines(content)
 
-    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Append what the program has written since the last time to the host's logs."""
-        here = self._attempt_dir(entry, attempt)
+    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt, last: bool = False) -> Steps:
+        """Append what the program has written since the last time to the host's logs.
+
+        While a program runs, Windows lets the agent not read what it has written so far.
+        """
+        here, guest = self._attempt_dir(entry, attempt), self._place(entry)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
                 try:
-                    data = self._runner(entry).read_bytes(
-                        f"{here}/{stream}", limit=limit, offset=offset
-                    )
+                    data = guest.read(guest.join(here, stream), limit, offset, last)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
                     break
                 if not data or not self.output.append(entry, attempt, stream, data):
@@ -6202,14 +6877,15 @@ class VMResourceHandler:
     # --- recovery
 
     def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
-        return self._probe([self._attempt_dir(entry, attempt)], on_host=entry.on_host)[0]
+        return self._probe(self._place(entry), [self._attempt_dir(entry, attempt)])[0]
 
-    def _probe(self, directories: Sequence[str], *, on_host: bool = False) -> list[Found]:
+    @staticmethod
+    def _probe(guest: PosixGuest, directories: Sequence[str]) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
         requests have run by the time it answers."""
         if not directories:
             return []
-        status = self._sh(_PROBE_SCRIPT, *directories, on_host=on_host)
+        status = guest.probe(directories)
         lines = status.out.decode(errors="replace").splitlines()
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
@@ -6223,9 +6899,10 @@ class VMResourceHandler:
         for on_host in (False, True):
             scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
             places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
+            guest = self._host if on_host else self._guest
             if self._killing and places:
-                self._sh(_FORBID_SCRIPT, *places, on_host=on_host)
-            found = self._probe(places, on_host=on_host)
+                guest.forbid(places)
+            found = self._probe(guest, places)
             for entry, left in zip(scripts, found, strict=True):
                 self._recover_attempt(entry, latest[entry.ordinal], left)
         if self._killing:
@@ -6434,30 +7111,21 @@ class VMResourceHandler:
     def _repeat(self, entry: ScheduleEntry) -> list[Task]:
         """Return the tasks of an entry's repeating transfers, started by the first call."""
         if entry.ordinal not in self._repeating:
-            items = [item for item in entry.items("transfer") if item["interval"]]
             self._repeating[entry.ordinal] = [
-                self.agenda.spawn(self._repeat_steps(entry, item)) for item in items
+                self.agenda.spawn(self._transfer_item(entry, item))
+                for item in entry.items("transfer")
+                if item["interval"]
             ]
         return self._repeating[entry.ordinal]
 
-    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        location = guest_path(entry, item["location"])
-        while True:
-            last = self._ending
-            try:
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
-            except (RuntimeError, drivers.AgentError) as error:
-                self.log.warning("transfer of %s: %s", location, error)
-            if last:
-                return
-            if not self._ending:
-                yield item["interval"]
+    def _transfer_item(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        location = self._guest.path(entry, item["location"])
+        return self._transfer_data(str(entry), location, item["interval"], item["destination"])
 
     def _transfer_once_steps(self, entry: ScheduleEntry) -> Steps:
         for item in entry.items("transfer"):
             if not item["interval"]:
-                location = guest_path(entry, item["location"])
-                yield from self._transfer_data(str(entry), location, None, item["destination"])
+                yield from self._transfer_item(entry, item)
 
     def transfer_data(
         self,
@@ -6486,26 +7154,51 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> Steps:
-        """The steps of `transfer_data`; the same parameters and errors."""
-        if not location.startswith("/"):
+        """The steps of `transfer_data`; the same parameters and errors.
+
+        What fails once is an error; what fails in a repeated transfer is told when it is new, and
+        tried again. The last pass begins after everybody's work is done.
+        """
+        if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
+        told: list[str] = []
         while True:
-            faults: list[str] = []
-            for record in (yield from self._list_steps(location)):
-                try:
-                    yield from self._pull_steps(parse_listed(record), root)
-                except (OSError, ValueError) as error:
-                    if _is_link_trouble(error):
-                        raise
-                    faults.append(f"{os.fsdecode(record)!r}: {error}")
+            last = self._ending or not interval
+            faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            if not interval or self._ending:
-                return
-            for fault in faults:
+            for fault in faults if faults != told else ():
                 self.log.warning("transfer of %s: %s", name, fault)
+            told = faults
+            if last:
+                return
+            if not self._ending:
+                yield cast(float, interval)
+
+    def _pass_steps(self, location: str, root: Path) -> Steps:
+        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
+        faults: list[str] = []
+        try:
+            records = yield from self._list_steps(location)
+        except (RuntimeError, drivers.AgentError) as error:
+            return [str(error)]
+        for record in records:
+            try:
+                yield from self._pull_steps(parse_listed(record), root, location)
+            except (OSError, ValueError) as error:
+                if _is_link_trouble(error):
+                    raise
+                faults.append(f"{os.fsdecode(record)!r}: {error}")
+        return faults
+
+    def _finish_steps(self, argv: Sequence[str]) -> Steps:
+        """Run a program of the guest without holding up anything else; return its status."""
+        pid, interval = self.driver.start(argv, capture=True), 0.002
+        while not (status := self.driver.status(pid)).exited:
             yield interval
+            interval = min(interval * 1.5, self.timeouts.poll_last)
+        return status
 
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob.
@@ -6513,11 +7206,7 @@ class VMResourceHandler:
         Raises:
             RuntimeError: there are none, or too many to list.
         """
-        pid = self.driver.start(["/bin/sh", "-c", _LIST_SCRIPT, "sh", location], capture=True)
-        interval = 0.002
-        while not (status := self.driver.status(pid)).exited:
-            yield interval
-            interval = min(interval * 1.5, self.timeouts.poll_last)
+        status = yield from self._finish_steps(self._guest.list_argv(location))
         if status.out_truncated:
             raise RuntimeError(f"too many files at {location!r} to list")
         records = [record for record in status.out.split(b"\0") if record]
@@ -6525,29 +7214,74 @@ class VMResourceHandler:
             raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
         return records
 
-    def _pull_steps(self, listed: Listed, root: Path) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is."""
+    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
+
+        A file that is gone by now is no fault, unless it is the one that was asked for.
+        """
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
-            if listed.is_dir or _is_unchanged(folder, parts[-1], listed):
+            if listed.is_dir:
                 return
-            free = os.fstatvfs(folder)
-            if listed.size > free.f_bavail * free.f_frsize - (64 << 20):
-                raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
-            temporary = f".vmrm-{secrets.token_hex(8)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            old = _copy_of(folder, parts[-1])
+            known = (listed.size, listed.copy_mtime_ns)
+            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                return
             try:
-                fd = os.open(temporary, flags, 0o644, dir_fd=folder)
-                with os.fdopen(fd, "wb") as sink:
-                    for _ in self.driver.pull(listed.path, sink, limit=listed.size):
-                        yield 0
-                os.utime(temporary, (listed.mtime, listed.mtime), dir_fd=folder)
-                _crash("transfer-before-rename")
-                os.rename(temporary, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=folder)
-                raise
+                yield from self._copy_steps(listed, folder, parts[-1], old)
+            except drivers.AgentError:
+                if listed.path == location or self.driver.file_exists(listed.path):
+                    raise
+                self.log.info("transfer: %r is gone again", listed.path)
+
+    def _copy_steps(
+        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
+    ) -> Steps:
+        """Make the host's copy of a file; of one that has only grown, fetch what is new.
+
+        What was written while it was read comes with the next pass: until then the copy is a
+        beginning of the file. It takes the guest's time, by which the next pass, also that of
+        another handler, knows it.
+        """
+        temporary = f".vmrm-{secrets.token_hex(8)}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o644, dir_fd=folder), "w+b") as sink:
+                kept = 0
+                if old and SMALL_BYTES < old.st_size <= listed.size:
+                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
+                free = os.fstatvfs(folder)
+                if listed.size - kept > free.f_bavail * free.f_frsize - (64 << 20):
+                    raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
+                pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
+                for _ in pull:
+                    yield 0
+            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
+            os.utime(temporary, ns=times, dir_fd=folder)
+            _crash("transfer-before-rename")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+    def _keep_steps(
+        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
+    ) -> Steps:
+        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
+        digest = hashlib.sha256()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
+            while data := present.read(1 << 20):
+                digest.update(data)
+                sink.write(data)
+                yield 0
+        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size))
+        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
+            return size
+        sink.seek(0)
+        sink.truncate()
+        return 0
 
     # --- requests of commands
 
@@ -6649,16 +7383,13 @@ def _push_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     """Copy `data` into the guest under a temporary name, then put it in its place."""
-    remote = arguments["remote"]
+    remote, guest = arguments["remote"], guest_of(driver)
     temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
-    if not driver.create_directories(str(PurePosixPath(remote).parent)):
+    if not driver.create_directories(str(guest.flavour(remote).parent)):
         raise VmrmError(f"the directory of {remote!r} cannot be made in the VM")
     with (folder / "data").open("rb") as source:
         yield from _report_steps(driver.push(source, temporary), folder)
-    script = 'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
-    script += 'chmod "$3" "$1" && mv -f "$1" "$2"'
-    argv = ["/bin/sh", "-c", script, "sh", temporary, remote, arguments["mode"]]
-    status = driver.run(argv)
+    status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
     if status.exitcode != 0:
         raise VmrmError(f"cannot put {remote!r} in its place: {_words(status.err)}")
     return {"bytes": (folder / "data").stat().st_size}
@@ -6668,7 +7399,8 @@ def _pull_file(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     with (folder / "data").open("wb") as sink:
-        yield from _report_steps(driver.pull(arguments["remote"], sink), folder)
+        copy = guest_of(driver).pull(arguments["remote"], sink)
+        yield from _report_steps(copy, folder)
     return {"bytes": (folder / "data").stat().st_size}
 
 
@@ -6892,6 +7624,7 @@ class Supervisor:
         self._told_to_stop = False
         self._trouble = False  # with the database, and told so
         self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
+        self._loan = Loan(db)
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0.
@@ -6960,7 +7693,7 @@ class Supervisor:
 
     def _pause(self) -> None:
         poll = select.poll()
-        for descriptor in (self.wake.fileno(), self._signals.fileno()):
+        for descriptor in (self.wake.fileno(), self._signals.fileno(), *self._loan.descriptors()):
             poll.register(descriptor, select.POLLIN)
         now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
         wait = min([1.0, *(due - now for due in dues if due > now)])  # what is past had its turn
@@ -6981,7 +7714,7 @@ class Supervisor:
             halt = Halt.END
             _crash("end-set")
         if halt is None:
-            self._start_handlers()
+            self._see_to_loan()
         elif halt == Halt.KILL:
             self._start_killers()
         if halt is not None and not self._children:
@@ -6990,6 +7723,22 @@ class Supervisor:
             self._hurry(Halt(halt))
         self._checkpoint()
         return False
+
+    def _see_to_loan(self) -> None:
+        """Start handlers once all VMs of the pool are here; give up those that were taken away."""
+        try:
+            if not self._loan.obtain():
+                return
+        except UsageError as error:
+            for row in self._loan.vms():
+                self._give_up(row["server_name"], str(error))
+        for name in lost_vms(self.db):
+            sql = "SELECT state FROM vms WHERE server_name = :name"
+            if self.db.value(sql, name=name) != VMState.FAILED:
+                self._give_up(name, "its machine of the pool was taken back")
+            for pid in [pid for pid, child in self._children.items() if child == name]:
+                os.kill(pid, signal.SIGKILL)
+        self._start_handlers()
 
     def _end_if_over(self) -> bool:
         """Tell everybody if all work is done; looking again and telling are one decision."""
@@ -7121,10 +7870,137 @@ class Supervisor:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
         )
+        over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
+        self._loan.give_back() if over else self._loan.leave()
         self.log.info("the experiment has ended")
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
+
+
+class Loan:
+    """The experiment's VMs of the pool, leased by the supervisor: all at once, or none.
+
+    They are given back when all work is done, or with the experiment's end by `destroy`. One that
+    was interrupted keeps them for `LOAN_S`, since what was done on them was done on these machines
+    only; from a supervisor that was killed anybody may take them back at once.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db, self._have, self._told = db, False, ""
+        self._waiting: Waiting | None = None
+
+    def vms(self) -> list[dict[str, Any]]:
+        """Return the rows of the VMs that come from the pool."""
+        sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
+        return self.db.query(sql)
+
+    def descriptors(self) -> list[int]:
+        """Return what to wait on while waiting in the queue."""
+        return [self._waiting.fileno()] if self._waiting else []
+
+    def obtain(self) -> bool:
+        """Return whether all VMs are here; while they are not, stand in the queue.
+
+        Raises:
+            UsageError: they cannot be had.
+        """
+        if not self._have:
+            rows = self.vms()
+            if any(row["pool_token"] for row in rows):
+                self._take_over(rows)
+                self._have = True
+            else:
+                self._have = not rows or self._borrow(rows)
+        return self._have
+
+    def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Be the holder of what an earlier supervisor has leased, as far as it stands."""
+        holder = {f"holder_{key}": value for key, value in vars(Holder.of(os.getpid())).items()}
+        with self.db.transaction(durable=True):
+            for leased in _leased(self.db):
+                lease = {key: leased[key] for key in NO_LEASE} | {"lease_end_at": None} | holder
+                move_pool_vm(self.db, leased["vm_name"], leased["state"], row=leased, **lease)
+
+    def _borrow(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        if self._waiting is None:
+            experiment = current_experiment(self.db)
+            self._waiting = Waiting(
+                VmManager(db=self.db),
+                Request(
+                    tuple((row["pool"],) for row in rows),
+                    _user(),
+                    f"experiment {experiment['id']}",
+                    Holder.of(os.getpid()),
+                    task_id=f"experiment {experiment['id']}",
+                    within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
+                ),
+            )
+        if self._waiting.try_again():
+            self.close()
+            return True
+        if (reason := self._waiting.reason()) != self._told:
+            self._told = reason
+            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql, reason=reason)
+        return False
+
+    def _assign(self, ordinals: Sequence[int], leased: Sequence[Mapping[str, Any]]) -> None:
+        for ordinal, row in zip(ordinals, leased, strict=True):
+            self.db.connection.execute(
+                """UPDATE vms SET path = :path, control_ip = :vm_ip, pool_vm = :vm_name,
+                       pool_token = :token, reason = '' WHERE ordinal = :ordinal""",
+                {**row, "ordinal": ordinal},
+            )
+
+    def close(self) -> None:
+        """Leave the queue."""
+        if self._waiting:
+            self._waiting.__exit__()
+            self._waiting = None
+
+    def give_back(self) -> None:
+        """Release all VMs."""
+        self.close()
+        with self.db.transaction(durable=True):
+            give_back(self.db)
+        wake_pool(self.db)
+
+    def leave(self) -> None:
+        """Keep the VMs for a while, for `run` again."""
+        self.close()
+        with self.db.transaction(durable=True):
+            for row in _leased(self.db):
+                lease = {**NO_LEASE, "token": row["token"], "task_id": row["task_id"]}
+                lease |= {"lease_end_at": CLOCK.wall() + LOAN_S}
+                move_pool_vm(self.db, row["vm_name"], row["state"], row=row, **lease)
+
+
+_ON_LOAN = """FROM vms AS v LEFT JOIN pool_vms AS p ON p.vm_name = v.pool_vm
+    AND p.token = v.pool_token WHERE v.pool_token <> ''"""
+
+
+def _leased(db: Database) -> list[dict[str, Any]]:
+    """Return the pool's rows of the VMs that the experiment has."""
+    return db.query(f"SELECT p.* {_ON_LOAN} AND p.vm_name IS NOT NULL")
+
+
+def lost_vms(db: Database) -> list[str]:
+    """Return the VMs of the experiment whose machine of the pool is no longer theirs."""
+    return [
+        r["server_name"] for r in db.query(f"SELECT v.server_name {_ON_LOAN} AND p.token IS NULL")
+    ]
+
+
+def give_back(db: Database) -> None:
+    """Release the experiment's VMs of the pool, inside the caller's transaction."""
+    pool = VmManager(db=db)
+    for row in _leased(db):
+        pool._release(row, "the experiment has ended")
+    db.connection.execute("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
@@ -7164,7 +8040,11 @@ def handle(db: Database, name: str, **more: Any) -> int:
     logger = logging.getLogger(f"vmrm.{config['vm_name']}")
     log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
     try:
-        return VMResourceHandler({**config, **more}, check_interval=db.timeouts.look).run()
+        while True:
+            handler = VMResourceHandler({**config, **more}, check_interval=db.timeouts.look)
+            code = handler.run()
+            if not (handler.replaced and more.get("alone")):  # no supervisor starts it again
+                return code
     except (Conflict, Unavailable):
         raise
     except VmrmError as error:
@@ -7231,13 +8111,14 @@ def launch(
         UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
             and may not.
     """
-    rows = db.query("SELECT server_name, path FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
+    rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
         raise UsageError("there is no VM to run", "Load an experiment: vmrm load FILE")
-    if pathless := [row["server_name"] for row in rows if not row["path"]]:
+    if pathless := [row["server_name"] for row in rows if not row["path"] and not row["pool"]]:
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    _check_loan(db, rows)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
@@ -7255,6 +8136,29 @@ def launch(
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         retry_in(db, None, None)
+
+
+def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to go on with other machines of the pool than those on which work was done.
+
+    Raises:
+        NotFound: the pool has no such group.
+        Conflict: the experiment's machines were given, or taken, back.
+    """
+    pooled = [row for row in rows if row["pool"]]
+    for row in pooled:
+        VmManager(db=db)._group(row["pool"])
+    gone = [row for row in pooled if not row["pool_token"]] or lost_vms(db)
+    begun = "SELECT 1 FROM attempts WHERE experiment_id = (SELECT id FROM current_experiment)"
+    if gone and db.value(begun):
+        raise Conflict(
+            f"{len(gone)} of the experiment's {_vms(len(pooled))} of the pool went back to it, and "
+            "with them what was done there",
+            "Begin anew: vmrm destroy --yes, then run it again",
+        )
+    if gone:
+        with db.transaction(durable=True):
+            give_back(db)
 
 
 def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
@@ -8617,6 +9521,7 @@ EXPERIMENT_KEYS: _Keys = {
 VM_KEYS: _Keys = {
     "name": (_is_text, "a name"),
     "path": (_is_text, "an agent's address"),
+    "pool": (_is_text, "a group of the pool"),
     "engine": (_is_text, "a driver's engine"),
     "uuid": (_is_text, "a uuid"),
     "control_ip": (_is_word, "an address"),
@@ -8726,12 +9631,14 @@ class _ExperimentReader:
         entries = self._read_schedule(sound.get("schedule", []), where)
         if "name" not in table:
             self.faults.append(f"{where}: name is missing")
-        if "name" not in sound:
-            return
-        for complete in self._expand(sound, table.keys(), where):
+        for complete in self._expand(sound, table.keys(), where) if "name" in sound else ():
             vms.append(complete)
             if entries:
                 schedules[complete["server_name"]] = entries
+        try:
+            driver_of(sound.get("engine", "QemuVM"))
+        except UsageError as error:
+            self.faults.append(f"{where}: {error}")
 
     def _expand(
         self, table: dict[str, Any], given: Collection[str], where: str
@@ -8757,7 +9664,7 @@ class _ExperimentReader:
         }
         if "path" in table:
             entry["path"] = self._address(table["path"])
-        for key in ("control_ip", "engine", "launch_dir", "set_time"):
+        for key in ("pool", "control_ip", "engine", "launch_dir", "set_time"):
             if key in table:
                 entry[key] = table[key]
         if "agent_timeout" in table:
@@ -8837,6 +9744,7 @@ def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterat
     checks: list[tuple[Callable[[str], object], str]] = [
         (functools.partial(checked_name, "VM"), table["name"]),
         (drivers.parse_address, table.get("path", "/")),
+        (functools.partial(checked_name, "group"), table.get("pool", "g")),
     ]
     for check, value in checks:
         try:
@@ -8844,11 +9752,11 @@ def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterat
         except ValueError as error:
             yield str(error)
     misspelt = any(key not in VM_KEYS for key in given)
-    if "path" not in given and not misspelt and table.get("use_vm_manager", True):
+    if {"path", "pool"} <= {*given}:
+        yield "it has a path and a pool; one of them"
+    managed = table.get("use_vm_manager", True)
+    if not {"path", "pool"} & {*given} and not misspelt and managed:
         yield "path to the guest agent is missing"
-    engines = sorted(driver.get_engine() for driver in plug_ins())
-    if table.get("engine", "QemuVM") not in engines:
-        yield f"unknown engine {table['engine']!r}; one of {', '.join(engines)}"
 
 
 def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
@@ -9021,7 +9929,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
 
 def _plan_notes(entry: ScheduleEntry) -> list[str]:
     said = {
-        "on the host": entry.options.get("on_host"),
+        "on the host": entry.on_host,
         "failure ignored": entry.ignore_failure,
         "not waited for": not entry.options.get("wait", True),
         "run again if unknown": entry.options.get("rerun"),
@@ -9087,7 +9995,7 @@ class Run:
         """When it was launched."""
         return float(self.experiment["launched_at"])
 
-    @property
+    @functools.cached_property
     def end(self) -> float:
         """When it ended, or was read; nothing that happened is later."""
         ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
@@ -9204,9 +10112,11 @@ def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[
     """Return an attempt with what its entry says, and when it is to be drawn."""
     sent, planned = row["sent_at"], row["planned_at"]
     begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    on_host = entry is not None and entry.on_host
+    label = str(entry) if entry else f"entry {row['ordinal']}"
     return row | {
-        "label": str(entry) if entry else f"entry {row['ordinal']}",
-        "on_host": bool(entry and entry.options.get("on_host")),
+        "label": f"{label} on the host" if on_host else label,
+        "on_host": on_host,
         "ignored": bool(entry and entry.ignore_failure),
         "begin": begin,
         "end": max(begin, row["ended_at"] or now),
@@ -10157,13 +11067,11 @@ class PoolCommands(_Group):
             lease = 3600.0
         holder = os.getpid() if runs else pid
         pool = self._manager()
-        import getpass
-
         for group in groups:
             pool._group(group)
         request = Request(
             (pool._group_names(groups),),
-            getpass.getuser() if owner is None else owner,
+            _user() if owner is None else owner,
             sandbox,
             None if holder is None else Holder.of(holder),
             lease,
@@ -10521,6 +11429,9 @@ class Commands(_Public):
                 allow_host=allow_host,
             )
             process = spawn_supervisor(db, stay)
+        for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
+            name = row["server_name"]
+            self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
             while process and process.poll() is None and supervisor_pid(db) is None:
                 time_to_wait(0.01)  # so that `stop`, for one, finds it
@@ -10685,7 +11596,7 @@ class Commands(_Public):
         source, name = Path(local), self._any_vm(vm)
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = remote + source.name if remote.endswith("/") else remote
         mode = f"{source.stat().st_mode & 0o755:o}"
@@ -10706,11 +11617,12 @@ class Commands(_Public):
             local: The file, or an existing directory, on this host.
             timeout: Seconds within which the VM must begin to answer.
         """
-        if not remote.startswith("/"):
+        if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = Path(local)
         if target.is_dir():
-            target = target / PurePosixPath(remote).name
+            windows = not remote.startswith("/")
+            target /= (PureWindowsPath if windows else PurePosixPath)(remote).name
         if not target.parent.is_dir():
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         import shutil
@@ -10890,7 +11802,14 @@ class Commands(_Public):
         return [row for row in vm_rows(db) if row["vm"] == name]
 
     @command
-    def agent(self, socket: str, root: str | None = None, count: int | None = None) -> object:
+    def agent(
+        self,
+        socket: str,
+        root: str | None = None,
+        count: int | None = None,
+        *,
+        windows: bool = False,
+    ) -> object:
         """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
 
         For trying a schedule without a VM, for containers, and for tests. Programs run on this
@@ -10900,13 +11819,16 @@ class Commands(_Public):
             socket: The socket's path; with --count, a directory for N of them.
             root: File commands outside this directory are refused.
             count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
+            windows: Answer as the agent of Windows does; drive C: is the root's folder C.
         """
+        if windows and root is None and count is None:
+            raise UsageError("--windows needs --root: its drives are folders there")
         say = functools.partial(print, "listening", flush=True)
         try:
             if count is None:
-                drivers.serve_agent(socket, root, ready=say)
+                drivers.serve_agent(socket, root, windows=windows, ready=say)
             else:
-                drivers.serve_agents(socket, count, ready=say)
+                drivers.serve_agents(socket, count, windows=windows, ready=say)
         except OSError as error:
             raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
         return _SHOWN

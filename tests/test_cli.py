@@ -895,9 +895,10 @@ def test_stop_leaves_guest_programs_and_stop_kill_ends_them(
 
 def test_run_gives_up_at_its_timeout(cli: Cli, tmp_path: Path, children: None) -> None:
     with stand_ins(tmp_path / "agents", 1):
-        result = cli("run", long_lab(tmp_path), "--timeout", "1")
+        result = cli("run", long_lab(tmp_path), "--timeout", "1", "--report", "run.html")
         assert result.code == 124
         assert "error: the experiment was stopped at its time-out" in result.err
+        assert "was stopped before its work was done" in (tmp_path / "run.html").read_text()
         refused(cli("stop"), "not running")
 
 

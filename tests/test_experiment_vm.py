@@ -10,6 +10,7 @@ from typing import Any
 import guests
 import pytest
 from lab import Lab
+from test_views import check_slices, checked, processes
 
 pytestmark = pytest.mark.vm
 
@@ -114,6 +115,16 @@ def test_report_and_exit_code_say_what_happened(ran: tuple[Lab, Any, list[guests
         "vm4, entry 4 (1.2 sh): failed: exit code 137",
         "vm4, entry 5 (1.4 program): failed: exit code 127",
     ]
+
+
+def test_a_trace_of_real_guests_agrees_with_the_journal(
+    ran: tuple[Lab, Any, list[guests.Guest]],
+) -> None:
+    lab, _, _ = ran
+    events = checked(lab.run("trace").stdout)
+    check_slices(lab, events)
+    reboots = [e for e in processes(events)["vm2"] if e["ph"] == "i" and e["cat"] == "reboot"]
+    assert len(reboots) == 2
 
 
 def test_files_and_arguments_arrive_exactly(ran: tuple[Lab, Any, list[guests.Guest]]) -> None:

@@ -401,7 +401,9 @@ def test_a_transfer_follows_no_link_on_the_host(one: OneAgent, tmp_path: Path) -
     assert not list((tmp_path / "victim").iterdir())
 
 
-@pytest.mark.parametrize("path", ["/..", "/a/../b", "/./a", "/a/b/..", "/"])
+@pytest.mark.parametrize(
+    "path", ["/..", "/a/../b", "/./a", "/a/b/..", "/", "C:\\..", "C:\\a\\..", "C:\\a/b", "C:\\\\."]
+)
 def test_a_listed_path_that_leads_elsewhere_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="leads out"):
         vmrm.safe_parts(path)
@@ -411,12 +413,13 @@ def test_a_listed_path_that_leads_elsewhere_is_refused(path: str) -> None:
     "record",
     [
         b"",
-        b"f 1 2",
-        b"f -1 2 /a",
-        b"x 1 2 /a",
-        b"f 1 2 a",
-        b"f 9999999999999999999 1 /a",
-        b"f 1 1 /\xff",
+        b"f 1 2 3",
+        b"f -1 2 3 /a",
+        b"x 1 2 3 /a",
+        b"f 1 2 3 a",
+        b"f 1 2 3 C:a",
+        b"f 9999999999999999999 1 2 /a",
+        b"f 1 1 2 /\xff",
     ],
 )
 def test_a_hostile_list_is_refused(record: bytes) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import guests
 import pytest
+from conftest import ROOT
 from lab import Lab, kill, stand_ins
 from test_handler import load, sh, until, vm
 
@@ -272,6 +276,71 @@ def _resume(lab: Lab) -> None:
     lab.run("resume")
 
 
+def test_a_handler_alone_takes_up_a_schedule_that_replaces_its_own(lab: Lab) -> None:
+    load_both(lab, {"start_time": "-inf", "pause": "inf"}, note(-1, "old"))
+    process = lab.start("handle", "vm1")
+    until(lambda: "VM is configuring" in lab.logs())
+    with vmrm.Database(lab.db) as db:
+        vmrm.ScheduleDb(db=db).put("vm1", json.dumps([note(-1, "new")]))
+    until(lambda: record(lab) == ["new"])
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def test_a_vm_that_is_testing_is_named_by_who_waits_for_it(lab: Lab) -> None:
+    load_both(lab, note(-1, "x"))
+    with vmrm.Database(lab.db) as db:
+        uuid = db.value("SELECT server_uuid FROM vms WHERE server_name = 'vm2'")
+        vmrm.VMMapping(db=db).set_vm_state_by_uuid(uuid, "testing")
+    detached = lab.run("run", "--detach")
+    assert "VM 'vm2' is testing: it is not run, and all wait for it\n" in detached.stderr
+
+
+def test_a_step_of_the_wall_clock_moves_no_plan(
+    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stepped(vmrm.Clock):
+        step = 0.0
+
+        def wall(self) -> float:
+            return super().wall() + self.step
+
+    clock = Stepped()
+    monkeypatch.setattr(vmrm, "CLOCK", clock)
+    put(db, {"start_time": 50, "executable": "x"})
+    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
+    handler.schedule = vmrm.parse_schedule(vmrm.ScheduleDb(db=db).get("web") or "")
+    handler._plan_start(clock.wall() + 10)
+    due = handler._due(handler.schedule[0])
+    assert due == pytest.approx(clock.monotonic() + 60, abs=5)
+    for clock.step in (3600, -3600):
+        handler._check_wall_clock()
+        assert handler._due(handler.schedule[0]) == due
+
+
+def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
+    """Content by a function, a file unpacked into the store, and arguments in pieces."""
+    load_both(lab)
+    packed = lab.folder / "stored.txt.gz"
+    packed.write_bytes(gzip.compress(b"from the store\n"))
+    with vmrm.Database(lab.db) as db:
+        vmrm.VmResourceStore(decompress=True, db=db).add_file(packed)
+        entry = vmrm.ScheduleEntry(-1)
+        entry.set_executable("show.sh", ["a b"])
+        entry.append_arguments(["$HOME"])
+        calls: list[int] = []
+        entry.add_content("show.sh", lambda: calls.append(1) or '#!/bin/sh\ncat here; echo "$2"\n')  # type: ignore[func-returns-value]
+        entry.add_file("here", "stored.txt")
+        vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+        assert calls == [1]
+        entry.add_content("nothing", lambda: cast(str, None))
+        with pytest.raises(ValueError, match="content is missing"):
+            vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+    done(lab, "run")
+    assert "out] from the store" in log_of(lab)
+    assert "out] $HOME" in log_of(lab)
+
+
 # === programs on this host =======================================================================
 
 
@@ -421,3 +490,58 @@ def test_overdue_entries_after_an_outage(lab: Lab, late: str) -> None:
         assert first["planned_at"] == pytest.approx(continued, abs=1)
     else:
         assert not holds
+
+
+# === on a real VM ================================================================================
+
+
+@pytest.mark.vm
+def test_the_example_of_the_readme_on_a_real_guest(
+    tmp_path: Path, micro_vm: guests.Guest, children: None
+) -> None:
+    """Break, resume and pause from outside, addition, growing log, host entry: all at once."""
+    section = (ROOT / "README.md").read_text().partition("\n## Pauses, additions")[2]
+    example = section.partition("```toml\n")[2].partition("```\n")[0]
+    lab = Lab(tmp_path)
+    text = example.replace("/tmp/lab/agents/1.sock", str(micro_vm.agent_path))
+    assert text != example
+    (tmp_path / "time.toml").write_text(text)
+    run = ("run", str(tmp_path / "time.toml"), "--allow-host")
+    done(lab, *run, "--detach")
+    try:
+        done(lab, "wait", "--timeout", "120")
+        done(lab, "pause", "web1", "--duration", "0.5")
+        until(lambda: "ends the break" in done(lab, "resume", "web1"), 60)
+        added = re.search(r"echo '(.*)' > more.json", section)
+        assert added
+        (tmp_path / "more.json").write_text(added[1])
+        done(lab, "schedule", "add", "web1", str(tmp_path / "more.json"))
+        done(lab, *run)
+    finally:
+        lab.run("stop", "--kill")
+    rows = attempts(lab, "web1")
+    assert [(row["ordinal"], row["outcome"]) for row in rows] == [
+        (n, "done") for n in (1, 2, 3, 4, 6, 7)
+    ]
+    paused, resumed = (
+        row["experiment_time"]
+        for row in lab.query("SELECT * FROM holds WHERE NOT ignored ORDER BY id")
+    )
+    start = lab.query("SELECT start_at FROM experiments")[0]["start_at"]
+    planned = {row["ordinal"]: row["planned_at"] - start for row in rows[1:]}
+    assert planned[6] == pytest.approx(resumed + 1, abs=0.001)
+    assert planned[7] == pytest.approx(resumed + 1.5, abs=0.001)
+    if paused < 0.5:
+        assert planned[2] == pytest.approx(1, abs=0.001)
+    assert all(row["sent_at"] >= row["planned_at"] for row in rows[1:])
+    log = log_of(lab, "web1.log")
+    for words in ("[1.5 sh out] the host knows web1", "[3 echo out] after", "[3.5 echo out] added"):
+        assert words in log
+    pulled = (
+        tmp_path / "out" / "web1" / "tmp" / "lab" / "agents" / "1" / "data" / "log"
+    ).read_text()
+    with micro_vm.agent() as agent:
+        assert pulled == agent.run("cat", "/tmp/lab/agents/1/data/log").out.decode()
+        agent.run("rm", "-rf", "/tmp/lab")
+    assert pulled.splitlines()[-1] == "line 6"
+    assert rows[2]["ended_at"] >= rows[1]["ended_at"], "the last pass is the last"

@@ -50,6 +50,10 @@ pause = inf
 start_time = 50
 executable = "held"
 wait = false
+[[vm.schedule]]
+start_time = 60
+executable = "/bin/true"
+on_host = true
 [[vm]]
 name = "plain"
 use_vm_manager = false
@@ -63,7 +67,7 @@ def test_a_plan_is_what_a_run_would_do_and_touches_nothing(cli: Cli, tmp_path: P
     shown = cli("plan", "lab.toml", "--json")
     assert (shown.code, shown.err) == (
         0,
-        "3 VMs, 12 entries, time 0 comes 5 s after the last VM is configured\n",
+        "3 VMs, 14 entries, time 0 comes 5 s after the last VM is configured\n",
     )
     rows = json.loads(shown.out)
     mine = [row for row in rows if row["vm"] == "web2"]
@@ -74,6 +78,7 @@ def test_a_plan_is_what_a_run_would_do_and_touches_nothing(cli: Cli, tmp_path: P
         [1, "30", "35", "late"],
         [5, "40", "45", "break"],
         [6, "50", "held", "held"],
+        [7, "60", "held", "true"],
     ]
     assert mine[0]["files"] == [
         {"location": "setup.sh", "bytes": 1234},
@@ -88,12 +93,13 @@ def test_a_plan_is_what_a_run_would_do_and_touches_nothing(cli: Cli, tmp_path: P
         ["failure ignored"],
         [],
         ["not waited for"],
+        ["on the host"],
     ]
     assert rows[-1]["vm"] == "plain"
     assert rows[-1]["what"] == "never contacted"
     piped = cli("plan", "lab.toml").out.splitlines()
     assert piped[0] == "web1\t2\t-10\t-10\tsetup.sh\tsetup.sh 1234, /etc/motd 4\t\t"
-    assert len(piped) == 13
+    assert len(piped) == 15
     assert sorted(tmp_path.rglob("*")) == before, "neither a database nor anything else"
 
 
@@ -229,6 +235,29 @@ def processes(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def check_slices(lab: Lab, events: list[dict[str, Any]]) -> None:
+    """Assert that there is one slice for each attempt of the journal, and that it says the same."""
+    launched = lab.query("SELECT launched_at FROM experiments")[0]["launched_at"]
+    slices = {
+        (name, e["args"]["entry"], e["args"]["attempt"]): e
+        for name, mine in processes(events).items()
+        for e in mine
+        if e["ph"] == "X"
+    }
+    rows = {(row["server_name"], row["ordinal"], row["attempt"]): row for row in attempts(lab)}
+    assert slices.keys() == rows.keys()
+    assert len(slices) == sum(e["ph"] == "X" for e in events)
+    for key, row in rows.items():
+        said = slices[key]["args"]
+        assert slices[key]["ts"] == round((row["sent_at"] - launched) * 1e6)
+        assert slices[key]["ts"] + slices[key]["dur"] == round((row["ended_at"] - launched) * 1e6)
+        for name in ("outcome", "exit_code", "pid"):
+            assert said.get(name) == row[name]
+        assert (said.get("boot_id", ""), said.get("error", "")) == (row["boot_id"], row["error"])
+        planned = row["planned_at"] and vmrm._iso(row["planned_at"])
+        assert said.get("planned") == planned
+
+
 def test_a_trace_keeps_to_the_format_and_agrees_with_the_journal(ran: Lab, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert ran.run("trace", str(file)).returncode == 0
@@ -237,23 +266,8 @@ def test_a_trace_keeps_to_the_format_and_agrees_with_the_journal(ran: Lab, tmp_p
     found = processes(events)
     launched, start = ran.query("SELECT launched_at, start_at FROM experiments")[0].values()
     microseconds = lambda at: round((at - launched) * 1e6)  # noqa: E731
-    for name in ("vm1", "vm2"):
-        slices = sorted(
-            (e for e in found[name] if e["ph"] == "X"),
-            key=lambda e: (e["args"]["entry"], e["args"]["attempt"]),
-        )
-        rows = [row for row in attempts(ran) if row["server_name"] == name]
-        rows.sort(key=lambda row: (row["ordinal"], row["attempt"]))
-        assert len(slices) == len(rows) == {"vm1": 6, "vm2": 2}[name]
-        for event, row in zip(slices, rows, strict=True):
-            assert event["ts"] == microseconds(row["sent_at"])
-            assert event["ts"] + event["dur"] == microseconds(row["ended_at"])
-            for key in ("attempt", "outcome", "exit_code", "pid", "boot_id"):
-                assert event["args"][key] == row[key]
-            assert event["args"].get("planned") == (
-                vmrm._iso(row["planned_at"]) if row["planned_at"] else None
-            )
-            assert event["args"].get("error", "") == row["error"]
+    check_slices(ran, events)
+    assert Counter(row["server_name"] for row in attempts(ran)) == {"vm1": 6, "vm2": 2}
     labels = {e["args"]["entry"]: e["name"] for e in found["vm1"] if e["ph"] == "X"}
     assert labels == {1: "-1 sh", 2: "0.1 sh", 3: "0.2 sh", 5: "0.4 sh", 6: "0.4 sh"}
     instants = [(e["cat"], e["name"], e["ts"]) for e in found["vm1"] if e["ph"] == "i"]
