@@ -4417,7 +4417,11 @@ for here; do
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
-        [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        if [ -e /proc/self/stat ]; then
+            [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        else
+            kill -0 "${pid% *}" 2>/dev/null && life=alive
+        fi
     fi
     [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
@@ -6051,6 +6055,7 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
+                self._answer_lost_requests()
                 break
         self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
         self.log.warning("the database can be used again")
@@ -7483,8 +7488,9 @@ class Remote:
         import shutil
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
-            self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+        with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
+            if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
+                self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
