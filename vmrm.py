@@ -571,7 +571,7 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
@@ -579,7 +579,7 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -587,6 +587,12 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
 
 
 LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def process_of(db: Database, name: str) -> int | None:
+    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
+    path = db.directory("locks") / name
+    return lock_holder(path) if _is_locked(path) else None
 
 
 def take_lock(path: Path) -> int | None:
@@ -1009,12 +1015,18 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    """Whether a process holds the lock on a file, which need not exist and is not made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return False
-    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
-    if fd is not None:
+    try:  # shared, so that two who look do not see each other
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(fd)
-    return fd is None
+    return False
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -2874,7 +2886,9 @@ class VmDescriptor:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
         """Return the descriptor of a row of pool_vms."""
-        return cls(**{**row, "group": _group_id(row["group"])})
+        found = cls(**{**row, "group": _group_id(row["group"])})
+        vars(found)["_read"] = {**row, "group": found.group}
+        return found
 
     @classmethod
     def load(cls, db: Database, vm_name: str) -> VmDescriptor:
@@ -2886,17 +2900,19 @@ class VmDescriptor:
         return cls.from_row(_pool_vm(db, vm_name))
 
     def store(self, db: Database) -> None:
-        """Write every field whose value differs from the row's; the state moves by `POOL_MOVES`.
+        """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
             VmError: the pool has no such VM, or it cannot move to this state.
         """
+        fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
+        changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
-            fields = dataclasses.asdict(self) | {"group": str(self.group)}
-            changed = {key: value for key, value in fields.items() if value != row[key]}
-            if changed:
-                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+            changed |= {"group": str(changed["group"])} if "group" in changed else {}
+            state = changed.pop("state", row["state"])
+            move_pool_vm(db, self.vm_name, state, row=row, **changed)
+        vars(self)["_read"] = fields
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
         """Set one field, here and in the row."""
@@ -2904,6 +2920,7 @@ class VmDescriptor:
         setattr(current, field, value)
         current.store(db)
         setattr(self, field, value)
+        vars(self)["_read"] = vars(self).get("_read", {}) | {field: value}
 
 
 def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
@@ -3092,7 +3109,7 @@ class Waiting:
 
 def pool_log(db: Database, vm_name: str) -> Path:
     """Return the file that holds what a VM's hooks printed."""
-    return db.directory("logs", "pool") / f"{checked_name('VM', vm_name)}.log"
+    return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
 
 
 class _AtLimit(NoVmAvailable):
@@ -3485,6 +3502,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None and request.lease_s <= 0:
+            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3584,7 +3603,9 @@ class VmManager(_Rows):
 
     def _why_none(self, request: Request) -> str:
         names = dict.fromkeys(group for groups in request.wants for group in groups)
-        return "no VM is available: " + "; ".join(self._why(name, request) for name in names)
+        words = "; ".join(self._why(name, request) for name in names)
+        ahead = sum(other.token != request.token for other in self._queue())
+        return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
 
     def _why(self, group: str, request: Request) -> str:
         """Return in words why a group has no VM for this request."""
@@ -3592,18 +3613,23 @@ class VmManager(_Rows):
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
         row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
         bound = self._bound(request.owner, group)
+        wanted = max(1, request.wants.count((group,)))
+        idle = f"{row['idle']} of them idle in other sandboxes"
+        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
-            return f"group {group} has no VMs"
-        if limit is not None and bound >= limit:
+            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
+        if limit is not None and bound + wanted > limit:
+            more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
                 f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
-                f"{row['idle']} of them idle in other sandboxes)"
+                f"{idle}{more})"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
-            f"{row['others']} ready for others, {row['ill']} failed their check)"
+            f"{row['others']} ready for others, {row['ill']} failed their check; "
+            f"{bound} bound to {request.owner}, {idle})"
         )
 
     # --- the queue ---
@@ -4024,9 +4050,10 @@ def _descends_from(holder: Holder) -> bool:
     return not holder.is_dead()
 
 
-_LEASE_KEY = ("vm_name", "token", "lease_end_at")
+_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder_pid", "holder_started")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
-    AND token = :token AND lease_end_at IS :lease_end_at"""
+    AND token = :token AND lease_end_at IS :lease_end_at AND holder_pid IS :holder_pid
+    AND holder_started IS :holder_started"""
 
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
@@ -4437,10 +4464,7 @@ exit 0
 """
 
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = """\
-name=$1; shift
-for pid; do kill -"$name" "-$pid" 2>/dev/null || kill -"$name" "$pid" 2>/dev/null; done
-"""
+_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
 _MOVE_SCRIPT = (
     'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
@@ -4677,15 +4701,25 @@ def batch_command(program: str, arguments: Sequence[str]) -> str:
     Raises:
         ValueError: cmd.exe cannot carry one of them.
     """
-    import subprocess
-
     for word in (program, *arguments):
         if _NO_BATCH_TEXT.search(word):
             raise ValueError(
                 f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
                 "pass it in a file"
             )
-    return f"{_batch_path(program)} {batch_text(subprocess.list2cmdline(arguments))}".rstrip(" ")
+    words = " ".join(_run_time_word(word) for word in arguments)
+    return f"{_batch_path(program)} {batch_text(words)}".rstrip(" ")
+
+
+def _run_time_word(word: str) -> str:
+    """Return an argument as the C run time reads it back, in quotes also for cmd.exe's sake.
+
+    `a,b` and `a&b` are one word to a program, but more to a batch file.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./\\:@+-]+", word):
+        return word
+    inner = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), word)
+    return f'"{inner}"'
 
 
 def _batch_path(path: str) -> str:
@@ -4727,13 +4761,15 @@ class PosixGuest:
 
     launch = "/var/launch"
     separator = "/"
+    captures = True  # what a script says before its claim is kept for the error's message
     flavour: type[PurePath] = PurePosixPath
 
     def __init__(
         self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
     ) -> None:
         self.driver, self.seconds = driver, seconds
-        self.stage = self.join(launch_dir or self.launch, ".stage")
+        self.launch = launch_dir or self.launch
+        self.stage = self.join(self.launch, ".stage")
 
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
@@ -4817,10 +4853,10 @@ class PosixGuest:
         """Take the place of attempts that have not begun, so that they never will."""
         self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the commands that end programs and all theirs, each with a pause after it."""
-        words = ["/bin/sh", "-c", _KILL_SCRIPT, "sh"]
-        return [([*words, "TERM", *pids], grace), ([*words, "KILL", *pids], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """Send a program and all that it started a signal; return whether there was anything."""
+        argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
+        return self.ask(argv).exitcode == 0
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -4850,6 +4886,8 @@ class WindowsGuest(PosixGuest):
 
     launch = "C:\\launch"
     separator = "\\"
+    # Every process inherits every pipe: with a daemon left behind, a program would never end.
+    captures = False
     flavour = PureWindowsPath
     script_suffix = ".bat"
 
@@ -4871,10 +4909,9 @@ class WindowsGuest(PosixGuest):
         self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
     ) -> drivers.ExecStatus:
         """Make the stage and list it; let a fresh experiment move older folders aside."""
-        if not _PLAIN_LAUNCH.fullmatch(self.stage):
+        if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
-                f"launch_dir {self.stage.removesuffix('.stage')!r} is no drive letter and letters, "
-                "digits, blanks, '.', '_', '-', '~'"
+                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
             )
         aside = f".previous\\{old}"
         moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
@@ -4992,10 +5029,10 @@ class WindowsGuest(PosixGuest):
                 for _ in self.driver.push(code, self.join(here, "exit")):
                     pass
 
-    def kills(self, pids: Sequence[str], grace: float) -> list[tuple[list[str], float]]:
-        """Return the command that ends programs and all that they started."""
-        named = [word for pid in pids for word in ("/PID", pid)]
-        return [(["taskkill.exe", "/T", "/F", *named], 0.0)]
+    def signal(self, name: str, pid: int) -> bool:
+        """End a program and all that it started, whatever the signal: nothing is left of it."""
+        self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
+        return False
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -6735,7 +6772,7 @@ class VMResourceHandler:
         script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
         sent = CLOCK.wall()
-        pid = guest.driver.start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._journal.started(attempt, sent, pid, entry.start_time)
@@ -6807,7 +6844,8 @@ class VMResourceHandler:
             why = _words(status.err) or "no reason given"
             where = "host" if entry.on_host else "guest"
             raise _EntryFailed(f"the {where} did not begin it: {why}")
-        if left.claimed and status.err:  # another start of this attempt was faster
+        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
+        if left.claimed and refused:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
@@ -6832,12 +6870,15 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, guest: PosixGuest, *pids: int | None) -> Steps:
-        """End programs and what they started: first politely where the guest knows how."""
-        known = [str(pid) for pid in pids if pid is not None]
-        for argv, grace in guest.kills(known, self.timeouts.term_grace) if known else ():
-            guest.ask(argv)
-            yield grace
+    def _kill_steps(self, guest: PosixGuest, pid: int | None) -> Steps:
+        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
+        left = pid is not None and guest.signal("TERM", pid)
+        pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
+        while pid is not None and left and CLOCK.monotonic() < deadline:
+            yield pause
+            left, pause = guest.signal("0", pid), min(2 * pause, self.timeouts.poll_last)
+        if pid is not None and left:
+            guest.signal("KILL", pid)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write a program's output, as the agent has it, to the VM's log.
@@ -7105,7 +7146,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks = {}
+        self._tasks, self._armed = {}, {}
         self._take_news()
         self._name_places()
         self._recover()
@@ -7727,7 +7768,7 @@ class Supervisor:
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
-        self._checkpoint()
+        checkpoint_wal(self.db)
         return False
 
     def _see_to_loan(self) -> None:
@@ -7737,7 +7778,8 @@ class Supervisor:
                 return
         except UsageError as error:
             for row in self._loan.vms():
-                self._give_up(row["server_name"], str(error))
+                if row["state"] != VMState.FAILED:
+                    self._give_up(row["server_name"], str(error))
         for name in lost_vms(self.db):
             sql = "SELECT state FROM vms WHERE server_name = :name"
             if self.db.value(sql, name=name) != VMState.FAILED:
@@ -7865,13 +7907,6 @@ class Supervisor:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _checkpoint(self) -> None:
-        wal = Path(f"{self.db.path}-wal")
-        big = wal.exists() and wal.stat().st_size > 16 << 20
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        near = start is not None and abs(start - CLOCK.wall()) < 2
-        self.db.checkpoint(truncate=big and not near)
-
     def _end(self) -> None:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
@@ -7882,6 +7917,15 @@ class Supervisor:
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
 
 
 LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
@@ -7939,7 +7983,7 @@ class Loan:
                 Request(
                     tuple((row["pool"],) for row in rows),
                     _user(),
-                    f"experiment {experiment['id']}",
+                    str(Path(experiment["source"]).absolute()),  # which may use its VMs again
                     Holder.of(os.getpid()),
                     task_id=f"experiment {experiment['id']}",
                     within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
@@ -7967,6 +8011,8 @@ class Loan:
         if self._waiting:
             self._waiting.__exit__()
             self._waiting = None
+            sql = "UPDATE vms SET reason = '' WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql)
 
     def give_back(self) -> None:
         """Release all VMs."""
@@ -8176,8 +8222,9 @@ def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
+        if not allowed and ("on_host" in text or "\\u" in text)  # most are not worth parsing
         for entry in parse_schedule(text)
-        if entry.on_host and not allowed
+        if entry.on_host
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -8253,8 +8300,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    path = db.directory("locks") / "supervisor"
-    return lock_holder(path) if _is_locked(path) else None
+    return process_of(db, "supervisor")
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -8452,7 +8498,8 @@ class Hook:
         if code is not None and code < 0:
             ended = f"killed by {signal.Signals(-code).name}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
+        last = next(told, "")
         return f"{ended}: {_words(last.encode())}" if last else ended
 
 
@@ -8536,7 +8583,7 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
     head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
@@ -8709,9 +8756,14 @@ class QemuVm:
         Raises:
             VmrmError: it does not die; everything is left as it is.
         """
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _terminate(self, ends: list[signal.Signals | None]) -> None:
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
         while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
@@ -8723,8 +8775,6 @@ class QemuVm:
                 self._end(ends.pop(0))
             else:
                 raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -9162,7 +9212,7 @@ class Keeper:
         """Forget what has been history for long, and the logs of VMs long gone."""
         before = CLOCK.wall() - KEPT_S
         self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
-        for path in self.db.directory("logs", "pool").iterdir():
+        for path in self.db.directory("pool", "logs").iterdir():
             name = path.name.removesuffix(".1").removesuffix(".log")
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < before and self._row(name) is None:
@@ -9212,8 +9262,7 @@ class Keeper:
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
             self._checkpoint_at = CLOCK.monotonic() + 1.0
-            wal = Path(f"{self.db.path}-wal")
-            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+            checkpoint_wal(self.db)
 
     # --- beginning ---
 
@@ -10804,6 +10853,10 @@ class Viewer:
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
+                self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
@@ -11019,8 +11072,9 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
-        return [_vm_line(vm) for vm in vms]
+        if group is None:
+            return [_vm_line(vm) for vm in pool.get_all_vm()]
+        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
 
     @command
     def info(self, vm: str | None = None) -> object:
@@ -11208,7 +11262,7 @@ class PoolCommands(_Group):
         """
         db = self._manager().db
         logger = logging.getLogger("vmrm.keeper")
-        log_to(logger, db.directory("logs") / f"{KEEPER}.log")
+        log_to(logger, db.directory("pool") / f"{KEEPER}.log")
         if not self._main._screen.quiet:
             told = logging.StreamHandler()
             told.setFormatter(LogFormatter())

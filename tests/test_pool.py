@@ -274,6 +274,25 @@ def test_a_process_killed_at_any_step_leaves_a_vm_that_can_be_lent(
     assert pool.acquire_vm([7], "ann", "s", ME)
 
 
+def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
+    pool: VmManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(pool, "a")
+    child = subprocess.Popen(["sleep", "1000"])
+    vm = pool.acquire_vm([7], "ann", "s", child.pid)
+    child.kill()
+    child.wait()
+    over = VmManager._over
+
+    def slow(self: VmManager, row: dict[str, Any]) -> str:
+        self.hand_over(vm, vmrm.Holder.of(ME))
+        return over(self, row)
+
+    monkeypatch.setattr(VmManager, "_over", slow)
+    assert pool.reap() == []
+    assert pool.get_vm_by_name("a").holder_pid == ME
+
+
 def test_a_lease_with_an_end_is_taken_back_after_it_but_not_if_renewed(tmp_path: Path) -> None:
     timeouts = vmrm.Timeouts(lease_grace=0.0)
     with vmrm.Database(tmp_path / "lab.db", timeouts=timeouts) as db:
@@ -516,7 +535,10 @@ def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmMan
     add(pool, "a")
     vm = vmrm.VmDescriptor.load(pool.db, "a")
     vm.vm_ip, vm.state = "192.0.2.9", "terminating"
+    taken = pool.acquire_vm([7], "ann", "s", ME)
+    pool.release_vm("a")
     vm.store(pool.db)
+    assert pool.get_vm_by_name("a").bound_to_user == taken.bound_to_user, "it was not changed here"
     assert pool.lookup_vms_by_ip("192.0.2.9")[0].state == "terminating"
     with pytest.raises(VmError, match="cannot move"):
         vm.store_field(pool.db, "state", "ready")
@@ -630,6 +652,8 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
         ("pool acquire 8", "no group '8'"),
         ("pool acquire 7 --owner=", "needs an owner"),
         ("pool add a/b 7", "VM name 'a/b' is not usable"),
+        ("pool acquire 7 --lease 0", "a lease of no time"),
+        ("pool list 8", "no group '8'"),
         ("pool add a 8", "no group '8'"),
         ("pool add a 7 --path tcp:", "tcp:"),
         ("pool hold a soon", "'soon' is neither a time"),

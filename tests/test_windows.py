@@ -210,6 +210,13 @@ def shown(player: Player, entry: ScheduleEntry) -> list[Any]:
     return cast(list[Any], json.loads(path.read_text()))
 
 
+def test_a_batch_file_gets_words_in_quotes(player: Player) -> None:
+    entry = batch("@echo off\necho %~1+%~2+%~3+%4\n", "a,b;c=d", "", "e (f)", "g")
+    player.install(entry)
+    assert player.start(entry) == 0
+    assert player.left("out") == "a,b;c=d++e (f)+g\n"
+
+
 def test_a_list_of_arguments_and_the_environment_arrive_exactly(player: Player) -> None:
     entry = ScheduleEntry(-5)
     # Wine's chcp needs a console.
@@ -353,7 +360,7 @@ def test_a_stage_has_one_owner_and_moves_older_folders_aside(player: Player) -> 
 
 
 def test_a_launch_directory_that_needs_quotes_of_another_kind_is_refused() -> None:
-    for launch in ("C:\\a&b", "launch", "\\\\host\\share", "C:\\%x%"):
+    for launch in ("C:\\a&b", "launch", "C:", "C:x", "\\\\host\\share", "C:\\%x%"):
         with pytest.raises(vmrm.VMFailed, match="launch_dir"):
             vmrm.WindowsGuest(cast(Any, None), launch).prepare("", True, "1", "", [])
 
@@ -377,6 +384,11 @@ def windows(lab: Lab, *schedule: dict[str, Any]) -> Iterator[Path]:
 def outcomes(lab: Lab) -> list[tuple[int, str, int | None]]:
     rows = lab.query("SELECT ordinal, outcome, exit_code FROM attempts ORDER BY ordinal, attempt")
     return [(row["ordinal"], row["outcome"], row["exit_code"]) for row in rows]
+
+
+def test_a_played_windows_needs_a_place_for_its_drives(tmp_path: Path) -> None:
+    done = Lab(tmp_path).run("agent", str(tmp_path / "a.sock"), "--windows")
+    assert (done.returncode, "--root" in done.stderr) == (2, True)
 
 
 def test_an_experiment_on_windows(tmp_path: Path) -> None:
@@ -420,7 +432,7 @@ def test_an_experiment_on_windows(tmp_path: Path) -> None:
         assert (facts["health"], facts["os"]) == ("ok", "Windows, played")
 
 
-@pytest.mark.parametrize("crash", ["exec-answered", "running-recorded", "armed"])
+@pytest.mark.parametrize("crash", ["exec-answered", "running-recorded"])
 def test_a_program_is_found_again_after_its_handler_died(tmp_path: Path, crash: str) -> None:
     lab = Lab(tmp_path)
     note = "open('../../record', 'a').write('x'); import time; time.sleep(1)"
