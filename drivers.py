@@ -61,7 +61,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -1883,7 +1882,7 @@ class HostPrograms:
         """
         null = subprocess.DEVNULL
         try:
-            errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by status)
+            errors = _memory_file(b"")
             program = subprocess.Popen(
                 argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
             )

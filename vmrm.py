@@ -2880,7 +2880,7 @@ class VmDescriptor:
             words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
         words.append(f"task {self.task_id}" if self.task_id else "")
         words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
-        words.append(f"({self.reason})" if self.reason else "")
+        words.append(f"({self.reason})" if self.reason and self.state != VmStates.IN_USE else "")
         return "  ".join(word for word in words if word)
 
     @classmethod
@@ -3222,9 +3222,9 @@ class VmManager(_Rows):
                 if (count := sum(vm.state == state for vm in vms))
             )
             lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
-            lines += [f"  {vm}" for vm in vms]
+            lines += [_cell(f"  {vm}") for vm in vms]
         if queue := self._queue():
-            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+            lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
         return "\n".join(lines)
 
     def metrics(self) -> str:
@@ -3737,12 +3737,10 @@ class VmManager(_Rows):
 
     def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        dead = [row["id"] for row in self._dead_waiters()]
-        if dead:
-            self.db.write(
-                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
-                ids=json.dumps(dead),
-            )
+        dead = self._dead_waiters()
+        for row in dead:
+            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
+            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
         return len(dead)
 
     def _dead_waiters(self) -> list[dict[str, Any]]:
@@ -3913,7 +3911,7 @@ class VmManager(_Rows):
             while not over.wait(pause):
                 try:
                     self._still_own(vm, lease)
-                except Busy as error:
+                except Unavailable as error:
                     self.log.warning("lease of VM %s: %s", vm.vm_name, error)
                 except VmError as error:
                     (lost or self.log.error)(error)
@@ -12037,8 +12035,12 @@ def run_leased(
         screen.tell(f"vmrm: {error}; the command is ended")
         send(signal.SIGTERM)
 
-    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    def interrupt(number: int, _: object) -> None:
+        if not _in_foreground():  # else the terminal has told both
+            send(number)
+
+    handlers = {signal.SIGTERM: send, signal.SIGHUP: send, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         pool.hand_over(vm, Holder.of(child))
         os.write(go, b"g")
@@ -12051,6 +12053,18 @@ def run_leased(
         os.close(process)
     pool.release_vm(vm.vm_name, token=vm.token)
     return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether Ctrl-C at a terminal reaches this process with its whole group."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
