@@ -9877,6 +9877,11 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
 
 
+def _held_or(at: float) -> str:
+    """Return an effective time as people read it; a break holds what has none."""
+    return "held" if at == math.inf else _plain_time(at)
+
+
 def _entry_row(
     entry: ScheduleEntry, times: Mapping[int, float], row: Mapping[str, Any], start: float | None
 ) -> dict[str, Any]:
@@ -9887,7 +9892,7 @@ def _entry_row(
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "outcome": row["outcome"] or "",
         "attempt": row["attempt"],
@@ -9937,7 +9942,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": "held" if at == math.inf else _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "files": placed,
         "transfers": [
