@@ -571,7 +571,7 @@ def lock_holder(path: Path) -> int | None:
     return None
 
 
-def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the lock on a file, or None if it is taken.
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
@@ -579,7 +579,7 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
@@ -587,6 +587,12 @@ def try_lock(path: Path, kind: int = fcntl.LOCK_EX) -> int | None:
 
 
 LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
+
+
+def process_of(db: Database, name: str) -> int | None:
+    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
+    path = db.directory("locks") / name
+    return lock_holder(path) if _is_locked(path) else None
 
 
 def take_lock(path: Path) -> int | None:
@@ -1009,12 +1015,18 @@ def _handler_lock(db: Database, ordinal: int) -> Path:
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    """Whether a process holds the lock on a file, which need not exist and is not made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return False
-    fd = try_lock(path, fcntl.LOCK_SH)  # shared, so that two who look do not see each other
-    if fd is not None:
+    try:  # shared, so that two who look do not see each other
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
         os.close(fd)
-    return fd is None
+    return False
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -3610,7 +3622,8 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet"
+            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -7738,7 +7751,7 @@ class Supervisor:
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
-        self._checkpoint()
+        checkpoint_wal(self.db)
         return False
 
     def _see_to_loan(self) -> None:
@@ -7877,13 +7890,6 @@ class Supervisor:
             for pid in self._children:
                 os.kill(pid, signal.SIGKILL)
 
-    def _checkpoint(self) -> None:
-        wal = Path(f"{self.db.path}-wal")
-        big = wal.exists() and wal.stat().st_size > 16 << 20
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        near = start is not None and abs(start - CLOCK.wall()) < 2
-        self.db.checkpoint(truncate=big and not near)
-
     def _end(self) -> None:
         self.db.write(
             "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
@@ -7894,6 +7900,15 @@ class Supervisor:
         self.db.checkpoint(truncate=True)
         self.wake.close()
         self.db.close()
+
+
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
 
 
 LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
@@ -8190,8 +8205,9 @@ def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
+        if not allowed and ("on_host" in text or "\\u" in text)  # most are not worth parsing
         for entry in parse_schedule(text)
-        if entry.on_host and not allowed
+        if entry.on_host
     ]
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -8267,8 +8283,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    path = db.directory("locks") / "supervisor"
-    return lock_holder(path) if _is_locked(path) else None
+    return process_of(db, "supervisor")
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -8550,7 +8565,7 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
     head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
@@ -8723,9 +8738,14 @@ class QemuVm:
         Raises:
             VmrmError: it does not die; everything is left as it is.
         """
+        with contextlib.suppress(FileNotFoundError):  # somebody else does the same
+            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _terminate(self, ends: list[signal.Signals | None]) -> None:
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
         while self._pid.exists():  # without that file it is not one of our directories
             if (lock := self._lock()) is not None:
                 _crash("qemu-ended")
@@ -8737,8 +8757,6 @@ class QemuVm:
                 self._end(ends.pop(0))
             else:
                 raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
         """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
@@ -9226,8 +9244,7 @@ class Keeper:
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
             self._checkpoint_at = CLOCK.monotonic() + 1.0
-            wal = Path(f"{self.db.path}-wal")
-            self.db.checkpoint(truncate=wal.exists() and wal.stat().st_size > 16 << 20)
+            checkpoint_wal(self.db)
 
     # --- beginning ---
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +32,10 @@ sys.path.insert(0, str(ROOT))
 # The path comes first.
 import agents  # noqa: E402
 import guests  # noqa: E402
+
+# How fast examples are made and run is the host's affair.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
 
 # Seconds that processes get to end by themselves, once nobody needs them.
 GRACE_S = 2.0

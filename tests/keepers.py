@@ -28,7 +28,7 @@ class Provider:
         folder.mkdir()
         machine = "sh -c 'echo $$ > $VMRM_VM.pid; exec sleep 1000' > /dev/null 2>&1"
         self.hooks = {
-            "spawn": f"cd {folder}; exec 9> $VMRM_VM; flock -n 9 || exit 1; setsid {machine} & "
+            "spawn": f"cd {folder}; exec 9> $VMRM_VM; flock -w 9 9 || exit 1; setsid {machine} & "
             "echo IP=10.0.0.1 vm_name=$VMRM_VM",
             "terminate": f"cd {folder}; [ -e $VMRM_VM ] || exit 0; "
             "until flock -n $VMRM_VM rm $VMRM_VM; do kill -9 $(cat $VMRM_VM.pid); sleep 0.01; "

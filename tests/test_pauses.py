@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -15,11 +16,13 @@ import guests
 import pytest
 from conftest import ROOT
 from lab import Lab, kill, stand_ins
-from test_handler import load, sh, until, vm
+from test_handler import load, sh, vm
+from test_handler import until as until_soon
 
 import vmrm
 
 INF = math.inf
+until = functools.partial(until_soon, seconds=60)
 
 
 @pytest.fixture
@@ -178,7 +181,7 @@ def test_the_command_line_pauses(lab: Lab) -> None:
 
 
 def test_an_armed_entry_that_was_not_sent_is_held_and_starts_once(lab: Lab) -> None:
-    load_both(lab, note(0.2, "first"), note(3, "second"), note(3.2, "third"))
+    load_both(lab, note(0.2, "first"), note(6, "second"), note(6.2, "third"))
     done(lab, "run", "--detach")
     until(lambda: record(lab) and armed(lab, 2))
     with vmrm.Database(lab.db) as db:
@@ -316,6 +319,27 @@ def test_a_step_of_the_wall_clock_moves_no_plan(
     for clock.step in (3600, -3600):
         handler._check_wall_clock()
         assert handler._due(handler.schedule[0]) == due
+
+
+def test_what_is_due_is_armed_while_added_files_are_pushed(
+    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
+    done: list[str] = []
+
+    def push() -> Iterator[float]:
+        for _ in range(3):
+            done.append("chunk")
+            yield 0
+
+    def arm() -> float:
+        done.append("arm")
+        return -math.inf if done.count("arm") < 2 else math.inf
+
+    monkeypatch.setattr(handler, "_prepare_steps", push)
+    monkeypatch.setattr(handler, "_arm_due", arm)
+    assert list(handler._prepare_added_steps()) == [0, 0, 0]
+    assert done == ["chunk", "arm", "chunk", "arm", "chunk"]
 
 
 def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
@@ -511,7 +535,7 @@ def test_the_example_of_the_readme_on_a_real_guest(
     try:
         done(lab, "wait", "--timeout", "120")
         done(lab, "pause", "web1", "--duration", "0.5")
-        until(lambda: "ends the break" in done(lab, "resume", "web1"), 60)
+        until(lambda: "ends the break" in done(lab, "resume", "web1"))
         added = re.search(r"echo '(.*)' > more.json", section)
         assert added
         (tmp_path / "more.json").write_text(added[1])
