@@ -405,6 +405,17 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def own_command(*words: str) -> list[str]:
+    """Return the command line that starts this very vmrm anew.
+
+    It imports vmrm, from its cached bytecode: a script is compiled anew at every start, which takes
+    a fifth of a second and leaves scattered heap to every fork.
+    """
+    folder = str(Path(__file__).absolute().parent)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; vmrm.console()"
+    return [sys.executable, "-P", "-c", code, folder, *words]
+
+
 # === database ====================================================================================
 
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
@@ -8290,14 +8301,10 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
     import subprocess
 
-    # Imported, and so from its cached bytecode: a script is compiled anew, which takes 60 ms and
-    # leaves 14 MiB of scattered heap to every fork.
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; sys.exit(vmrm.main())"
-    folder = str(Path(__file__).absolute().parent)
-    argv = [sys.executable, "-P", "-c", code, folder, "_supervise", str(db.path)]
+    words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
     with (db.directory("logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
-            [*argv, *(["--stay"] if stay else [])],
+            own_command(*words),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -9107,8 +9114,7 @@ class Keeper:
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
         temporary = tool.with_name(f"vmrm.{os.getpid()}")
-        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
-        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
         temporary.chmod(0o700)
         temporary.rename(tool)
         if not self.once or _booted_at() > self._server_started():
@@ -9309,7 +9315,7 @@ class Keeper:
         if not command:
             fresh = vm["last_health_check"] is None  # it may be booting
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = shlex.join([sys.executable, str(Path(__file__).absolute()), "_check_agent"])
+            words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
         told = {
             "HOOK": kind.value,
@@ -12191,14 +12197,7 @@ def _demo_agent(root: Path) -> Iterator[None]:
     """Play one agent at <root>.sock in a process of its own."""
     import subprocess
 
-    argv = [
-        sys.executable,
-        str(Path(__file__).absolute()),
-        "agent",
-        f"{root}.sock",
-        "--root",
-        str(root),
-    ]
+    argv = own_command("agent", f"{root}.sock", "--root", str(root))
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
