@@ -2891,7 +2891,7 @@ class VmDescriptor:
             words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
         words.append(f"task {self.task_id}" if self.task_id else "")
         words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
-        words.append(f"({self.reason})" if self.reason else "")
+        words.append(f"({self.reason})" if self.reason and self.state != VmStates.IN_USE else "")
         return "  ".join(word for word in words if word)
 
     @classmethod
@@ -3233,9 +3233,9 @@ class VmManager(_Rows):
                 if (count := sum(vm.state == state for vm in vms))
             )
             lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
-            lines += [f"  {vm}" for vm in vms]
+            lines += [_cell(f"  {vm}") for vm in vms]
         if queue := self._queue():
-            lines.append(f"{len(queue)} waiting, the first for {queue[0].owner}")
+            lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
         return "\n".join(lines)
 
     def metrics(self) -> str:
@@ -3513,6 +3513,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None and request.lease_s <= 0:
+            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3624,8 +3626,9 @@ class VmManager(_Rows):
         bound = self._bound(request.owner, group)
         wanted = max(1, request.wants.count((group,)))
         idle = f"{row['idle']} of them idle in other sandboxes"
+        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
-            return f"group {group} has no VMs"
+            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
         if limit is not None and bound + wanted > limit:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
             return (
@@ -3633,8 +3636,7 @@ class VmManager(_Rows):
                 f"{idle}{more})"
             )
         if row["unchecked"]:
-            idle = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{idle}"
+            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
             f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
@@ -3746,12 +3748,10 @@ class VmManager(_Rows):
 
     def drop_dead_waiters(self) -> int:
         """Remove those from the queue who are dead or long silent; return how many that is."""
-        dead = [row["id"] for row in self._dead_waiters()]
-        if dead:
-            self.db.write(
-                "DELETE FROM pool_waiters WHERE id IN (SELECT value FROM json_each(:ids))",
-                ids=json.dumps(dead),
-            )
+        dead = self._dead_waiters()
+        for row in dead:
+            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
+            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
         return len(dead)
 
     def _dead_waiters(self) -> list[dict[str, Any]]:
@@ -3922,7 +3922,7 @@ class VmManager(_Rows):
             while not over.wait(pause):
                 try:
                     self._still_own(vm, lease)
-                except Busy as error:
+                except Unavailable as error:
                     self.log.warning("lease of VM %s: %s", vm.vm_name, error)
                 except VmError as error:
                     (lost or self.log.error)(error)
@@ -4351,8 +4351,9 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
-# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
+# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
+# code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
@@ -4453,7 +4454,11 @@ for here; do
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
-        [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        if [ -e /proc/self/stat ]; then
+            [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        else
+            kill -0 "${pid% *}" 2>/dev/null && life=alive
+        fi
     fi
     [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
@@ -5977,6 +5982,7 @@ class VMResourceHandler:
         # Drawn once: a look's price is the cold memory it touches.
         self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
+        self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
@@ -6025,13 +6031,15 @@ class VMResourceHandler:
         limit = timeout or float(self.config.get("agent_timeout") or 300)
         deadline = CLOCK.monotonic() + limit
         self.driver.connect(timeout=limit)
-        # Twice, since an agent that is restarted between open and read has none to tell.
-        self._boot = self.driver.boot_id() or self.driver.boot_id()
-        while self.driver.is_windows and not self._boot:  # it answers before it runs programs
+        boot = self.driver.boot_id()
+        while self.driver.is_windows and not boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
             self._wait(-1, 0, 1)
-            self._boot = self.driver.boot_id()
+            boot = self.driver.boot_id()
+        if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
+            raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
+        self._boot = boot
 
     # --- life
 
@@ -6063,7 +6071,9 @@ class VMResourceHandler:
 
     def _check_in(self) -> None:
         self.db.write(
-            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            """UPDATE vms SET handler_pid = :pid,
+                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+               WHERE server_name = :name""",
             pid=os.getpid(),
             name=self.vm_name,
         )
@@ -6092,6 +6102,7 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
+                self._answer_lost_requests()
                 break
         self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
         self.log.warning("the database can be used again")
@@ -6117,10 +6128,10 @@ class VMResourceHandler:
         Once is not enough: an agent that was restarted knows neither our files nor our programs.
         """
         refused, self._refused = self._refused, str(error)
-        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
         again = isinstance(error, drivers.AgentError) and refused == str(error)
-        lost = isinstance(error, drivers.UnknownPid)
-        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
+        passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
+        return isinstance(error, final) or (again and not isinstance(error, passing))
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -6130,11 +6141,12 @@ class VMResourceHandler:
         self._answer_lost_requests()
         if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
-        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 + (now - self._trouble_at) / 4))
+        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
+        self._troubles += 1
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at, self._refused = None, ""
+        self._trouble_at, self._refused, self._troubles = None, "", 0
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -6327,7 +6339,8 @@ class VMResourceHandler:
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
-            self._progress()
+            # What seems to boot for ever is still asked ever less.
+            self._trouble_at, self._refused = None, ""
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
         folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
@@ -6732,6 +6745,8 @@ class VMResourceHandler:
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
+        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
+            raise
         except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
             error = str(failed)
         except _Unknown as unknown:
@@ -7141,7 +7156,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks = {}
+        self._tasks, self._armed = {}, {}
         self._take_news()
         self._name_places()
         self._recover()
@@ -7524,8 +7539,9 @@ class Remote:
         import shutil
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
-            self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+        with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
+            if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
+                self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
@@ -8488,7 +8504,8 @@ class Hook:
         if code is not None and code < 0:
             ended = f"killed by {signal.Signals(-code).name}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
+        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
+        last = next(told, "")
         return f"{ended}: {_words(last.encode())}" if last else ended
 
 
@@ -10846,6 +10863,10 @@ class Viewer:
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
+                self._told[""] = (wait,)
+                self.screen.tell(wait)
         if experiment["start_at"] and not self._start_told:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
@@ -11061,8 +11082,9 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        vms = pool.get_all_vm() if group is None else pool.get_all_vm_in_group(group)
-        return [_vm_line(vm) for vm in vms]
+        if group is None:
+            return [_vm_line(vm) for vm in pool.get_all_vm()]
+        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
 
     @command
     def info(self, vm: str | None = None) -> object:
@@ -11481,6 +11503,8 @@ class Commands(_Public):
             name = row["server_name"]
             self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
+            while process and process.poll() is None and supervisor_pid(db) is None:
+                time_to_wait(0.01)  # so that `stop`, for one, finds it
             return {"supervisor": pid if process is None else process.pid}
         try:
             Viewer(db, self._screen, timeout).watch(process)
@@ -11797,7 +11821,7 @@ class Commands(_Public):
         if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
-        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+        if not running:  # but an earlier one has left programs behind
             process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
         while self._is_leaving(db, process):
@@ -12023,8 +12047,12 @@ def run_leased(
         screen.tell(f"vmrm: {error}; the command is ended")
         send(signal.SIGTERM)
 
-    before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells both
+    def interrupt(number: int, _: object) -> None:
+        if not _in_foreground():  # else the terminal has told both
+            send(number)
+
+    handlers = {signal.SIGTERM: send, signal.SIGHUP: send, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         pool.hand_over(vm, Holder.of(child))
         os.write(go, b"g")
@@ -12037,6 +12065,18 @@ def run_leased(
         os.close(process)
     pool.release_vm(vm.vm_name, token=vm.token)
     return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether Ctrl-C at a terminal reaches this process with its whole group."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:

@@ -464,6 +464,8 @@ def test_a_spawn_killed_at_any_moment_is_found(cli: Cli, db: vmrm.Database, root
     assert b"runs already" in again.stderr
     pid, started = map(int, (root / "vm1" / "pid").read_text().split())
     assert vmrm.process_started(pid) == started
+    assert cli("pool", "terminate-qemu", "vm1", env={"VMRM_CRASH": "qemu-ended"}).code < 0
+    assert cli("pool", "list-qemu").out == ""
     for _ in range(2):  # what is gone already is no error
         assert cli("pool", "terminate-qemu", "vm1").code == 0
         assert vmrm.process_started(pid) is None

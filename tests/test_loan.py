@@ -68,7 +68,8 @@ def test_an_experiment_waits_for_all_its_vms_and_gives_them_back(
         pool.remove_vm_from_pool(taken.vm_name)
         pool.add_vm_to_pool("", "p3", "g", path=taken.path)
         well(pool, "p3")
-        assert run.wait(60) == 0, run.stderr.read()
+        assert run.wait(60) == 0
+        assert "number 1 in the queue; no VM is available: group g: " in run.stderr.read()
     assert states(pool) == ["ready", "ready"]
     rows = pool.db.query("SELECT pool_vm, path, pool_token FROM vms ORDER BY pool_vm")
     assert [(row["path"], row["pool_token"]) for row in rows] == [("", ""), ("", "")]
@@ -88,8 +89,8 @@ def test_a_stopped_experiment_continues_on_its_machines_and_a_destroyed_one_give
         entry(-1, "until [ -e ../go ]; do sleep 0.1; done"),
     )
     assert cli("run", file, "--detach").code == 0
-    first = list(tmp_path.glob("launch?"))
     until(lambda: len(list(tmp_path.glob("launch?/-2/first"))) == 2)
+    assert cli("exec", "vm1", "echo", "hello").out == "hello\n"
     assert cli("stop").code == 0
     leases = pool.get_all_vm()
     assert [(vm.state, vm.holder_pid) for vm in leases] == [("in_use", None), ("in_use", None)]
@@ -98,11 +99,9 @@ def test_a_stopped_experiment_continues_on_its_machines_and_a_destroyed_one_give
         (folder / "go").touch()
     assert cli("run", file, "--detach").code == 0
     until(lambda: all(vm.holder_pid and not vm.lease_end_at for vm in pool.get_all_vm()))
-    assert cli("exec", "vm1", "echo", "hello").out in ("hello\n", "")
     until(lambda: states(pool) == ["ready", "ready"], 60)
     assert all(len(path.read_text().split()) == 1 for path in tmp_path.glob("launch?/-2/first"))
     assert cli("destroy", "--yes").code == 0
-    assert len(first) <= 2
 
 
 def test_vms_of_a_killed_supervisor_are_taken_back_and_run_says_so(
@@ -115,7 +114,7 @@ def test_vms_of_a_killed_supervisor_are_taken_back_and_run_says_so(
     assert pid
     os.kill(pid, signal.SIGKILL)
     until(lambda: not vmrm.live_handlers(pool.db))
-    assert sorted(pool.reap()) == ["p1", "p2"]
+    until(lambda: not pool.reap() and states(pool) == ["ready", "ready"])
     done = cli("run", file)
     assert done.code == 2
     assert "went back to it" in done.err

@@ -274,6 +274,25 @@ def test_a_process_killed_at_any_step_leaves_a_vm_that_can_be_lent(
     assert pool.acquire_vm([7], "ann", "s", ME)
 
 
+def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
+    pool: VmManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(pool, "a")
+    child = subprocess.Popen(["sleep", "1000"])
+    vm = pool.acquire_vm([7], "ann", "s", child.pid)
+    child.kill()
+    child.wait()
+    over = VmManager._over
+
+    def slow(self: VmManager, row: dict[str, Any]) -> str:
+        self.hand_over(vm, vmrm.Holder.of(ME))
+        return over(self, row)
+
+    monkeypatch.setattr(VmManager, "_over", slow)
+    assert pool.reap() == []
+    assert pool.get_vm_by_name("a").holder_pid == ME
+
+
 def test_a_lease_with_an_end_is_taken_back_after_it_but_not_if_renewed(tmp_path: Path) -> None:
     timeouts = vmrm.Timeouts(lease_grace=0.0)
     with vmrm.Database(tmp_path / "lab.db", timeouts=timeouts) as db:
@@ -429,9 +448,11 @@ def test_a_waiter_that_is_killed_leaves_the_queue(pool: VmManager) -> None:
     child.kill()
     child.communicate()
     assert vmrm.check(pool.db) == [f"queue: process {child.pid} is dead"]
+    assert list(pool.db.directory("wake").glob("wait-*"))
     pool.release_vm("a")
     assert pool.acquire_vm([7], "zoe", "s", ME)
     assert vmrm.check(pool.db) == []
+    assert not list(pool.db.directory("wake").glob("wait-*"))
 
 
 def test_a_wait_has_an_end_and_says_what_it_waits_for(pool: VmManager) -> None:
@@ -526,6 +547,13 @@ def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmMan
     assert [vm.vm_name for vm in pool._load_multi_safe(["a", "b"])] == ["a"]
 
 
+def test_names_that_others_chose_cannot_steer_a_terminal(pool: VmManager) -> None:
+    add(pool, "a")
+    pool.acquire_vm([7], "ann\x1b[2J", "s\n", ME, task_id="\x9b")
+    assert all(character.isprintable() for line in pool.info().split("\n") for character in line)
+    assert len(pool.info().split("\n")) == 3
+
+
 def test_metrics_are_gauges_and_counters_of_every_group(pool: VmManager) -> None:
     add(pool, "a", "b")
     pool.acquire_vm([7], "ann", "s", ME)
@@ -577,15 +605,19 @@ def test_a_command_holds_the_vm_and_passes_its_exit_code_and_signals(
     assert (done.code, done.out.split()[0]) == (7, "a")
     assert cli(*acquire, "/no/such/program").code == 127
     assert state(pool, "a") == "ready"
-    command = cli.command(
-        *acquire, "sh", "-c", "trap 'exit 9' TERM; echo up; while :; do sleep .1; done"
-    )
-    with subprocess.Popen(command, env=cli.environment, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
-        process.terminate()
-        assert process.wait(20) == 9
-    assert state(pool, "a") == "ready"
+    script = "trap 'exit 9' TERM INT; echo up; while :; do sleep .1; done"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(
+            cli.command(*acquire, "sh", "-c", script),
+            env=cli.environment,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # no terminal, which would tell both
+        ) as process:
+            assert process.stdout
+            process.stdout.readline()
+            process.send_signal(number)
+            assert process.wait(20) == 9
+        assert state(pool, "a") == "ready"
 
 
 def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_is_lost(
@@ -633,6 +665,8 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
         ("pool acquire 8", "no group '8'"),
         ("pool acquire 7 --owner=", "needs an owner"),
         ("pool add a/b 7", "VM name 'a/b' is not usable"),
+        ("pool acquire 7 --lease 0", "a lease of no time"),
+        ("pool list 8", "no group '8'"),
         ("pool add a 8", "no group '8'"),
         ("pool add a 7 --path tcp:", "tcp:"),
         ("pool hold a soon", "'soon' is neither a time"),

@@ -228,9 +228,10 @@ def work(path: Path, seed: int, record: Path) -> None:
 
     while True:
         owner = f"o{chance.randrange(OWNERS)}"
+        sandbox, wait = chance.choice("st"), chance.choice((None, None, 0.1))
         try:
-            vm = pool.acquire_vm(["g"], owner, chance.choice("st"), os.getpid()).vm_name
-        except vmrm.NoVmAvailable:
+            vm = pool.acquire_vm(["g"], owner, sandbox, os.getpid(), wait=wait).vm_name
+        except (vmrm.NoVmAvailable, vmrm.TimedOut):
             continue
         write("+")
         if chance.random() < 0.02:
@@ -330,4 +331,5 @@ def test_no_vm_has_two_holders_and_no_owner_too_many_whoever_is_killed(tmp_path:
                  AND bound_to_user IS NOT NULL GROUP BY bound_to_user)"""
         assert pool.db.value(sql) <= LIMIT
         assert not pool.get_vm_by_group_and_state_list(None, ["in_use"])
+        pool.drop_dead_waiters()
         assert vmrm.check(pool.db) == []
