@@ -4340,8 +4340,9 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
-# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
+# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
+# code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
@@ -4442,7 +4443,11 @@ for here; do
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
-        [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        if [ -e /proc/self/stat ]; then
+            [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        else
+            kill -0 "${pid% *}" 2>/dev/null && life=alive
+        fi
     fi
     [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
@@ -5966,6 +5971,7 @@ class VMResourceHandler:
         # Drawn once: a look's price is the cold memory it touches.
         self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
+        self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
@@ -6014,13 +6020,15 @@ class VMResourceHandler:
         limit = timeout or float(self.config.get("agent_timeout") or 300)
         deadline = CLOCK.monotonic() + limit
         self.driver.connect(timeout=limit)
-        # Twice, since an agent that is restarted between open and read has none to tell.
-        self._boot = self.driver.boot_id() or self.driver.boot_id()
-        while self.driver.is_windows and not self._boot:  # it answers before it runs programs
+        boot = self.driver.boot_id()
+        while self.driver.is_windows and not boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
             self._wait(-1, 0, 1)
-            self._boot = self.driver.boot_id()
+            boot = self.driver.boot_id()
+        if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
+            raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
+        self._boot = boot
 
     # --- life
 
@@ -6052,7 +6060,9 @@ class VMResourceHandler:
 
     def _check_in(self) -> None:
         self.db.write(
-            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            """UPDATE vms SET handler_pid = :pid,
+                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+               WHERE server_name = :name""",
             pid=os.getpid(),
             name=self.vm_name,
         )
@@ -6081,6 +6091,7 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
+                self._answer_lost_requests()
                 break
         self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
         self.log.warning("the database can be used again")
@@ -6106,10 +6117,10 @@ class VMResourceHandler:
         Once is not enough: an agent that was restarted knows neither our files nor our programs.
         """
         refused, self._refused = self._refused, str(error)
-        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
         again = isinstance(error, drivers.AgentError) and refused == str(error)
-        lost = isinstance(error, drivers.UnknownPid)
-        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
+        passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
+        return isinstance(error, final) or (again and not isinstance(error, passing))
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -6119,11 +6130,12 @@ class VMResourceHandler:
         self._answer_lost_requests()
         if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
-        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 + (now - self._trouble_at) / 4))
+        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
+        self._troubles += 1
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at, self._refused = None, ""
+        self._trouble_at, self._refused, self._troubles = None, "", 0
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -6316,7 +6328,8 @@ class VMResourceHandler:
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
-            self._progress()
+            # What seems to boot for ever is still asked ever less.
+            self._trouble_at, self._refused = None, ""
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
         folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
@@ -6721,6 +6734,8 @@ class VMResourceHandler:
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
+        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
+            raise
         except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
             error = str(failed)
         except _Unknown as unknown:
@@ -7513,8 +7528,9 @@ class Remote:
         import shutil
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
-            self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+        with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
+            if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
+                self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
@@ -11481,6 +11497,8 @@ class Commands(_Public):
             name = row["server_name"]
             self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
+            while process and process.poll() is None and supervisor_pid(db) is None:
+                time_to_wait(0.01)  # so that `stop`, for one, finds it
             return {"supervisor": pid if process is None else process.pid}
         try:
             Viewer(db, self._screen, timeout).watch(process)
@@ -11797,7 +11815,7 @@ class Commands(_Public):
         if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
-        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+        if not running:  # but an earlier one has left programs behind
             process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
         while self._is_leaving(db, process):
