@@ -9076,6 +9076,14 @@ def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[st
     return sum(waiting.values())
 
 
+NO_HOOK: dict[str, Any] = {
+    "hook": "",
+    "hook_pid": None,
+    "hook_started": None,
+    "hook_boot": "",
+}
+
+
 class Keeper:
     """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
 
@@ -9186,7 +9194,7 @@ class Keeper:
         if self._stopping:
             for hook in self.hooks.values():
                 hook.kill("the keeper was stopped", self.timeouts.term_grace)
-            self._again_at = math.inf
+            self._again_at = self._reap_at = math.inf
             return False
         if CLOCK.monotonic() >= self._sweep_at:
             self._sweep_at = CLOCK.monotonic() + 86400
@@ -9428,13 +9436,11 @@ class Keeper:
             row = self._row(vm_name)
             if row is None or row["hook_pid"] != pid:
                 return
-            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
-            if again:
-                columns |= {"terminate_tries": 0, "check_started_at": None}
+            anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
             lost = again and row["state"] == VmStates.SPAWNING
             state = VmStates.TERMINATING if lost else row["state"]
             reason = "the keeper died while it was spawned"
-            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+            move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
         with self.db.transaction(durable=True) as db:
@@ -9464,10 +9470,9 @@ class Keeper:
             sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
             self.db.connection.execute(sql, (made.name, hook.vm_name))
             hook.vm_name = made.name
-        now = CLOCK.wall()
-        move_pool_vm(
-            self.db, hook.vm_name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
-        )
+        where: dict[str, Any] = {"vm_ip": made.ip, "path": made.path, "spawned_at": CLOCK.wall()}
+        # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
+        move_pool_vm(self.db, hook.vm_name, VmStates.GOT_IP, **where, **NO_HOOK)
 
     def _end_check(self, hook: Hook) -> None:
         if hook.killed or hook.exit_code == EX_TEMPFAIL:
