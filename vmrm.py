@@ -405,6 +405,17 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def own_command(*words: str) -> list[str]:
+    """Return the command line that starts this very vmrm anew.
+
+    It imports vmrm, from its cached bytecode: a script is compiled anew at every start, which takes
+    a fifth of a second and leaves scattered heap to every fork.
+    """
+    folder = str(Path(__file__).absolute().parent)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; vmrm.console()"
+    return [sys.executable, "-P", "-c", code, folder, *words]
+
+
 # === database ====================================================================================
 
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
@@ -4340,8 +4351,9 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
-# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
+# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
+# code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
@@ -4442,7 +4454,11 @@ for here; do
     [ -f "$here/pid" ] && read -r pid < "$here/pid"
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
-        [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        if [ -e /proc/self/stat ]; then
+            [ "${20}" = "${pid#* }" ] && [ "$1" != Z ] && life=alive
+        else
+            kill -0 "${pid% *}" 2>/dev/null && life=alive
+        fi
     fi
     [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
@@ -5966,6 +5982,7 @@ class VMResourceHandler:
         # Drawn once: a look's price is the cold memory it touches.
         self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
         self._trouble_at: float | None = None
+        self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
 
     # --- drivers
@@ -6014,13 +6031,15 @@ class VMResourceHandler:
         limit = timeout or float(self.config.get("agent_timeout") or 300)
         deadline = CLOCK.monotonic() + limit
         self.driver.connect(timeout=limit)
-        # Twice, since an agent that is restarted between open and read has none to tell.
-        self._boot = self.driver.boot_id() or self.driver.boot_id()
-        while self.driver.is_windows and not self._boot:  # it answers before it runs programs
+        boot = self.driver.boot_id()
+        while self.driver.is_windows and not boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
             self._wait(-1, 0, 1)
-            self._boot = self.driver.boot_id()
+            boot = self.driver.boot_id()
+        if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
+            raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
+        self._boot = boot
 
     # --- life
 
@@ -6052,7 +6071,9 @@ class VMResourceHandler:
 
     def _check_in(self) -> None:
         self.db.write(
-            "UPDATE vms SET handler_pid = :pid WHERE server_name = :name",
+            """UPDATE vms SET handler_pid = :pid,
+                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+               WHERE server_name = :name""",
             pid=os.getpid(),
             name=self.vm_name,
         )
@@ -6081,6 +6102,7 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
+                self._answer_lost_requests()
                 break
         self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
         self.log.warning("the database can be used again")
@@ -6106,10 +6128,10 @@ class VMResourceHandler:
         Once is not enough: an agent that was restarted knows neither our files nor our programs.
         """
         refused, self._refused = self._refused, str(error)
-        forbidden = (drivers.CommandDisabled, drivers.CommandMissing, drivers.Frozen)
+        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
         again = isinstance(error, drivers.AgentError) and refused == str(error)
-        lost = isinstance(error, drivers.UnknownPid)
-        return isinstance(error, (drivers.ConnectError, *forbidden)) or (again and not lost)
+        passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
+        return isinstance(error, final) or (again and not isinstance(error, passing))
 
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
@@ -6119,11 +6141,12 @@ class VMResourceHandler:
         self._answer_lost_requests()
         if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
-        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 + (now - self._trouble_at) / 4))
+        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
+        self._troubles += 1
 
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
-        self._trouble_at, self._refused = None, ""
+        self._trouble_at, self._refused, self._troubles = None, "", 0
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -6316,7 +6339,8 @@ class VMResourceHandler:
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
-            self._progress()
+            # What seems to boot for ever is still asked ever less.
+            self._trouble_at, self._refused = None, ""
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
         folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
@@ -6721,6 +6745,8 @@ class VMResourceHandler:
                 yield repeating
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
+        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
+            raise
         except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
             error = str(failed)
         except _Unknown as unknown:
@@ -7513,8 +7539,9 @@ class Remote:
         import shutil
 
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
-            self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+        with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
+            if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
+                self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
@@ -8290,14 +8317,10 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
     import subprocess
 
-    # Imported, and so from its cached bytecode: a script is compiled anew, which takes 60 ms and
-    # leaves 14 MiB of scattered heap to every fork.
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; sys.exit(vmrm.main())"
-    folder = str(Path(__file__).absolute().parent)
-    argv = [sys.executable, "-P", "-c", code, folder, "_supervise", str(db.path)]
+    words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
     with (db.directory("logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
-            [*argv, *(["--stay"] if stay else [])],
+            own_command(*words),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -9053,6 +9076,14 @@ def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[st
     return sum(waiting.values())
 
 
+NO_HOOK: dict[str, Any] = {
+    "hook": "",
+    "hook_pid": None,
+    "hook_started": None,
+    "hook_boot": "",
+}
+
+
 class Keeper:
     """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
 
@@ -9108,8 +9139,7 @@ class Keeper:
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
         temporary = tool.with_name(f"vmrm.{os.getpid()}")
-        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
-        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
         temporary.chmod(0o700)
         temporary.rename(tool)
         if not self.once or _booted_at() > self._server_started():
@@ -9164,7 +9194,7 @@ class Keeper:
         if self._stopping:
             for hook in self.hooks.values():
                 hook.kill("the keeper was stopped", self.timeouts.term_grace)
-            self._again_at = math.inf
+            self._again_at = self._reap_at = math.inf
             return False
         if CLOCK.monotonic() >= self._sweep_at:
             self._sweep_at = CLOCK.monotonic() + 86400
@@ -9310,7 +9340,7 @@ class Keeper:
         if not command:
             fresh = vm["last_health_check"] is None  # it may be booting
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = shlex.join([sys.executable, str(Path(__file__).absolute()), "_check_agent"])
+            words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
         told = {
             "HOOK": kind.value,
@@ -9406,13 +9436,11 @@ class Keeper:
             row = self._row(vm_name)
             if row is None or row["hook_pid"] != pid:
                 return
-            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
-            if again:
-                columns |= {"terminate_tries": 0, "check_started_at": None}
+            anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
             lost = again and row["state"] == VmStates.SPAWNING
             state = VmStates.TERMINATING if lost else row["state"]
             reason = "the keeper died while it was spawned"
-            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+            move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
         with self.db.transaction(durable=True) as db:
@@ -9442,10 +9470,9 @@ class Keeper:
             sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
             self.db.connection.execute(sql, (made.name, hook.vm_name))
             hook.vm_name = made.name
-        now = CLOCK.wall()
-        move_pool_vm(
-            self.db, hook.vm_name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
-        )
+        where: dict[str, Any] = {"vm_ip": made.ip, "path": made.path, "spawned_at": CLOCK.wall()}
+        # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
+        move_pool_vm(self.db, hook.vm_name, VmStates.GOT_IP, **where, **NO_HOOK)
 
     def _end_check(self, hook: Hook) -> None:
         if hook.killed or hook.exit_code == EX_TEMPFAIL:
@@ -9895,6 +9922,11 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
 
 
+def _held_or(at: float) -> str:
+    """Return an effective time as people read it; a break holds what has none."""
+    return "held" if at == math.inf else _plain_time(at)
+
+
 def _entry_row(
     entry: ScheduleEntry, times: Mapping[int, float], row: Mapping[str, Any], start: float | None
 ) -> dict[str, Any]:
@@ -9905,7 +9937,7 @@ def _entry_row(
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "outcome": row["outcome"] or "",
         "attempt": row["attempt"],
@@ -9955,7 +9987,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": "held" if at == math.inf else _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "files": placed,
         "transfers": [
@@ -11476,6 +11508,8 @@ class Commands(_Public):
             name = row["server_name"]
             self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
         if detach:
+            while process and process.poll() is None and supervisor_pid(db) is None:
+                time_to_wait(0.01)  # so that `stop`, for one, finds it
             return {"supervisor": pid if process is None else process.pid}
         try:
             Viewer(db, self._screen, timeout).watch(process)
@@ -11792,7 +11826,7 @@ class Commands(_Public):
         if not running and not (kill and vms_with_programs(db)):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
-        if kill and supervisor_pid(db) is None:  # for what an earlier one has left behind
+        if not running:  # but an earlier one has left programs behind
             process = spawn_supervisor(db)
         deadline = CLOCK.monotonic() + timeout
         while self._is_leaving(db, process):
@@ -12208,14 +12242,7 @@ def _demo_agent(root: Path) -> Iterator[None]:
     """Play one agent at <root>.sock in a process of its own."""
     import subprocess
 
-    argv = [
-        sys.executable,
-        str(Path(__file__).absolute()),
-        "agent",
-        f"{root}.sock",
-        "--root",
-        str(root),
-    ]
+    argv = own_command("agent", f"{root}.sock", "--root", str(root))
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
