@@ -750,7 +750,9 @@ def powershell(script: str, *words: str) -> list[str]:
         "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", word) + "'" for word in words
     )
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
-    return ["powershell.exe", "-NoProfile", "-NonInteractive", "-EncodedCommand", encoded]
+    # Otherwise an encoded command tells its errors and its progress in XML.
+    plain = ["-NoProfile", "-NonInteractive", "-OutputFormat", "Text"]
+    return ["powershell.exe", *plain, "-EncodedCommand", encoded]
 
 
 _UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")

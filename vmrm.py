@@ -405,6 +405,17 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def own_command(*words: str) -> list[str]:
+    """Return the command line that starts this very vmrm anew.
+
+    It imports vmrm, from its cached bytecode: a script is compiled anew at every start, which takes
+    a fifth of a second and leaves scattered heap to every fork.
+    """
+    folder = str(Path(__file__).absolute().parent)
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; vmrm.console()"
+    return [sys.executable, "-P", "-c", code, folder, *words]
+
+
 # === database ====================================================================================
 
 # One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
@@ -4340,8 +4351,9 @@ def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough). All data reaches them quoted or as arguments. In an attempt's
-# directory: pid (and its start time), out, err, exit (exit code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
+# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
+# code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
@@ -8305,14 +8317,10 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
     import subprocess
 
-    # Imported, and so from its cached bytecode: a script is compiled anew, which takes 60 ms and
-    # leaves 14 MiB of scattered heap to every fork.
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; sys.exit(vmrm.main())"
-    folder = str(Path(__file__).absolute().parent)
-    argv = [sys.executable, "-P", "-c", code, folder, "_supervise", str(db.path)]
+    words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
     with (db.directory("logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
-            [*argv, *(["--stay"] if stay else [])],
+            own_command(*words),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -9068,6 +9076,14 @@ def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[st
     return sum(waiting.values())
 
 
+NO_HOOK: dict[str, Any] = {
+    "hook": "",
+    "hook_pid": None,
+    "hook_started": None,
+    "hook_boot": "",
+}
+
+
 class Keeper:
     """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
 
@@ -9123,8 +9139,7 @@ class Keeper:
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
         temporary = tool.with_name(f"vmrm.{os.getpid()}")
-        words = shlex.join([sys.executable, str(Path(__file__).absolute())])
-        temporary.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        temporary.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
         temporary.chmod(0o700)
         temporary.rename(tool)
         if not self.once or _booted_at() > self._server_started():
@@ -9179,7 +9194,7 @@ class Keeper:
         if self._stopping:
             for hook in self.hooks.values():
                 hook.kill("the keeper was stopped", self.timeouts.term_grace)
-            self._again_at = math.inf
+            self._again_at = self._reap_at = math.inf
             return False
         if CLOCK.monotonic() >= self._sweep_at:
             self._sweep_at = CLOCK.monotonic() + 86400
@@ -9325,7 +9340,7 @@ class Keeper:
         if not command:
             fresh = vm["last_health_check"] is None  # it may be booting
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = shlex.join([sys.executable, str(Path(__file__).absolute()), "_check_agent"])
+            words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
         told = {
             "HOOK": kind.value,
@@ -9421,13 +9436,11 @@ class Keeper:
             row = self._row(vm_name)
             if row is None or row["hook_pid"] != pid:
                 return
-            columns: dict[str, Any] = {"hook": "", "hook_pid": None, "hook_started": None}
-            if again:
-                columns |= {"terminate_tries": 0, "check_started_at": None}
+            anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
             lost = again and row["state"] == VmStates.SPAWNING
             state = VmStates.TERMINATING if lost else row["state"]
             reason = "the keeper died while it was spawned"
-            move_pool_vm(db, vm_name, state, reason, **columns, hook_boot="")
+            move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
         with self.db.transaction(durable=True) as db:
@@ -9457,10 +9470,9 @@ class Keeper:
             sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
             self.db.connection.execute(sql, (made.name, hook.vm_name))
             hook.vm_name = made.name
-        now = CLOCK.wall()
-        move_pool_vm(
-            self.db, hook.vm_name, VmStates.GOT_IP, vm_ip=made.ip, path=made.path, spawned_at=now
-        )
+        where: dict[str, Any] = {"vm_ip": made.ip, "path": made.path, "spawned_at": CLOCK.wall()}
+        # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
+        move_pool_vm(self.db, hook.vm_name, VmStates.GOT_IP, **where, **NO_HOOK)
 
     def _end_check(self, hook: Hook) -> None:
         if hook.killed or hook.exit_code == EX_TEMPFAIL:
@@ -9910,6 +9922,11 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
 
 
+def _held_or(at: float) -> str:
+    """Return an effective time as people read it; a break holds what has none."""
+    return "held" if at == math.inf else _plain_time(at)
+
+
 def _entry_row(
     entry: ScheduleEntry, times: Mapping[int, float], row: Mapping[str, Any], start: float | None
 ) -> dict[str, Any]:
@@ -9920,7 +9937,7 @@ def _entry_row(
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "outcome": row["outcome"] or "",
         "attempt": row["attempt"],
@@ -9970,7 +9987,7 @@ def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dic
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": "held" if at == math.inf else _plain_time(at),
+        "at": _held_or(at),
         "what": entry.label,
         "files": placed,
         "transfers": [
@@ -12225,14 +12242,7 @@ def _demo_agent(root: Path) -> Iterator[None]:
     """Play one agent at <root>.sock in a process of its own."""
     import subprocess
 
-    argv = [
-        sys.executable,
-        str(Path(__file__).absolute()),
-        "agent",
-        f"{root}.sock",
-        "--root",
-        str(root),
-    ]
+    argv = own_command("agent", f"{root}.sock", "--root", str(root))
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 # The path comes first.
 import agents  # noqa: E402
 import guests  # noqa: E402
+from lab import VMRM  # noqa: E402
 
 # How fast examples are made and run is the host's affair.
 settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -276,7 +277,7 @@ class Cli:
         stdin: str = "",
         timeout: float = 60.0,
     ) -> Result:
-        """Run ``python vmrm.py WORDS`` to its end.
+        """Run ``vmrm WORDS`` to its end.
 
         Parameters:
             cwd: where; by default the test's temporary directory, never the checkout.
@@ -298,7 +299,7 @@ class Cli:
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the words to start it with, for a test that keeps it running."""
-        return [sys.executable, str(ROOT / "vmrm.py"), *map(str, words)]
+        return [*VMRM, *map(str, words)]
 
     @property
     def environment(self) -> dict[str, str]:

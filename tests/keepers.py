@@ -7,13 +7,12 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cli_lab import until
-from conftest import ROOT
+from lab import VMRM
 
 import vmrm
 
@@ -85,7 +84,7 @@ def served(path: Path, *words: str, **environment: str) -> Iterator[subprocess.P
     When the block fails, it is killed.
     """
     keeper = subprocess.Popen(
-        [sys.executable, str(ROOT / "vmrm.py"), "--db", str(path), "pool", "serve", *words],
+        [*VMRM, "--db", str(path), "pool", "serve", *words],
         env=os.environ | {"VMRM_TIMEOUT_SCALE": "0.1"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

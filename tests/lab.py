@@ -12,15 +12,16 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vmrm
+
 ROOT = Path(__file__).resolve().parent.parent
-VMRM = [sys.executable, str(ROOT / "vmrm.py")]
+VMRM = vmrm.own_command()  # as the installed command; tests/test_package.py runs the script
 
 # Scales every time-out and interval of vmrm; nothing here waits for a real second.
 FAST = {"VMRM_TIMEOUT_SCALE": "0.2"}

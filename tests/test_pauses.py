@@ -120,7 +120,7 @@ def test_a_command_records_the_experiment_time_and_what_it_did(db: vmrm.Database
     text = vmrm.ScheduleDb(db=db).get("web")
     assert text is not None
     vmrm.ScheduleDb(db=db).put("web", text[:-1] + ', {"start_time": 14, "pause": "inf"}]')
-    assert vmrm.entry_rows(db, "web")[-1]["at"] == "inf"
+    assert vmrm.entry_rows(db, "web")[-1]["at"] == "held"
 
 
 def test_before_time_0_a_resume_ends_a_break_at_minus_infinity_then_one_at_0(
@@ -134,7 +134,7 @@ def test_before_time_0_a_resume_ends_a_break_at_minus_infinity_then_one_at_0(
         {"start_time": 5, "executable": "e"},
     )
     for expected in ("resume: ends the break of -inf", "resume: ends the break of 0"):
-        assert vmrm.entry_rows(db, "web")[-1]["at"] == "inf"
+        assert vmrm.entry_rows(db, "web")[-1]["at"] == "held"
         assert did(vmrm.resume_vms(db, ["web"])) == [("web", expected)]
     assert vmrm.entry_rows(db, "web")[-1]["at"] == "5", "time 0 has not come: nothing is shifted"
     assert did(vmrm.resume_vms(db, ["web"])) == [("web", "ignored: it is in no break")]

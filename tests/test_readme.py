@@ -11,6 +11,7 @@ import configparser
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import guests
 import pexpect  # type: ignore[import-untyped]
 import pytest
 from conftest import ROOT
+from lab import VMRM
 
 import vmrm
 
@@ -78,7 +80,7 @@ def run_section(section: str, folder: Path) -> list[tuple[str, str, str]]:
     lab.mkdir()
     tool = folder / "bin" / "vmrm"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/vmrm.py "$@"\n')
+    tool.write_text(f'#!/bin/sh\nexec {shlex.join(VMRM)} "$@"\n')
     tool.chmod(0o755)
     todo: list[tuple[str, str]] = []
     for block in blocks():

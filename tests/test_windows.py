@@ -447,7 +447,7 @@ def test_a_program_is_found_again_after_its_handler_died(tmp_path: Path, crash: 
 
 
 def test_a_windows_that_cannot_run_programs_yet_is_asked_again(tmp_path: Path) -> None:
-    answers, waits = iter(["", "", "", "77"]), list[float]()
+    answers, waits = iter(["", "", "77"]), list[float]()
 
     class Booting(drivers.QemuGuestAgentDriver):
         def connect(self, timeout: float | None = None, retry: bool = True) -> int:
