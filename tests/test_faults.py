@@ -241,7 +241,7 @@ def guest_disk_full(row: Row) -> None:
 
 STEPS = [
     "files-loaded", "armed", "exec-answered", "running-recorded", "before-journal",
-    "journal-closed", "before-configured", "configured", "start-seen",
+    "journal-closed", "configured", "start-seen",
 ]  # fmt: skip
 
 # The slowest rows come first, so that all guests end together.
@@ -263,7 +263,6 @@ TABLE: dict[str, Callable[[Row], None]] = {
     **{f"handler-killed-at-{label}": partial(handler_killed, label) for label in STEPS},
     "handler-killed-at-a-reboot": handler_killed_at_a_reboot,
     "supervisor-killed-at-exec-answered": partial(supervisor_killed, "exec-answered"),
-    "supervisor-killed-at-configured": partial(supervisor_killed, "configured"),
 }
 
 

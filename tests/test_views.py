@@ -426,7 +426,7 @@ def test_a_report_says_what_the_journal_says(ran: Lab) -> None:
         assert len(mine) == 1, (row, hovers)
         assert f"{row['outcome']}, exit code {row['exit_code']}\n" in mine[0]
         if row["planned_at"]:
-            late = (row["sent_at"] - row["planned_at"]) * 1000
+            late = round(row["sent_at"] - row["planned_at"], 6) * 1000  # as views round it
             assert f"late {late:.1f} ms" in mine[0]
     assert [a for tag, a in page.elements if tag == "line" and a["class"] == "start"]
     assert page.within("li") == ["vm1, entry 5 (0.4 sh): failed: exit code 3"]
