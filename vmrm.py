@@ -3003,6 +3003,9 @@ def group_settings(db: Database) -> dict[str, str]:
     return {column.removesuffix("_s"): column for column in columns if column not in skipped}
 
 
+_IMPOSSIBLE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+
+
 def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
     """Add a group to the pool, or change settings of it.
 
@@ -3036,7 +3039,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
                     (value, name),
                 )
-            except (sqlite3.Error, OverflowError) as error:
+            except (*_IMPOSSIBLE, OverflowError) as error:
                 raise ValueError(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
@@ -11058,7 +11061,7 @@ class PoolCommands(_Group):
         rows = db.query("SELECT * FROM pool_groups ORDER BY position")
         if name is not None:
             if settings or name.lower() not in [row["name"].lower() for row in rows]:
-                put_group(db, name, {key: _setting(text) for key, text in settings.items()})
+                put_group(db, name, {key: _setting(key, text) for key, text in settings.items()})
             rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
         known = {"name": "name", **group_settings(db)}
         shown = [{key: row[column] for key, column in known.items()} for row in rows]
@@ -11981,10 +11984,14 @@ def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
     }
 
 
-def _setting(text: str) -> object:
+def _setting(key: str, text: str) -> object:
     """Return a group's setting as its column takes it."""
+    if text in ("True", "False") and key != "release_cleans":
+        raise UsageError(f"--{key.replace('_', '-')} needs a value")
     if text in ("none", "True", "False"):
-        return {"none": None, "True": 1, "False": 0}[text]
+        return {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}[text]
+    if key in set(HookKind):
+        return text
     try:
         return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
     except ValueError:

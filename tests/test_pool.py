@@ -666,6 +666,9 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
         ("pool acquire 7 --owner=", "needs an owner"),
         ("pool add a/b 7", "VM name 'a/b' is not usable"),
         ("pool acquire 7 --lease 0", "a lease of no time"),
+        ("pool group 7 --spawn --list x", "--spawn needs a value"),
+        ("pool group 7 --min-ready soon", "min_ready cannot be 'soon'"),
+        ("pool group 7 --min-redy 1", "min_ready"),
         ("pool list 8", "no group '8'"),
         ("pool add a 8", "no group '8'"),
         ("pool add a 7 --path tcp:", "tcp:"),
@@ -681,6 +684,18 @@ def test_a_wrong_command_is_one_clear_line(
     assert done.code == 2, done
     assert says in done.err.splitlines()[0]
     assert not pool.db.query("SELECT * FROM pool_vms")
+
+
+def test_a_groups_settings_are_set_cleared_and_shown(pool: VmManager, cli: Cli) -> None:
+    words = ["--max-vm-per-user", "3", "--reuse-max-age", "2h", "--spawn", "5m", "--release-cleans"]
+    shown = json.loads(cli("pool", "group", "new", *words, "--json").out)
+    assert [shown[key] for key in ("max_vm_per_user", "reuse_max_age", "spawn")] == [3, 7200, "5m"]
+    assert shown["release_cleans"] == 1
+    words = ["--max-vm-per-user", "none", "--spawn", "none"]
+    shown = json.loads(cli("pool", "group", "new", *words, "--json").out)
+    assert [shown[key] for key in ("max_vm_per_user", "reuse_max_age", "spawn")] == [None, 7200, ""]
+    listed = json.loads(cli("pool", "group", "--json").out)
+    assert [row["name"] for row in listed] == ["7", "arm", "new"]
 
 
 def test_a_date_may_be_given_in_several_ways() -> None:
