@@ -42,7 +42,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--handlers", type=int, nargs="+", default=[100, 1000], metavar="N")
     parser.add_argument("--window", type=float, default=20, help="seconds of idling measured")
     parser.add_argument("--pool", type=int, nargs="+", default=[10, 100, 1000, 10000], metavar="N")
-    parser.add_argument("--pairs", type=int, default=500, help="leases per round")
+    parser.add_argument("--pairs", type=int, default=60, help="leases per measurement")
     parser.add_argument("--contend", type=float, default=3, help="seconds of contention per round")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
