@@ -11497,6 +11497,14 @@ class Commands(_Public):
             load_experiment(db, experiment)
         process = None
         if pid := supervisor_pid(db):
+            given = {"start-buffer": start_buffer, "on-failure": on_failure, "stay": stay or None}
+            given["late"] = None if late == Late.START else late
+            if too_late := [f"--{name}" for name, value in given.items() if value is not None]:
+                raise Conflict(
+                    f"the experiment is running already (process {pid}): "
+                    f"too late for {too_late[0]}",
+                    "Watch it without: vmrm run, or stop it first: vmrm stop",
+                )
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
             launch(

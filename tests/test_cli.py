@@ -854,6 +854,7 @@ def test_detach_then_a_second_viewer_and_stop(live: Cli) -> None:
         assert viewer.stderr is not None
         assert b"running already" in viewer.stderr.readline()
         refused(live("destroy", "--yes"), "live|run")
+        refused(live("run", "--late", "skip"), "running already .*: too late for --late")
         assert live("stop") == ("", "", 0)
         out, _ = viewer.communicate(timeout=20)
     assert viewer.returncode == 0
