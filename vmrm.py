@@ -5971,6 +5971,7 @@ class VMResourceHandler:
         self._boot = ""
         self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
         self._ready_boot = ""
+        self._faulty: set[int] = set()  # of these, what could not be loaded
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
         self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
@@ -6253,6 +6254,8 @@ class VMResourceHandler:
             elif isinstance(data, ScheduleEntry):
                 self._add_entry(data)
         self.schedule.sort(key=lambda entry: entry.ordinal)
+        again = self._faulty & self._ready  # a file may have come since, and a retry with it
+        self._ready, self._faulty = self._ready - again, self._faulty - again
         halt = self.db.value("SELECT halt FROM current_experiment")
         self._halt = Halt(halt) if halt else None
         for row in [] if self._killing else self._open_requests():
@@ -6481,6 +6484,7 @@ class VMResourceHandler:
         if next_step(entry, self._journal.latest().get(entry.ordinal), self._boot) is NextStep.RUN:
             attempt = self._journal.arm({entry.ordinal: None}, self._boot)[entry.ordinal]
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
+        self._faulty.add(entry.ordinal)
         yield 0
 
     def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:

@@ -365,6 +365,21 @@ def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
     assert "out] $HOME" in log_of(lab)
 
 
+def test_a_retry_loads_what_could_not_be_loaded(lab: Lab) -> None:
+    load_both(lab)
+    entry = vmrm.ScheduleEntry(0.1)
+    entry.set_executable("./late.sh")
+    entry.add_file("late.sh", "late.sh")
+    with vmrm.Database(lab.db) as db:
+        vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+    done(lab, "run", "--detach", "--stay")
+    until(lambda: [row["outcome"] for row in attempts(lab)] == ["failed"])
+    (lab.folder / "late.sh").write_text("#!/bin/sh\nexit 0\n")
+    done(lab, "store", "add", str(lab.folder / "late.sh"))
+    done(lab, "retry", "vm1")
+    until(lambda: [row["outcome"] for row in attempts(lab)] == ["failed", "done"])
+
+
 # === programs on this host =======================================================================
 
 
