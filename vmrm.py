@@ -4597,15 +4597,19 @@ def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
 def parse_found(line: str) -> Found:
     """Return what one line of the probe says; the guest wrote it, so nothing of it is trusted.
 
+    An `exit` file that cannot be read counts as none: it is the doubt of one entry, not of the VM.
+
     Raises:
         ValueError: it is no such line.
     """
     if line == "none":
         return Found(claimed=False)
-    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
+    match = re.fullmatch(r"claim:(.*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
     if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    exit_code, reboot = None, False
+    with contextlib.suppress(ValueError):
+        exit_code, reboot = parse_exit(match[1])
     pid = int(match[2]) if match[2] else None
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
@@ -6949,7 +6953,7 @@ class VMResourceHandler:
         if not directories:
             return []
         status = guest.probe(directories)
-        lines = status.out.decode(errors="replace").splitlines()
+        lines = status.out.decode(errors="replace").replace("\r\n", "\n").split("\n")
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
         except (ValueError, IndexError) as error:
