@@ -6389,11 +6389,15 @@ class VMResourceHandler:
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
-    def _name_places(self) -> None:
-        """Give every entry its places in the guest, which follow from the whole schedule."""
-        self.driver.used_agent_paths.clear()
+    def _name_places(self, only_host: bool = False) -> None:
+        """Give every entry its places, which in the guest follow from the whole schedule."""
+        if not only_host:
+            self.driver.used_agent_paths.clear()
         for entry in self.schedule:
-            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
+            if entry.on_host:
+                self._host_paths(entry)
+            elif not only_host:
+                self.driver.create_paths(entry)
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
@@ -6846,7 +6850,8 @@ class VMResourceHandler:
         try:
             status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
-            self._check_boot()
+            if not entry.on_host:
+                self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
@@ -6856,7 +6861,8 @@ class VMResourceHandler:
             exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
             code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
-        self._check_boot()  # after a reboot, another program may have this pid
+        if not entry.on_host:
+            self._check_boot()  # after a reboot, another program may have this pid
         left = self._look(entry, attempt)
         if left.exit_code is not None:
             return left
@@ -6959,11 +6965,15 @@ class VMResourceHandler:
         except (ValueError, IndexError) as error:
             raise VMFailed(f"the guest cannot say what has run: {error}") from error
 
-    def _recover(self) -> None:
-        """Find every open attempt again: by rows, then by what the guest's files say."""
+    def _recover(self, only: bool | None = None) -> None:
+        """Find every open attempt again: by rows, then by what the guest's files say.
+
+        Args:
+            only: Whether only those on this host, or only others; None: all.
+        """
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        for on_host in (False, True):
+        for on_host in (False, True) if only is None else (only,):
             scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
             places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
             guest = self._host if on_host else self._guest
@@ -7157,20 +7167,22 @@ class VMResourceHandler:
         sys.exit(exitcode)
 
     def _kill_all(self) -> None:
-        """End the guest programs of all open attempts, on the way out."""
+        """End the programs of all open attempts, on the way out; those on this host first."""
         self._killing = True
-        try:
-            self._connect(self.timeouts.lock)
-            self._drain(self._kill_all_steps())
-        except (drivers.DriverError, VMFailed, _Leave) as error:
-            self.log.error("could not kill everything: %s", error)
+        for on_host in (True, False):
+            try:
+                if not on_host:
+                    self._connect(self.timeouts.lock)
+                self._drain(self._kill_all_steps(on_host))
+            except (drivers.DriverError, VMFailed, _Leave) as error:
+                self.log.error("could not kill everything: %s", error)
 
-    def _kill_all_steps(self) -> Steps:
+    def _kill_all_steps(self, on_host: bool) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
         self._tasks, self._armed = {}, {}
         self._take_news()
-        self._name_places()
-        self._recover()
+        self._name_places(on_host)
+        self._recover(on_host)
         yield list(self._tasks.values())
 
     # --- transfers out of the guest
@@ -7920,8 +7932,8 @@ class Supervisor:
     def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
         now, grace = CLOCK.monotonic(), self.timeouts.leave
-        if halt is Halt.KILL:  # they connect anew, and end programs in two steps
-            grace += self.timeouts.lock + self.timeouts.claim_grace + self.timeouts.term_grace
+        if halt is Halt.KILL:  # they connect anew, and end programs in two steps, here and there
+            grace += self.timeouts.lock + 2 * (self.timeouts.claim_grace + self.timeouts.term_grace)
         if halt is not self._hurrying:
             self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:

@@ -492,6 +492,20 @@ def test_stop_kill_ends_programs_on_the_host_and_stop_does_not(lab: Lab) -> None
     assert "the handler broke" not in log_of(lab)
 
 
+def test_stop_kill_ends_programs_on_the_host_if_the_guest_is_gone(tmp_path: Path) -> None:
+    lab, pid = Lab(tmp_path), tmp_path / "pid"
+    with stand_ins(tmp_path / "agents", 1):
+        words = f"echo $$ > {pid}; sleep 300"
+        load(lab, vm("vm1", tmp_path / "agents/1.sock", lab.guest(1) / "launch", host(-1, words)))
+        done(lab, "run", "--detach", "--allow-host")
+        until(lambda: pid.exists() and attempts(lab)[0]["pid"])
+    process = Path("/proc") / pid.read_text().strip()
+    assert process.exists()
+    done(lab, "stop", "--kill")
+    until(lambda: not process.exists())
+    assert [row["error"] for row in attempts(lab)] == ["killed by stop --kill"]
+
+
 # === what comes late =============================================================================
 
 
