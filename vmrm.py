@@ -9918,6 +9918,7 @@ def _is_same(db: Database, experiment: Experiment) -> bool:
 
 def vm_rows(db: Database) -> list[dict[str, Any]]:
     """Return one row per VM for `status`: name, state, time, counts of entries, reason."""
+    held = _held(db)
     return [
         {
             "vm": row["server_name"],
@@ -9928,10 +9929,26 @@ def vm_rows(db: Database) -> list[dict[str, Any]]:
             "failed": row["failed"],
             "unknown": row["unknown"],
             "running": row["running"],
-            "reason": row["reason"],
+            "reason": row["reason"] or held.get(row["server_name"], ""),
         }
         for row in db.query("SELECT * FROM vm_status")
     ]
+
+
+HELD = "in a break since "
+
+
+def _held(db: Database) -> dict[str, str]:
+    """Return what is to be said of each VM that a break holds now."""
+    rows = db.query(
+        """SELECT server_name, state FROM vms WHERE state NOT IN ('n/a', 'failed')
+           AND server_name IN (
+               SELECT server_name FROM schedules WHERE instr(text, '"inf"')
+               UNION SELECT server_name FROM holds WHERE duration_s = 9e999 AND NOT ignored
+               AND experiment_id = (SELECT id FROM current_experiment))"""
+    )
+    began = {row["server_name"]: _break_of(db, row)[1] for row in rows}
+    return {name: HELD + _plain_time(round(at, 3)) for name, at in began.items() if at is not None}
 
 
 def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
@@ -10887,7 +10904,8 @@ class Viewer:
             return
         experiment = current_experiment(self.db)
         for row in vm_rows(self.db):
-            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"])
+            held = row["reason"].startswith(HELD)
+            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"], held)
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))

@@ -102,7 +102,10 @@ def test_a_command_records_the_experiment_time_and_what_it_did(db: vmrm.Database
         ("idle", "pause of 2.5 s"),
     ]
     assert did(vmrm.pause_vms(db, ["web"])) == [("web", "ignored: it is in a break since 15")]
+    said = [row["reason"] for row in vmrm.vm_rows(db)]
+    assert said == ["in a break since 15", "", ""]
     assert did(vmrm.resume_vms(db)) == [("web", "resume: ends the break of 15")]
+    assert not any(row["reason"] for row in vmrm.vm_rows(db))
     assert vmrm.resume_vms(db) == []
     assert did(vmrm.resume_vms(db, ["web"])) == [("web", "ignored: it is in no break")]
     rows = db.query("SELECT duration_s, ignored, experiment_time FROM holds ORDER BY id")
