@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import struct
@@ -453,7 +454,7 @@ def test_real_vms_live_through_the_pool(db: vmrm.Database, root: Path, tmp_path:
 
 @pytest.mark.vm
 def test_a_spawn_killed_at_any_moment_is_found(cli: Cli, db: vmrm.Database, root: Path) -> None:
-    words = ["sh", "-c", f"exec {' '.join(cli.command())} pool spawn-qemu {micro()}"]
+    words = ["sh", "-c", f"exec {shlex.join(cli.command())} pool spawn-qemu {micro()}"]
     environment = cli.environment | {"VMRM_VM": "vm1"}
     assert db.connection
     died = subprocess.run(words, env=environment | {"VMRM_CRASH": "qemu-started"}, check=False)
@@ -474,7 +475,7 @@ def test_a_spawn_killed_at_any_moment_is_found(cli: Cli, db: vmrm.Database, root
 
 @pytest.mark.vm
 def test_a_vm_that_will_not_quit_is_killed(db: vmrm.Database, root: Path, cli: Cli) -> None:
-    words = f"exec {' '.join(cli.command())} pool spawn-qemu {micro()}"
+    words = f"exec {shlex.join(cli.command())} pool spawn-qemu {micro()}"
     subprocess.run(
         ["sh", "-c", words], env=cli.environment | {"VMRM_VM": "vm1"}, check=True, stdout=-3
     )
