@@ -7241,15 +7241,16 @@ class VMResourceHandler:
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
-        told: list[str] = []
+        told: set[str] = set()
         while True:
             last = self._ending or not interval
             faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            for fault in faults if faults != told else ():
-                self.log.warning("transfer of %s: %s", name, fault)
-            told = faults
+            for fault in faults:
+                if fault not in told:
+                    self.log.warning("transfer of %s: %s", name, fault)
+            told = set(faults)
             if last:
                 return
             if not self._ending:
@@ -7268,7 +7269,8 @@ class VMResourceHandler:
             except (OSError, ValueError) as error:
                 if _is_link_trouble(error):
                     raise
-                faults.append(f"{os.fsdecode(record)!r}: {error}")
+                path = record.split(b" ", 4)[-1]  # without the time, which makes every fault new
+                faults.append(f"{os.fsdecode(path)!r}: {error}")
         return faults
 
     def _finish_steps(self, argv: Sequence[str]) -> Steps:
