@@ -396,13 +396,13 @@ def process_started(pid: int) -> int | None:
     """Return when a process started, in clock ticks after boot, or None if there is none.
 
     A pid alone comes round; with the start time it names one process (proc(5), stat field 22).
-    A zombie has ended.
+    A zombie has ended. The file is read as bytes: a process may have any name.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def own_command(*words: str) -> list[str]:
@@ -460,7 +460,7 @@ def _file_system(path: Path) -> str:
     """Return the type of the file system that `path` lies on, '' if the kernel does not say."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[2] == wanted:
             return right.split()[0]
@@ -4054,7 +4054,7 @@ def _descends_from(holder: Holder) -> bool:
     pid = os.getpid()
     while pid != holder.pid:
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             return False
         if not pid:
@@ -8517,8 +8517,8 @@ def session_members(session: int, started: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] not in "ZX":
+            fields = path.read_bytes().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] not in b"ZX":
                 found.append((int(path.parent.name), int(fields[19])))
     # Another leader of that number has begun another session; so have members older than it.
     if any(began < started or (pid == session and began != started) for pid, began in found):
