@@ -3516,8 +3516,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
-        if request.lease_s is not None and request.lease_s <= 0:
-            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
+        if request.lease_s is not None:
+            _lease_end(request.lease_s)
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3783,10 +3783,11 @@ class VmManager(_Rows):
 
         Raises:
             VmError: the lease is not yours, or was lost.
+            UsageError: that is no time to come.
         """
         with self.db.transaction(durable=True) as db:
             self._own(_pool_vm(db, vm_name), token)
-            end = CLOCK.wall() + lease
+            end = _lease_end(lease)
             db.connection.execute(
                 "UPDATE pool_vms SET lease_end_at = ? WHERE vm_name = ?", (end, vm_name)
             )
@@ -3850,13 +3851,14 @@ class VmManager(_Rows):
 
         Raises:
             VmError: the lease is not yours, or the VM is in no state to be held.
+            UsageError: there is no such time.
         """
+        words = f"until {_iso(_listable(until))}"
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm_name)
             lease = {key: row[key] for key in NO_LEASE}
             if row["token"] is not None and not force:
                 self._own(row, token)
-            words = f"until {_iso(until)}"
             move_pool_vm(
                 db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
             )
@@ -4040,6 +4042,26 @@ class VmManager(_Rows):
         if holder and holder.is_dead():
             return f"its holder, process {holder.pid}, is dead"
         return ""
+
+
+def _lease_end(seconds: float) -> float:
+    """Return when a lease that begins now ends.
+
+    Raises:
+        UsageError: it lasts no time, or beyond the calendar.
+    """
+    if seconds <= 0:
+        raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
+    return _listable(CLOCK.wall() + seconds)
+
+
+def _listable(at: float) -> float:
+    """Return a time that any listing can show; a `UsageError` refuses all others."""
+    try:
+        _iso(at)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{at:g} s after 1970 is no date", "Name less time") from None
+    return at
 
 
 def _vms(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -291,6 +292,20 @@ def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
     monkeypatch.setattr(VmManager, "_over", slow)
     assert pool.reap() == []
     assert pool.get_vm_by_name("a").holder_pid == ME
+
+
+@pytest.mark.parametrize("never", [math.inf, math.nan, 1e300, 3e11])
+def test_an_end_that_no_calendar_has_is_refused(pool: VmManager, never: float) -> None:
+    add(pool, "a")
+    with pytest.raises(vmrm.UsageError, match="no date"):
+        pool.acquire_vm([7], "ann", "s", ME, lease=never)
+    pool.acquire_vm([7], "ann", "s", ME, lease=60)
+    for refused in (pool.renew_vm, pool.hold_vm):
+        with pytest.raises(vmrm.UsageError, match="no date"):
+            refused("a", never)
+    with pytest.raises(vmrm.UsageError, match="no time"):
+        pool.renew_vm("a", 0)
+    assert "until" in pool.info()
 
 
 def test_a_lease_with_an_end_is_taken_back_after_it_but_not_if_renewed(tmp_path: Path) -> None:
