@@ -8590,7 +8590,8 @@ def parse_spawned(text: str, name: str) -> Spawned:
         words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
         said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
     known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
-    if wrong := [key for key, value in known.items() if not isinstance(value, str)]:
+    texts = [key for key, value in known.items() if isinstance(value, str) and value.isprintable()]
+    if wrong := [key for key in known if key not in texts]:
         raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
     if not known["ip"] and not known["path"]:
         raise ValueError("it printed neither IP=… nor a JSON object with ip or path")

@@ -56,6 +56,8 @@ NONSENSE = {
     "list": ('["10.0.0.1"]', "neither"),
     "name": ("IP=10.0.0.1 vm_name=../../etc", "not usable"),
     "path": ('{"path": "tcp:nowhere"}', "tcp:nowhere"),
+    "no characters": (r'{"path": "/run/\ud800"}', "no text"),
+    "no scope": (r'{"ip": "fe80::1%\ud800"}', "no text"),
     "deep": ("{" + '"a":{' * 100_000 + "}" * 100_001, "neither"),
 }
 
