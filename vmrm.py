@@ -3394,7 +3394,13 @@ class VmManager(_Rows):
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
-        self, vm_name: str, allowed_pre_state: str | None = None, reason: str = ""
+        self,
+        vm_name: str,
+        allowed_pre_state: str | None = None,
+        reason: str = "",
+        *,
+        token: str | None = None,
+        force: bool = True,
     ) -> None:
         """Have the keeper terminate a VM; its lease, if there is one, ends.
 
@@ -3402,12 +3408,17 @@ class VmManager(_Rows):
             vm_name: The VM's name.
             allowed_pre_state: The only state in which this is allowed.
             reason: For the history.
+            token: As for `release_vm`; needed without `force` for a VM that somebody has leased.
+            force: Whoever holds it.
 
         Raises:
-            VmError: the VM is in another state, or there is none.
+            VmError: the VM is in another state, or there is none; or the lease is not yours.
         """
         with self.db.transaction(durable=True) as db:
-            state = _pool_vm(db, vm_name)["state"]
+            row = _pool_vm(db, vm_name)
+            state = row["state"]
+            if row["token"] is not None and not force:
+                self._own(row, token)
             if allowed_pre_state is not None and state != allowed_pre_state:
                 raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
             move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
@@ -3940,12 +3951,6 @@ class VmManager(_Rows):
         finally:
             over.set()
             thread.join()
-
-    def check_lease(self, vm_name: str, token: str | None = None) -> None:
-        """Refuse, by a `VmError`, whoever does not have the lease of a VM that is leased."""
-        row = _pool_vm(self.db, vm_name)
-        if row["token"] is not None:
-            self._own(row, token)
 
     def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
         """Make another process the holder of a leased VM.
@@ -11232,10 +11237,9 @@ class PoolCommands(_Group):
             token: The lease's token, if it is leased; default $VMRM_LEASE.
             force: Whoever has leased it.
         """
-        pool = self._manager()
-        if not force:
-            pool.check_lease(vm, _token(vm, token))
-        pool.start_vm_termination(vm, reason="terminated by command")
+        self._manager().start_vm_termination(
+            vm, reason="terminated by command", token=_token(vm, token), force=force
+        )
         return None
 
     @command

@@ -209,6 +209,8 @@ def test_only_who_has_the_token_or_is_the_holder_may_release(pool: VmManager) ->
             stranger.release_vm(vm.vm_name)
         with pytest.raises(VmError, match="was lost"):
             stranger.release_vm(vm.vm_name, token="0" * 32)
+        with pytest.raises(VmError, match="not yours; ann has it"):
+            stranger.start_vm_termination(vm.vm_name, force=False)
         assert vm.token
         assert stranger.renew_vm(vm.vm_name, 60, token=vm.token) > time.time() + 59
         assert stranger.release_vm(vm.vm_name, force=True)
