@@ -3595,9 +3595,9 @@ class VmManager(_Rows):
         return [self._take(groups, request, since) for groups in request.wants]
 
     def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
-        at_limit = True
+        at_limit, now = True, CLOCK.wall()
         for group in groups:
-            found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
+            found = self.db.row(_CHOOSE, group=group, since=since, now=now, **request.party)
             if found is None:
                 self._group(group)  # which says that there is none
                 continue
@@ -4100,15 +4100,19 @@ _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM t
 _BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
+# What is over these limits is the keeper's to end, and nobody's until then.
+_REUSABLE = """(g.reuse_max_count IS NULL OR builds_count < g.reuse_max_count)
+          AND (g.reuse_max_age_s IS NULL OR spawned_at > :now - g.reuse_max_age_s)"""
+
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
 _CHOOSE = f"""
 SELECT (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
-          AND bound_sandbox = :sandbox AND last_health_check > :since
+          AND bound_sandbox = :sandbox AND last_health_check > :since AND {_REUSABLE}
         ORDER BY last_health_check DESC LIMIT 1) AS own,
        (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
-          AND bound_sandbox = '' AND last_health_check > :since
+          AND bound_sandbox = '' AND last_health_check > :since AND {_REUSABLE}
         ORDER BY last_health_check DESC LIMIT 1) AS fresh,
        g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
 FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)

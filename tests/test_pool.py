@@ -151,6 +151,18 @@ def test_a_vm_that_is_ill_or_was_not_checked_since_the_start_is_never_given(
     assert pool.acquire_vm([7], "ann", "s", ME).vm_name == "new"
 
 
+@pytest.mark.parametrize("limit", [{"reuse_max_count": 1}, {"reuse_max_age": 60}])
+def test_a_vm_that_was_used_enough_is_not_given_again(
+    pool: VmManager, limit: dict[str, int]
+) -> None:
+    add(pool, "a", "b")
+    vmrm.put_group(pool.db, "7", limit)
+    vm = pool.acquire_vm([7], "ann", "s", ME)
+    pool.db.write("UPDATE pool_vms SET spawned_at = spawned_at - 61 WHERE state = 'in_use'")
+    pool.release_vm(vm.vm_name)
+    assert pool.acquire_vm([7], "ann", "s", ME).vm_name != vm.vm_name
+
+
 def test_a_check_that_fails_during_a_lease_counts_at_its_release(pool: VmManager) -> None:
     add(pool, "a")
     pool.acquire_vm([7], "ann", "s", ME)
