@@ -9459,8 +9459,10 @@ class Keeper:
             self._listed(hook)
             return
         _crash("hook-ended")
-        with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
-            getattr(self, f"_end_{hook.kind}")(hook)
+        row = self._row(hook.vm_name)
+        if row is None or row["hook_pid"] == hook.pid:  # else removed by hand, and added again
+            with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
+                getattr(self, f"_end_{hook.kind}")(hook)
         self._forget_hook(hook.vm_name, hook.pid)
         log_hook(pool_log(self.db, hook.vm_name), hook)
         wake_pool(self.db)
