@@ -4628,15 +4628,19 @@ def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
 def parse_found(line: str) -> Found:
     """Return what one line of the probe says; the guest wrote it, so nothing of it is trusted.
 
+    An `exit` file that cannot be read counts as none: it is the doubt of one entry, not of the VM.
+
     Raises:
         ValueError: it is no such line.
     """
     if line == "none":
         return Found(claimed=False)
-    match = re.fullmatch(r"claim:([^:]*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
+    match = re.fullmatch(r"claim:(.*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
     if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
-    exit_code, reboot = parse_exit(match[1]) if match[1] else (None, False)
+    exit_code, reboot = None, False
+    with contextlib.suppress(ValueError):
+        exit_code, reboot = parse_exit(match[1])
     pid = int(match[2]) if match[2] else None
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
@@ -6002,6 +6006,7 @@ class VMResourceHandler:
         self._boot = ""
         self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
         self._ready_boot = ""
+        self._faulty: set[int] = set()  # of these, what could not be loaded
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
         self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
@@ -6284,6 +6289,8 @@ class VMResourceHandler:
             elif isinstance(data, ScheduleEntry):
                 self._add_entry(data)
         self.schedule.sort(key=lambda entry: entry.ordinal)
+        again = self._faulty & self._ready  # a file may have come since, and a retry with it
+        self._ready, self._faulty = self._ready - again, self._faulty - again
         halt = self.db.value("SELECT halt FROM current_experiment")
         self._halt = Halt(halt) if halt else None
         for row in [] if self._killing else self._open_requests():
@@ -6413,11 +6420,15 @@ class VMResourceHandler:
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
-    def _name_places(self) -> None:
-        """Give every entry its places in the guest, which follow from the whole schedule."""
-        self.driver.used_agent_paths.clear()
+    def _name_places(self, only_host: bool = False) -> None:
+        """Give every entry its places, which in the guest follow from the whole schedule."""
+        if not only_host:
+            self.driver.used_agent_paths.clear()
         for entry in self.schedule:
-            self._host_paths(entry) if entry.on_host else self.driver.create_paths(entry)
+            if entry.on_host:
+                self._host_paths(entry)
+            elif not only_host:
+                self.driver.create_paths(entry)
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = self._list_stage(work)  # in full: a reset may cut short what was not synced
@@ -6512,6 +6523,7 @@ class VMResourceHandler:
         if next_step(entry, self._journal.latest().get(entry.ordinal), self._boot) is NextStep.RUN:
             attempt = self._journal.arm({entry.ordinal: None}, self._boot)[entry.ordinal]
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
+        self._faulty.add(entry.ordinal)
         yield 0
 
     def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
@@ -6869,7 +6881,8 @@ class VMResourceHandler:
         try:
             status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
-            self._check_boot()
+            if not entry.on_host:
+                self._check_boot()
             return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
@@ -6879,7 +6892,8 @@ class VMResourceHandler:
             exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
             code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
-        self._check_boot()  # after a reboot, another program may have this pid
+        if not entry.on_host:
+            self._check_boot()  # after a reboot, another program may have this pid
         left = self._look(entry, attempt)
         if left.exit_code is not None:
             return left
@@ -6976,17 +6990,21 @@ class VMResourceHandler:
         if not directories:
             return []
         status = guest.probe(directories)
-        lines = status.out.decode(errors="replace").splitlines()
+        lines = status.out.decode(errors="replace").replace("\r\n", "\n").split("\n")
         try:
             return [parse_found(lines[index]) for index in range(len(directories))]
         except (ValueError, IndexError) as error:
             raise VMFailed(f"the guest cannot say what has run: {error}") from error
 
-    def _recover(self) -> None:
-        """Find every open attempt again: by rows, then by what the guest's files say."""
+    def _recover(self, only: bool | None = None) -> None:
+        """Find every open attempt again: by rows, then by what the guest's files say.
+
+        Args:
+            only: Whether only those on this host, or only others; None: all.
+        """
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        for on_host in (False, True):
+        for on_host in (False, True) if only is None else (only,):
             scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
             places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
             guest = self._host if on_host else self._guest
@@ -7180,20 +7198,22 @@ class VMResourceHandler:
         sys.exit(exitcode)
 
     def _kill_all(self) -> None:
-        """End the guest programs of all open attempts, on the way out."""
+        """End the programs of all open attempts, on the way out; those on this host first."""
         self._killing = True
-        try:
-            self._connect(self.timeouts.lock)
-            self._drain(self._kill_all_steps())
-        except (drivers.DriverError, VMFailed, _Leave) as error:
-            self.log.error("could not kill everything: %s", error)
+        for on_host in (True, False):
+            try:
+                if not on_host:
+                    self._connect(self.timeouts.lock)
+                self._drain(self._kill_all_steps(on_host))
+            except (drivers.DriverError, VMFailed, _Leave) as error:
+                self.log.error("could not kill everything: %s", error)
 
-    def _kill_all_steps(self) -> Steps:
+    def _kill_all_steps(self, on_host: bool) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
         self._tasks, self._armed = {}, {}
         self._take_news()
-        self._name_places()
-        self._recover()
+        self._name_places(on_host)
+        self._recover(on_host)
         yield list(self._tasks.values())
 
     # --- transfers out of the guest
@@ -7943,8 +7963,8 @@ class Supervisor:
     def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
         now, grace = CLOCK.monotonic(), self.timeouts.leave
-        if halt is Halt.KILL:  # they connect anew, and end programs in two steps
-            grace += self.timeouts.lock + self.timeouts.claim_grace + self.timeouts.term_grace
+        if halt is Halt.KILL:  # they connect anew, and end programs in two steps, here and there
+            grace += self.timeouts.lock + 2 * (self.timeouts.claim_grace + self.timeouts.term_grace)
         if halt is not self._hurrying:
             self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:
@@ -9932,6 +9952,7 @@ def _is_same(db: Database, experiment: Experiment) -> bool:
 
 def vm_rows(db: Database) -> list[dict[str, Any]]:
     """Return one row per VM for `status`: name, state, time, counts of entries, reason."""
+    held = _held(db)
     return [
         {
             "vm": row["server_name"],
@@ -9942,10 +9963,26 @@ def vm_rows(db: Database) -> list[dict[str, Any]]:
             "failed": row["failed"],
             "unknown": row["unknown"],
             "running": row["running"],
-            "reason": row["reason"],
+            "reason": row["reason"] or held.get(row["server_name"], ""),
         }
         for row in db.query("SELECT * FROM vm_status")
     ]
+
+
+HELD = "in a break since "
+
+
+def _held(db: Database) -> dict[str, str]:
+    """Return what is to be said of each VM that a break holds now."""
+    rows = db.query(
+        """SELECT server_name, state FROM vms WHERE state NOT IN ('n/a', 'failed')
+           AND server_name IN (
+               SELECT server_name FROM schedules WHERE instr(text, '"inf"')
+               UNION SELECT server_name FROM holds WHERE duration_s = 9e999 AND NOT ignored
+               AND experiment_id = (SELECT id FROM current_experiment))"""
+    )
+    began = {row["server_name"]: _break_of(db, row)[1] for row in rows}
+    return {name: HELD + _plain_time(round(at, 3)) for name, at in began.items() if at is not None}
 
 
 def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
@@ -10901,7 +10938,8 @@ class Viewer:
             return
         experiment = current_experiment(self.db)
         for row in vm_rows(self.db):
-            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"])
+            held = row["reason"].startswith(HELD)
+            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"], held)
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))

@@ -102,7 +102,10 @@ def test_a_command_records_the_experiment_time_and_what_it_did(db: vmrm.Database
         ("idle", "pause of 2.5 s"),
     ]
     assert did(vmrm.pause_vms(db, ["web"])) == [("web", "ignored: it is in a break since 15")]
+    said = [row["reason"] for row in vmrm.vm_rows(db)]
+    assert said == ["in a break since 15", "", ""]
     assert did(vmrm.resume_vms(db)) == [("web", "resume: ends the break of 15")]
+    assert not any(row["reason"] for row in vmrm.vm_rows(db))
     assert vmrm.resume_vms(db) == []
     assert did(vmrm.resume_vms(db, ["web"])) == [("web", "ignored: it is in no break")]
     rows = db.query("SELECT duration_s, ignored, experiment_time FROM holds ORDER BY id")
@@ -365,6 +368,21 @@ def test_a_schedule_made_in_python_reaches_the_guest(lab: Lab) -> None:
     assert "out] $HOME" in log_of(lab)
 
 
+def test_a_retry_loads_what_could_not_be_loaded(lab: Lab) -> None:
+    load_both(lab)
+    entry = vmrm.ScheduleEntry(0.1)
+    entry.set_executable("./late.sh")
+    entry.add_file("late.sh", "late.sh")
+    with vmrm.Database(lab.db) as db:
+        vmrm.ScheduleDb(db=db).put("vm1", vmrm.schedule_text([entry]))
+    done(lab, "run", "--detach", "--stay")
+    until(lambda: [row["outcome"] for row in attempts(lab)] == ["failed"])
+    (lab.folder / "late.sh").write_text("#!/bin/sh\nexit 0\n")
+    done(lab, "store", "add", str(lab.folder / "late.sh"))
+    done(lab, "retry", "vm1")
+    until(lambda: [row["outcome"] for row in attempts(lab)] == ["failed", "done"])
+
+
 # === programs on this host =======================================================================
 
 
@@ -475,6 +493,20 @@ def test_stop_kill_ends_programs_on_the_host_and_stop_does_not(lab: Lab) -> None
     until(lambda: not any(pid.exists() for pid in pids))
     assert [row["outcome"] for row in attempts(lab)] == ["failed", "failed"]
     assert "the handler broke" not in log_of(lab)
+
+
+def test_stop_kill_ends_programs_on_the_host_if_the_guest_is_gone(tmp_path: Path) -> None:
+    lab, pid = Lab(tmp_path), tmp_path / "pid"
+    with stand_ins(tmp_path / "agents", 1):
+        words = f"echo $$ > {pid}; sleep 300"
+        load(lab, vm("vm1", tmp_path / "agents/1.sock", lab.guest(1) / "launch", host(-1, words)))
+        done(lab, "run", "--detach", "--allow-host")
+        until(lambda: pid.exists() and attempts(lab)[0]["pid"])
+    process = Path("/proc") / pid.read_text().strip()
+    assert process.exists()
+    done(lab, "stop", "--kill")
+    until(lambda: not process.exists())
+    assert [row["error"] for row in attempts(lab)] == ["killed by stop --kill"]
 
 
 # === what comes late =============================================================================
