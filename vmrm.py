@@ -396,13 +396,13 @@ def process_started(pid: int) -> int | None:
     """Return when a process started, in clock ticks after boot, or None if there is none.
 
     A pid alone comes round; with the start time it names one process (proc(5), stat field 22).
-    A zombie has ended.
+    A zombie has ended. The file is read as bytes: a process may have any name.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def own_command(*words: str) -> list[str]:
@@ -460,7 +460,7 @@ def _file_system(path: Path) -> str:
     """Return the type of the file system that `path` lies on, '' if the kernel does not say."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[2] == wanted:
             return right.split()[0]
@@ -3394,7 +3394,13 @@ class VmManager(_Rows):
         move_pool_vm(self.db, vm_name, state, reason, **columns)
 
     def start_vm_termination(
-        self, vm_name: str, allowed_pre_state: str | None = None, reason: str = ""
+        self,
+        vm_name: str,
+        allowed_pre_state: str | None = None,
+        reason: str = "",
+        *,
+        token: str | None = None,
+        force: bool = True,
     ) -> None:
         """Have the keeper terminate a VM; its lease, if there is one, ends.
 
@@ -3402,12 +3408,17 @@ class VmManager(_Rows):
             vm_name: The VM's name.
             allowed_pre_state: The only state in which this is allowed.
             reason: For the history.
+            token: As for `release_vm`; needed without `force` for a VM that somebody has leased.
+            force: Whoever holds it.
 
         Raises:
-            VmError: the VM is in another state, or there is none.
+            VmError: the VM is in another state, or there is none; or the lease is not yours.
         """
         with self.db.transaction(durable=True) as db:
-            state = _pool_vm(db, vm_name)["state"]
+            row = _pool_vm(db, vm_name)
+            state = row["state"]
+            if row["token"] is not None and not force:
+                self._own(row, token)
             if allowed_pre_state is not None and state != allowed_pre_state:
                 raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
             move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
@@ -3516,8 +3527,8 @@ class VmManager(_Rows):
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
-        if request.lease_s is not None and request.lease_s <= 0:
-            raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
+        if request.lease_s is not None:
+            _lease_end(request.lease_s)
         if request.holder is None and request.lease_s is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
         rows = self._acquire(request)
@@ -3584,9 +3595,9 @@ class VmManager(_Rows):
         return [self._take(groups, request, since) for groups in request.wants]
 
     def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
-        at_limit = True
+        at_limit, now = True, CLOCK.wall()
         for group in groups:
-            found = self.db.row(_CHOOSE, group=group, since=since, **request.party)
+            found = self.db.row(_CHOOSE, group=group, since=since, now=now, **request.party)
             if found is None:
                 self._group(group)  # which says that there is none
                 continue
@@ -3783,10 +3794,11 @@ class VmManager(_Rows):
 
         Raises:
             VmError: the lease is not yours, or was lost.
+            UsageError: that is no time to come.
         """
         with self.db.transaction(durable=True) as db:
             self._own(_pool_vm(db, vm_name), token)
-            end = CLOCK.wall() + lease
+            end = _lease_end(lease)
             db.connection.execute(
                 "UPDATE pool_vms SET lease_end_at = ? WHERE vm_name = ?", (end, vm_name)
             )
@@ -3850,13 +3862,14 @@ class VmManager(_Rows):
 
         Raises:
             VmError: the lease is not yours, or the VM is in no state to be held.
+            UsageError: there is no such time.
         """
+        words = f"until {_iso(_listable(until))}"
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm_name)
             lease = {key: row[key] for key in NO_LEASE}
             if row["token"] is not None and not force:
                 self._own(row, token)
-            words = f"until {_iso(until)}"
             move_pool_vm(
                 db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
             )
@@ -3938,12 +3951,6 @@ class VmManager(_Rows):
         finally:
             over.set()
             thread.join()
-
-    def check_lease(self, vm_name: str, token: str | None = None) -> None:
-        """Refuse, by a `VmError`, whoever does not have the lease of a VM that is leased."""
-        row = _pool_vm(self.db, vm_name)
-        if row["token"] is not None:
-            self._own(row, token)
 
     def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
         """Make another process the holder of a leased VM.
@@ -4042,6 +4049,26 @@ class VmManager(_Rows):
         return ""
 
 
+def _lease_end(seconds: float) -> float:
+    """Return when a lease that begins now ends.
+
+    Raises:
+        UsageError: it lasts no time, or beyond the calendar.
+    """
+    if seconds <= 0:
+        raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
+    return _listable(CLOCK.wall() + seconds)
+
+
+def _listable(at: float) -> float:
+    """Return a time that any listing can show; a `UsageError` refuses all others."""
+    try:
+        _iso(at)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{at:g} s after 1970 is no date", "Name less time") from None
+    return at
+
+
 def _vms(count: int) -> str:
     return f"{count} VM" if count == 1 else f"{count} VMs"
 
@@ -4054,7 +4081,7 @@ def _descends_from(holder: Holder) -> bool:
     pid = os.getpid()
     while pid != holder.pid:
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             return False
         if not pid:
@@ -4073,15 +4100,19 @@ _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM t
 _BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
+# What is over these limits is the keeper's to end, and nobody's until then.
+_REUSABLE = """(g.reuse_max_count IS NULL OR builds_count < g.reuse_max_count)
+          AND (g.reuse_max_age_s IS NULL OR spawned_at > :now - g.reuse_max_age_s)"""
+
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
 _CHOOSE = f"""
 SELECT (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
-          AND bound_sandbox = :sandbox AND last_health_check > :since
+          AND bound_sandbox = :sandbox AND last_health_check > :since AND {_REUSABLE}
         ORDER BY last_health_check DESC LIMIT 1) AS own,
        (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
-          AND bound_sandbox = '' AND last_health_check > :since
+          AND bound_sandbox = '' AND last_health_check > :since AND {_REUSABLE}
         ORDER BY last_health_check DESC LIMIT 1) AS fresh,
        g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
 FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)
@@ -8537,8 +8568,8 @@ def session_members(session: int, started: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] not in "ZX":
+            fields = path.read_bytes().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] not in b"ZX":
                 found.append((int(path.parent.name), int(fields[19])))
     # Another leader of that number has begun another session; so have members older than it.
     if any(began < started or (pid == session and began != started) for pid, began in found):
@@ -8588,7 +8619,8 @@ def parse_spawned(text: str, name: str) -> Spawned:
         words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
         said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
     known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
-    if wrong := [key for key, value in known.items() if not isinstance(value, str)]:
+    texts = [key for key, value in known.items() if isinstance(value, str) and value.isprintable()]
+    if wrong := [key for key in known if key not in texts]:
         raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
     if not known["ip"] and not known["path"]:
         raise ValueError("it printed neither IP=… nor a JSON object with ip or path")
@@ -9447,8 +9479,10 @@ class Keeper:
             self._listed(hook)
             return
         _crash("hook-ended")
-        with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
-            getattr(self, f"_end_{hook.kind}")(hook)
+        row = self._row(hook.vm_name)
+        if row is None or row["hook_pid"] == hook.pid:  # else removed by hand, and added again
+            with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
+                getattr(self, f"_end_{hook.kind}")(hook)
         self._forget_hook(hook.vm_name, hook.pid)
         log_hook(pool_log(self.db, hook.vm_name), hook)
         wake_pool(self.db)
@@ -11247,10 +11281,9 @@ class PoolCommands(_Group):
             token: The lease's token, if it is leased; default $VMRM_LEASE.
             force: Whoever has leased it.
         """
-        pool = self._manager()
-        if not force:
-            pool.check_lease(vm, _token(vm, token))
-        pool.start_vm_termination(vm, reason="terminated by command")
+        self._manager().start_vm_termination(
+            vm, reason="terminated by command", token=_token(vm, token), force=force
+        )
         return None
 
     @command

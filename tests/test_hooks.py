@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +56,8 @@ NONSENSE = {
     "list": ('["10.0.0.1"]', "neither"),
     "name": ("IP=10.0.0.1 vm_name=../../etc", "not usable"),
     "path": ('{"path": "tcp:nowhere"}', "tcp:nowhere"),
+    "no characters": (r'{"path": "/run/\ud800"}', "no text"),
+    "no scope": (r'{"ip": "fe80::1%\ud800"}', "no text"),
     "deep": ("{" + '"a":{' * 100_000 + "}" * 100_001, "neither"),
 }
 
@@ -136,6 +140,20 @@ def test_what_another_hook_leaves_in_its_session_is_killed(
     keep(db)
     assert states(db) == {"vm1": "ready"}
     until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_a_process_of_any_name_is_found(tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path) + b"/\xff) Z"
+    shutil.copyfile("/bin/sleep", program)
+    os.chmod(program, 0o700)  # noqa: PTH101 (bytes)
+    process = subprocess.Popen([program, "1000"], start_new_session=True)
+    try:
+        started = vmrm.process_started(process.pid)
+        assert started
+        assert vmrm.session_members(process.pid, started) == [process.pid]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_hook_that_comes_too_late_never_runs(db: vmrm.Database, tmp_path: Path) -> None:

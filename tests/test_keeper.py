@@ -288,6 +288,24 @@ def test_a_vm_removed_while_it_is_spawned_leaves_no_machine(
     assert keeper.returncode == 0
 
 
+def test_a_vm_added_again_while_it_is_terminated_stays(db: vmrm.Database, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    group(db, {"check": "true", "terminate": f"read -r _ < {gate}"})
+    manager = vmrm.VmManager(db=db)
+    manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    manager.start_vm_termination("vm1")
+    with served(db.path) as keeper:
+        until(lambda: db.value("SELECT 1 FROM pool_vms WHERE hook = 'terminate'"))
+        manager.remove_vm_from_pool("vm1")
+        manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+        gate.write_text("\n")
+        until(lambda: "terminate: done" in log(db))
+        until(lambda: states(db) == {"vm1": "ready"})
+        keeper.terminate()
+    assert keeper.returncode == 0
+
+
 def test_a_second_keeper_names_the_first_and_leaves(cli: Cli, db: vmrm.Database) -> None:
     vmrm.put_group(db, "ci", {})
     with served(cli.db) as keeper:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -150,6 +151,18 @@ def test_a_vm_that_is_ill_or_was_not_checked_since_the_start_is_never_given(
     assert pool.acquire_vm([7], "ann", "s", ME).vm_name == "new"
 
 
+@pytest.mark.parametrize("limit", [{"reuse_max_count": 1}, {"reuse_max_age": 60}])
+def test_a_vm_that_was_used_enough_is_not_given_again(
+    pool: VmManager, limit: dict[str, int]
+) -> None:
+    add(pool, "a", "b")
+    vmrm.put_group(pool.db, "7", limit)
+    vm = pool.acquire_vm([7], "ann", "s", ME)
+    pool.db.write("UPDATE pool_vms SET spawned_at = spawned_at - 61 WHERE state = 'in_use'")
+    pool.release_vm(vm.vm_name)
+    assert pool.acquire_vm([7], "ann", "s", ME).vm_name != vm.vm_name
+
+
 def test_a_check_that_fails_during_a_lease_counts_at_its_release(pool: VmManager) -> None:
     add(pool, "a")
     pool.acquire_vm([7], "ann", "s", ME)
@@ -208,6 +221,8 @@ def test_only_who_has_the_token_or_is_the_holder_may_release(pool: VmManager) ->
             stranger.release_vm(vm.vm_name)
         with pytest.raises(VmError, match="was lost"):
             stranger.release_vm(vm.vm_name, token="0" * 32)
+        with pytest.raises(VmError, match="not yours; ann has it"):
+            stranger.start_vm_termination(vm.vm_name, force=False)
         assert vm.token
         assert stranger.renew_vm(vm.vm_name, 60, token=vm.token) > time.time() + 59
         assert stranger.release_vm(vm.vm_name, force=True)
@@ -291,6 +306,20 @@ def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
     monkeypatch.setattr(VmManager, "_over", slow)
     assert pool.reap() == []
     assert pool.get_vm_by_name("a").holder_pid == ME
+
+
+@pytest.mark.parametrize("never", [math.inf, math.nan, 1e300, 3e11])
+def test_an_end_that_no_calendar_has_is_refused(pool: VmManager, never: float) -> None:
+    add(pool, "a")
+    with pytest.raises(vmrm.UsageError, match="no date"):
+        pool.acquire_vm([7], "ann", "s", ME, lease=never)
+    pool.acquire_vm([7], "ann", "s", ME, lease=60)
+    for refused in (pool.renew_vm, pool.hold_vm):
+        with pytest.raises(vmrm.UsageError, match="no date"):
+            refused("a", never)
+    with pytest.raises(vmrm.UsageError, match="no time"):
+        pool.renew_vm("a", 0)
+    assert "until" in pool.info()
 
 
 def test_a_lease_with_an_end_is_taken_back_after_it_but_not_if_renewed(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Plain:
         return self._within(functools.partial(self._acquire, owner))
 
     def _acquire(self, owner: str) -> str:
-        choice = {"owner": owner, "sandbox": "s", "group": "g", "since": 0.0}
+        choice = {"owner": owner, "sandbox": "s", "group": "g", "since": 0.0, "now": 0.0}
         own, fresh, may_bind = self.db.execute(vmrm._CHOOSE, choice).fetchone()
         name = own or (may_bind and fresh)
         self.db.execute(
