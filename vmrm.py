@@ -291,7 +291,7 @@ def _checked(
         known = ", ".join(states)
         raise ValueError(f"unknown {kind} state {new!r} (from {old!r}); one of {known}") from None
     if old != new and target not in moves[states(old)]:
-        raise ValueError(f"a {kind} cannot move from {old!r} to {new!r}")
+        raise ValueError(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
     return target
 
 
