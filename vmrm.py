@@ -405,6 +405,13 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in b"ZX" else int(fields[19])
 
 
+def _signal_name(number: int) -> str:
+    """Return a signal's name; most real-time signals have none."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
 def own_command(*words: str) -> list[str]:
     """Return the command line that starts this very vmrm anew.
 
@@ -7936,7 +7943,7 @@ class Supervisor:
         if code == Unavailable.code:  # it can do nothing without the database, nor can we
             self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
             return
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = _signal_name(-code) if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
                    (SELECT state FROM vms WHERE server_name = :name) AS state
@@ -8556,7 +8563,7 @@ class Hook:
             return self.verdict
         ended = "did not end" if code is None else f"exit code {code}"
         if code is not None and code < 0:
-            ended = f"killed by {signal.Signals(-code).name}"
+            ended = f"killed by {_signal_name(-code)}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
         told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
         last = next(told, "")

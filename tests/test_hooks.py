@@ -79,6 +79,7 @@ FAULTS = {
     "other's name": ("echo IP=10.0.0.9 vm_name=OTHER", "'OTHER', which the pool has already"),
     "fails": ("echo no quota left >&2; exit 1", "exit code 1: no quota left"),
     "dies": ("kill -9 $$", "killed by SIGKILL"),
+    "dies of a nameless signal": ("kill -40 $$", "killed by signal 40"),
     "100 MiB": ("head -c 104857600 /dev/zero | tr '\\0' x", "neither IP=… nor"),
 }
 
