@@ -11235,6 +11235,8 @@ class PoolCommands(_Group):
             task,
             priority=priority,
         )
+        if timeout is not None and not wait:
+            raise UsageError("--timeout is for --wait")
         patience = None if not wait else math.inf if timeout is None else timeout
         vm = pool.acquire(request, patience, self._main._screen.tell)[0]
         if runs:

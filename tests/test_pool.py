@@ -695,6 +695,7 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
         ("pool acquire 7 --owner=", "needs an owner"),
         ("pool add a/b 7", "VM name 'a/b' is not usable"),
         ("pool acquire 7 --lease 0", "a lease of no time"),
+        ("pool acquire 7 --timeout 5", "--timeout is for --wait"),
         ("pool group 7 --spawn --list x", "--spawn needs a value"),
         ("pool group 7 --min-ready soon", "min_ready cannot be 'soon'"),
         ("pool group 7 --min-redy 1", "min_ready"),
