@@ -2921,7 +2921,8 @@ class VmDescriptor:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
-            VmError: the pool has no such VM, or it cannot move to this state.
+            VmError: the pool has no such VM, it cannot move to this state, or its fields do not
+                go together.
         """
         fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
         changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
@@ -2929,7 +2930,10 @@ class VmDescriptor:
             row = _pool_vm(db, self.vm_name)
             changed |= {"group": str(changed["group"])} if "group" in changed else {}
             state = changed.pop("state", row["state"])
-            move_pool_vm(db, self.vm_name, state, row=row, **changed)
+            try:
+                move_pool_vm(db, self.vm_name, state, row=row, **changed)
+            except sqlite3.IntegrityError as error:
+                raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
         vars(self)["_read"] = fields
 
     def store_field(self, db: Database, field: str, value: Any) -> None:

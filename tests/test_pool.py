@@ -574,6 +574,9 @@ def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmMan
     with pytest.raises(VmError, match="cannot move"):
         vm.store_field(pool.db, "state", "ready")
     assert [vm.vm_name for vm in pool._load_multi_safe(["a", "b"])] == ["a"]
+    add(pool, "b")
+    with pytest.raises(VmError, match="cannot be stored so"):  # without a lease
+        pool.get_vm_by_name("b").store_field(pool.db, "state", "in_use")
 
 
 def test_names_that_others_chose_cannot_steer_a_terminal(pool: VmManager) -> None:
