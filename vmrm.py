@@ -4093,7 +4093,7 @@ def _descends_from(holder: Holder) -> bool:
     while pid != holder.pid:
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # it is gone, or hidden from us
             return False
         if not pid:
             return False
@@ -8578,7 +8578,7 @@ def session_members(session: int, started: int) -> list[int]:
     """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(OSError):  # it is gone, or another user's and hidden from us
             fields = path.read_bytes().rpartition(b")")[2].split()
             if int(fields[3]) == session and fields[0] not in b"ZX":
                 found.append((int(path.parent.name), int(fields[19])))
