@@ -18,6 +18,7 @@ from conftest import ROOT
 from lab import Lab, kill, stand_ins
 from test_handler import load, sh, vm
 from test_handler import until as until_soon
+from test_views import check_slices, checked
 
 import vmrm
 
@@ -609,3 +610,4 @@ def test_the_example_of_the_readme_on_a_real_guest(
         agent.run("rm", "-rf", "/tmp/lab")
     assert pulled.splitlines()[-1] == "line 6"
     assert rows[2]["ended_at"] >= rows[1]["ended_at"], "the last pass is the last"
+    check_slices(lab, checked(done(lab, "trace")))
