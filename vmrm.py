@@ -291,7 +291,7 @@ def _checked(
         known = ", ".join(states)
         raise ValueError(f"unknown {kind} state {new!r} (from {old!r}); one of {known}") from None
     if old != new and target not in moves[states(old)]:
-        raise ValueError(f"a {kind} cannot move from {old!r} to {new!r}")
+        raise ValueError(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
     return target
 
 
@@ -403,6 +403,13 @@ def process_started(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def _signal_name(number: int) -> str:
+    """Return a signal's name; most real-time signals have none."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 def own_command(*words: str) -> list[str]:
@@ -2914,7 +2921,8 @@ class VmDescriptor:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
-            VmError: the pool has no such VM, or it cannot move to this state.
+            VmError: the pool has no such VM, it cannot move to this state, or its fields do not
+                go together.
         """
         fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
         changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
@@ -2922,7 +2930,10 @@ class VmDescriptor:
             row = _pool_vm(db, self.vm_name)
             changed |= {"group": str(changed["group"])} if "group" in changed else {}
             state = changed.pop("state", row["state"])
-            move_pool_vm(db, self.vm_name, state, row=row, **changed)
+            try:
+                move_pool_vm(db, self.vm_name, state, row=row, **changed)
+            except sqlite3.IntegrityError as error:
+                raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
         vars(self)["_read"] = fields
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
@@ -4082,7 +4093,7 @@ def _descends_from(holder: Holder) -> bool:
     while pid != holder.pid:
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # it is gone, or hidden from us
             return False
         if not pid:
             return False
@@ -7948,7 +7959,7 @@ class Supervisor:
         if code == Unavailable.code:  # it can do nothing without the database, nor can we
             self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
             return
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        how = _signal_name(-code) if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
                    (SELECT state FROM vms WHERE server_name = :name) AS state
@@ -8568,7 +8579,7 @@ class Hook:
             return self.verdict
         ended = "did not end" if code is None else f"exit code {code}"
         if code is not None and code < 0:
-            ended = f"killed by {signal.Signals(-code).name}"
+            ended = f"killed by {_signal_name(-code)}"
         lines = self.err.text().split("\n") + self.out.text().split("\n")
         told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
         last = next(told, "")
@@ -8579,7 +8590,7 @@ def session_members(session: int, started: int) -> list[int]:
     """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(OSError):  # it is gone, or another user's and hidden from us
             fields = path.read_bytes().rpartition(b")")[2].split()
             if int(fields[3]) == session and fields[0] not in b"ZX":
                 found.append((int(path.parent.name), int(fields[19])))
@@ -11240,6 +11251,8 @@ class PoolCommands(_Group):
             task,
             priority=priority,
         )
+        if timeout is not None and not wait:
+            raise UsageError("--timeout is for --wait")
         patience = None if not wait else math.inf if timeout is None else timeout
         vm = pool.acquire(request, patience, self._main._screen.tell)[0]
         if runs:

@@ -79,6 +79,7 @@ FAULTS = {
     "other's name": ("echo IP=10.0.0.9 vm_name=OTHER", "'OTHER', which the pool has already"),
     "fails": ("echo no quota left >&2; exit 1", "exit code 1: no quota left"),
     "dies": ("kill -9 $$", "killed by SIGKILL"),
+    "dies of a nameless signal": ("kill -40 $$", "killed by signal 40"),
     "100 MiB": ("head -c 104857600 /dev/zero | tr '\\0' x", "neither IP=… nor"),
 }
 
@@ -142,7 +143,17 @@ def test_what_another_hook_leaves_in_its_session_is_killed(
     until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
-def test_a_process_of_any_name_is_found(tmp_path: Path) -> None:
+def test_a_process_of_any_name_is_found_among_hidden_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == Path("/proc/1/stat"):
+            raise PermissionError("proc is mounted with hidepid=1")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     program = os.fsencode(tmp_path) + b"/\xff) Z"
     shutil.copyfile("/bin/sleep", program)
     os.chmod(program, 0o700)  # noqa: PTH101 (bytes)

@@ -574,6 +574,9 @@ def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmMan
     with pytest.raises(VmError, match="cannot move"):
         vm.store_field(pool.db, "state", "ready")
     assert [vm.vm_name for vm in pool._load_multi_safe(["a", "b"])] == ["a"]
+    add(pool, "b")
+    with pytest.raises(VmError, match="cannot be stored so"):  # without a lease
+        pool.get_vm_by_name("b").store_field(pool.db, "state", "in_use")
 
 
 def test_names_that_others_chose_cannot_steer_a_terminal(pool: VmManager) -> None:
@@ -695,6 +698,7 @@ def test_a_command_keeps_its_vm_when_vmrm_is_killed_and_is_ended_when_the_lease_
         ("pool acquire 7 --owner=", "needs an owner"),
         ("pool add a/b 7", "VM name 'a/b' is not usable"),
         ("pool acquire 7 --lease 0", "a lease of no time"),
+        ("pool acquire 7 --timeout 5", "--timeout is for --wait"),
         ("pool group 7 --spawn --list x", "--spawn needs a value"),
         ("pool group 7 --min-ready soon", "min_ready cannot be 'soon'"),
         ("pool group 7 --min-redy 1", "min_ready"),
