@@ -1864,7 +1864,7 @@ class ScheduleEntry:
 
 def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
     called = {key: value() if callable(value) else value for key, value in part.items()}
-    return {key: value for key, value in called.items() if value not in (None, False)}
+    return {key: value for key, value in called.items() if value is not None and value is not False}
 
 
 def schedule_text(entries: Iterable[ScheduleEntry]) -> str:

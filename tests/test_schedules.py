@@ -618,3 +618,10 @@ def test_what_is_given_never_changes_what_happened_before(
             assert new == pytest.approx(old)  # there is nothing to end
         else:
             assert new >= old
+
+
+def test_an_interval_of_0_is_refused_and_not_taken_for_none() -> None:
+    entry = vmrm.ScheduleEntry(1)
+    entry.add_file_transfer("/var/log", interval=0)
+    with pytest.raises(ValueError, match="interval is 0"):
+        vmrm.parse_schedule(vmrm.schedule_text([entry]))
