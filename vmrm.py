@@ -5915,6 +5915,7 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
 
 
+NOTHING_THERE = "the VM has no file at"
 SKIPPED = "it was overdue when the experiment was continued"
 
 
@@ -6021,6 +6022,7 @@ class VMResourceHandler:
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
         self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
+        self._missed: dict[int, list[str]] = {}  # by ordinal: what their last pass did not bring
         self._ending = False  # they make their last pass
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
         self._life: Task | None = None
@@ -6207,6 +6209,7 @@ class VMResourceHandler:
         """Do what is due and wait for what is next, until the life of the VM is over."""
         self.agenda = Agenda()
         self._tasks, self._armed, self._repeating, self._ending = {}, {}, {}, False
+        self._missed = {}
         self._woken = True
         self._refresh()
         self._life = self.agenda.spawn(self._life_steps())
@@ -6800,6 +6803,8 @@ class VMResourceHandler:
             yield from self._transfer_once_steps(entry)
             if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
+                if missed := self._missed.get(entry.ordinal):
+                    raise _EntryFailed("; ".join(missed[:5]))
             error = self._judge(entry, exit_code)
             outcome = Outcome.FAILED if error else Outcome.DONE
         except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
@@ -7233,11 +7238,15 @@ class VMResourceHandler:
         """Return the tasks of an entry's repeating transfers, started by the first call."""
         if entry.ordinal not in self._repeating:
             self._repeating[entry.ordinal] = [
-                self.agenda.spawn(self._transfer_item(entry, item))
+                self.agenda.spawn(self._repeat_steps(entry, item))
                 for item in entry.items("transfer")
                 if item["interval"]
             ]
         return self._repeating[entry.ordinal]
+
+    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        faults = yield from self._transfer_item(entry, item)
+        self._missed.setdefault(entry.ordinal, []).extend(faults)
 
     def _transfer_item(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
         location = self._guest.path(entry, item["location"])
@@ -7278,22 +7287,24 @@ class VMResourceHandler:
         """The steps of `transfer_data`; the same parameters and errors.
 
         What fails once is an error; what fails in a repeated transfer is told when it is new, and
-        tried again. The last pass begins after everybody's work is done.
+        tried again. The last pass begins after everybody's work is done; what it found and could
+        not bring is returned.
         """
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
-        told: list[str] = []
+        told: set[str] = set()
         while True:
             last = self._ending or not interval
             faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            for fault in faults if faults != told else ():
-                self.log.warning("transfer of %s: %s", name, fault)
-            told = faults
-            if last:
-                return
+            for fault in faults:
+                if fault not in told:
+                    self.log.warning("transfer of %s: %s", name, fault)
+            told = set(faults)
+            if last:  # to look for what never came is no failure
+                return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
             if not self._ending:
                 yield cast(float, interval)
 
@@ -7310,7 +7321,8 @@ class VMResourceHandler:
             except (OSError, ValueError) as error:
                 if _is_link_trouble(error):
                     raise
-                faults.append(f"{os.fsdecode(record)!r}: {error}")
+                path = record.split(b" ", 4)[-1]  # without the time, which makes every fault new
+                faults.append(f"{os.fsdecode(path)!r}: {error}")
         return faults
 
     def _finish_steps(self, argv: Sequence[str]) -> Steps:
@@ -7332,7 +7344,7 @@ class VMResourceHandler:
             raise RuntimeError(f"too many files at {location!r} to list")
         records = [record for record in status.out.split(b"\0") if record]
         if not records:
-            raise RuntimeError(f"the VM has no file at {location!r} {_words(status.err)}".rstrip())
+            raise RuntimeError(f"{NOTHING_THERE} {location!r} {_words(status.err)}".rstrip())
         return records
 
     def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:

@@ -369,6 +369,24 @@ def test_a_repeating_transfer_follows_a_growing_file_to_its_end(one: OneAgent) -
     assert [row[:2] for row in sorted(outcomes(one.lab))] == [(1, "done"), (2, "done")]
 
 
+def test_what_the_last_pass_cannot_bring_is_the_entrys_failure(one: OneAgent) -> None:
+    source, out = one.lab.guest(1) / "data", one.lab.folder / "out"
+    source.mkdir(parents=True)
+    (source / "file").write_text("text")
+    inside = out / "vm1" / str(source).lstrip("/") / "file"
+    inside.mkdir(parents=True)
+    (inside / "present").touch()
+    for_ever = {"interval": 0.2, "destination": str(out)}
+    one.load(
+        {"start_time": 0.1, "transfer": [{"location": str(source), **for_ever}]},
+        {"start_time": 0.1, "transfer": [{"location": "/no/such/file", **for_ever}]},
+    )
+    assert one.run().returncode == 1
+    (first, second) = outcomes(one.lab)
+    assert first[1] == "failed" and repr(f"{source}/file") in first[3], first
+    assert second[1] == "done", "what never came is not lost"
+
+
 def test_a_transfer_of_nothing_fails_its_entry(one: OneAgent) -> None:
     one.load({"start_time": 0.2, "transfer": [{"location": "/no/such/file"}]})
     assert one.run().returncode == 1
