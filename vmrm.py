@@ -9254,12 +9254,11 @@ class Keeper:
         return {row["name"]: row for row in rows}
 
     def _info(self, group: str, key: str) -> dict[str, Any]:
-        return cast(
-            "dict[str, Any]", json.loads(self.manager.read_vm_pool_info(group, key) or "{}")
-        )
+        text = self.manager.read_vm_pool_info(group, f"{KEEPER}.{key}")  # others have own keys
+        return cast("dict[str, Any]", json.loads(text or "{}"))
 
     def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
-        self.manager.write_vm_pool_info(group, key, json.dumps(value))
+        self.manager.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
 
     def _row(self, vm_name: str) -> dict[str, Any] | None:
         return self.db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)

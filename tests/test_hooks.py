@@ -113,7 +113,8 @@ def test_a_failing_spawn_hook_is_tried_ever_more_seldom(db: vmrm.Database) -> No
     keep(db)  # within the pause of the first failure
     failed = vmrm.Keeper(db)._info("ci", "failed")
     assert failed["times"] == 1
-    db.write("UPDATE pool_info SET value = json_set(value, '$.at', 0) WHERE key = 'failed'")
+    vmrm.VmManager(db=db).write_vm_pool_info("ci", "failed", "a script's word")
+    db.write("UPDATE pool_info SET value = json_set(value, '$.at', 0) WHERE json_valid(value)")
     keep(db)
     assert vmrm.Keeper(db)._info("ci", "failed")["times"] == 2
 
