@@ -38,6 +38,10 @@ from lab import VMRM  # noqa: E402
 settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-speed")
 
+# What runs in the background of a shell ignores SIGINT, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 # Seconds that processes get to end by themselves, once nobody needs them.
 GRACE_S = 2.0
 
