@@ -222,9 +222,11 @@ def guest_frozen(row: Row) -> None:
 
 
 def guest_disk_full(row: Row) -> None:
-    # A sync gives back what was set aside for writing; then that is filled, too.
+    # A sync gives back what was set aside for writing; then that is filled, too, to the last.
     fill = (
-        "for n in 1 2 3; do cat /dev/zero >> ../../fill 2>/dev/null; sync; done; echo lost; exit 0"
+        "full=0; : > ../../fill; while [ $full -lt 3 ]; do had=$(wc -c < ../../fill); "
+        "cat /dev/zero >> ../../fill 2>/dev/null; sync; "
+        '[ "$(wc -c < ../../fill)" = "$had" ] && full=$((full + 1)); done; echo lost; exit 0'
     )
     row.load(
         entry(1, -2, f'printf "1 end\\n" >> ../../record; {fill}'), entry(2, -1), entry(3, 0.3)

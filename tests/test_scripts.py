@@ -146,7 +146,9 @@ def launch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vmrm test's ") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
-        left = working_in(folder)
+        deadline = time.monotonic() + 2  # what was killed a moment ago may still be dying
+        while (left := working_in(folder)) and time.monotonic() < deadline:
+            vmrm.time_to_wait(0.02)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         assert not left
