@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -97,8 +97,11 @@ def _report(found: list[Process]) -> str:
 
 def own_children() -> set[int]:
     """Return the pids of our children, without reading every process of a busy host."""
-    words = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    return {int(pid) for pid in " ".join(words).split()}
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(map(int, path.read_text().split()))
+    return found
 
 
 @pytest.fixture(autouse=True)
