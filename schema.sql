@@ -235,6 +235,7 @@ CREATE TABLE pool_groups (
     terminate_timeout_s REAL NOT NULL DEFAULT 120 CHECK (terminate_timeout_s > 0),
     list_timeout_s REAL NOT NULL DEFAULT 60 CHECK (list_timeout_s > 0),
     release_cleans INTEGER NOT NULL DEFAULT 0 CHECK (release_cleans IN (0, 1)),  -- unbinds the VM
+    unique_ip INTEGER NOT NULL DEFAULT 0 CHECK (unique_ip IN (0, 1)),  -- tells its machines apart
     last_spawn_at REAL                         -- the keeper's latest spawn
 ) STRICT;
 
@@ -254,6 +255,7 @@ CREATE TABLE pool_vms (
         AND vm_name GLOB '[A-Za-z0-9]*' AND vm_name NOT GLOB '*[^A-Za-z0-9._-]*'),
     vm_ip TEXT NOT NULL DEFAULT '',
     path TEXT NOT NULL DEFAULT '',             -- the agent's address
+    address TEXT NOT NULL DEFAULT '',          -- the same in one spelling, by real path
     "group" TEXT NOT NULL COLLATE NOCASE,
     state TEXT NOT NULL CHECK (state IN ('spawning', 'got_ip', 'check_health',
         'check_health_failed', 'ready', 'in_use', 'held', 'terminating')),
@@ -294,6 +296,8 @@ CREATE TABLE pool_vms (
     CHECK (check_fails = 0 OR state <> 'ready'),
     CHECK (releasing_at IS NULL OR state NOT IN ('ready', 'in_use', 'held'))
 ) STRICT;
+-- One machine is one VM, whatever names it was given.
+CREATE UNIQUE INDEX pool_machines ON pool_vms (address) WHERE address <> '';
 -- What acquire asks: a ready VM bound so, or to nobody; how many an owner has; whom to look at.
 CREATE INDEX pool_choice ON pool_vms
     ("group", state, bound_to_user, bound_sandbox, last_health_check);

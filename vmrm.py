@@ -1178,8 +1178,10 @@ class VMMapping(_Served):
 
         Raises:
             ValueError: as `prepare_put`, or another VM has one of the names.
+            Conflict: one is a machine of the pool.
         """
         entries = [self.prepare_put(entry) for entry in server_list]
+        refuse_pool_machines(self.db, entries)
         with _changing_vms(self.db) as connection:
             _insert_vms(connection, entries)
 
@@ -2887,6 +2889,7 @@ class VmDescriptor:
     hook_pid: int | None = None
     hook_started: int | None = None
     hook_boot: str = ""
+    address: str = ""
 
     def __str__(self) -> str:
         """Return name, state and what a person wants to know, in one line."""
@@ -2921,14 +2924,18 @@ class VmDescriptor:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
         Raises:
-            VmError: the pool has no such VM, it cannot move to this state, or its fields do not
-                go together.
+            VmError: the pool has no such VM, it cannot move to this state, its fields do not go
+                together, or it is the machine of another.
         """
+        for key, value in _pool_machine(db, self.vm_ip, self.path).items():
+            setattr(self, key, value)
         fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
         changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
             changed |= {"group": str(changed["group"])} if "group" in changed else {}
+            if changed.keys() & {"group", "vm_ip", "address"}:
+                _refuse_twin(db, self.vm_name, row | changed)
             state = changed.pop("state", row["state"])
             try:
                 move_pool_vm(db, self.vm_name, state, row=row, **changed)
@@ -2952,6 +2959,17 @@ def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
             f"the pool has no VM {vm_name!r}", "See which there are: vmrm pool list"
         )
     return row
+
+
+def _insert_pool_vm(db: Database, vm_name: str, columns: Mapping[str, object]) -> None:
+    """Add a row inside the caller's transaction."""
+    now = CLOCK.wall()
+    values = {"vm_name": vm_name, "state_at": now, "spawned_at": now, "who": _who(os.getpid())}
+    values |= columns
+    names = ", ".join(f'"{column}"' for column in values)
+    places = ", ".join(f":{column}" for column in values)
+    sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
+    db.connection.execute(sql, values)
 
 
 NO_LEASE: dict[str, Any] = {
@@ -3130,6 +3148,117 @@ class Waiting:
         token, queue = self.request.token, self.pool._queue()
         place = len(list(itertools.takewhile(lambda other: other.token != token, queue))) + 1
         return f"number {place} in the queue; {self.pool._why_none(self.request)}"
+
+
+def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
+    """Return an agent's address in the one spelling by which machines are told apart.
+
+    A socket goes by its real path. Names of hosts are not looked up.
+
+    Args:
+        text: An address as `drivers.parse_address` reads it.
+        folder: What a relative path is relative to; '' is the working directory.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    import ipaddress
+
+    address = drivers.parse_address(text)
+    if isinstance(address.target, str):
+        return os.path.realpath(Path(folder) / address.target)
+    host, port = address.target
+    if isinstance(host, str):
+        host = host.lower().rstrip(".")
+        with contextlib.suppress(OSError):  # 127.1 is an address, too
+            host = socket.inet_ntoa(socket.inet_aton(host))
+        with contextlib.suppress(ValueError):
+            number = ipaddress.ip_address(host)
+            host = str(getattr(number, "ipv4_mapped", None) or number)
+    return str(drivers.Address(address.family, cast("tuple[str, int]", (host, port))))
+
+
+def _pool_machine(db: Database, vm_ip: str, path: str) -> dict[str, str]:
+    """Return the columns of pool_vms that say which machine a VM is.
+
+    Raises:
+        ValueError: there can be no agent at that path.
+        VmError: the experiment has it for its own.
+    """
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        vm_ip = str(ipaddress.ip_address(vm_ip))
+    if not path:
+        return {"vm_ip": vm_ip, "path": "", "address": ""}
+    address, plain = agent_address(path), str(drivers.parse_address(path).target)
+    if address.startswith("/"):
+        if not (Path(address).exists() or "/" in path or path.startswith("unix:")):
+            hint = "a path has a slash, or there is a socket of that name"
+            raise ValueError(f"address {path!r} is none: {hint}")
+        if Path(address).exists() and not Path(address).is_socket():
+            raise ValueError(f"address {path!r} is none: {address!r} is no socket")
+        path = str(Path.cwd() / plain)
+    rows = db.query("SELECT server_name, path FROM vms WHERE pool = '' AND path <> ''")
+    for row in rows:
+        if _address_or_path(row["path"]) == address:
+            raise VmError(
+                f"{path!r} is the path of the experiment's VM {row['server_name']!r}",
+                "One machine serves the pool or an experiment: destroy that one first",
+            )
+    return {"vm_ip": vm_ip, "path": path, "address": address}
+
+
+def _address_or_path(path: str) -> str:
+    """Return an address as `agent_address` does, or else the text that a plug-in takes for one."""
+    with contextlib.suppress(ValueError):
+        return agent_address(path)
+    return path
+
+
+def refuse_pool_machines(db: Database, vms: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse VMs of an experiment whose own path is that of a machine of the pool.
+
+    Raises:
+        Conflict: one has; both are named.
+    """
+    rows = db.query("SELECT vm_name, address, \"group\" FROM pool_vms WHERE address <> ''")
+    machines = {row["address"]: row for row in rows}
+    for vm in vms if machines else ():
+        twin = None if vm["pool"] else machines.get(_address_or_path(vm["path"]))
+        if twin:
+            raise Conflict(
+                f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
+                "the pool, which lends it to others",
+                f'Say pool = "{twin["group"]}" instead of a path, or remove it from the pool',
+            )
+
+
+def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None:
+    """Refuse a machine that another row of the pool is, inside the caller's transaction.
+
+    Args:
+        db: The database.
+        vm_name: The VM that is to be it.
+        columns: group, vm_ip and address of the VM.
+
+    Raises:
+        VmError: another VM is; it is named.
+    """
+    twin = db.row(
+        """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :name AND (
+               (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
+               AND EXISTS (SELECT 1 FROM pool_groups
+                           WHERE unique_ip AND name IN (p."group", :group))))""",
+        name=vm_name,
+        **{key: columns[key] for key in ("address", "vm_ip", "group")},
+    )
+    if twin:
+        raise VmError(
+            f"VM {vm_name!r} is the machine that the pool has as {twin['vm_name']!r} "
+            f"({twin['state']}): {columns['address'] or columns['vm_ip']}",
+            f"See it: vmrm pool info {twin['vm_name']}",
+        )
 
 
 def pool_log(db: Database, vm_name: str) -> Path:
@@ -3329,23 +3458,13 @@ class VmManager(_Rows):
         self, state: VmStates, vm_name: str, group: int | str, vm_ip: str, path: str
     ) -> VmDescriptor:
         checked_name("VM", vm_name)
-        self._group(group)
-        try:
-            self.db.write(
-                """INSERT INTO pool_vms
-                       (vm_name, vm_ip, path, "group", state, state_at, spawned_at, who)
-                   VALUES (:name, :ip, :path, :group, :state, :now, :now, :who)""",
-                durable=True,
-                name=vm_name,
-                ip=vm_ip,
-                path=path,
-                group=str(group),
-                state=state.value,
-                now=CLOCK.wall(),
-                who=_who(os.getpid()),
-            )
-        except sqlite3.IntegrityError as error:
-            raise VmError(f"the pool has a VM {vm_name!r} already") from error
+        group = self._group(group)["name"]
+        columns = {"group": group, "state": state.value, **_pool_machine(self.db, vm_ip, path)}
+        with self.db.transaction(durable=True) as db:
+            if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
+                raise VmError(f"the pool has a VM {vm_name!r} already")
+            _refuse_twin(db, vm_name, columns)
+            _insert_pool_vm(db, vm_name, columns)
         wake_pool(self.db)
         return self.get_vm_by_name(vm_name)
 
@@ -8257,6 +8376,7 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    refuse_pool_machines(db, rows)
     _check_loan(db, rows)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
@@ -9470,22 +9590,13 @@ class Keeper:
             count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
             if count >= group["max_vm_total"]:
                 return False
-            self._add_row(hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
+            spawning = {"group": group["name"], "state": VmStates.SPAWNING.value}
+            _insert_pool_vm(db, hook.vm_name, {**spawning, **columns})
             db.connection.execute(
                 "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
                 (CLOCK.wall(), group["name"]),
             )
         return True
-
-    def _add_row(self, name: str, group: str, state: VmStates, **columns: object) -> None:
-        """Add a VM inside the caller's transaction."""
-        now = CLOCK.wall()
-        values: dict[str, object] = {"vm_name": name, "group": group, "state": state.value}
-        values |= {"state_at": now, "spawned_at": now, "who": _who(os.getpid()), **columns}
-        names = ", ".join(f'"{column}"' for column in values)
-        places = ", ".join(f":{column}" for column in values)
-        sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
-        self.db.connection.execute(sql, values)
 
     # --- ending ---
 
@@ -9522,14 +9633,14 @@ class Keeper:
             move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
+        machine = self._made(hook)
         with self.db.transaction(durable=True) as db:
             row = self._row(hook.vm_name)
             if row is None:  # a machine may be there
-                reason = "it was removed while it was spawned"
-                self._add_row(hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
+                self._add_machine(hook.vm_name, hook.group, "it was removed while it was spawned")
             elif row["state"] == VmStates.SPAWNING:
                 if hook.spawned is not None and not hook.fault:
-                    self._settle(hook, hook.spawned)
+                    self._settle(hook, row, hook.spawned.name, machine)
                 if hook.fault:
                     reason = f"spawn hook: {hook.fault}"
                     move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
@@ -9540,18 +9651,39 @@ class Keeper:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
             self._put_info(hook.group, "failed", failed)
 
-    def _settle(self, hook: Hook, made: Spawned) -> None:
-        """Give a spawned VM's row the name and addresses it has, unless the name is another's."""
-        if made.name.lower() != hook.vm_name.lower():
-            if self._row(made.name):
-                hook.verdict = f"it says its VM is {made.name!r}, which the pool has already"
+    def _add_machine(self, name: str, group: str, reason: str) -> None:
+        """Add a machine that may be there, to be terminated, inside the caller's transaction."""
+        row = {"group": group, "state": VmStates.TERMINATING.value, "reason": reason}
+        _insert_pool_vm(self.db, name, row)
+
+    def _made(self, hook: Hook) -> dict[str, str]:
+        """Return the columns of the machine that a spawn hook says it made."""
+        if hook.spawned is not None:
+            try:
+                return _pool_machine(self.db, hook.spawned.ip, hook.spawned.path)
+            except (ValueError, VmError) as error:
+                hook.verdict = hook.verdict or _one_line(error)
+        return {}
+
+    def _settle(
+        self, hook: Hook, row: Mapping[str, Any], name: str, machine: Mapping[str, str]
+    ) -> None:
+        """Give a spawned VM's row the name and machine it has, unless they are another VM's."""
+        if name.lower() != hook.vm_name.lower():
+            if self._row(name):
+                hook.verdict = f"it says its VM is {name!r}, which the pool has already"
                 return
             sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
-            self.db.connection.execute(sql, (made.name, hook.vm_name))
-            hook.vm_name = made.name
-        where: dict[str, Any] = {"vm_ip": made.ip, "path": made.path, "spawned_at": CLOCK.wall()}
+            self.db.connection.execute(sql, (name, hook.vm_name))
+            hook.vm_name = name
+        try:
+            _refuse_twin(self.db, name, {**machine, "group": row["group"]})
+        except VmError as error:  # by its name alone it may be terminated: the machine is another's
+            hook.verdict = str(error)
+            return
         # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
-        move_pool_vm(self.db, hook.vm_name, VmStates.GOT_IP, **where, **NO_HOOK)
+        settled: dict[str, Any] = {**machine, "spawned_at": CLOCK.wall(), **NO_HOOK}
+        move_pool_vm(self.db, name, VmStates.GOT_IP, **settled)
 
     def _end_check(self, hook: Hook) -> None:
         if hook.killed or hook.exit_code == EX_TEMPFAIL:
@@ -9628,7 +9760,7 @@ class Keeper:
                 move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
             elif kind == "strangers" and row is None:
                 reason = "a machine that the pool did not know"
-                self._add_row(name, group, VmStates.TERMINATING, reason=reason)
+                self._add_machine(name, group, reason)
             else:
                 return
         self.log.warning("%s is terminated: %s", name, reason)
@@ -9875,6 +10007,7 @@ class _ExperimentReader:
             seen: dict[str, str] = {}
             for vm in vms:
                 value = vm[key].lower() if key == "server_name" else vm[key]
+                value = _address_or_path(value) if key == "path" and value else value
                 if value and value in seen:
                     self.faults.append(
                         f"vm {vm['server_name']!r}: {what} {vm[key]!r} is already that of "
@@ -9917,10 +10050,11 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     The same content again changes nothing, so that `run FILE` continues.
 
     Raises:
-        Conflict: the database holds another experiment.
+        Conflict: the database holds another experiment, or one of the VMs is the pool's.
     """
     if _is_same(db, experiment):
         return False
+    refuse_pool_machines(db, experiment.vms)
     with adding_contents(db):
         _store_files(db, experiment.files)
         return _write_experiment(db, experiment)
@@ -11171,8 +11305,6 @@ class PoolCommands(_Group):
             path: The guest agent's address.
             ip: The VM's own address.
         """
-        if path:
-            drivers.parse_address(path)
         added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
         return {"vm": added.vm_name, "group": added.group, "state": added.state}
 
@@ -12089,7 +12221,7 @@ def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
 
 def _setting(key: str, text: str) -> object:
     """Return a group's setting as its column takes it."""
-    if text in ("True", "False") and key != "release_cleans":
+    if text in ("True", "False") and key not in ("release_cleans", "unique_ip"):
         raise UsageError(f"--{key.replace('_', '-')} needs a value")
     if text in ("none", "True", "False"):
         return {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}[text]

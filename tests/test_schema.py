@@ -175,6 +175,7 @@ REFUSED = [
     ("pool_groups", {"terminate_timeout_s": 0}),
     ("pool_groups", {"list_timeout_s": 0}),
     ("pool_groups", {"release_cleans": 2}),
+    ("pool_groups", {"unique_ip": 2}),
     ("pool_vms", {"vm_name": "../p"}),
     ("pool_vms", {"state": "idle"}),
     ("pool_vms", {"state": "in_use"}),
