@@ -336,6 +336,7 @@ class Timeouts:
     reboot_start: float = 60.0  # for a guest to be seen going down after an accepted reboot
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
     leave: float = 10.0  # for handlers to leave before they are killed
+    restart: float = 10.0  # the longest pause before a handler that died is started again
     recheck_start: float = 60.0  # between two looks for a step of the wall clock
     lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
     recheck: float = 5.0  # until a pool VM's check that told nothing is repeated
@@ -8093,7 +8094,7 @@ class Supervisor:
             last = self.db.value(sql, name=name) or how
             self._give_up(name, f"its handler died {deaths} times in a row: {last}")
             return
-        pause = min(0.05 * 2**deaths, 10.0)
+        pause = min(0.05 * 2**deaths, self.timeouts.restart)
         self._not_before[name] = CLOCK.monotonic() + pause
         self.log.warning("the handler of %s died (%s); again in %.1f s", name, how, pause)
 

@@ -86,6 +86,15 @@ def twenty_entries(guest: str) -> list[dict[str, Any]]:
     return negative + positive
 
 
+class Command(subprocess.Popen[str]):
+    """A command of vmrm's; as a context manager it ends with the block, killed if that fails."""
+
+    def __exit__(self, kind: type[BaseException] | None, *more: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *more)
+
+
 @dataclass
 class Lab:
     """An experiment on stand-ins in a directory of its own."""
@@ -120,9 +129,9 @@ class Lab:
         path.write_text(json.dumps({"experiment": {"start_buffer": self.start_buffer}, "vm": vms}))
         return path
 
-    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, **env: str) -> Command:
         """Start a command on this lab's database."""
-        return subprocess.Popen(
+        return Command(
             [*VMRM, "--db", str(self.db), *words],
             env={**os.environ, **FAST, **env},
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,76 @@
+"""What tests read of the tables, and the little that they write: no other test file has SQL.
+
+Except those of the schema, the journal and the writer lock themselves. Every function takes the
+database's path and reads it from outside of vmrm, each time on a connection of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _read(db: Path, sql: str, *values: object) -> list[Row]:
+    with closing(sqlite3.connect(f"file:{db}?mode=ro", uri=True)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(sql, values)]
+
+
+def _change(db: Path, sql: str, *values: object) -> None:
+    with closing(sqlite3.connect(db, timeout=60)) as connection, connection:
+        connection.execute(sql, values)
+
+
+# === the experiment ============================================================================
+
+
+def experiment(db: Path) -> Row:
+    """Return the current experiment."""
+    return _read(db, "SELECT * FROM current_experiment")[0]
+
+
+def vms(db: Path) -> dict[str, Row]:
+    """Return the experiment's VMs by name."""
+    return {row["server_name"]: row for row in _read(db, "SELECT * FROM vms ORDER BY ordinal")}
+
+
+def states(db: Path) -> dict[str, str]:
+    """Return the state of each VM."""
+    return {name: row["state"] for name, row in vms(db).items()}
+
+
+def attempts(db: Path, vm: str | None = None) -> list[Row]:
+    """Return the journal, of one VM or of all, in the order in which it was written."""
+    sql = "SELECT * FROM attempts WHERE ?1 IS NULL OR server_name = ?1 ORDER BY id"
+    return _read(db, sql, vm)
+
+
+def entries(db: Path, vm: str | None = None) -> list[Row]:
+    """Return each entry of the present schedules with its latest attempt."""
+    sql = """SELECT * FROM entry_status WHERE ?1 IS NULL OR server_name = ?1
+             ORDER BY server_name, ordinal"""
+    return _read(db, sql, vm)
+
+
+def holds(db: Path) -> list[Row]:
+    """Return the pauses, breaks and resumes that commands gave, also those without effect."""
+    return _read(db, "SELECT * FROM holds ORDER BY id")
+
+
+def history(db: Path) -> list[Row]:
+    """Return every move of every VM."""
+    return _read(db, "SELECT * FROM history ORDER BY id")
+
+
+def append_entry(connection: sqlite3.Connection, vm: str, entry: Row) -> None:
+    """Append an entry to a schedule inside a transaction, and wake nobody."""
+    sql = "SELECT text FROM schedules WHERE server_name = ?"
+    text = json.loads(connection.execute(sql, (vm,)).fetchone()[0])
+    connection.execute(
+        "UPDATE schedules SET text = ? WHERE server_name = ?", (json.dumps([*text, entry]), vm)
+    )
