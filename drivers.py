@@ -78,10 +78,29 @@ if TYPE_CHECKING:
 # === errors =======================================================================================
 
 
-def _one_line(text: str) -> str:
-    """Return *text* as one printable line of bounded length, whatever a guest put into it."""
-    flat = " ".join(text[:1000].split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flat)
+def printable(text: str | bytes, limit: int | None = 1000, keep: str | None = None) -> str:
+    """Return text that a guest may have made so that rows, logs, terminals and pages can have it.
+
+    What does not print is written as JSON escapes it; what is too long ends with "…".
+
+    Args:
+        text: Text, or bytes that should be UTF-8.
+        limit: Characters, at most; None if it is bounded already.
+        keep: What may stay though it does not print; None makes one line with single blanks.
+    """
+    longest = len(text) if limit is None else 4 * limit  # blanks and bytes take more
+    cut = len(text) > longest
+    text = text[:longest].decode(errors="replace") if isinstance(text, bytes) else text[:longest]
+    if keep is None:
+        text = " ".join(text.split())
+    if limit is not None and (cut or len(text) > limit):
+        text = text[: limit - 1] + "…"
+    if text.isprintable():
+        return text
+    escaped = "".join(
+        c if c.isprintable() or c in (keep or "") else json.dumps(c)[1:-1] for c in text
+    )
+    return escaped if limit is None or len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
 class DriverError(OSError):
@@ -91,7 +110,7 @@ class DriverError(OSError):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = _one_line(message)
+        self.message = printable(message)
         self.hint = hint
         super().__init__(self.message)
 
@@ -1035,7 +1054,7 @@ class AbstractDriver(ABC):
         found = entry.get("stdout") or ""
         if entry.get("stdout_trunc") or (code and not found):
             reason = entry.get("stderr") or f"exit code {code}"
-            self.log.error("cannot list files at %r in the guest: %s", path, _one_line(reason))
+            self.log.error("cannot list files at %r in the guest: %s", path, printable(reason))
             return None
         return [name for name in found.split("\0") if name]
 
@@ -1468,7 +1487,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         names = [osinfo.get(key, "") for key in keys] if isinstance(osinfo, dict) else [None]
         if not all(isinstance(name, str) for name in names):
             raise ReplyError("names no system", osinfo, "guest-get-osinfo")
-        return _one_line(next(filter(None, names), "unknown"))
+        return printable(next(filter(None, names), "unknown"))
 
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""

@@ -56,6 +56,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
 
 import drivers
+from drivers import printable
 
 if TYPE_CHECKING:
     from queue import Queue
@@ -303,8 +304,8 @@ def checked_name(kind: str, name: object) -> str:
     if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
         return name
     raise ValueError(
-        f"{kind} name {name!r} is not usable: 1 to 64 of A-Z a-z 0-9 . _ - with a letter or "
-        "digit first"
+        f"{kind} name {printable(repr(name), 200)} is not usable: 1 to 64 of A-Z a-z 0-9 . _ - "
+        "with a letter or digit first"
     )
 
 
@@ -357,6 +358,11 @@ MAX_SECONDS = 1e9  # of any time in a schedule: 31 years, which every calendar h
 MAX_VMS = 10_000  # of one table with `count`
 MAX_OUTPUT_BYTES = 256 << 20
 MAX_FILES = 1 << 16  # open at once by the supervisor; the hard limit may be without sense
+MAX_LISTED = 1 << 17  # files and directories of one transfer
+MAX_PATH_BYTES, MAX_PATH_PARTS = 4096, 128  # of a guest's path that a copy is to have
+MAX_FAULTS = 100  # of one pass of a transfer, and told of one transfer in all
+MIN_FREE_BYTES, MIN_FREE_FILES = 64 << 20, 1000  # are left by what fills the host's disk
+SLICE_S = 0.005  # a step that takes longer lets others go first
 MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
 
@@ -1333,7 +1339,7 @@ def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason
         {
             "state": target.value,
             "now": CLOCK.wall(),
-            "reason": reason,
+            "reason": printable(reason),
             "name": server_name,
         },
     )
@@ -2401,7 +2407,7 @@ class Journal:
             now=CLOCK.wall(),
             code=exit_code,
             reboot=reboot,
-            error=error,
+            error=printable(error),
             id=attempt.id,
         )
 
@@ -4453,16 +4459,14 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
     wake_pool(db)
-    import shutil
-
     if purge:
-        shutil.rmtree(db.state_dir / "host", ignore_errors=True)
+        remove_tree(db.state_dir / "host")
     for name in ("logs", "transfers"):
         kept = db.state_dir / f"{name}.{old}"
         with contextlib.suppress(FileNotFoundError):
             (db.state_dir / name).rename(kept)
         if purge:
-            shutil.rmtree(kept, ignore_errors=True)
+            remove_tree(kept)
 
 
 def get_vm_count_not_ready(
@@ -5612,17 +5616,15 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one record as one line, an exception as one line each."""
-        lines = getattr(record, "lines", [record.getMessage()])
+        lines = getattr(record, "lines", None) or [printable(record.getMessage(), 4000, "\t")]
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
         head = f"{_iso(record.created)} {record.levelname.lower():7}"
-        return "\n".join(f"{head} {_shown(line)}" for line in lines)
+        return "\n".join(f"{head} {_as_logged(line)}" for line in lines)
 
 
-def _shown(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+def _as_logged(line: str) -> str:
+    return printable(line, None, "\t")
 
 
 class LogFile(logging.Handler):
@@ -5658,14 +5660,8 @@ def _iso(seconds: float) -> str:
     return text.replace("+00:00", "Z")
 
 
-def _words(data: bytes) -> str:
-    """Return a guest's error output as a few printable words."""
-    text = " ".join(data.decode(errors="replace").split())
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]
-
-
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(str(error)) or type(error).__name__
 
 
 # === files out of a guest: what it lists, and where that may go ==================================
@@ -5716,6 +5712,8 @@ def parse_listed(record: bytes) -> Listed:
     Raises:
         ValueError: it is no such record, or its path is not text that an agent could be sent.
     """
+    if len(record) > MAX_PATH_BYTES + 100:
+        raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
     pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11}) (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
     match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
@@ -5732,7 +5730,7 @@ def safe_parts(path: str) -> list[str]:
     Those of `C:\\logs\\a.log` are C, logs and a.log.
 
     Raises:
-        ValueError: one of them does.
+        ValueError: one of them does, or they are too many.
     """
     if drive := re.match(r"([A-Za-z]):\\", path):
         parts = [drive[1].upper(), *path[3:].split("\\")]
@@ -5742,7 +5740,17 @@ def safe_parts(path: str) -> list[str]:
     parts = [part for part in parts if part]
     if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
         raise ValueError("its path leads out of the destination")
+    if len(parts) > MAX_PATH_PARTS:
+        raise ValueError(f"it lies over {MAX_PATH_PARTS} directories deep")
     return parts
+
+
+def refuse_full(fd: int, size: int) -> None:
+    """Raise an `OSError` if a file of this size would leave too little room on its disk."""
+    free = os.fstatvfs(fd)
+    full = size > free.f_bavail * free.f_frsize - MIN_FREE_BYTES
+    if full or (free.f_files and free.f_favail < MIN_FREE_FILES):
+        raise OSError(errno.ENOSPC, f"no space on the host for {size} bytes")
 
 
 @contextlib.contextmanager
@@ -5753,14 +5761,31 @@ def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
     fd = os.open(root, flags)
     try:
         for part in parts:
-            with contextlib.suppress(FileExistsError):
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+            except FileNotFoundError:
+                refuse_full(fd, 0)
                 os.mkdir(part, 0o755, dir_fd=fd)
-            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = below
         yield fd
     finally:
         os.close(fd)
+
+
+def remove_tree(top: Path) -> None:
+    """Remove a directory, however deep: what lies below is moved up first."""
+    with contextlib.suppress(FileNotFoundError):
+        while paths := list(top.iterdir()):
+            for path in paths:
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                    continue
+                for below in list(path.iterdir()):
+                    below.rename(top / f".{secrets.token_hex(8)}")
+                path.rmdir()
+        top.rmdir()
 
 
 def _copy_of(folder: int, name: str) -> os.stat_result | None:
@@ -6583,7 +6608,7 @@ class VMResourceHandler:
         owner = self._journal.experiment, self.config["vm_uuid"]
         status = guest.prepare(old, fresh, *owner, folders)
         if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {guest.stage!r}: {_words(status.err)}")
+            raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
         listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
         return {(sha256, int(size)) for size, sha256 in listed}
 
@@ -6673,7 +6698,7 @@ class VMResourceHandler:
         path = yield from self._push_steps(script, self._guest.script_suffix)
         status = self.driver.run(self._guest.argv(path), timeout=10 * self.timeouts.call)
         if status.exitcode != 0:
-            raise VMFailed(f"cannot lay out files in the guest: {_words(status.err)}")
+            raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
 
     def load_files_in_target(self, schedule_entry: ScheduleEntry) -> bool:
         """Bring what one entry needs into the guest's stage; return whether that worked."""
@@ -7035,7 +7060,7 @@ class VMResourceHandler:
             return left
         # A script of ours has nothing to tell the agent once it has made its claim.
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
-            why = _words(status.err) or "no reason given"
+            why = printable(status.err) or "no reason given"
             where = "host" if entry.on_host else "guest"
             raise _EntryFailed(f"the {where} did not begin it: {why}")
         refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
@@ -7414,15 +7439,17 @@ class VMResourceHandler:
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         root = Path(destination) if destination else self.db.directory("transfers")
         told: set[str] = set()
+        left = MAX_FAULTS  # a guest can make up new ones at every pass
         while True:
             last = self._ending or not interval
             faults = yield from self._pass_steps(location, root)
             if faults and not interval:
                 raise RuntimeError("; ".join(faults[:5]))
-            for fault in faults:
-                if fault not in told:
-                    self.log.warning("transfer of %s: %s", name, fault)
-            told = set(faults)
+            for fault in (news := [fault for fault in faults if fault not in told])[:left]:
+                self.log.warning("transfer of %s: %s", name, fault)
+            if len(news) >= left > 0:
+                self.log.warning("transfer of %s: no more faults of it are told", name)
+            told, left = set(faults), max(0, left - len(news))
             if last:  # to look for what never came is no failure
                 return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
             if not self._ending:
@@ -7431,18 +7458,26 @@ class VMResourceHandler:
     def _pass_steps(self, location: str, root: Path) -> Steps:
         """Bring what changed at a guest's path or glob to the host; return what went wrong."""
         faults: list[str] = []
+        gone, pause_at = 0, 0.0
         try:
             records = yield from self._list_steps(location)
         except (RuntimeError, drivers.AgentError) as error:
-            return [str(error)]
+            return [printable(str(error))]
         for record in records:
+            if CLOCK.monotonic() >= pause_at:
+                yield 0
+                pause_at = CLOCK.monotonic() + SLICE_S
             try:
-                yield from self._pull_steps(parse_listed(record), root, location)
+                gone += not (yield from self._pull_steps(parse_listed(record), root, location))
             except (OSError, ValueError) as error:
                 if _is_link_trouble(error):
                     raise
                 path = record.split(b" ", 4)[-1]  # without the time, which makes every fault new
-                faults.append(f"{os.fsdecode(path)!r}: {error}")
+                told = printable(repr(os.fsdecode(path)), 300)
+                if len(faults) < MAX_FAULTS:
+                    faults.append(printable(f"{told}: {error}"))
+        if gone:
+            self.log.info("transfer of %s: gone again: %d files", location, gone)
         return faults
 
     def _finish_steps(self, argv: Sequence[str]) -> Steps:
@@ -7460,32 +7495,35 @@ class VMResourceHandler:
             RuntimeError: there are none, or too many to list.
         """
         status = yield from self._finish_steps(self._guest.list_argv(location))
-        if status.out_truncated:
+        records = status.out.split(b"\0", MAX_LISTED)
+        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
             raise RuntimeError(f"too many files at {location!r} to list")
-        records = [record for record in status.out.split(b"\0") if record]
+        records = [record for record in records if record]
         if not records:
-            raise RuntimeError(f"{NOTHING_THERE} {location!r} {_words(status.err)}".rstrip())
+            raise RuntimeError(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())
         return records
 
     def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
         """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
 
-        A file that is gone by now is no fault, unless it is the one that was asked for.
+        Returns whether it was there: a file that is gone by now is no fault, unless it is the one
+        that was asked for.
         """
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
             if listed.is_dir:
-                return
+                return True
             old = _copy_of(folder, parts[-1])
             known = (listed.size, listed.copy_mtime_ns)
             if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
-                return
+                return True
             try:
                 yield from self._copy_steps(listed, folder, parts[-1], old)
             except drivers.AgentError:
                 if listed.path == location or self.driver.file_exists(listed.path):
                     raise
-                self.log.info("transfer: %r is gone again", listed.path)
+                return False
+            return True
 
     def _copy_steps(
         self, listed: Listed, folder: int, name: str, old: os.stat_result | None
@@ -7503,9 +7541,7 @@ class VMResourceHandler:
                 kept = 0
                 if old and SMALL_BYTES < old.st_size <= listed.size:
                     kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
-                free = os.fstatvfs(folder)
-                if listed.size - kept > free.f_bavail * free.f_frsize - (64 << 20):
-                    raise OSError(errno.ENOSPC, f"no space on the host for {listed.size} bytes")
+                refuse_full(folder, listed.size - kept)
                 pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
                 for _ in pull:
                     yield 0
@@ -7644,7 +7680,7 @@ def _push_file(
         yield from _report_steps(driver.push(source, temporary), folder)
     status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
     if status.exitcode != 0:
-        raise VmrmError(f"cannot put {remote!r} in its place: {_words(status.err)}")
+        raise VmrmError(f"cannot put {remote!r} in its place: {printable(status.err)}")
     return {"bytes": (folder / "data").stat().st_size}
 
 
@@ -8704,7 +8740,7 @@ class Hook:
         lines = self.err.text().split("\n") + self.out.text().split("\n")
         told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
         last = next(told, "")
-        return f"{ended}: {_words(last.encode())}" if last else ended
+        return f"{ended}: {printable(last)}" if last else ended
 
 
 def session_members(session: int, started: int) -> list[int]:
@@ -8797,7 +8833,7 @@ def log_hook(path: Path, hook: Hook) -> None:
         if kept.dropped:
             lines.append(f"[{name}] … {kept.dropped} bytes before this are dropped")
         text = kept.text()
-        lines += [f"[{name}] {_shown(line)}" for line in text.split("\n") if text and line]
+        lines += [f"[{name}] {_as_logged(line)}" for line in text.split("\n") if text and line]
     level, end = ("warning", hook.fault) if hook.fault else ("info   ", "done")
     with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as log:
         for line in lines:
@@ -8915,7 +8951,7 @@ class QemuVm:
         try:
             self.control("query-status", QEMU_START_S)
         except (OSError, ValueError) as error:
-            said = _words((self.folder / "qemu.log").read_bytes()) or _one_line(error)
+            said = printable((self.folder / "qemu.log").read_bytes()) or _one_line(error)
             process.kill()
             process.wait()
             self.terminate()
@@ -10712,7 +10748,7 @@ def report_page(db: Database, run: Run) -> str:
 def _html(text: str) -> str:
     import html
 
-    return html.escape("\n".join(_shown(line) for line in text.split("\n")))
+    return html.escape("\n".join(_as_logged(line) for line in text.split("\n")))
 
 
 def _page_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -10912,6 +10948,8 @@ def _content_faults(db: Database, sha256: str, where: str) -> list[str]:
 
 # === output ======================================================================================
 
+_TOLD = 1 << 16  # characters of an error or a remark: all faults of an experiment file
+
 
 class Screen:
     """Results on stdout, everything else on stderr; a table on a terminal, else tab-separated.
@@ -10927,7 +10965,8 @@ class Screen:
     def show(self, result: object) -> None:
         """Print what a command returned: rows, one row, a text, or nothing."""
         if self.as_json:
-            print(_escaped(json.dumps(result, ensure_ascii=False, indent=2, default=str)))
+            text = json.dumps(result, ensure_ascii=False, indent=2, default=str)
+            print(printable(text, None, "\n"))
         elif isinstance(result, list):
             self._rows(result)
         elif isinstance(result, Mapping):
@@ -10952,18 +10991,14 @@ class Screen:
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
-            print(_escaped(text), file=sys.stderr, flush=True)
+            print(printable(text, _TOLD, "\n"), file=sys.stderr, flush=True)
 
     def error(self, error: VmrmError) -> None:
         """Print an error and its hint on stderr."""
-        print(f"error: {_escaped(str(error))}", file=sys.stderr)
+        text = printable(str(error), _TOLD, "\n")
+        print(f"error: {text}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
-
-
-def _escaped(text: str) -> str:
-    """Return lines in which what could steer a terminal is written as JSON would escape it."""
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _cell(value: object) -> str:
@@ -10972,7 +11007,7 @@ def _cell(value: object) -> str:
     if isinstance(value, Mapping):
         return " ".join(map(_cell, value.values()))
     text = ", ".join(map(_cell, value)) if isinstance(value, list) else str(value)
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(text, None, "")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -127,7 +127,7 @@ def test_output_that_is_not_text_is_kept_raw(one: OneAgent) -> None:
     assert one.run().returncode == 0
     assert one.log("1.1.out").read_bytes() == b"\xc3\xbc\xff\x1b[2J\n"
     text = (one.lab.folder / "lab.db.d" / "logs" / "vm1.log").read_text()
-    assert "ü�\\x1b[2J" in text
+    assert "ü�\\u001b[2J" in text
     assert "\x1b" not in text
 
 

@@ -440,7 +440,9 @@ def test_a_report_says_what_the_journal_says(ran: Lab) -> None:
 def test_what_a_guest_prints_stays_text(ran: Lab) -> None:
     page = Page((ran.folder / "run.html").read_text())
     out, err = page.within("pre")
-    assert out == HOSTILE.replace("\x1b", "\\x1b") + "\n" or out == HOSTILE.replace("\x1b", "\\x1b")
+    assert out == HOSTILE.replace("\x1b", "\\u001b") + "\n" or out == HOSTILE.replace(
+        "\x1b", "\\u001b"
+    )
     assert err.split() == ["…", *map(str, range(981, 1001))], "the end of it"
 
 

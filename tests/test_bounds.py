@@ -1,0 +1,223 @@
+"""What one guest or one file can do to the host: every listing, output and archive has bounds.
+
+The hostile guest is an agent like any other; the programs that our scripts call there lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agents import drivers, stand_in
+from lab import ROOT, Lab
+from lab import stand_ins as lab_agents
+
+import vmrm
+
+TREE = "/srv/data"  # what the guest is asked for; there is nothing on this host
+
+
+@pytest.fixture
+def lying_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make `find`, as agents started from now on see it, print what a Python program prints."""
+
+    def lie(program: str) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        find = folder / "find"
+        find.write_text(f"#!{sys.executable}\nimport sys, os\nout = sys.stdout.buffer\n{program}\n")
+        find.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    return lie
+
+
+def transfer(**more: Any) -> list[dict[str, Any]]:
+    """Return a schedule that fetches the root, of which nothing but the hostile list is read."""
+    return [{"start_time": 0.1, "transfer": [{"location": "/", **more}]}]
+
+
+@contextmanager
+def lab_of(folder: Path, schedule: list[dict[str, Any]]) -> Iterator[Lab]:
+    """Yield a lab of one VM with a schedule, loaded."""
+    lab = Lab(folder)
+    with lab_agents(folder / "agents", 1):
+        loaded = lab.run("load", str(lab.write(lambda guest: schedule)))
+        assert loaded.returncode == 0, loaded.stderr
+        yield lab
+
+
+def log_of(lab: Lab) -> str:
+    """Return the VM's log."""
+    return (lab.folder / "lab.db.d" / "logs" / "vm1.log").read_text()
+
+
+def copies(lab: Lab) -> Path:
+    """Return where the VM's files arrive."""
+    return lab.folder / "lab.db.d" / "transfers" / "vm1"
+
+
+# === Listings ====================================================================================
+
+
+def test_a_name_of_megabytes_is_cut_wherever_it_is_told(
+    tmp_path: Path, lying_find: Callable[[str], None]
+) -> None:
+    lying_find('out.write(b"f 5 1 9 /" + b"A\\x1b" * (5 << 20) + b"\\0")')
+    with lab_of(tmp_path, transfer()) as lab:
+        done = lab.run("run")
+        assert done.returncode == 1
+        (row,) = json.loads(lab.run("schedule", "show", "vm1", "--json").stdout)
+        assert row["outcome"] == "failed"
+        assert "over 4096 bytes" in row["error"]  # the reason is not what was cut
+        assert len(row["error"]) <= 1000
+        page = tmp_path / "page.html"
+        assert lab.run("report", str(page)).returncode == 0
+        told = done.stdout + done.stderr + lab.run("logs", "vm1").stdout
+        assert len(told) < 20_000
+        assert page.stat().st_size < 200_000
+        assert len(log_of(lab)) < 20_000
+
+
+def test_a_name_of_megabytes_that_the_agent_answers_is_cut() -> None:
+    error = drivers.AgentError("GenericError", "no\x1b[2J" + "x" * (10 << 20), "guest-exec")
+    assert len(str(error)) <= 1000
+    assert str(error).endswith("…")
+    assert "\x1b" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "told"),
+    [
+        ("as it is: ü€😀", 100, "as it is: ü€😀"),
+        ("a\n\t b\r\n", 100, "a b"),
+        (b"a\xff\0\x9b31m", 100, "a�\\u0000�31m"),
+        ("\x1b\x9b\u202e\ud800", 100, "\\u001b\\u009b\\u202e\\ud800"),
+        ("x" * 101, 100, "x" * 99 + "…"),
+        (" " * 5000 + "x", 100, "…"),
+        ("\x1b" * 100, 100, "\\u001b" * 16 + "\\u0…"),
+    ],
+)
+def test_text_of_a_guest_is_one_printable_line(text: str, limit: int, told: str) -> None:
+    assert drivers.printable(text, limit) == told
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ('out.write(b"".join(b"d 0 1 9 /many/%d\\0" % n for n in range(300_000)))', "too many"),
+        ('out.write(b"\\0" * 12_000_000 + b"d 0 1 9 /many/1\\0")', "too many"),
+        ('out.write(b"d 0 1 9 " + b"/d" * 1500 + b"\\0")', "128 directories deep"),
+        ('out.write(b"d 0 1 9 /" + b"d" * 5000 + b"\\0")', "over 4096 bytes"),
+        ('out.write(b"x" * (17 << 20))', "too many"),
+    ],
+)
+def test_a_listing_is_bounded_in_count_length_and_depth(
+    tmp_path: Path, lying_find: Callable[[str], None], program: str, why: str
+) -> None:
+    lying_find(program)
+    words = [sys.executable, "-c", ONE_TRANSFER, str(tmp_path)]
+    with stand_in(tmp_path / "agent"):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert why in told["error"]
+    assert len(told["error"]) < 1000
+    assert told["peak_mib"] < 500
+    made = [path for path in (tmp_path / "out").rglob("*") if path.is_dir()]
+    assert len(made) <= 1  # that of the VM at most
+
+
+# One transfer of a handler without schedule, and what its process needed for it.
+ONE_TRANSFER = """
+import json, pathlib, resource, sys
+import vmrm
+folder = pathlib.Path(sys.argv[1])
+with vmrm.Database(folder / "lab.db") as db:
+    vmrm.VMMapping(db=db).put("u", "vm", path=str(folder / "agent" / "agent.sock"))
+    handler = vmrm.VMResourceHandler(vmrm.handler_config(db, "vm"))
+    assert handler.connect_to_driver()
+    try:
+        handler.transfer_data("one", "/", destination=str(folder / "out"))
+        error = ""
+    except RuntimeError as fault:
+        error = str(fault)
+    handler.driver.close()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"error": error, "peak_mib": peak}))
+"""
+
+
+def test_new_bad_names_at_every_pass_do_not_fill_the_log(
+    tmp_path: Path, lying_find: Callable[[str], None]
+) -> None:
+    lying_find(
+        f"open({str(tmp_path / 'passes')!r}, 'a').write('x')\n"
+        'out.write(b"".join(b"f 0 1 9 /%s/../b\\0" % os.urandom(8).hex().encode()'
+        " for n in range(3000)))"
+    )
+    with lab_of(tmp_path, transfer(interval=0.1)) as lab:
+        with lab.start("run", "--stay") as run:
+            wait_until((tmp_path / "passes").exists)
+            wait_until(lambda: (tmp_path / "passes").stat().st_size > 4)
+            assert lab.run("stop").returncode == 0
+            run.communicate(timeout=60)
+        faults = [line for line in log_of(lab).splitlines() if "leads out" in line]
+        assert 10 < len(faults) <= 100
+        assert log_of(lab).count("no more faults") == 1
+        assert len(log_of(lab)) < 50_000
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so."""
+    deadline = vmrm.CLOCK.monotonic() + seconds
+    while not condition():
+        assert vmrm.CLOCK.monotonic() < deadline
+        drivers.plain_wait(-1, 0, 0.02)
+
+
+def test_a_handler_leaves_in_the_middle_of_a_long_listing(
+    tmp_path: Path, lying_find: Callable[[str], None]
+) -> None:
+    lying_find('out.write(b"".join(b"d 0 1 9 /a/b/c/d/%d\\0" % n for n in range(100_000)))')
+    with lab_of(tmp_path, transfer()) as lab:
+        with lab.start("run") as run:
+            made = copies(lab) / "a" / "b" / "c" / "d"
+            wait_until(made.exists)
+            with vmrm.Database(lab.db) as db:
+                vmrm.halt_experiment(db, vmrm.Halt.STOP)
+            run.communicate(timeout=60)
+        assert "leaving: told to stop" in log_of(lab)  # it had not to be killed
+        assert sum(1 for _ in os.scandir(made)) < 90_000
+        assert lab.run("destroy", "--yes", "--purge").returncode == 0
+
+
+def test_a_tree_of_any_depth_is_purged(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    lab = Lab(tmp_path)
+    # What is left here would break the cleaning up of later runs.
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", f"{lab.db}.d"], check=True))
+    lab.write(lambda guest: transfer())
+    assert lab.run("load", str(tmp_path / "lab.json")).returncode == 0
+    top = copies(lab)
+    top.mkdir(parents=True)
+    folder = os.open(top, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    with os.fdopen(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=folder), "w") as file:
+        file.write("x")
+    os.symlink("/etc", "link", dir_fd=folder)
+    os.close(folder)
+    done = lab.run("destroy", "--yes", "--purge")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [path for path in (tmp_path / "lab.db.d").iterdir() if "transfers" in path.name]
+    assert Path("/etc/passwd").exists()
