@@ -8,7 +8,7 @@
 -- same transaction (triggers below), so that a handler reads one number to know whether to look.
 
 PRAGMA application_id = 1986884205;  -- 'vmrm' in ASCII: a file without it is not ours
-PRAGMA user_version = 2;             -- another number is another vmrm: refused, never guessed
+PRAGMA user_version = 3;             -- an older file is upgraded, a newer one refused
 
 -- One row per experiment. The one without destroyed_at is the current one; it is made by the
 -- first command that needs it and closed by `destroy`. launched_at and start_at are written once
@@ -77,7 +77,7 @@ CREATE TABLE schedules (
 -- an entry is open at any time; a failed or unknown one is followed by another only if retried
 -- says that somebody, or the entry's `rerun`, asked for it.
 CREATE TABLE attempts (
-    id INTEGER PRIMARY KEY,
+    id INTEGER PRIMARY KEY AUTOINCREMENT,      -- never used twice
     experiment_id INTEGER NOT NULL,
     server_name TEXT NOT NULL COLLATE NOCASE,
     generation INTEGER NOT NULL,

@@ -744,13 +744,15 @@ class Database:
             connection.execute("PRAGMA synchronous = NORMAL")
             if not self._checkpoint:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
-        except sqlite3.OperationalError as error:
-            self._connections.pop(me, None)
-            if error.sqlite_errorcode & 0xFF in _TROUBLE:
+        except Exception as error:
+            if found := self._connections.pop(me, None):
+                found.close()
+            if not isinstance(error, (sqlite3.DatabaseError, SchemaError)):
                 raise
-            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
-        except (sqlite3.DatabaseError, SchemaError) as error:
-            self._connections.pop(me, None)
+            if isinstance(error, sqlite3.OperationalError):
+                if error.sqlite_errorcode & 0xFF in _TROUBLE:
+                    raise
+                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
             raise SchemaError(
                 f"{str(self.path)!r} is not usable: {error}",
                 "Name another file with --db, or move this one away",
@@ -763,15 +765,52 @@ class Database:
             return
         script = _schema()
         with self._writer.held():
+            found = self._identity(connection)  # somebody may have been faster
             empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
-            if empty and self._identity(connection) == (0, 0):
+            if empty and found == (0, 0):
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
+            elif found[0] == wanted[0] and OLDEST_VERSION <= found[1] < wanted[1]:
+                self._upgrade(connection, found[1])
         found = self._identity(connection)
         if found[0] != wanted[0]:
             raise SchemaError("it is another program's database")
         if found[1] != wanted[1]:
             raise SchemaError(f"it has schema version {found[1]}, this vmrm wants {wanted[1]}")
+
+    def _upgrade(self, connection: sqlite3.Connection, found: int) -> None:
+        """Bring an older database to this schema: a copy beside it, then one transaction.
+
+        Raises:
+            Conflict: a process of that older vmrm still works with it.
+        """
+        for path in sorted(self.directory("locks").iterdir()):
+            pid = lock_holder(path) if path.name != "writer" and _is_locked(path) else None
+            if pid not in (None, os.getpid()):
+                raise Conflict(
+                    f"{str(self.path)!r} is of schema version {found}, and process {pid} of an "
+                    "older vmrm works with it",
+                    f"End that process first: kill {pid}",
+                )
+        kept = self.path.with_name(f"{self.path.name}.v{found}")
+        half = kept.with_name(f"{kept.name}.part")
+        half.unlink(missing_ok=True)  # of an upgrade that was killed
+        with new_file(half):
+            copy_database(connection, half)
+            half.rename(kept)
+        _crash("upgrade-copied")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            _conform(connection)
+            _take_steps(connection, found)
+            _crash("upgrade-before-commit")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        _crash("upgrade-committed")
+        _log.warning("upgraded %s from version %d; a copy of it is %s", self.path, found, kept)
 
     @staticmethod
     def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
@@ -873,6 +912,102 @@ def _wanted_identity() -> tuple[int, int]:
     """Return application_id and user_version of the databases that are ours."""
     found = dict(re.findall(r"PRAGMA (application_id|user_version) = (\d+)", _schema()))
     return int(found["application_id"]), int(found["user_version"])
+
+
+OLDEST_VERSION = 2  # of the schema that can be upgraded
+
+
+def _conform(connection: sqlite3.Connection) -> None:
+    """Give an older database the tables, indexes, triggers and views of schema.sql.
+
+    A table that differs is made anew and takes over the rows, column by column; so a change that
+    only adds, drops or constrains needs nothing but schema.sql.
+    """
+    listed = "SELECT name, type, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+    with contextlib.closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(_schema())
+        wanted = model.execute(f"{listed} AND name NOT LIKE 'sqlite_%'").fetchall()
+    present = {name: (kind, sql) for name, kind, sql in connection.execute(listed)}
+    for name, (kind, _) in present.items():
+        if kind != "table":
+            connection.execute(f'DROP {kind} "{name}"')
+    for name, kind, sql in wanted:
+        if kind == "table" and present.get(name) != (kind, sql):
+            _renew_table(connection, name, sql, name in present)
+    for _, kind, sql in wanted:
+        if kind != "table":
+            connection.execute(sql)
+
+
+def _renew_table(connection: sqlite3.Connection, name: str, sql: str, exists: bool) -> None:
+    if not exists:
+        connection.execute(sql)
+        return
+    connection.execute(f'ALTER TABLE "{name}" RENAME TO "old {name}"')
+    connection.execute(sql)
+    columns = [
+        {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+        for table in (name, f"old {name}")
+    ]
+    both = ", ".join(f'"{column}"' for column in sorted(columns[0] & columns[1]))
+    connection.execute(f'INSERT INTO "{name}" ({both}) SELECT {both} FROM "old {name}"')  # noqa: S608
+    used = "SELECT 1 FROM sqlite_sequence WHERE name = ?"
+    if connection.execute(used, (f"old {name}",)).fetchone():  # numbers that are never used again
+        connection.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
+        sql = "UPDATE sqlite_sequence SET name = ? WHERE name = ?"
+        connection.execute(sql, (name, f"old {name}"))
+    connection.execute(f'DROP TABLE "old {name}"')
+
+
+def _take_steps(connection: sqlite3.Connection, found: int) -> None:
+    """Do to the rows, already in this schema's form, what each version since `found` asks for."""
+    from sqlite_utils import Database as Utils
+    from sqlite_utils import Migrations
+
+    steps = Migrations("vmrm")
+
+    def version_3(db: Utils) -> None:
+        """Nothing but the schema differs."""
+
+    for version, step in ((3, version_3),):
+        if version > found:
+            steps()(step)
+    steps.apply(Utils(connection, execute_plugins=False))
+    connection.execute(f"PRAGMA user_version = {_wanted_identity()[1]}")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Make a file for its user alone, to be filled by the caller; it goes again if that fails.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise UsageError(f"{str(path)!r} exists already") from None
+    try:
+        yield path
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def copy_database(source: sqlite3.Connection, copy: Path) -> None:
+    """Copy a database, which may be in use, and read the copy back.
+
+    Raises:
+        SchemaError: the database is damaged, and so is the copy.
+    """
+    with contextlib.closing(sqlite3.connect(copy)) as target:
+        try:
+            source.backup(target)
+            faults = [row[0] for row in target.execute("PRAGMA integrity_check(1)")]
+        except sqlite3.DatabaseError as error:
+            faults = [str(error)]
+        if faults != ["ok"]:
+            raise SchemaError(f"it is damaged: {faults[0]}")
 
 
 def _database(db: Database | str | os.PathLike[str] | None) -> Database:
@@ -12215,24 +12350,6 @@ setattr(Commands, "break", Commands.break_)  # which Python's grammar does not l
 del Commands.break_
 
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Make a file for its user alone, to be filled by the caller; it goes again if that fails.
-
-    Raises:
-        UsageError: it exists already.
-    """
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        raise UsageError(f"{str(path)!r} exists already") from None
-    try:
-        yield path
-    except BaseException:
-        path.unlink()
-        raise
 
 
 _LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}

@@ -364,7 +364,7 @@ def test_the_latest_attempt_of_each_entry_is_searched_not_scanned(db: Database) 
 
 def test_a_new_database_names_its_program_and_version(db: Database) -> None:
     assert db.value("PRAGMA application_id") == int.from_bytes(b"vmrm")
-    assert db.value("PRAGMA user_version") == 2
+    assert db.value("PRAGMA user_version") == 3
     assert db.value("PRAGMA journal_mode") == "wal"
 
 
@@ -386,7 +386,7 @@ def test_another_version_is_refused_naming_both(tmp_path: Path, version: int) ->
     path = tmp_path / "lab.db"
     with Database(path) as db:
         db.connection.execute(f"PRAGMA user_version = {version}")
-    message = f"schema version {version}, this vmrm wants 2"
+    message = f"schema version {version}, this vmrm wants 3"
     with pytest.raises(vmrm.SchemaError, match=message), Database(path) as db:
         db.query("SELECT * FROM vms")
 
