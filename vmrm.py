@@ -5643,7 +5643,9 @@ def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
 class OutputLog:
     """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
 
-    A full disk on the host loses output, never an outcome: it is told once and then left.
+    A full disk on the host loses output, never an outcome: it is told once and then left. Of an
+    attempt, the raw output has at most `MAX_OUTPUT_BYTES`, and what both logs say of it, too: a
+    line of one byte takes fifty there.
 
     Args:
         db: Its state directory holds the logs.
@@ -5656,6 +5658,7 @@ class OutputLog:
         self._partial: dict[tuple[int, str], str] = {}
         self._decoders: dict[tuple[int, str], Any] = {}
         self._lost: dict[tuple[int, int], str] = {}
+        self._logged: dict[tuple[int, int], int] = {}  # bytes; after a restart those of the output
 
     def path(self, ordinal: int, attempt: int, stream: str) -> Path:
         """Return the file with the raw output of one attempt; `stream` is out or err."""
@@ -5671,6 +5674,7 @@ class OutputLog:
         if self.loss(entry, attempt):
             return 0
         used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
+        self._logged.setdefault((entry.ordinal, attempt.attempt), used)
         if used >= MAX_OUTPUT_BYTES:
             self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
         return MAX_OUTPUT_BYTES - used
@@ -5693,12 +5697,30 @@ class OutputLog:
         except OSError as error:
             self._lose(entry, attempt, error.strerror or str(error))
             return False
-        self._add_text(entry, stream, data)
+        self._log_output(entry, attempt, stream, data)
         return True
 
-    def _add_text(
-        self, entry: ScheduleEntry, stream: str, data: bytes, final: bool = False
+    def _log_output(
+        self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes, final: bool = False
     ) -> None:
+        """Add output to the logs, up to the bound of its attempt."""
+        key = (entry.ordinal, attempt.attempt)
+        if self._logged.get(key, 0) >= MAX_OUTPUT_BYTES:
+            return
+        before = self._log_bytes()
+        self._add_text(entry, stream, data, final)
+        self._logged[key] = self._logged.get(key, 0) + self._log_bytes() - before
+        if self._logged[key] >= MAX_OUTPUT_BYTES:
+            self.log.warning(
+                "the output of entry %d (%s) is longer than is logged; all of it: vmrm logs %s %d",
+                *(entry.ordinal, entry, self.vm_name, entry.ordinal),
+            )
+
+    def _log_bytes(self) -> int:
+        logs = (self.db.state_dir / "logs" / f"{self.vm_name}.{kind}" for kind in ("log", "json"))
+        return sum(log.stat().st_size for log in logs if log.exists())
+
+    def _add_text(self, entry: ScheduleEntry, stream: str, data: bytes, final: bool) -> None:
         import codecs
 
         key = (entry.ordinal, stream)
@@ -5716,7 +5738,7 @@ class OutputLog:
         """Write what is left of a last line without an end."""
         for stream in ("out", "err"):
             if (entry.ordinal, stream) in self._decoders:
-                self._add_text(entry, stream, b"", final=True)
+                self._log_output(entry, attempt, stream, b"", final=True)
                 del self._decoders[entry.ordinal, stream]
 
     def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
@@ -5727,18 +5749,17 @@ class OutputLog:
             self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
-        """Write every line that is a JSON object to <vm>.json, with time and VM."""
-        lines = [content] if isinstance(content, Mapping) else content.split("\n")
+        """Write every line that is a JSON object to <vm>.json as it is, with time and VM."""
+        lines = content.split("\n") if isinstance(content, str) else [content]
+        head = json.dumps({"time": _iso(CLOCK.wall()), "vm": self.vm_name})[:-1]
         records = []
         for line in lines:
-            try:
-                item = json.loads(line) if isinstance(line, str) else dict(line)
-                record = {"time": _iso(CLOCK.wall()), "vm": self.vm_name, "output": item}
-                text = json.dumps(record, default=str)
-            except (ValueError, RecursionError):  # no JSON, or too deep to read or to write
-                continue
-            if isinstance(item, dict):
-                records.append(f"{text}\n")
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON, or too deep
+                text = line if isinstance(line, str) else json.dumps(dict(line), default=str)
+                # NaN, which Python would take for a number, makes it no JSON.
+                if isinstance(json.loads(text, parse_constant=_refuse_constant), dict):
+                    text = printable(text.strip(), None, "\t\r")
+                    records.append(f'{head}, "output": {text}}}\n')
         if not records:
             return
         path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
@@ -6195,6 +6216,7 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
     return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
 
 
+_OUTPUT_PIECE = 1 << 17  # in short lines, logging it takes a tenth of a second
 NOTHING_THERE = "the VM has no file at"
 SKIPPED = "it was overdue when the experiment was continued"
 
@@ -7263,7 +7285,7 @@ class VMResourceHandler:
         here, guest = self._attempt_dir(entry, attempt), self._place(entry)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
-                offset, limit = self.output.size(entry, attempt, stream), min(room, 1 << 20)
+                offset, limit = self.output.size(entry, attempt, stream), min(room, _OUTPUT_PIECE)
                 try:
                     data = guest.read(guest.join(here, stream), limit, offset, last)
                 except drivers.AgentError:  # there is no output file, on a full disk for example

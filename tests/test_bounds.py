@@ -221,3 +221,78 @@ def test_a_tree_of_any_depth_is_purged(tmp_path: Path, request: pytest.FixtureRe
     assert (done.returncode, done.stderr) == (0, "")
     assert not [path for path in (tmp_path / "lab.db.d").iterdir() if "transfers" in path.name]
     assert Path("/etc/passwd").exists()
+
+
+# === Output ======================================================================================
+
+
+def handled(lab: Lab, limit: int) -> None:
+    """Take the VM of a lab through its negative time with another bound of its output."""
+    call = f"import sys, vmrm; vmrm.MAX_OUTPUT_BYTES = {limit}; sys.exit(vmrm.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", call, "--db", str(lab.db), "handle", "vm1"]
+    environment = os.environ | {"VMRM_TIMEOUT_SCALE": "0.2"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def prints(words: str) -> list[dict[str, Any]]:
+    """Return a schedule of one program, a line of sh."""
+    return [{"start_time": -1, "executable": "sh", "arguments": ["-c", words]}]
+
+
+def sizes(lab: Lab) -> dict[str, int]:
+    """Return the bytes of each log and output of the VM."""
+    logs = lab.folder / "lab.db.d" / "logs"
+    paths = [*logs.glob("vm1.*"), *(logs / "vm1").iterdir()]
+    return {path.name: path.stat().st_size for path in paths}
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "head -c 1500000 /dev/zero | tr '\\0' '\\n'",  # 46 bytes of the log for each
+        "head -c 1500000 /dev/zero",  # 6 for each
+        "yes '{}' | head -c 1500000",  # in both logs
+    ],
+)
+def test_what_is_logged_of_an_output_is_bounded_as_the_output_is(
+    tmp_path: Path, words: str
+) -> None:
+    with lab_of(tmp_path, prints(words)) as lab:
+        handled(lab, 2 * MIB)
+        found = sizes(lab)
+        assert found["1.1.out"] == 1_500_000  # all of it is here
+        # One piece of 128 KiB may come on top, at 46 times its size.
+        assert 2 * MIB < found["vm1.log"] + found.get("vm1.json", 0) < 9 * MIB
+        assert log_of(lab).count("is longer than is logged") == 1
+        (row,) = json.loads(lab.run("schedule", "show", "vm1", "--json").stdout)
+        assert (row["outcome"], row["error"]) == ("done", "")
+
+
+def test_an_output_of_the_largest_size_is_kept_and_told_to_be_cut(tmp_path: Path) -> None:
+    with lab_of(tmp_path, prints("head -c 3000000 /dev/zero | tr '\\0' x")) as lab:
+        handled(lab, 2 * MIB)
+        found = sizes(lab)
+        assert found["1.1.out"] == 2 * MIB
+        assert found["vm1.log"] < 3 * MIB
+        (row,) = json.loads(lab.run("schedule", "show", "vm1", "--json").stdout)
+        assert (row["outcome"], row["exit_code"]) == ("done", 0)
+        assert "it wrote over 2097152 bytes" in row["error"]
+
+
+def test_the_json_log_is_json_whatever_a_program_prints(tmp_path: Path) -> None:
+    good = ['{"x": 1e999}', '{"a":"\\u001b", "b":[1.50, 1E2]}', '\t{"tab": 1}\t', '{"c1": "\x9b"}']
+    bad = ['{"x": NaN}', '{"x": [-Infinity]}', '{"x": {"y": Infinity}}', "{x: 1}", '{"a": 1}, {}']
+    output = tmp_path / "output"
+    output.write_text("\n".join([*bad, *good]) + "\n")
+    with lab_of(tmp_path, prints(f"cat {output}")) as lab:
+        handled(lab, MIB)
+        lines = (lab.folder / "lab.db.d" / "logs" / "vm1.json").read_text().splitlines()
+        assert ["\x9b" in line or "NaN" in line or "Infinity" in line for line in lines] == [
+            False for _ in good
+        ]
+        assert [json.loads(line)["output"] for line in lines] == [json.loads(line) for line in good]
+        assert '"b":[1.50, 1E2]' in lines[1]  # numbers as they were written
