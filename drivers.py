@@ -128,6 +128,10 @@ def _revive(kind: type[DriverError], message: str) -> DriverError:
     return error
 
 
+class AddressError(DriverError, ValueError):
+    """A text that is no agent's address."""
+
+
 class ConnectError(DriverError):
     """No connection to `address`."""
 
@@ -284,7 +288,7 @@ _PATH = re.compile(r"unix:([^\0]+)|([^\0:]*/[^\0]*|[^\0:]+)")
 def parse_address(text: str) -> Address:
     """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`.
 
-    Raises ValueError for anything else, and for numbers out of range.
+    Raises AddressError for anything else, and for numbers out of range.
     """
     if (match := _TCP.fullmatch(text)) and 0 < int(match[3]) < 65536:
         return Address(socket.AF_INET, (match[1] or match[2], int(match[3])))
@@ -292,7 +296,9 @@ def parse_address(text: str) -> Address:
         return Address(socket.AF_VSOCK, (int(match[1]), int(match[2])))
     if match := _PATH.fullmatch(text):
         return Address(socket.AF_UNIX, match[1] or match[2])
-    raise ValueError(f"address {text!r} is not a path, unix:PATH, tcp:HOST:PORT or vsock:CID:PORT")
+    raise AddressError(
+        f"address {text!r} is not a path, unix:PATH, tcp:HOST:PORT or vsock:CID:PORT"
+    )
 
 
 @contextlib.contextmanager

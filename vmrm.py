@@ -69,6 +69,7 @@ __version__ = "0.1.0"
 #
 #   VmrmError                  message, hint; exit code 1
 #   ├── UsageError             code 2: the request is wrong
+#   │   ├── WrongValue         a value that cannot be; to scripts a ValueError
 #   │   ├── NotFound           nothing of that name
 #   │   ├── Conflict           held by, or already done by, someone else
 #   │   └── VmError            the pool's VM is not in a state, or not yours, for that
@@ -98,6 +99,13 @@ class UsageError(VmrmError):
     """The request is wrong; nothing was changed."""
 
     code = 2
+
+
+class WrongValue(UsageError, ValueError):
+    """A value that cannot be. Where somebody gave it, this is raised and never ValueError itself.
+
+    What reaches `main` as a bare ValueError or OSError is therefore a fault of ours.
+    """
 
 
 class NotFound(UsageError, LookupError):
@@ -286,14 +294,19 @@ def _checked(
     old: str,
     new: str,
 ) -> _State:
-    try:
-        target = states(new)
-    except ValueError:
-        known = ", ".join(states)
-        raise ValueError(f"unknown {kind} state {new!r} (from {old!r}); one of {known}") from None
+    target = checked_word(f"{kind} state", new, states, f" (from {old!r})")
     if old != new and target not in moves[states(old)]:
-        raise ValueError(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
+        raise WrongValue(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
     return target
+
+
+def checked_word(kind: str, word: object, known: type[_State], more: str = "") -> _State:
+    """Return `word` as one of the known states, else raise `WrongValue`, which names them all."""
+    try:
+        return known(cast(str, word))
+    except ValueError:
+        choice = ", ".join(known)
+        raise WrongValue(f"unknown {kind} {word!r}{more}; one of {choice}") from None
 
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -303,10 +316,66 @@ def checked_name(kind: str, name: object) -> str:
     """Return `name` if it may name a VM, group or stored file, else raise `ValueError`."""
     if isinstance(name, str) and NAME_PATTERN.fullmatch(name):
         return name
-    raise ValueError(
+    raise WrongValue(
         f"{kind} name {printable(repr(name), 200)} is not usable: 1 to 64 of A-Z a-z 0-9 . _ - "
         "with a letter or digit first"
     )
+
+
+def _is_content(value: object) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # UTF-8 has none
+
+
+def _is_word(value: object) -> bool:
+    return _is_content(value) and "\0" not in cast(str, value)
+
+
+def _is_text(value: object) -> bool:
+    return _is_word(value) and value != ""
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _is_time(value: object) -> bool:
+    return _is_number(value) and (abs(cast(float, value)) <= MAX_SECONDS or math.isinf(value))  # type: ignore[arg-type]
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_duration(value: object) -> bool:
+    return _is_time(value) and cast(float, value) > 0
+
+
+def _is_positive(value: object) -> bool:
+    return _is_duration(value) and cast(float, value) <= MAX_SECONDS
+
+
+def _is_arguments(value: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(_is_word(item) for item in items)
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
+        for key, item in value.items()
+    )
+
+
+def _is_user(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9._-]*", value))
+
+
+_Keys = dict[str, tuple[Callable[[object], bool], str]]
 
 
 class Clock:
@@ -723,11 +792,18 @@ class Database:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _connect(self) -> sqlite3.Connection:
-        with _telling_trouble():
-            return self._connected()
-
-    def _connected(self) -> sqlite3.Connection:
         me = threading.current_thread()
+        try:
+            with _telling_trouble():
+                return self._connected(me)
+        except BaseException:  # who tries again and again must not run out of descriptors
+            if connection := self._connections.pop(me, None):
+                connection.close()
+            if not self._connections:
+                self._writer.close()
+            raise
+
+    def _connected(self, me: threading.Thread) -> sqlite3.Connection:
         try:
             connection = sqlite3.connect(
                 self.path,
@@ -744,15 +820,11 @@ class Database:
             connection.execute("PRAGMA synchronous = NORMAL")
             if not self._checkpoint:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")
-        except Exception as error:
-            if found := self._connections.pop(me, None):
-                found.close()
-            if not isinstance(error, (sqlite3.DatabaseError, SchemaError)):
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in _TROUBLE:
                 raise
-            if isinstance(error, sqlite3.OperationalError):
-                if error.sqlite_errorcode & 0xFF in _TROUBLE:
-                    raise
-                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+        except (sqlite3.DatabaseError, SchemaError) as error:
             raise SchemaError(
                 f"{str(self.path)!r} is not usable: {error}",
                 "Name another file with --db, or move this one away",
@@ -1222,6 +1294,30 @@ _VM_DEFAULTS: dict[str, Any] = {
 }
 
 
+# Of what kind they are; SQLite would turn a number or bytes into a text.
+_ROW_KEYS: _Keys = {
+    "server_uuid": (_is_text, "a text"),
+    "server_name": (_is_text, "a text"),
+    "state": (_is_text, "a text"),
+    "current_time": (_is_word, "a text"),
+    "control_ip": (_is_word, "a text"),
+    "path": (_is_word, "a text"),
+    "pool": (_is_word, "a text"),
+    "engine": (_is_text, "a text"),
+    "launch_dir": (_is_word, "a text"),
+    "agent_timeout_s": (_is_positive, "a positive number of seconds"),
+    "set_time": (_is_switch, "true or false"),
+}
+
+
+def _checked_time(value: object) -> str:
+    """Return a schedule time, a number or the text of one, as it is kept: as text."""
+    with contextlib.suppress(ValueError, TypeError):
+        if not isinstance(value, bool | bytes) and not math.isnan(float(cast(Any, value))):
+            return str(value)
+    raise WrongValue(f"time {value!r} is not a number of seconds")
+
+
 class _Served(_Rows):
     """What had a server in the reference: its parameters are accepted, and there is none."""
 
@@ -1257,17 +1353,20 @@ class VMMapping(_Served):
 
         Raises:
             ValueError: server_uuid or server_name is missing or unusable, the state unknown,
-                or there is a key of another name.
+                a value of the wrong kind, or there is a key of another name.
         """
+        if not isinstance(entry, Mapping):
+            raise WrongValue(f"a VM is a dictionary of its values, and not {entry!r}")
         for key in ("server_uuid", "server_name"):
             if not entry.get(key):
-                raise ValueError(f"a VM needs a {key}: {dict(entry)!r}")
-        if unknown := entry.keys() - _VM_DEFAULTS.keys() - {"server_uuid", "server_name"}:
-            raise ValueError(f"unknown key {min(unknown)!r} of VM {entry['server_name']!r}")
+                raise WrongValue(f"a VM needs a {key}: {dict(entry)!r}")
         checked_name("VM", entry["server_name"])
         complete = {**_VM_DEFAULTS, **entry}
         complete["state"] = checked_move(VMState.TESTING, complete["state"]).value
-        complete["current_time"] = str(complete["current_time"])
+        if complete["current_time"] != "":
+            complete["current_time"] = _checked_time(complete["current_time"])
+        if faults := _key_faults(complete, _ROW_KEYS, f"VM {entry['server_name']!r}"):
+            raise WrongValue(faults[0])
         return complete
 
     def put(
@@ -1335,7 +1434,7 @@ class VMMapping(_Served):
             NotFound: no VM has it.
         """
         if not server_uuid:
-            raise ValueError("server_uuid is required")
+            raise WrongValue("server_uuid is required")
         return _only_vm(self._rows("WHERE server_uuid = :uuid", uuid=server_uuid), server_uuid)
 
     def get_all(
@@ -1352,13 +1451,19 @@ class VMMapping(_Served):
             filter_state: Only those in this state; None means all.
             project_dict: Only these keys of each VM (those whose value is true).
             length: Whether to return the number of VMs instead of the list.
+
+        Raises:
+            ValueError: there is no such state or key, or the time is none.
         """
-        rows = self._rows(
-            """WHERE (:time IS NULL OR "current_time" = :time)
-               AND (:state IS NULL OR state = :state)""",
-            time=None if filter_time is None else str(filter_time),
-            state=filter_state,
-        )
+        if filter_state is not None:
+            checked_word("VM state", filter_state, VMState)
+        for key in project_dict or ():
+            if key not in VM_COLUMNS:
+                raise WrongValue(unknown_key(key, VM_COLUMNS))
+        rows = self._rows("WHERE :state IS NULL OR state = :state", state=filter_state)
+        if filter_time is not None:
+            at = float(_checked_time(filter_time))
+            rows = [row for row in rows if row["current_time"] and float(row["current_time"]) == at]
         if length:
             return len(rows)
         if project_dict is None:
@@ -1392,10 +1497,15 @@ class VMMapping(_Served):
             return self.get(uuid)
 
     def set_vm_time_by_uuid(self, uuid: str, time: str) -> dict[str, Any]:
-        """Record the schedule time that a VM has reached; return the VM as `get` does."""
+        """Record the schedule time that a VM has reached; return the VM as `get` does.
+
+        Raises:
+            ValueError: the time is neither a number nor the text of one.
+            NotFound: no VM has this uuid.
+        """
         self.db.write(
             'UPDATE vms SET "current_time" = :time WHERE server_uuid = :uuid',
-            time=str(time),
+            time=_checked_time(time),
             uuid=uuid,
         )
         return self.get(uuid)
@@ -1452,7 +1562,7 @@ def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, A
             )
         except sqlite3.IntegrityError as error:
             name = entry["server_name"]
-            raise ValueError(f"VM {name!r} cannot be added, is the name taken? {error}") from error
+            raise WrongValue(f"VM {name!r} cannot be added, is the name taken? {error}") from error
 
 
 def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason: str) -> None:
@@ -1591,61 +1701,6 @@ class ScheduleEvent:
         """Return the kind of event."""
         return self.event_type
 
-
-def _is_content(value: object) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # UTF-8 has none
-
-
-def _is_word(value: object) -> bool:
-    return _is_content(value) and "\0" not in cast(str, value)
-
-
-def _is_text(value: object) -> bool:
-    return _is_word(value) and value != ""
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return not math.isnan(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
-
-
-def _is_time(value: object) -> bool:
-    return _is_number(value) and (abs(cast(float, value)) <= MAX_SECONDS or math.isinf(value))  # type: ignore[arg-type]
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_duration(value: object) -> bool:
-    return _is_time(value) and cast(float, value) > 0
-
-
-def _is_positive(value: object) -> bool:
-    return _is_duration(value) and cast(float, value) <= MAX_SECONDS
-
-
-def _is_arguments(value: object) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return all(_is_word(item) for item in items)
-
-
-def _is_environment(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
-        for key, item in value.items()
-    )
-
-
-def _is_user(value: object) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9._-]*", value))
-
-
-_Keys = dict[str, tuple[Callable[[object], bool], str]]
 
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
@@ -1795,6 +1850,10 @@ def _to_json(value: Any) -> Any:
     return value
 
 
+# The key of `ScheduleEntry.data` by which an item is known to be of a kind.
+_MARKS = {"file": "filename", "content": "content", "transfer": "interval", "pause": "pause"}
+
+
 class ScheduleEntry:
     """One item of a VM's schedule: what happens in the VM at one start time.
 
@@ -1820,9 +1879,9 @@ class ScheduleEntry:
         self, start_time: float, ignore_failure: bool = False, *, pause: float | None = None
     ) -> None:
         if not _is_number(start_time):
-            raise ValueError(f"start_time {start_time!r} is not a number")
+            raise WrongValue(f"start_time {start_time!r} is not a number")
         if start_time == 0 and pause is None:
-            raise ValueError("start_time 0 is the barrier itself; use a negative or positive time")
+            raise WrongValue("start_time 0 is the barrier itself; use a negative or positive time")
         self.start_time = start_time
         self.ignore_failure = ignore_failure
         self.executable: str | None = None
@@ -1857,8 +1916,7 @@ class ScheduleEntry:
 
     def items(self, kind: str) -> list[dict[str, Any]]:
         """Return what of `data` is of one kind: file, content or transfer."""
-        mark = {"file": "filename", "content": "content", "transfer": "interval"}[kind]
-        return [item for item in self.data if mark in item]
+        return [item for item in self.data if _MARKS[kind] in item]
 
     @property
     def on_host(self) -> bool:
@@ -1961,18 +2019,27 @@ class ScheduleEntry:
             ValueError: the duration is not positive.
         """
         if not _is_duration(duration):
-            raise ValueError(f"pause of {duration!r} s is not positive")
+            raise WrongValue(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as an experiment file writes it, ready for JSON."""
+        """Return the entry as an experiment file writes it, ready for JSON.
+
+        Raises:
+            ValueError: an item of `data` is of no kind, or of several.
+        """
+        for part in self.data:
+            marked = sum(mark in part for mark in _MARKS.values())
+            if marked != 1 or ("pause" in part and len(part) > 1):
+                marks = ", ".join(_MARKS.values())
+                raise WrongValue(f"a data item has one of {marks}, and not {part!r:.200}")
         item: dict[str, Any] = {"start_time": _to_json(self.start_time)}
-        if self.executable:
+        if self.executable is not None:
             item["executable"] = self.executable
         if self.arguments is not None:
             item["arguments"] = self.arguments
-        if self.ignore_failure:
-            item["ignore_failure"] = True
+        if self.ignore_failure is not False:
+            item["ignore_failure"] = self.ignore_failure
         for kind in DATA_KEYS:
             if parts := [_plain(part) for part in self.items(kind)]:
                 item[kind] = parts
@@ -1989,7 +2056,7 @@ class ScheduleEntry:
         """
         known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
-            raise ValueError(faults[0])
+            raise WrongValue(faults[0])
         entry = cls(
             known.pop("start_time"),
             known.pop("ignore_failure", False),
@@ -2022,17 +2089,19 @@ def parse_schedule(text: str) -> list[ScheduleEntry]:
     Raises:
         ValueError: it is not JSON, not a list, or one of its entries is wrong; which, and how.
     """
+    if not isinstance(text, str):  # JSON may be bytes, but a schedule is kept as a text
+        raise WrongValue(f"a schedule must be a text, and is of type {type(text).__name__}")
     try:
         items = json.loads(text, parse_constant=_refuse_constant)
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
-        raise ValueError(f"a schedule must be a JSON list: {error}") from error
+        raise WrongValue(f"a schedule must be a JSON list: {error}") from error
     if not isinstance(items, list):
-        raise ValueError("a schedule must be a JSON list of entries")
+        raise WrongValue("a schedule must be a JSON list of entries")
     return [ScheduleEntry.from_dict(item, ordinal) for ordinal, item in enumerate(items, 1)]
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f'{name} is not JSON; write infinity as "inf" or "-inf"')
+    raise WrongValue(f'{name} is not JSON; write infinity as "inf" or "-inf"')
 
 
 def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
@@ -2202,14 +2271,21 @@ class ScheduleDb(_Rows):
             broadcast: Accepted and ignored: there is one database.
 
         Raises:
-            ValueError: as `put`.
+            ValueError: as `put`, or a dictionary has other keys.
         """
-        self._put([(item["server_name"], item["text"], "") for item in sched_list])
+        schedules = []
+        for item in sched_list:
+            if not isinstance(item, Mapping) or item.keys() != {"server_name", "text"}:
+                raise WrongValue(f"not a dictionary with server_name and text: {item!r:.200}")
+            schedules.append((item["server_name"], item["text"], ""))
+        self._put(schedules)
 
     def _put(self, schedules: Sequence[tuple[str, str, str]]) -> None:
-        for name, text, _ in schedules:
+        for name, text, address in schedules:
             checked_name("VM", name)
             parse_schedule(text)
+            if not _is_word(address):
+                raise WrongValue(f"vm_resources_ip {address!r} is not a text")
         try:
             with self.db.transaction():
                 for schedule in schedules:
@@ -2270,7 +2346,7 @@ def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> N
     )
     differs = _first_difference(old["text"], text) if old else None
     if old and old["begun"] and differs:
-        raise ValueError(
+        raise WrongValue(
             f"the schedule of VM {name!r} has begun to run, and entry {differs} of "
             "the new one differs; entries can only be added at the end"
         )
@@ -2323,7 +2399,7 @@ def pause_vms(
         NotFound: there is no such VM that is managed; nothing was done.
     """
     if not _is_duration(duration):
-        raise ValueError(f"pause of {duration!r} s is not positive")
+        raise WrongValue(f"pause of {duration!r} s is not positive")
     return _give(db, list(server_names), duration)
 
 
@@ -2693,7 +2769,7 @@ class VmResourceStore(_Rows):
         """
         source = Path(path)
         if source.is_dir():
-            raise ValueError(f"{str(source)!r} is a directory; add its files, or an archive of it")
+            raise WrongValue(f"{str(source)!r} is a directory; add its files, or an archive of it")
         with source.open("rb") as stream:
             if not self.decompress:
                 self._add_all([(source.name, stream)], force)
@@ -2714,7 +2790,7 @@ class VmResourceStore(_Rows):
             for name, stream in files:
                 checked_name("file", name)
                 if name.lower() in map(str.lower, stored):
-                    raise ValueError(f"the archive holds two files named {name!r}")
+                    raise WrongValue(f"the archive holds two files named {name!r}")
                 self._refuse_taken(name, force)
                 stored[name] = put_content(self.db, stream)
             _crash("store-before-rows")
@@ -2862,7 +2938,7 @@ def _is_tar(source: Path) -> bool:
 def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
     parts = PurePosixPath(name).parts
     if opened is None or not parts or ".." in parts or name.startswith("/"):
-        raise ValueError(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
+        raise WrongValue(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
     budget.stream = opened
     return parts[-1], cast(BinaryIO, budget)
 
@@ -2883,7 +2959,7 @@ class _Budget:
         self.left -= len(data)
         if self.left < 0:
             limit = f"{MAX_UNPACKED_BYTES} bytes"
-            raise ValueError(f"archive {self.source.name!r} unpacks to over {limit}")
+            raise WrongValue(f"archive {self.source.name!r} unpacks to over {limit}")
         return data
 
 
@@ -2899,11 +2975,11 @@ def _damage_told(source: Path) -> Iterator[None]:
     try:
         yield
     except (*faults, RuntimeError) as error:
-        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+        raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
     except OSError as error:
         if error.errno is not None:  # it is about this host, not about the archive
             raise
-        raise ValueError(f"archive {source.name!r} cannot be unpacked: {error}") from error
+        raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 def unused_contents(db: Database) -> list[Path]:
@@ -3192,7 +3268,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
     known = group_settings(db)
     for key in settings:
         if key not in known:
-            raise ValueError(f"group {name!r}: {unknown_key(key, known)}")
+            raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
     columns = {known[key]: value for key, value in settings.items()}
     row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
     if row is not None and all(row[column] == value for column, value in columns.items()):
@@ -3211,7 +3287,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                     (value, name),
                 )
             except (*_IMPOSSIBLE, OverflowError) as error:
-                raise ValueError(
+                raise WrongValue(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
     wake_pool(db)
@@ -3337,9 +3413,9 @@ def _pool_machine(db: Database, vm_ip: str, path: str) -> dict[str, str]:
     if address.startswith("/"):
         if not (Path(address).exists() or "/" in path or path.startswith("unix:")):
             hint = "a path has a slash, or there is a socket of that name"
-            raise ValueError(f"address {path!r} is none: {hint}")
+            raise WrongValue(f"address {path!r} is none: {hint}")
         if Path(address).exists() and not Path(address).is_socket():
-            raise ValueError(f"address {path!r} is none: {address!r} is no socket")
+            raise WrongValue(f"address {path!r} is none: {address!r} is no socket")
         path = str(Path.cwd() / plain)
     rows = db.query("SELECT server_name, path FROM vms WHERE pool = '' AND path <> ''")
     for row in rows:
@@ -3499,7 +3575,7 @@ class VmManager(_Rows):
         self, group: int | str | None, state_list: Iterable[str]
     ) -> list[VmDescriptor]:
         """Return the VMs of a group, or with None of all groups, that are in one of the states."""
-        states = set(state_list)
+        states = {checked_word("pool VM state", state, VmStates) for state in state_list}
         vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
         return [vm for vm in vms if vm.state in states]
 
@@ -5021,7 +5097,7 @@ def batch_command(program: str, arguments: Sequence[str]) -> str:
     """
     for word in (program, *arguments):
         if _NO_BATCH_TEXT.search(word):
-            raise ValueError(
+            raise WrongValue(
                 f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
                 "pass it in a file"
             )
@@ -5043,7 +5119,7 @@ def _run_time_word(word: str) -> str:
 def _batch_path(path: str) -> str:
     """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
     if _NO_WINDOWS_PATH.search(path):
-        raise ValueError(f"no path of Windows: {path!r}")
+        raise WrongValue(f"no path of Windows: {path!r}")
     return '"' + path.replace("%", "%%") + '"'
 
 
@@ -5064,7 +5140,7 @@ def batch_file(text: str) -> str:
         lines[1:1] = ["chcp 65001 >nul 2>nul", "cmd.exe /d /c exit 0"]
     longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
     if longest > _BATCH_LINE:
-        raise ValueError(f"cmd.exe takes no line of {longest} characters; use a file")
+        raise WrongValue(f"cmd.exe takes no line of {longest} characters; use a file")
     return "\r\n".join(lines)
 
 
@@ -5256,7 +5332,7 @@ class WindowsGuest(PosixGuest):
     ) -> list[tuple[str, str, str]]:
         """Return (text, path, '') of each script of an entry. Raises ValueError if it has none."""
         if "user" in entry.options:
-            raise ValueError("user is for POSIX guests; Windows lets nobody become another so")
+            raise WrongValue("user is for POSIX guests; Windows lets nobody become another so")
         script = _CALL_BATCH.format(
             title=re.sub(r"[^A-Za-z0-9 ,.:()_-]", "?", title),
             token=self.token(token),
@@ -5279,7 +5355,7 @@ class WindowsGuest(PosixGuest):
         for number, (item, sha256) in enumerate(zip(entry_files(entry), placed, strict=True)):
             path = self.path(entry, item["location"])
             if not self.is_absolute(path):
-                raise ValueError(f"location {item['location']!r} has a drive but no root")
+                raise WrongValue(f"location {item['location']!r} has a drive but no root")
             own[path.casefold()] = path
             folder = str(PureWindowsPath(path).parent)
             temporary = self.join(folder, f".vmrm-{entry.ordinal}-{number}")
@@ -5299,7 +5375,7 @@ class WindowsGuest(PosixGuest):
         yield f"if errorlevel 1 exit /b {PLACE_FAILED}"
         for key, value in entry.options.get("env", {}).items():
             if _NO_BATCH_TEXT.search(value):
-                raise ValueError(f"cmd.exe cannot carry a line break or control character in {key}")
+                raise WrongValue(f"cmd.exe cannot carry a line break or control character in {key}")
             yield f"set {key}={batch_text(value)}"
         placed_program = self.path(entry, entry.executable)
         program = own.get(placed_program.casefold(), str(PureWindowsPath(entry.executable)))
@@ -8488,16 +8564,16 @@ def handle(db: Database, name: str, **more: Any) -> int:
     Raises:
         Conflict: the VM has a handler already, or its agent another client.
     """
-    config = handler_config(db, name)
-    logger = logging.getLogger(f"vmrm.{config['vm_name']}")
-    log_to(logger, db.directory("logs") / f"{config['vm_name']}.log")
+    logger = logging.getLogger(f"vmrm.{name}")
+    log_to(logger, db.directory("logs") / f"{name}.log")
     try:
+        config = handler_config(db, name)
         while True:
             handler = VMResourceHandler({**config, **more}, check_interval=db.timeouts.look)
             code = handler.run()
             if not (handler.replaced and more.get("alone")):  # no supervisor starts it again
                 return code
-    except (Conflict, Unavailable):
+    except (Conflict, Unavailable, WrongValue):  # the last for a move that a person forestalled
         raise
     except VmrmError as error:
         logger.error("%s", error)
@@ -11478,6 +11554,8 @@ class PoolCommands(_Group):
             name: The group's name.
             settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
         """
+        if settings and name is None:
+            raise UsageError("settings of which group?", "Name it: vmrm pool group NAME")
         db = self._manager().db if name is None else self._main._db()
         rows = db.query("SELECT * FROM pool_groups ORDER BY position")
         if name is not None:
@@ -11883,7 +11961,7 @@ class Commands(_Public):
         timeout: float | None = None,
         start_buffer: float | None = None,
         on_failure: str | None = None,
-        late: str = "start",
+        late: str | None = None,
         allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
@@ -11907,7 +11985,7 @@ class Commands(_Public):
             self._check_new(report, detach)
         if on_failure is not None and on_failure not in set(OnFailure):
             raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
-        if late not in set(Late):
+        if late is not None and late not in set(Late):
             raise UsageError(f"late is {late!r}, but must be start, skip or shift")
         experiment = read_experiment(file) if file is not None else None
         if experiment is not None:
@@ -11917,21 +11995,22 @@ class Commands(_Public):
             load_experiment(db, experiment)
         process = None
         if pid := supervisor_pid(db):
-            given = {"start-buffer": start_buffer, "on-failure": on_failure, "stay": stay or None}
-            given["late"] = None if late == Late.START else late
-            if too_late := [f"--{name}" for name, value in given.items() if value is not None]:
-                raise Conflict(
-                    f"the experiment is running already (process {pid}): "
-                    f"too late for {too_late[0]}",
-                    "Watch it without: vmrm run, or stop it first: vmrm stop",
-                )
+            asked = {"start_buffer_s": start_buffer, "on_failure": on_failure, "late": late}
+            asked |= {"allow_host": allow_host or None, "stay": stay or None}
+            now = current_experiment(db)  # what is as it was asked for is no reason to refuse
+            if too_late := [
+                f"--{column.removesuffix('_s').replace('_', '-')}"
+                for column, value in asked.items()
+                if value is not None and now.get(column) != value
+            ]:
+                raise _too_late(pid, *too_late)
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
             launch(
                 db,
                 start_buffer=start_buffer,
                 on_failure=on_failure,
-                late=late,
+                late=late or Late.START,
                 allow_host=allow_host,
             )
             process = spawn_supervisor(db, stay)
@@ -12045,8 +12124,7 @@ class Commands(_Public):
             state: The state to wait for.
             timeout: Seconds to wait at most (exit code 124).
         """
-        if state not in set(VMState):
-            raise UsageError(f"unknown state {state!r}", f"One of {', '.join(VMState)}")
+        checked_word("VM state", state, VMState)
         db, name = self._open(), None if vm is None else self._vm(vm)
         deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
         while late := self._not_in(db, name, state):
@@ -12304,6 +12382,8 @@ class Commands(_Public):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
             launch(db, allow_host=allow_host)
+        elif allow_host and not current_experiment(db)["allow_host"]:
+            raise _too_late(supervisor_pid(db), "--allow-host")
         handle(db, name, alone=True)
         return [row for row in vm_rows(db) if row["vm"] == name]
 
@@ -12372,6 +12452,13 @@ setattr(Commands, "break", Commands.break_)  # which Python's grammar does not l
 del Commands.break_
 
 _SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+
+
+def _too_late(pid: int | None, *options: str) -> Conflict:
+    return Conflict(
+        f"the experiment is running already (process {pid}): too late for {', '.join(options)}",
+        "Watch it without: vmrm run, or stop it first: vmrm stop",
+    )
 
 
 _LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
@@ -12886,19 +12973,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        screen.error(UsageError(_os_words(error)))
-        return 2
     except sqlite3.DatabaseError as error:
         screen.error(SchemaError(f"the database failed: {error}", "Look closer: vmrm check"))
         return 3
+    except Exception as error:
+        told = _told(error, words)
+        screen.error(told)
+        return told.code
 
 
-def _os_words(error: ValueError | OSError) -> str:
-    """Return what the system, or a check of values, refused, as one line of ours."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)!r}: {error.strerror.lower()}"
-    return _one_line(error)
+# What a host refuses whoever asks, and what it may grant later.
+_REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG})
+_SHORTAGES = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+)
+
+
+def _told(error: Exception, words: Sequence[str]) -> VmrmError:
+    """Return what is to be said about an error that is none of ours: whose fault it is.
+
+    A file that the command line names is the user's affair, what the host refuses is the host's.
+    All else is a fault of vmrm, and its traceback is printed for whoever mends it.
+    """
+    if isinstance(error, drivers.AddressError):
+        return UsageError(str(error))
+    if isinstance(error, drivers.DriverError):
+        return VmrmError(str(error), error.hint)
+    if isinstance(error, OSError) and error.strerror:
+        path = "" if error.filename is None else os.path.realpath(os.fsdecode(error.filename))
+        said = f"{os.fsdecode(error.filename)!r}: " if path else ""
+        said += error.strerror[:1].lower() + error.strerror[1:]
+        given = [os.path.realpath(word.partition("=")[2] or word) for word in words if word]
+        if path and any(Path(path).is_relative_to(place) for place in given):
+            return UsageError(said)
+        if error.errno in _SHORTAGES:
+            return Unavailable(said)
+        if error.errno in _REFUSALS:
+            return VmrmError(said)
+    import traceback
+
+    traceback.print_exception(error)
+    what = f"internal error: {type(error).__name__}: {_one_line(error)}"
+    return VmrmError(what, "This is a fault of vmrm: please report it, with the lines above")
 
 
 def console() -> NoReturn:

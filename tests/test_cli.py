@@ -143,7 +143,7 @@ def refused(result: Result, says: str, code: int = 2) -> None:
         ("retry vm1 1_0", "'1_0' is not a whole number"),
         ("retry vm1 --entry=-1", "'-1' is not a whole number"),
         ("agent x --count 0", "'0' is not a whole number"),
-        ("wait --state done", "unknown state 'done'"),
+        ("wait --state done", "unknown VM state 'done'"),
         ("destroy", "this removes the experiment"),
         ("stop", "the experiment is not running"),
         ("retry vm1", "nothing of VM 'vm1' has failed"),

@@ -1,0 +1,232 @@
+"""What cannot be meant is refused before anything is changed, and says whose fault it was."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_lab import entry, lab, until
+from conftest import Cli
+from lab import stand_ins
+
+import vmrm
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[vmrm.Database]:
+    with vmrm.Database(tmp_path / "lab.db") as opened:
+        yield opened
+
+
+# --- words and values given by scripts
+
+PLACE = {"location": "/a", "content": "x"}
+
+
+def _batch(**keys: object) -> Callable[[vmrm.Database], object]:
+    return lambda db: vmrm.ScheduleDb(db=db).batch_put([{"server_name": "web", **keys}])  # type: ignore[dict-item]
+
+
+def _put(*given: Any, **more: Any) -> Callable[[vmrm.Database], object]:
+    return lambda db: vmrm.VMMapping(db=db).put(*given, **more)
+
+
+def _all(**filters: Any) -> Callable[[vmrm.Database], object]:
+    return lambda db: vmrm.VMMapping(db=db).get_all(**filters)
+
+
+def _time(value: Any) -> Callable[[vmrm.Database], object]:
+    return lambda db: vmrm.VMMapping(db=db).set_vm_time_by_uuid("u", value)
+
+
+def _data(item: dict[str, Any]) -> Callable[[vmrm.Database], object]:
+    def put(db: vmrm.Database) -> None:
+        planned = vmrm.ScheduleEntry(5)
+        planned.set_executable("true")
+        planned.data.append(item)
+        vmrm.ScheduleDb(db=db).put("web", vmrm.schedule_text([planned]))
+
+    return put
+
+
+def _entry(**members: Any) -> Callable[[vmrm.Database], object]:
+    def put(db: vmrm.Database) -> None:
+        planned = vmrm.ScheduleEntry(5)
+        planned.set_executable("true")
+        planned.add_content(**PLACE)
+        vars(planned).update(members)
+        vmrm.ScheduleDb(db=db).put("web", vmrm.schedule_text([planned]))
+
+    return put
+
+
+MEANT: dict[str, Callable[[vmrm.Database], object]] = {
+    "a schedule of bytes": lambda db: vmrm.ScheduleDb(db=db).put("web", b"[]"),  # type: ignore[arg-type]
+    "a schedule of None": lambda db: vmrm.ScheduleDb(db=db).put("web", None),  # type: ignore[arg-type]
+    "an address of bytes": lambda db: vmrm.ScheduleDb(db=db).put("web", "[]", b"10.0.0.1"),  # type: ignore[arg-type]
+    "a batch of bytes": _batch(text=b"[]"),
+    "a batch with an unknown key": _batch(text="[]", vm_resources_ip="10.0.0.1"),
+    "a batch without a text": _batch(),
+    "a batch of texts": lambda db: vmrm.ScheduleDb(db=db).batch_put(["web"]),  # type: ignore[list-item]
+    "a VM's uuid of bytes": _put(b"u2", "web2"),
+    "a VM's uuid that is a number": _put(7, "web2"),
+    "a VM's address of bytes": _put("u2", "web2", server_address=b"10.0.0.1"),
+    "a VM's path that is a path": _put("u2", "web2", path=Path("/a")),
+    "a VM's path of None": _put("u2", "web2", path=None),
+    "a VM's time that is none": _put("u2", "web2", current_time="soon"),
+    "a VM's time of None": _put("u2", "web2", current_time=None),
+    "a VM that is a text": lambda db: vmrm.VMMapping(db=db).batch_put(["web"]),  # type: ignore[list-item]
+    "a VM's switch that is a word": lambda db: vmrm.VMMapping(db=db).batch_put(
+        [{"server_uuid": "u2", "server_name": "web2", "set_time": "no"}]
+    ),
+    "a time of None": _time(None),
+    "a time of bytes": _time(b"5"),
+    "a time that is a switch": _time(True),
+    "a time that is no number": _time(math.nan),
+    "a time that is a word": _time("configured"),
+    "a filter by an unknown state": _all(filter_state="configurd"),
+    "a filter by a state in capitals": _all(filter_state="CONFIGURED", length=True),
+    "a filter by an empty state": _all(filter_state=""),
+    "a filter by a time that is none": _all(filter_time="soon"),
+    "a projection to an unknown key": _all(project_dict={"colour": 1}),
+    "states of VMs in an unknown one": lambda db: vmrm.get_vm_states(
+        "ready", vmrm.VMMapping(db=db)
+    ),
+    "times of VMs at none": lambda db: vmrm.get_vm_times("soon", vmrm.VMMapping(db=db)),  # type: ignore[arg-type]
+    "the pool's VMs in an unknown state": lambda db: vmrm.VmManager(
+        db=db
+    ).get_vm_by_group_and_state_list(None, ["ready", "redy"]),
+    "a data item of no kind": _data({"location": "/a"}),
+    "a data item of two kinds": _data({**PLACE, "filename": "f"}),
+    "a data item with an unknown key": _data({**PLACE, "mode": "755"}),
+    "a pause with an unknown key": _data({"pause": 5, "until": 7}),
+    "a switch that is a word": _entry(ignore_failure="no"),
+    "a program without a name": _entry(executable=""),
+    "an option that is none": _entry(options={"colour": "red"}),
+}
+
+
+@pytest.mark.parametrize("meant", MEANT.values(), ids=MEANT)
+def test_what_a_script_cannot_mean_is_refused_and_never_stored(
+    db: vmrm.Database, meant: Callable[[vmrm.Database], object]
+) -> None:
+    mapping, schedules = vmrm.VMMapping(db=db), vmrm.ScheduleDb(db=db)
+    mapping.put("u", "web", current_time="-5")
+    with pytest.raises(ValueError, match=r"\w"):
+        meant(db)
+    assert [(row["server_name"], row["current_time"]) for row in mapping.get_all()] == [  # type: ignore[union-attr]
+        ("web", "-5")
+    ]
+    assert schedules.list_all() == []
+
+
+def test_a_filter_by_time_compares_numbers(db: vmrm.Database) -> None:
+    mapping = vmrm.VMMapping(db=db)
+    mapping.put("u", "web", current_time="10.0")
+    mapping.put("v", "new")
+    mapping.put("w", "old", current_time=-math.inf)  # type: ignore[arg-type]
+    assert mapping.get_all(filter_time=10, length=True) == 1
+    assert vmrm.get_vm_times("10", mapping) == {"web": "10.0"}  # type: ignore[arg-type]
+    assert mapping.get_all(filter_time=0, length=True) == 0
+
+
+# --- files that are no database
+
+
+def test_a_file_that_cannot_be_opened_costs_no_descriptor(tmp_path: Path) -> None:
+    text, old = tmp_path / "text.db", tmp_path / "old.db"
+    text.write_text("no database at all\n" * 100)
+    with vmrm.Database(old) as made:
+        made.write("PRAGMA user_version = 99")
+    assert (tmp_path / "old.db.d").is_dir()
+    (tmp_path / "text.db.d").mkdir()
+    for path in (text, old):
+        opened = vmrm.Database(path)
+        for turn in range(20):
+            with pytest.raises(vmrm.SchemaError):
+                opened.query("SELECT 1")
+            if turn == 0:
+                before = len(list(Path("/proc/self/fd").iterdir()))
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+# --- whose fault it was
+
+
+@pytest.mark.parametrize("fault", [ValueError("odd"), OSError(errno.EBADF, "odd"), KeyError("odd")])
+def test_a_fault_of_ours_is_told_as_such(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Exception,
+) -> None:
+    def broken(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(vmrm, "load_experiment", broken)
+    path = lab(tmp_path, entry(-1, "true"))
+    assert vmrm.main(["--db", str(tmp_path / "lab.db"), "load", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert f"error: internal error: {type(fault).__name__}: " in told
+    assert "in broken" in told, "the traceback says where"
+
+
+USERS = {
+    "store add nothing.txt": "'nothing.txt': no such file or directory",
+    "store add .": "'.' is a directory",
+    "pool add vm1 ci --path tcp:nowhere": "'tcp:nowhere' is not a path",
+    "pool group --max-vm-total 3": "settings of which group?",
+    "pool group -x --max-vm-total 3": "settings of which group?",
+    "pool group ci --colour red": "unknown key 'colour'",
+    "load nothing.toml": "cannot read 'nothing.toml'",
+    "backup nowhere/copy.db": "'nowhere/copy.db': no such file or directory",
+    "wait --state ready": "unknown VM state 'ready'",
+}
+
+
+@pytest.mark.parametrize("line", USERS)
+def test_a_wrong_request_is_one_line_and_no_traceback(cli: Cli, tmp_path: Path, line: str) -> None:
+    with vmrm.Database(tmp_path / "lab.db") as db:
+        vmrm.put_group(db, "ci", {})
+    done = cli(*line.split())
+    assert (done.code, done.out) == (2, ""), done
+    assert USERS[line] in done.err
+    assert "Traceback" not in done.err
+
+
+# --- a run that is going on
+
+
+def test_options_that_come_too_late_are_refused(cli: Cli, tmp_path: Path) -> None:
+    with stand_ins(tmp_path / "agents", 1):
+        path = lab(tmp_path, entry(-1, "true") + entry(600, "true"))
+        assert cli("run", path, "--detach").code == 0
+        until(lambda: cli("status").code == 0)
+        for words in (["--allow-host"], ["--stay"], ["--late", "skip"]):
+            refused = cli("run", "--detach", *words)
+            assert refused.code == 2, words
+            assert f"too late for {words[0]}" in refused.err
+        assert (
+            cli("run", "--detach", "--late", "start", "--start-buffer", "0").code == 0
+        )  # as it is
+        refused = cli("handle", "vm1", "--allow-host")
+        assert (refused.code, "too late for --allow-host" in refused.err) == (2, True)
+        assert cli("stop").code == 0
+
+
+def test_a_vm_without_a_path_that_comes_during_a_run_fails_once(cli: Cli, tmp_path: Path) -> None:
+    with stand_ins(tmp_path / "agents", 1):
+        path = lab(tmp_path, entry(-1, "true") + entry(600, "true"))
+        assert cli("run", path, "--detach").code == 0
+        assert cli("wait", "--timeout", "30").code == 0
+        with vmrm.VMMapping(db=tmp_path / "lab.db") as mapping:
+            mapping.put("u", "late")
+            until(lambda: mapping.get("u")["state"] == "failed")
+        told = cli("status").out
+        assert "no path to a guest agent" in told
+        assert "died" not in told + (tmp_path / "lab.db.d/logs/supervisor.log").read_text()
+        assert cli("stop").code == 0
