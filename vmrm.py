@@ -59,6 +59,8 @@ import drivers
 from drivers import printable
 
 if TYPE_CHECKING:
+    import tarfile
+    import zipfile
     from queue import Queue
 
     import sqlite_utils
@@ -2677,8 +2679,34 @@ def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
 
 # === file store ==================================================================================
 
-MAX_UNPACKED_BYTES = 64 << 30
+MAX_UNPACKED_BYTES, MAX_MEMBERS = 64 << 30, 100_000  # of one archive
+MAX_HEADER_BYTES = 1 << 18  # before one member of a tar archive: its names and attributes
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+_COMPRESSED_HEAD = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"]\0\0": "lzma"}
+_ARCHIVE_NAME = re.compile(r".*(\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2?|\.txz|\.zip)", re.IGNORECASE)
+
+
+def refuse_full(fd: int, size: int) -> None:
+    """Raise an `OSError` if a file of this size would leave too little room on its disk."""
+    free = os.fstatvfs(fd)
+    kept = min(MIN_FREE_BYTES, free.f_blocks * free.f_frsize // 16)
+    full = size > free.f_bavail * free.f_frsize - kept
+    if full or (free.f_files and free.f_favail < MIN_FREE_FILES):
+        raise OSError(errno.ENOSPC, f"no space on the host for {size} bytes")
+
+
+def remove_tree(top: Path) -> None:
+    """Remove a directory, however deep: what lies below is moved up first."""
+    with contextlib.suppress(FileNotFoundError):
+        while paths := list(top.iterdir()):
+            for path in paths:
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                    continue
+                for below in list(path.iterdir()):
+                    below.rename(top / f".{secrets.token_hex(8)}")
+                path.rmdir()
+        top.rmdir()
 
 
 def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
@@ -2692,6 +2720,7 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     try:
         with temporary.open("xb") as target:
             while chunk := source.read(1 << 20):
+                refuse_full(target.fileno(), len(chunk))  # what it unpacks to, nobody knows before
                 digest.update(chunk)
                 size += target.write(chunk)
             target.flush()
@@ -2787,10 +2816,12 @@ class VmResourceStore(_Rows):
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
         with adding_contents(self.db):
             stored: dict[str, tuple[str, int]] = {}
+            taken: set[str] = set()
             for name, stream in files:
                 checked_name("file", name)
-                if name.lower() in map(str.lower, stored):
+                if name.lower() in taken:
                     raise WrongValue(f"the archive holds two files named {name!r}")
+                taken.add(name.lower())
                 self._refuse_taken(name, force)
                 stored[name] = put_content(self.db, stream)
             _crash("store-before-rows")
@@ -2893,54 +2924,107 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     nowhere to lead; an archive that holds them is refused all the same.
     """
     import importlib
-    import tarfile
     import zipfile
 
     budget = _Budget(source, MAX_UNPACKED_BYTES)
-    if _is_tar(source):
-        with tarfile.open(fileobj=stream) as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                # A negative size would lead the reader back to a header it has read.
-                plain = member.isreg() and member.size >= 0
-                opened = tar.extractfile(member) if plain else None
-                yield _member(budget, member.name, opened)
-    elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(stream) as archive:
-            for info in archive.infolist():
-                if info.is_dir():
-                    continue
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                opened = archive.open(info) if kind in (0, stat.S_IFREG) else None
-                yield _member(budget, info.filename, opened)
-    elif source.suffix in _COMPRESSED:
-        with importlib.import_module(_COMPRESSED[source.suffix]).open(stream) as opened:
-            yield _member(budget, source.stem, opened)
+    head = stream.read(8)
+    stream.seek(0)
+    kind = next((kind for begin, kind in _COMPRESSED_HEAD.items() if head.startswith(begin)), None)
+    plain = importlib.import_module(kind).open(stream) if kind else stream
+    headers = _Headers(plain)
+    if (tar := headers.opened()) is not None:
+        members = _tar_members(tar, headers)
+    elif zipfile.is_zipfile(stream):
+        members = _zip_members(zipfile.ZipFile(stream))
+    elif _ARCHIVE_NAME.fullmatch(source.name) or head.startswith(b"PK\3\4"):
+        raise WrongValue(f"archive {source.name!r} is empty, damaged or cut short")
     else:
-        yield source.name, stream
+        stream.seek(0)
+        if source.suffix not in _COMPRESSED:
+            yield source.name, stream
+            return
+        opened = importlib.import_module(_COMPRESSED[source.suffix]).open(stream)
+        members = iter([(source.stem, opened)])
+    for count, (name, opened) in enumerate(members):
+        parts = PurePosixPath(name).parts
+        if opened is None or not parts or ".." in parts or name.startswith("/"):
+            told = printable(repr(name), 200)
+            raise WrongValue(f"archive {source.name!r}: {told} is not a plain file inside it")
+        if count >= MAX_MEMBERS:
+            raise WrongValue(f"archive {source.name!r} holds over {MAX_MEMBERS} files")
+        with opened:
+            budget.stream = opened
+            yield parts[-1], cast(BinaryIO, budget)
 
 
-def _is_tar(source: Path) -> bool:
-    """Return whether a file is a tar archive, compressed or not, with something in it.
+def _tar_members(tar: tarfile.TarFile, headers: _Headers) -> Iterator[tuple[str, IO[bytes] | None]]:
+    """Yield each member that is no directory: its name, and its content if it is a plain file."""
+    member = tar.next()
+    while member is not None:
+        # A negative size would lead the reader back to a header it has read.
+        plain = member.isreg() and member.size >= 0
+        if not member.isdir():
+            with headers.unlimited():
+                yield member.name, tar.extractfile(member) if plain else None
+        cast(Any, tar).members.clear()  # else it keeps them all
+        cast(Any, tar).pax_headers.clear()
+        headers.left = MAX_HEADER_BYTES
+        member = tar.next()
+    if headers.last != bytes(512):
+        raise EOFError("it ends without its end mark")
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, IO[bytes] | None]]:
+    """Yield each member that is no directory: its name, and its content if it is a plain file."""
+    for info in archive.infolist():
+        # Other methods unpack a piece of any size at once.
+        if info.compress_type not in (0, 8):
+            raise RuntimeError("its files are neither stored nor deflated")
+        if not info.is_dir():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            yield info.filename, archive.open(info) if kind in (0, stat.S_IFREG) else None
+
+
+class _Headers:
+    """A tar archive as its reader sees it, who would take any number of bytes for a header.
 
     To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
     """
-    import tarfile
 
-    try:
-        with tarfile.open(source) as tar:
-            return tar.next() is not None
-    except tarfile.TarError:
-        return False
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.left, self.last = stream, float(MAX_HEADER_BYTES), b""
+        self.seek, self.tell = stream.seek, stream.tell
 
+    def opened(self) -> tarfile.TarFile | None:
+        """Return the archive, if it is one with something in it."""
+        import lzma
+        import tarfile
+        import zlib
 
-def _member(budget: _Budget, name: str, opened: IO[bytes] | None) -> tuple[str, BinaryIO]:
-    parts = PurePosixPath(name).parts
-    if opened is None or not parts or ".." in parts or name.startswith("/"):
-        raise WrongValue(f"archive {budget.source.name!r}: {name!r} is not a plain file inside it")
-    budget.stream = opened
-    return parts[-1], cast(BinaryIO, budget)
+        damages = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+        try:
+            tar = tarfile.TarFile(fileobj=cast(BinaryIO, self))
+        except damages as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # it is about this host
+            return None
+        return tar if tar.firstmember else None  # type: ignore[attr-defined]
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes; RuntimeError if that is more than headers may have."""
+        if size > self.left:
+            raise RuntimeError(
+                f"a member has over {MAX_HEADER_BYTES} bytes of names and attributes"
+            )
+        self.left -= size
+        self.last = self.stream.read(size)
+        return self.last
+
+    @contextlib.contextmanager
+    def unlimited(self) -> Iterator[None]:
+        """Let a member's content be read, which has a bound of its own."""
+        self.left = math.inf
+        yield
 
 
 class _Budget:
@@ -5977,14 +6061,6 @@ def safe_parts(path: str) -> list[str]:
     return parts
 
 
-def refuse_full(fd: int, size: int) -> None:
-    """Raise an `OSError` if a file of this size would leave too little room on its disk."""
-    free = os.fstatvfs(fd)
-    full = size > free.f_bavail * free.f_frsize - MIN_FREE_BYTES
-    if full or (free.f_files and free.f_favail < MIN_FREE_FILES):
-        raise OSError(errno.ENOSPC, f"no space on the host for {size} bytes")
-
-
 @contextlib.contextmanager
 def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
     """Open a directory below `root`, making what is missing and following no link on the way."""
@@ -6004,20 +6080,6 @@ def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def remove_tree(top: Path) -> None:
-    """Remove a directory, however deep: what lies below is moved up first."""
-    with contextlib.suppress(FileNotFoundError):
-        while paths := list(top.iterdir()):
-            for path in paths:
-                if path.is_symlink() or not path.is_dir():
-                    path.unlink()
-                    continue
-                for below in list(path.iterdir()):
-                    below.rename(top / f".{secrets.token_hex(8)}")
-                path.rmdir()
-        top.rmdir()
 
 
 def _copy_of(folder: int, name: str) -> os.stat_result | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -411,6 +412,25 @@ def cut_tar() -> bytes:
     return buffer.getvalue()[:2000]
 
 
+def whole_tar(damaged: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in ("a", "b", "c"):
+            info = tarfile.TarInfo(name)
+            info.size = 512
+            archive.addfile(info, io.BytesIO(os.urandom(512)))
+    data = bytearray(buffer.getvalue())
+    data[1024 + 148] ^= damaged  # in the checksum
+    return bytes(data)
+
+
+def whole_zip(method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("a", b"content")
+    return buffer.getvalue()
+
+
 def negative_tar() -> bytes:
     """A member whose size is -1024 would lead a reader back to where it came from."""
     header = bytearray(tarfile.TarInfo("a").tobuf())
@@ -436,6 +456,18 @@ DAMAGED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "bzip2 damaged": ("a.bz2", lambda: bz2.compress(b"x" * 999)[:-9] + bytes(9)),
     "no xz": ("a.xz", lambda: b"hello"),
     "tar cut short": ("a.tar", cut_tar),
+    "tar cut short in a header": ("a.tar", lambda: whole_tar()[:1700]),
+    "tar cut short between members": ("a.tar", lambda: whole_tar()[:1024]),
+    "tar damaged in its second header": ("a.tar", lambda: whole_tar(damaged=True)),
+    "tar.gz cut short": ("a.tar.gz", lambda: gzip.compress(whole_tar())[:60]),
+    "tgz cut short in its first header": ("a.tgz", lambda: gzip.compress(whole_tar()[:300])),
+    "no tar": ("a.TAR", lambda: b"hello"),
+    "tar of nothing": ("a.tar", lambda: bytes(10240)),
+    "tar of another name cut short": ("a", lambda: gzip.compress(whole_tar())[:900]),
+    "zip cut short": ("a.zip", lambda: whole_zip()[:-30]),
+    "zip of another name cut short": ("a.jar", lambda: whole_zip()[:-30]),
+    "no zip": ("a.zip", lambda: b"hello"),
+    "zip of a method that unpacks at once": ("a.zip", lambda: whole_zip(zipfile.ZIP_BZIP2)),
     "zip encrypted": ("a.zip", encrypted_zip),
 }
 
@@ -453,15 +485,93 @@ def test_a_damaged_archive_is_a_value_error_that_names_it(
 def test_a_tar_that_leads_back_to_its_own_header_is_never_followed(
     unpacking: VmResourceStore, tmp_path: Path
 ) -> None:
-    """Later Pythons do not take it for an archive at all; then it is stored as it is."""
+    """Later Pythons do not take it for an archive at all."""
     (tmp_path / "a.tar").write_bytes(negative_tar())
-    try:
+    with pytest.raises(ValueError, match=r"archive 'a.tar'(: 'a' is not a plain file| is empty)"):
         unpacking.add_file(tmp_path / "a.tar")
-    except ValueError as error:
-        assert "archive 'a.tar': 'a' is not a plain file" in str(error)
-        assert unpacking.list_distinct_contents() == []
-    else:
-        assert unpacking.get_file_hash("a.tar") == sha256(negative_tar())
+    assert unpacking.list_distinct_contents() == []
+
+
+def long_name(kind: bytes, size: int, tail: bytes = b"") -> bytes:
+    """Return a tar.gz of little size in which a header says that a name of `size` bytes comes."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, size
+    member = tarfile.TarInfo("a").tobuf()
+    packer = zlib.compressobj(1, wbits=31)
+    parts = [packer.compress(header.tobuf(format=tarfile.GNU_FORMAT) + tail)]
+    parts += [packer.compress(b"A" * (1 << 20)) for _ in range(size >> 20)]
+    return b"".join([*parts, packer.compress(member + bytes(1024)), packer.flush()])
+
+
+def measured(*words: str | Path) -> tuple[int, str, float]:
+    """Run vmrm; return its exit code, what it printed, and the MiB that it needed."""
+    call = "import resource, sys, vmrm; code = vmrm.main(sys.argv[1:]); print('peak', "
+    call += "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(code)"
+    command = [sys.executable, "-c", call, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    told, _, peak = done.stdout.rpartition("peak ")
+    return done.returncode, told + done.stderr, float(peak)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_any_length_in_an_archive_costs_nothing(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(long_name(kind, 64 << 20))
+    assert path.stat().st_size < 1 << 20
+    code, told, peak_mib = measured("--db", tmp_path / "l.db", "store", "add", path, "--unpack")
+    assert code == 2
+    assert "archive 'a.tar.gz' cannot be unpacked: a member has over 262144 bytes" in told
+    assert len(told) < 1000
+    assert peak_mib < 200
+
+
+def test_a_long_name_that_is_allowed_is_cut_in_the_message(
+    unpacking: VmResourceStore, tmp_path: Path
+) -> None:
+    unpacking_tar = tar(tmp_path / "a.tar", ("good", b"good", {}), ("d/" + "x" * 9000, b"", {}))
+    for path in (unpacking_tar, zipped(tmp_path / "a.zip", ("../" + "x" * 9000, b"", 0))):
+        with pytest.raises(ValueError, match="xxx") as refused:
+            unpacking.add_file(path)
+        assert len(str(refused.value)) < 500
+    assert unpacking.list_distinct_contents() == []
+
+
+def test_members_without_number_are_refused(
+    unpacking: VmResourceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vmrm, "MAX_MEMBERS", 20)
+    names = [f"f{number}" for number in range(21)]
+    unpacking.add_file(tar(tmp_path / "t.tar", *((name, b"x", {}) for name in names[:20])))
+    assert len(unpacking.list_contents()) == 20
+    for path in (
+        tar(tmp_path / "u.tar", *((f"u{name}", b"x", {}) for name in names)),
+        zipped(tmp_path / "u.zip", *((f"u{name}", b"x", 0) for name in names)),
+    ):
+        with pytest.raises(ValueError, match="holds over 20 files"):
+            unpacking.add_file(path)
+    assert len(unpacking.list_contents()) == 20
+
+
+@pytest.mark.parametrize("words", [["--unpack"], []])
+def test_a_disk_is_not_filled_to_the_last_and_exit_code_75_says_so(
+    tmp_path: Path, words: list[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "vmrm-test", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        path = tmp_path / "zeros.gz"
+        zeros = bytes(100 << 20)
+        path.write_bytes(gzip.compress(zeros, 1) if words else zeros[: 20 << 20])
+        code, told, _ = measured("--db", disk / "lab.db", "store", "add", path, *words)
+        assert code == 75
+        assert "no space on the host" in told
+        with vmrm.Database(disk / "lab.db") as db:
+            assert contents(db) == set()
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_content_being_added_is_not_removed_as_unused(db: vmrm.Database) -> None:
