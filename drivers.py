@@ -70,7 +70,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -401,15 +401,18 @@ def _connect_one(
 
 # === frame buffer =================================================================================
 
-# The largest honest reply is a read of 48 MiB (the agent's limit), 64 MiB as base64.
-FRAME_LIMIT = 72 * 2**20
+# Bounds of a reply, looked at before it is parsed: what it costs to hold, to parse, to print.
+# Content comes as one text of base64, so also the largest replies have few elements.
+REPLY_LIMIT = 2**20  # bytes, if no content was asked for
+_ELEMENT_LIMIT = 50_000
+_DEPTH_LIMIT = 32
 
 
 class FrameBuffer:
     """Bytes in, lines out; no input or output of its own."""
 
-    def __init__(self, limit: int = FRAME_LIMIT) -> None:
-        self.limit = limit  # bytes held without completing a frame
+    def __init__(self, limit: int = REPLY_LIMIT) -> None:
+        self.limit = limit  # bytes of a frame; may be changed at any time
         self._held = bytearray()
         self._scanned = 0  # bytes of _held known to hold no newline: big frames stay linear
         self._skipping = False
@@ -438,7 +441,7 @@ class FrameBuffer:
 
         Raises FrameError if more than `limit` bytes came without a newline.
         """
-        while (end := self._held.find(b"\n", self._scanned)) >= 0:
+        while 0 <= (end := self._held.find(b"\n", self._scanned)) <= self.limit:
             frame = bytes(memoryview(self._held)[:end])
             # Deleting in front only moves a pointer in CPython's bytearray.
             del self._held[: end + 1]
@@ -461,6 +464,7 @@ class Ticket:
     command: str
     ident: int
     large: bool  # nothing else may be under way beside it
+    limit: int  # bytes of the reply
     done: bool = False
     reply: dict[str, Any] = field(default_factory=dict)
 
@@ -497,11 +501,21 @@ class Session:
         if arguments:
             request["arguments"] = arguments
         data = json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
-        return Ticket(command, request["id"], len(data) > _SMALL_REQUEST), data
+        large, limit = len(data) > _SMALL_REQUEST, REPLY_LIMIT
+        if command == "guest-file-read":  # an agent reads 4096 bytes unless told
+            limit += _base64_size(int((arguments or {}).get("count", 4096)))
+        elif command == "guest-exec-status":
+            limit += 2 * _base64_size(_OUTPUT_LIMIT)
+        return Ticket(command, request["id"], large, limit), data
 
     def expect(self, ticket: Ticket) -> None:
         """Wait for the reply to *ticket* from now on."""
         self.pending[ticket.ident] = ticket
+
+    @property
+    def next_limit(self) -> int:
+        """How many bytes the next reply may have: the agent answers in the order of requests."""
+        return next((ticket.limit for ticket in self.pending.values()), REPLY_LIMIT)
 
     @property
     def large_pending(self) -> bool:
@@ -525,13 +539,47 @@ class Session:
         ticket.done = True
 
 
+def _base64_size(size: int) -> int:
+    return 4 * (size // 3 + 1)
+
+
+def _count(frame: bytes, mark: bytes) -> int:
+    """Count a byte, up to the limit; of few in many, find() is many times faster than count()."""
+    at = number = 0
+    while number <= _ELEMENT_LIMIT and (at := frame.find(mark, at) + 1):
+        number += 1
+    return number
+
+
+def _no_json(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
+# Possessive, so that what a guest leaves open is not tried again from each of its quotes.
+_TEXT_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
+
+
+def _depth(frame: bytes) -> int:
+    """Return how deep the lists and objects of some JSON are nested."""
+    marks = _TEXT_OR_BRACKET.finditer(frame)
+    return max(itertools.accumulate(bool(mark[1]) - bool(mark[2]) for mark in marks))
+
+
 def parse_reply(frame: bytes) -> dict[str, Any]:
     """Return the reply in *frame*: an object with either `return` or a well-formed `error`.
 
-    Raises FrameError if it is not JSON, ReplyError if it is not a reply.
+    Raises FrameError if it is not JSON or takes too much to parse, ReplyError if it is no reply.
     """
+    openers = _count(frame, b"[") + _count(frame, b"{")
+    if openers + _count(frame, b",") > _ELEMENT_LIMIT:
+        raise FrameError(f"has over {_ELEMENT_LIMIT} elements", frame)
+    if openers > _DEPTH_LIMIT and _depth(frame) > _DEPTH_LIMIT:
+        raise FrameError(f"is nested over {_DEPTH_LIMIT} levels deep", frame)
     try:
-        reply = json.loads(frame.decode())
+        reply = json.loads(frame.decode(), parse_constant=_no_json)
+        if b"\\" in frame:  # half a surrogate pair is text that nobody could write down
+            text = json.dumps(reply, ensure_ascii=False)
+            reply = json.loads(text.encode(errors="replace"))
     except (ValueError, RecursionError) as error:
         raise FrameError("is not JSON", frame) from error
     if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
@@ -679,8 +727,10 @@ class Link:
         if not size:
             raise LinkLost(f"agent closed the connection before it answered {what}")
         self._frames.feed(self._space[:size])
+        self._frames.limit = self.session.next_limit
         while accept and (frame := self._frames.next_frame()) is not None:
             self.session.accept(frame)
+            self._frames.limit = self.session.next_limit
 
 
 # === abstract driver ==============================================================================

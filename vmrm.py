@@ -8003,10 +8003,11 @@ def _info_steps(
     yield 0
     info = driver.info()
     disabled = [c["name"] for c in info["supported_commands"] if not c["enabled"]]
-    facts: dict[str, Any] = {"agent": info.get("version", ""), "health": driver.health()}
+    facts: dict[str, Any] = {"agent": "", "health": driver.health()}
     asked: dict[str, Callable[[], Any]] = {
+        "agent": lambda: _guest_text(info.get("version", "")),
         "os": driver.get_os,
-        "host_name": lambda: driver.call("guest-get-host-name")["host-name"],
+        "host_name": lambda: _guest_text(driver.call("guest-get-host-name")["host-name"]),
         "boot_id": driver.boot_id,
         "time": lambda: _iso(driver.get_time() / 1e9),
         "addresses": lambda: _addresses(driver.network_get_interfaces()),
@@ -8021,9 +8022,15 @@ def _info_steps(
     return {**facts, "disabled": disabled}
 
 
+def _guest_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("the guest tells no text")
+    return value
+
+
 def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
     return [
-        f"{interface['name']} {address['ip-address']}/{address['prefix']}"
+        _guest_text(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
         for interface in interfaces
         for address in interface.get("ip-addresses", [])
     ]

@@ -132,7 +132,7 @@ def test_a_huge_or_deep_reply_makes_a_short_message() -> None:
     for value in ("[" * 400 + "]" * 400, json.dumps("x" * 10**6)):
         line = b'{"id": "no", "return": ' + value.encode() + b"}\n"
         with scripted(lambda request, line=line: line) as (driver, _):
-            with pytest.raises(drivers.ReplyError) as caught:
+            with pytest.raises(drivers.ProtocolError) as caught:
                 driver.call("guest-ping", timeout=5)
             assert len(str(caught.value)) < 500
 
@@ -206,7 +206,7 @@ def test_texts_of_a_hostile_agent_are_one_printable_line() -> None:
     with scripted(script) as (driver, _), pytest.raises(drivers.AgentError) as caught:
         driver.call("guest-ping", timeout=5)
     assert str(caught.value).isprintable()
-    assert caught.value.desc == told["desc"]
+    assert caught.value.desc == told["desc"].replace("\udc80", "?")  # which cannot be written
 
 
 def test_errors_survive_pickling() -> None:
