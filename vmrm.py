@@ -21,6 +21,7 @@ statement or one transaction; inside a transaction there is no other I/O.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -3381,11 +3382,12 @@ KEEPER = "keeper"  # its place among the wake-up sockets
 
 
 def wake_pool(db: Database) -> None:
-    """Wake the keeper, and those waiters who would be given a VM now."""
+    """Wake the keeper, and those waiters who would be given a VM now; nobody depends on it."""
     if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
         wake(db, KEEPER)
-    if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
-        wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
+    with contextlib.suppress(Unavailable):  # what we tell of is done
+        if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
+            wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3409,6 +3411,105 @@ class Request:
     def party(self) -> dict[str, str]:
         """Whom VMs are bound to by it."""
         return {"owner": self.owner, "sandbox": self.sandbox}
+
+
+def _waiting_request(row: Mapping[str, Any]) -> Request:
+    """Return what a waiter wants, by its row."""
+    return Request(
+        tuple(map(tuple, json.loads(row["wants"]))),
+        row["owner"],
+        row.get("sandbox", ""),
+        None,
+        token=row.get("token", ""),
+    )
+
+
+@dataclasses.dataclass
+class Share:
+    """What there is for one request: VMs that are kept for it, and the wants without one."""
+
+    request: Request
+    vm_names: list[str] = dataclasses.field(default_factory=list)
+    missing: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+
+
+def allot(
+    queue: Iterable[Request],
+    groups: Iterable[Mapping[str, Any]],
+    vms: Iterable[Mapping[str, Any]],
+    since: float,
+    now: float,
+) -> list[Share]:
+    """Return who in the queue gets which VMs, in order.
+
+    Each VM of a request comes from the first of its groups that has one: one that the owner used
+    for the sandbox before, or a fresh one if the owner may bind more. While some are missing, the
+    others are kept for the request; but not while its owner is at a limit, so that it holds up
+    nobody.
+
+    Args:
+        queue: The requests, the first one first.
+        groups: Rows of pool_groups.
+        vms: Rows of pool_vms.
+        since: Only health checks since then count.
+        now: Seconds since the epoch.
+    """
+    limits = {group["name"].lower(): group for group in groups}
+    free: dict[tuple[str, str | None, str], list[str]] = {}
+    for vm in sorted(vms, key=lambda vm: vm["last_health_check"] or 0.0):
+        group = limits.get(vm["group"].lower())
+        if group and _may_be_lent(vm, group, since, now):
+            key = (vm["group"].lower(), vm["bound_to_user"], vm["bound_sandbox"])
+            free.setdefault(key, []).append(vm["vm_name"])
+    bound = collections.Counter(map(_binding, vms))
+    return [_share(request, limits, free, bound) for request in queue]
+
+
+def _may_be_lent(vm: Mapping[str, Any], group: Mapping[str, Any], since: float, now: float) -> bool:
+    count, age = group["reuse_max_count"], group["reuse_max_age_s"]
+    return (
+        vm["state"] == VmStates.READY
+        and (vm["last_health_check"] or 0.0) > since
+        and (count is None or vm["builds_count"] < count)
+        and (age is None or vm["spawned_at"] > now - age)
+    )
+
+
+def _binding(vm: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return for whom a VM counts, in which group; a terminating one counts for nobody."""
+    ends = vm["state"] == VmStates.TERMINATING
+    return vm["group"].lower(), None if ends else vm["bound_to_user"]
+
+
+def _share(
+    request: Request,
+    limits: Mapping[str, Mapping[str, Any]],
+    free: dict[tuple[str, str | None, str], list[str]],
+    bound: collections.Counter[tuple[str, str | None]],
+) -> Share:
+    """Take what there is for one request out of `free`, and count it in `bound`."""
+    share, taken, hopeless = Share(request), [], False
+    for groups in request.wants:
+        at_limit = True
+        for name in map(str.lower, groups):
+            limit = limits[name]["max_vm_per_user"] if name in limits else 0
+            may_bind = limit is None or bound[name, request.owner] < limit
+            own, fresh = (name, request.owner, request.sandbox), (name, None, "")
+            key = own if free.get(own) else fresh if may_bind and free.get(fresh) else None
+            if key:
+                share.vm_names.append(free[key].pop())
+                taken.append(key)
+                bound[name, request.owner] += key == fresh
+                break
+            at_limit = at_limit and not may_bind
+        else:
+            share.missing.append(groups)
+            hopeless = hopeless or at_limit
+    if hopeless:
+        for key in reversed(taken):
+            free[key].append(share.vm_names.pop())
+            bound[key[0], request.owner] -= key[1] is None
+    return share
 
 
 class Waiting:
@@ -3566,10 +3667,6 @@ def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None
 def pool_log(db: Database, vm_name: str) -> Path:
     """Return the file that holds what a VM's hooks printed."""
     return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
-
-
-class _AtLimit(NoVmAvailable):
-    """There may be VMs, but the owner may bind no more."""
 
 
 class VmManager(_Rows):
@@ -3983,13 +4080,15 @@ class VmManager(_Rows):
         try:
             with self.db.transaction(durable=True) as db:
                 since, waiting = self._see_server(request)
-                if waiting and (queue := self._queue()):
+                names = [self._choose(groups, request, since) for groups in request.wants]
+                queue = self._queue() if waiting else []
+                if queue:
                     names = self._left_by_queue(queue, request, since)
                     sql = "DELETE FROM pool_waiters WHERE token = ?"
                     db.connection.execute(sql, (request.token,))
-                    rows = [self._lease(name, request) for name in names]
-                else:
-                    rows = self._take_all(request, since)
+                elif len(names) > 1:
+                    names = self._left_by_queue([], request, since)
+                rows = [self._lease(name, request) for name in names]
                 if request.within:
                     request.within(rows)
                 _crash("pool-acquiring")
@@ -4023,20 +4122,21 @@ class VmManager(_Rows):
             )
         return row["started_at"] or 0.0, bool(row["waiting"])
 
-    def _take_all(self, request: Request, since: float) -> list[dict[str, Any]]:
-        return [self._take(groups, request, since) for groups in request.wants]
+    def _choose(self, groups: Iterable[str], request: Request, since: float) -> str:
+        """Return the VM for one want by what the indices tell, were it the only one.
 
-    def _take(self, groups: Iterable[str], request: Request, since: float) -> dict[str, Any]:
-        at_limit, now = True, CLOCK.wall()
+        Raises:
+            NoVmAvailable: there is none.
+        """
         for group in groups:
-            found = self.db.row(_CHOOSE, group=group, since=since, now=now, **request.party)
+            found = self.db.row(
+                _CHOOSE, group=group, since=since, now=CLOCK.wall(), **request.party
+            )
             if found is None:
                 self._group(group)  # which says that there is none
-                continue
-            if name := found["own"] or (found["may_bind"] and found["fresh"]):
-                return self._lease(cast(str, name), request)
-            at_limit = at_limit and not found["may_bind"]
-        raise (_AtLimit if at_limit else NoVmAvailable)("no VM is available")
+            elif name := found["own"] or (found["may_bind"] and found["fresh"]):
+                return cast(str, name)
+        raise NoVmAvailable("no VM is available")
 
     def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
         now, holder = CLOCK.wall(), request.holder
@@ -4093,69 +4193,39 @@ class VmManager(_Rows):
 
     def _queue(self) -> list[Request]:
         """Return what those want who wait and live, the first one first."""
+        return [_waiting_request(row) for row in self.waiters()]
+
+    def waiters(self) -> list[dict[str, Any]]:
+        """Return the rows of those who wait and live, the first one first."""
         now = CLOCK.wall()
-        rows = self.db.query(
+        return self.db.query(
             """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
                AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
             now=now,
             alive=now - self.db.timeouts.heartbeat,
         )
-        return [
-            Request(
-                tuple(map(tuple, json.loads(row["wants"]))),
-                row["owner"],
-                row["sandbox"],
-                _holder(row),
-                priority=row["priority"],
-                token=row["token"],
-            )
-            for row in rows
-        ]
 
     def _left_by_queue(self, queue: list[Request], request: Request, since: float) -> list[str]:
-        """Return the VMs for a request once those before it in the queue have theirs."""
-        with self._trial():
-            self._take_all(request, since)  # there is nothing in any case: no need to try the queue
-        with self._trial():
-            for other in queue:
-                if other.token == request.token:
-                    break
-                self._serve(other, since)
-            return [row["vm_name"] for row in self._take_all(request, since)]
+        """Return the VMs for a request once those before it in the queue have theirs.
+
+        Raises:
+            NoVmAvailable: some are missing.
+        """
+        before = itertools.takewhile(lambda other: other.token != request.token, queue)
+        share = self._allot([*before, request], since)[-1]
+        if share.missing:
+            raise NoVmAvailable("no VM is available")
+        return share.vm_names
+
+    def _allot(self, queue: Iterable[Request], since: float) -> list[Share]:
+        groups = self.db.query("SELECT * FROM pool_groups")
+        return allot(queue, groups, self.db.query("SELECT * FROM pool_vms"), since, CLOCK.wall())
 
     def next_in_queue(self) -> list[str]:
         """Return the tokens of the waiters who would be given all they want now."""
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        with self.db.transaction(), self._trial():
-            return [other.token for other in self._queue() if self._serve(other, since)]
-
-    def _serve(self, request: Request, since: float) -> bool:
-        """Give a waiter, on trial, what there is: the first VMs of several are kept for it.
-
-        But nothing while its owner is at the limit, so that it holds up nobody.
-        """
-        connection = self.db.connection
-        connection.execute("SAVEPOINT served")
-        try:
-            self._take_all(request, since)
-            return True
-        except _AtLimit:
-            connection.execute("ROLLBACK TO served")
-            return False
-        except NoVmAvailable:
-            return False
-        finally:
-            connection.execute("RELEASE served")
-
-    @contextlib.contextmanager
-    def _trial(self) -> Iterator[None]:
-        """Undo what the block does in the open transaction."""
-        self.db.connection.execute("SAVEPOINT trial")
-        try:
-            yield
-        finally:
-            self.db.connection.execute("ROLLBACK TO trial")
-            self.db.connection.execute("RELEASE trial")
+        shares = self._allot(self._queue(), since)
+        return [share.request.token for share in shares if not share.missing]
 
     def _wait(
         self, request: Request, timeout: float, tell: Callable[[str], object]
@@ -4408,7 +4478,8 @@ class VmManager(_Rows):
 
         Args:
             vm_name: The VM's name.
-            failure: Why the hook failed, which terminates the VM; '' if it succeeded.
+            failure: Why the hook failed, which terminates the VM, or makes it ill if its group has
+                no terminate hook; '' if it succeeded.
 
         Raises:
             VmDescriptorNotFound: the pool has no VM of this name.
@@ -4417,14 +4488,19 @@ class VmManager(_Rows):
             row = _pool_vm(db, vm_name)
             if row["releasing_at"] is None:
                 return
-            if failure:
+            group = self._group(row["group"])
+            columns: dict[str, Any] = {"releasing_at": None}
+            if failure and not group["terminate"]:  # it stays, unlent, until it is clean
+                state = VmStates.CHECK_HEALTH_FAILED
+                columns = {"releasing_at": CLOCK.wall(), "check_fails": row["check_fails"] + 1}
+            elif failure:
                 state = VmStates.TERMINATING
             else:  # after a failed check, the next one decides
                 well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
                 state = VmStates.READY if well else row["state"]
-            clean = not failure and self._group(row["group"])["release_cleans"]
-            unbound: dict[str, Any] = {"bound_to_user": None, "bound_sandbox": ""} if clean else {}
-            move_pool_vm(db, vm_name, state, failure, releasing_at=None, **unbound)
+                if group["release_cleans"]:
+                    columns |= {"bound_to_user": None, "bound_sandbox": ""}
+            move_pool_vm(db, vm_name, state, failure, **columns)
         wake_pool(self.db)
 
     def _own(self, row: Mapping[str, Any], token: str | None) -> None:
@@ -9484,12 +9560,16 @@ def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[Po
         group = groups.get(vm["group"].lower())
         if group and (action := _plan_vm(vm, group, pool.server_started, dues, timeouts)):
             actions.append(action)
+    supplies = _supplies(pool, now)
     for group in pool.groups:
-        actions += _plan_spawns(pool, group, dues)
+        supply = supplies[group["name"].lower()]
+        actions += _plan_spawns(pool, supply, dues)
+        actions += supply.recycled
         listed = pool.info.get((group["name"], "listed")) or {"at": 0}
         doubtful = listed.get("missing") or listed.get("strangers")
         period = timeouts.young if doubtful else group["vm_health_check_period_s"]
-        if group["list"] and not listed.get("hook") and dues.again(listed["at"], period):
+        wanted = group["list"] and group["terminate"]  # without the one, the other ends nothing
+        if wanted and not listed.get("hook") and dues.again(listed["at"], period):
             actions.append(PoolAction(HookKind.LIST, group["name"]))
     order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
     return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
@@ -9512,7 +9592,9 @@ def _plan_vm(
     if reason := _why_to_end(vm, group, dues):
         return do("end", reason=reason)
     if vm["releasing_at"] is not None:
-        return do(HookKind.RELEASE)
+        ill = vm["state"] == VmStates.CHECK_HEALTH_FAILED and not group["terminate"]
+        pause = group["vm_health_check_period_s"] if ill else 0.0
+        return do(HookKind.RELEASE) if dues.again(vm["releasing_at"], pause) else None
     return do(HookKind.CHECK) if _check_is_due(vm, group, server_started, dues, timeouts) else None
 
 
@@ -9522,9 +9604,11 @@ def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) ->
     def passed(since: float, limit: float | None) -> bool:
         return limit is not None and dues.passed(since + limit)
 
+    if vm["state"] == VmStates.SPAWNING:
+        return "its spawn hook was lost"
+    if not group["terminate"]:  # nobody would end its machine, so it is kept
+        return ""
     match vm["state"]:
-        case VmStates.SPAWNING:
-            return "its spawn hook was lost"
         case VmStates.HELD if dues.passed(vm["held_until"]):
             return "it was held until now"
         case VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] > group["vm_max_check_fails"]:
@@ -9569,48 +9653,109 @@ def _check_is_due(
     return False
 
 
-def _plan_spawns(pool: PoolRows, group: Mapping[str, Any], dues: _Dues) -> list[PoolAction]:
-    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
-    mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
-    spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
+class _Supply:
+    """What a group can come up with for those whom `allot` leaves without a VM."""
+
+    def __init__(self, pool: PoolRows, group: Mapping[str, Any], kept: Collection[str]) -> None:
+        self.group = group
+        mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
+        self.failed = pool.info.get((group["name"], "failed"))
+        self.spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
+        self.coming = sum(_is_coming(vm, group) and vm["vm_name"] not in kept for vm in mine)
+        self.unbound = self.coming
+        self.room = group["max_vm_total"] - len(mine)
+        self.leaving = sum(
+            vm["state"] == VmStates.TERMINATING
+            and (vm["hook"] == HookKind.TERMINATE or not vm["terminate_tries"])
+            for vm in mine
+        )
+        idle = [
+            vm
+            for vm in mine
+            if vm["state"] == VmStates.READY and vm["bound_to_user"] and not vm["hook"]
+            if vm["vm_name"] not in kept
+        ]
+        self.idle = sorted(idle, key=lambda vm: vm["last_release"] or vm["spawned_at"])
+        self.bound = collections.Counter(map(_binding, mine))
+        self.spawns = 0
+        self.recycled: list[PoolAction] = []
+
+    def serves(self, request: Request) -> bool:
+        """Whether it can come up with a VM for a request; then that is no one else's."""
+        limit, key = self.group["max_vm_per_user"], (self.group["name"].lower(), request.owner)
+        if limit is not None and self.bound[key] >= limit:  # then one of its own has to go
+            return self._recycle(request, own=True)
+        if self.coming:
+            self.coming -= 1
+        elif not self.group["spawn"]:
+            return False
+        elif self.room > 0:
+            self.room -= 1
+            self.spawns += 1
+        elif self.leaving:
+            self.leaving -= 1
+        elif not self._recycle(request, own=False):
+            return False
+        self.bound[key] += 1
+        return True
+
+    def _recycle(self, request: Request, *, own: bool) -> bool:
+        """End the VM that is idle, and somebody else's, for the longest time."""
+        if not (self.group["spawn"] and self.group["terminate"]):
+            return False
+        for vm in self.idle:
+            if vm["bound_to_user"] == request.owner if own else True:
+                self.idle.remove(vm)
+                reason = f"{request.owner} waits for one, and there is no room"
+                name = self.group["name"]
+                self.recycled.append(PoolAction("end", name, vm["vm_name"], reason))
+                return True
+        return False
+
+
+def _is_coming(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a VM is, or by itself becomes, one that anybody may be given."""
     fresh = (VmStates.SPAWNING, VmStates.GOT_IP, VmStates.CHECK_HEALTH, VmStates.READY)
-    coming = sum(
-        vm["state"] in fresh and not vm["bound_to_user"] and not vm["check_fails"] for vm in mine
+    unbinds = vm["releasing_at"] is not None and group["release_cleans"]
+    return (
+        vm["state"] in fresh and not vm["check_fails"] and bool(unbinds or not vm["bound_to_user"])
     )
-    lacking = max(group["min_ready"], _waiting(pool, group, mine)) - coming
-    room = min(group["max_vm_total"] - len(mine), group["max_spawn_processes"] - spawning)
+
+
+def _supplies(pool: PoolRows, now: float) -> dict[str, _Supply]:
+    """Charge each want that nobody serves now to the first of its groups that can serve it.
+
+    A group whose spawns fail comes last.
+    """
+    queue = [_waiting_request(row) for row in pool.waiters]
+    shares = allot(queue, pool.groups, pool.vms, pool.server_started, now)
+    kept = {name for share in shares for name in share.vm_names}
+    supplies = {group["name"].lower(): _Supply(pool, group, kept) for group in pool.groups}
+    for share in shares:
+        for wanted in share.missing:
+            named = [supplies[g.lower()] for g in map(str, wanted) if g.lower() in supplies]
+            for supply in sorted(named, key=lambda supply: bool(supply.failed)):
+                if supply.serves(share.request):
+                    break
+    return supplies
+
+
+def _plan_spawns(pool: PoolRows, supply: _Supply, dues: _Dues) -> list[PoolAction]:
+    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
+    group, failed = supply.group, supply.failed
+    count = sum(vm["group"].lower() == group["name"].lower() for vm in pool.vms)
+    lacking = max(group["min_ready"] - supply.unbound, supply.spawns)
+    room = min(group["max_vm_total"] - count, group["max_spawn_processes"] - supply.spawning)
     count = min(lacking, room)
     if count <= 0 or not group["spawn"]:
         return []
-    interval, failed = group["vm_spawn_min_interval_s"], pool.info.get((group["name"], "failed"))
+    interval = group["vm_spawn_min_interval_s"]
     pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S) if failed else 0.0
     if not dues.again(group["last_spawn_at"], interval):
         return []
     if failed and not dues.again(failed["at"], pause):
         return []
     return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
-
-
-def _waiting(pool: PoolRows, group: Mapping[str, Any], mine: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many VMs of a group are waited for by owners who may have more of them.
-
-    Who takes a VM of several groups waits for the first of them that spawns.
-    """
-    spawning = {g["name"].lower() for g in pool.groups if g["spawn"]}
-    waiting: dict[str, int] = {}
-    for waiter in pool.waiters:
-        for groups in json.loads(waiter["wants"]):
-            first = next((str(g).lower() for g in groups if str(g).lower() in spawning), None)
-            if first == group["name"].lower():
-                waiting[waiter["owner"]] = waiting.get(waiter["owner"], 0) + 1
-    limit = group["max_vm_per_user"]
-    if limit is not None:
-        for owner in waiting:
-            bound = sum(
-                vm["bound_to_user"] == owner and vm["state"] != VmStates.TERMINATING for vm in mine
-            )
-            waiting[owner] = min(waiting[owner], max(0, limit - bound))
-    return sum(waiting.values())
 
 
 NO_HOOK: dict[str, Any] = {
@@ -9743,10 +9888,7 @@ class Keeper:
         rows = PoolRows(
             list(groups.values()),
             self.db.query("SELECT * FROM pool_vms ORDER BY state_at, vm_name"),
-            self.db.query(
-                "SELECT owner, wants FROM pool_waiters WHERE heartbeat_at > :since",
-                since=CLOCK.wall() - self.timeouts.heartbeat,
-            ),
+            self.manager.waiters(),
             {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
             self._server_started(),
         )
@@ -9825,7 +9967,7 @@ class Keeper:
                     hook.kill(action.reason, self.timeouts.term_grace)
             return False
         if action.what == "end":
-            return self._end_vm(action.vm_name, group)
+            return self._end_vm(action, seen)
         if action.what == HookKind.TERMINATE and not group["terminate"]:
             with contextlib.suppress(VmError):  # it came by hand, and goes by hand
                 self.manager.remove_vm_from_pool(action.vm_name)
@@ -9853,15 +9995,20 @@ class Keeper:
         _crash("hook-begun")
         return True
 
-    def _end_vm(self, vm_name: str, group: Mapping[str, Any]) -> bool:
+    def _end_vm(self, action: PoolAction, seen: Mapping[str, Any] | None) -> bool:
         with self.db.transaction(durable=True) as db:
-            row = self._row(vm_name)
-            reason = "" if row is None else _why_to_end(row, group, _Dues(CLOCK.wall()))
-            if row is None or not reason or row["hook"]:  # somebody has acquired it meanwhile
-                return False
-            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
-        self.log.info("%s is terminated: %s", vm_name, reason)
+            if not self._is_as(self._row(action.vm_name), seen):
+                return True  # somebody has acquired it meanwhile, perhaps: look again
+            state = VmStates.TERMINATING
+            move_pool_vm(db, action.vm_name, state, action.reason, releasing_at=None)
+        self.log.info("%s is terminated: %s", action.vm_name, action.reason)
         return True
+
+    @staticmethod
+    def _is_as(row: Mapping[str, Any] | None, seen: Mapping[str, Any] | None) -> bool:
+        """Whether a VM is still as it was when something was planned for it."""
+        columns = ("state", "hook", "token", "releasing_at", "last_release", "held_until")
+        return row is not None and seen is not None and all(row[c] == seen[c] for c in columns)
 
     def _hook(
         self, kind: HookKind, group: Mapping[str, Any], seen: Mapping[str, Any] | None
@@ -9874,7 +10021,8 @@ class Keeper:
         limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
         command = group[kind]
         if not command:
-            fresh = vm["last_health_check"] is None  # it may be booting
+            # It may be booting; one that was spawned is looked at again soon, if there is a soon.
+            fresh = vm["last_health_check"] is None and (self.once or not group["spawn"])
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
             words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
@@ -9907,11 +10055,9 @@ class Keeper:
         columns |= zip(("hook_pid", "hook_started", "hook_boot"), noted, strict=True)
         if hook.kind == HookKind.SPAWN:
             return self._claim_spawn(hook, group, columns)
-        assert seen is not None
         with self.db.transaction() as db:
             row = self._row(hook.vm_name)
-            same = ("state", "hook", "token", "releasing_at")
-            if row is None or any(row[column] != seen[column] for column in same):
+            if row is None or not self._is_as(row, seen):
                 return False
             state = row["state"]
             if hook.kind == HookKind.CHECK:
@@ -10025,7 +10171,7 @@ class Keeper:
         move_pool_vm(self.db, name, VmStates.GOT_IP, **settled)
 
     def _end_check(self, hook: Hook) -> None:
-        if hook.killed or hook.exit_code == EX_TEMPFAIL:
+        if hook.killed or hook.exit_code == EX_TEMPFAIL or self._may_boot(hook):
             with self.db.transaction() as db:  # what the check before it told goes on to hold
                 row = _pool_vm(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
@@ -10035,6 +10181,14 @@ class Keeper:
             self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
         else:
             self.manager.mark_vm_checked(hook.vm_name)
+
+    def _may_boot(self, hook: Hook) -> bool:
+        """Whether a check failed of a spawned VM that never answered, and has time to do so."""
+        row = _pool_vm(self.db, hook.vm_name)
+        group = self.manager._group(row["group"])
+        never = group["spawn"] and row["last_health_check"] is None
+        young = CLOCK.wall() < row["spawned_at"] + group["spawn_timeout_s"]
+        return bool(hook.fault and never and young)
 
     def _end_release(self, hook: Hook) -> None:
         if not hook.killed:

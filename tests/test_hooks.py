@@ -226,7 +226,8 @@ def test_the_log_of_hooks_begins_anew_before_it_fills_the_disk(
 
 
 def test_a_check_that_fails_too_often_ends_the_vm(db: vmrm.Database, tmp_path: Path) -> None:
-    group(db, {"check": "echo gone >&2; exit 1"}, vm_max_check_fails=1)
+    hooks = {"check": "echo gone >&2; exit 1", "terminate": "true"}
+    group(db, hooks, vm_max_check_fails=1)
     vmrm.VmManager(db=db).add_vm_to_pool("10.0.0.1", "vm1", "ci")
     keep(db)
     assert states(db) == {"vm1": "check_health_failed"}
@@ -289,7 +290,7 @@ def test_the_default_check_tells_no_agent_from_no_exec(
 def test_a_release_hook_has_the_last_word_before_a_vm_is_given_out_again(
     release: str, left: dict[str, str], db: vmrm.Database
 ) -> None:
-    group(db, {"check": "true", "release": release}, release_cleans=1)
+    group(db, {"check": "true", "release": release, "terminate": "true"}, release_cleans=1)
     manager = vmrm.VmManager(db=db)
     manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
     keep(db)

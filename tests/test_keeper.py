@@ -55,7 +55,7 @@ def vm(state: str, **columns: Any) -> dict[str, Any]:
 def defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the row of a group with nothing set."""
     with vmrm.Database(tmp_path_factory.mktemp("plan") / "lab.db") as database:
-        vmrm.put_group(database, "ci", {"min_ready": 0})
+        vmrm.put_group(database, "ci", {"min_ready": 0, "terminate": "x"})
         return database.query("SELECT * FROM pool_groups")[0]
 
 

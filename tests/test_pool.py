@@ -176,7 +176,8 @@ def test_a_check_that_fails_during_a_lease_counts_at_its_release(pool: VmManager
 
 
 def test_a_release_hook_stands_between_release_and_the_next_lease(pool: VmManager) -> None:
-    vmrm.put_group(pool.db, "7", {"release": "revert", "release_cleans": 1})
+    hooks = {"release": "revert", "release_cleans": 1, "terminate": "x"}
+    vmrm.put_group(pool.db, "7", hooks)
     add(pool, "a", "b")
     for name, failure in (("a", ""), ("b", "no snapshot")):
         vm = pool.acquire_vm([7], "ann", "s", ME)

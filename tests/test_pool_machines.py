@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -222,3 +224,77 @@ def test_two_vms_of_an_experiment_are_two_machines(cli: Cli, agent: Path) -> Non
     done = cli("load", file)
     assert done.code == 2
     assert "is already that of vm 'web'" in done.err
+
+
+# === without a terminate hook nothing is forgotten ===============================================
+
+
+def test_an_ill_machine_that_nobody_can_end_stays_unlent_until_it_is_well(
+    db: vmrm.Database, tmp_path: Path
+) -> None:
+    well = tmp_path / "well"
+    group(db, {"check": f"test -e {well}"}, vm_max_check_fails=0, vm_health_check_period=0.001)
+    pool = vmrm.VmManager(db=db)
+    pool.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    for _ in range(5):
+        keep(db)
+        time.sleep(db.timeouts.recheck)
+        assert states(db) == {"vm1": "check_health_failed"}
+        with pytest.raises(vmrm.NoVmAvailable, match="1 failed their check"):
+            pool.acquire_vm(["ci"], "me", "box", os.getpid())
+    well.touch()
+    keep(db)
+    assert pool.acquire_vm(["ci"], "me", "box", os.getpid()).vm_name == "vm1"
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"reuse_max_count": 1},
+        {"reuse_max_age": 0.001},
+        {"reuse_max_idle": 0.001},
+        {"vm_dirty_terminating_timeout": 0},
+        {"list": "true", "vm_health_check_period": 0.001},
+        {},
+    ],
+)
+def test_a_machine_that_nobody_can_end_is_not_forgotten_for_any_limit(
+    db: vmrm.Database, limit: dict[str, float]
+) -> None:
+    group(db, {"check": "true"})
+    pool = vmrm.VmManager(db=db)
+    pool.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    pool.acquire_vm(["ci"], "me", "box", os.getpid())
+    if limit:
+        pool.release_vm("vm1")
+    else:
+        pool.hold_vm("vm1", time.time())
+    group(db, {}, **limit)
+    for _ in range(3):
+        time.sleep(db.timeouts.young)
+        keep(db)
+        assert states(db) == {"vm1": "ready" if limit else "held"}
+
+
+def test_a_machine_that_cannot_be_cleaned_nor_ended_stays_unlent_until_it_is_clean(
+    db: vmrm.Database, tmp_path: Path
+) -> None:
+    clean, tried = tmp_path / "clean", tmp_path / "tried"
+    hooks = {"check": "true", "release": f"echo >> {tried}; test -e {clean}"}
+    group(db, hooks, release_cleans=1, vm_health_check_period=1000)
+    pool = vmrm.VmManager(db=db)
+    pool.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    pool.acquire_vm(["ci"], "me", "box", os.getpid())
+    pool.release_vm("vm1")
+    for _ in range(3):
+        keep(db)
+        assert states(db) == {"vm1": "check_health_failed"}
+    assert len(tried.read_text()) == 1, "not again before the period is over"
+    clean.touch()
+    group(db, {}, vm_health_check_period=0.001)
+    keep(db)
+    assert len(tried.read_text()) == 2
+    keep(db)
+    assert pool.acquire_vm(["ci"], "you", "box", os.getpid()).vm_name == "vm1"

@@ -1,0 +1,315 @@
+"""Who waits for a VM gets one: recycled, spawned, from whichever of the groups can serve it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_lab import until
+from hypothesis import given
+from hypothesis import strategies as st
+from keepers import FAST, Provider, group, keep, reasons, served, states
+
+import vmrm
+
+ME = os.getpid()
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[vmrm.Database]:
+    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
+        yield database
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[Provider]:
+    machines = Provider(tmp_path / "machines")
+    yield machines
+    machines.end()
+
+
+@pytest.fixture
+def pool(db: vmrm.Database) -> vmrm.VmManager:
+    return vmrm.VmManager(db=db)
+
+
+# === who gets what ===============================================================================
+
+OWNERS, BOXES, GROUPS = ("ann", "bob"), ("s", "t"), ("a", "b")
+
+
+def vm(number: int, group: str, bound: tuple[str, str] | None, ready: bool) -> dict[str, Any]:
+    """Return a row of pool_vms."""
+    row = dict.fromkeys(vmrm.VmDescriptor.__dataclass_fields__)
+    row |= {"vm_name": f"vm{number}", "group": group, "state": "ready" if ready else "in_use"}
+    row |= {"bound_to_user": bound and bound[0], "bound_sandbox": bound[1] if bound else ""}
+    return row | {"last_health_check": 5.0 + number, "builds_count": 0, "spawned_at": 1.0}
+
+
+bindings = st.none() | st.tuples(st.sampled_from(OWNERS), st.sampled_from(BOXES))
+machines = st.lists(st.tuples(st.sampled_from(GROUPS), bindings, st.booleans()), max_size=8)
+wishes = st.lists(
+    st.tuples(
+        st.lists(
+            st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2, unique=True),
+            min_size=1,
+            max_size=2,
+        ),
+        st.sampled_from(OWNERS),
+        st.sampled_from(BOXES),
+    ),
+    max_size=5,
+)
+limits = st.fixed_dictionaries({name: st.none() | st.integers(0, 3) for name in GROUPS})
+
+
+@given(machines=machines, wishes=wishes, limits=limits)
+def test_who_can_be_served_is_served_and_nobody_beyond_a_limit(
+    machines: list[tuple[str, tuple[str, str] | None, bool]],
+    wishes: list[tuple[list[list[str]], str, str]],
+    limits: dict[str, int | None],
+) -> None:
+    vms = [vm(number, *machine) for number, machine in enumerate(machines)]
+    vms = [
+        {**row, "bound_to_user": row["bound_to_user"] or "zoe"} if row["state"] == "in_use" else row
+        for row in vms
+    ]
+    none = {"reuse_max_count": None, "reuse_max_age_s": None}
+    groups = [{"name": name, "max_vm_per_user": limits[name], **none} for name in GROUPS]
+    queue = [
+        vmrm.Request(tuple(map(tuple, wants)), owner, box, None) for wants, owner, box in wishes
+    ]
+    shares = vmrm.allot(queue, groups, vms, 0.0, 100.0)
+    assert [share.request for share in shares] == queue
+    rows = {row["vm_name"]: row for row in vms}
+    given = [name for share in shares for name in share.vm_names]
+    assert len(given) == len(set(given)), "nothing is given twice"
+    bound = Counter((row["group"], row["bound_to_user"]) for row in vms)
+    for share in shares:
+        request = share.request
+        assert len(share.vm_names) + len(share.missing) <= len(request.wants)
+        assert share.missing or len(share.vm_names) == len(request.wants), "all, or some miss"
+        for name in share.vm_names:
+            row = rows[name]
+            assert row["state"] == "ready"
+            assert row["bound_to_user"] in (None, request.owner)
+            if row["bound_to_user"] is None:
+                bound[row["group"], request.owner] += 1
+                limit = limits[row["group"]]
+                assert limit is None or bound[row["group"], request.owner] <= limit
+            else:
+                assert row["bound_sandbox"] == request.sandbox
+    for share in shares:  # what is left is nobody's who could have had it
+        for groups_of_want in share.missing if len(share.request.wants) == 1 else ():
+            for name in rows.keys() - set(given):
+                row, owner = rows[name], share.request.owner
+                own = (row["bound_to_user"], row["bound_sandbox"]) == (owner, share.request.sandbox)
+                limit = limits[row["group"]]
+                fresh = row["bound_to_user"] is None and (
+                    limit is None or bound[row["group"], owner] < limit
+                )
+                usable = row["state"] == "ready" and row["group"] in groups_of_want
+                assert not (usable and (own or fresh))
+
+
+# === a group with hooks never starves ============================================================
+
+
+@pytest.mark.parametrize("by", ["sandboxes", "owners", "sandboxes of an owner at its limit"])
+def test_a_group_serves_more_than_it_has_machines(
+    by: str, db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    limit = 1 if "limit" in by else None
+    group(db, provider.hooks, max_vm_total=2, max_vm_per_user=limit)
+    with served(db.path) as keeper:
+        for number in range(4):
+            owner, sandbox = ("me", f"box{number}") if by != "owners" else (f"o{number}", "box")
+            with pool.lease(["ci"], owner, sandbox, wait=60) as mine:
+                assert mine.vm_name in provider.running()
+            assert len(provider.running()) <= 2
+        keeper.terminate()
+
+
+def test_the_machine_that_is_idle_for_the_longest_time_goes_and_no_other(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks, max_vm_total=4, min_ready=4, max_spawn_processes=4)
+    keep(db)
+    used = [pool.acquire_vm(["ci"], f"o{number}", "box", ME).vm_name for number in range(4)]
+    group(db, {}, min_ready=0)
+    for name in (used[2], used[1]):
+        pool.release_vm(name)
+    pool.hold_vm(used[3], time.time() + 1000)
+    before = set(states(db))
+    keep(db)
+    assert set(states(db)) == before, "nobody waits"
+    with served(db.path) as keeper, pool.lease(["ci"], "new", "box", wait=60) as mine:
+        assert mine.vm_name not in used
+        assert states(db) == {
+            used[0]: "in_use",
+            used[1]: "ready",
+            used[3]: "held",
+            mine.vm_name: "in_use",
+        }
+        keeper.terminate()
+    assert "new waits for one, and there is no room" in reasons(db)
+
+
+@pytest.mark.parametrize("lacking", ["spawn", "terminate"])
+def test_no_machine_is_recycled_that_cannot_be_made_anew(
+    lacking: str, db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks, max_vm_total=1)
+    keep(db)
+    mine = pool.acquire_vm(["ci"], "me", "box", ME).vm_name
+    pool.release_vm(mine)
+    group(db, {lacking: "", "list": ""})
+    request = vmrm.Request((("ci",),), "you", "box", vmrm.Holder.of(ME))
+    with vmrm.Waiting(pool, request, 60) as place:
+        assert not place.try_again()
+        keep(db)
+        assert states(db) == {mine: "ready"}
+
+
+# === a waiter for several groups =================================================================
+
+
+@pytest.mark.parametrize("why", ["full", "limit", "fails", "none"])
+def test_a_waiter_is_served_by_the_first_of_its_groups_that_can_serve_it(
+    why: str, db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    settings: dict[str, Any] = {"vm_spawn_min_interval": 0, "min_ready": 0, **provider.hooks}
+    limits = {"full": {"max_vm_total": 1}, "limit": {"max_vm_per_user": 1}}.get(why, {})
+    with ExitStack() as stack:
+        for name in ("first", "second"):
+            vmrm.put_group(db, name, settings | {"list": ""})
+        vmrm.put_group(db, "first", limits | ({"spawn": "exit 1"} if why == "fails" else {}))
+        keeper = stack.enter_context(served(db.path))
+        if why in ("full", "limit"):
+            stack.enter_context(pool.lease(["first"], "me", "other", wait=60))
+        with pool.lease(["first", "second"], "me", "box", wait=60) as mine:
+            assert mine.group == ("first" if why == "none" else "second")
+        keeper.terminate()
+
+
+# === slow boots ==================================================================================
+
+
+def test_a_machine_that_boots_slowly_is_looked_at_often_and_waited_for(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider, tmp_path: Path
+) -> None:
+    up, looked = tmp_path / "up", tmp_path / "looked"
+    check = f"echo >> {looked}; test -e {up}"
+    group(db, provider.hooks | {"check": check}, max_vm_total=5, vm_max_check_fails=0)
+    with served(db.path) as keeper:
+        until(lambda: looked.exists() and len(looked.read_text()) >= 4, 60)
+        (booting,) = states(db)
+        assert provider.running() == {booting}, "no other was spawned in its place"
+        with pytest.raises(vmrm.NoVmAvailable, match="1 of 1 not checked yet"):
+            pool.acquire_vm(["ci"], "me", "box", ME)
+        up.touch()
+        until(lambda: states(db) == {booting: "ready"})
+        up.unlink()  # once it has answered, a failed check is one
+        group(db, {}, vm_health_check_period=0.001, min_ready=0)
+        until(lambda: not states(db))
+        keeper.terminate()
+    assert "it failed 1 checks in a row" in reasons(db)
+
+
+def test_a_machine_that_never_answers_is_given_up_after_the_spawn_timeout(
+    db: vmrm.Database, provider: Provider
+) -> None:
+    hooks = provider.hooks | {"check": "exit 1", "list": ""}
+    group(db, hooks, max_vm_total=2, spawn_timeout=3, vm_max_check_fails=0)
+    with served(db.path) as keeper:
+        until(lambda: states(db), 30)
+        (lost,) = states(db)
+        until(lambda: "it failed 1 checks in a row" in reasons(db), 60)
+        until(lambda: states(db).keys() - {lost}, 30)
+        keeper.terminate()
+
+
+# === between the keeper's plan and its deed ======================================================
+
+
+def between(monkeypatch: pytest.MonkeyPatch, happens: Any) -> list[vmrm.PoolAction]:
+    """Have something happen once the keeper has planned what it does; return all it planned."""
+    plan, planned = vmrm.keeper_plan, []
+
+    def planning(*words: Any) -> Any:
+        actions, again_at = plan(*words)
+        if actions and not planned:
+            happens()
+        planned.extend(actions)
+        return actions, again_at
+
+    monkeypatch.setattr(vmrm, "keeper_plan", planning)
+    return planned
+
+
+@pytest.mark.parametrize("then", ["in use", "released again", "held for longer"])
+def test_a_vm_that_is_acquired_between_plan_and_deed_is_not_terminated(
+    then: str, db: vmrm.Database, pool: vmrm.VmManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group(db, {"check": "true", "terminate": "true"}, min_ready=0)
+    pool.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    if then == "held for longer":
+        pool.hold_vm("vm1", time.time())
+    else:
+        pool.acquire_vm(["ci"], "me", "box", ME)
+        pool.release_vm("vm1")
+        group(db, {}, vm_dirty_terminating_timeout=0)
+
+    def happens() -> None:
+        if then == "held for longer":
+            pool.hold_vm("vm1", time.time() + 1000)
+            return
+        group(db, {}, vm_dirty_terminating_timeout=1000)
+        pool.acquire_vm(["ci"], "me", "box", ME)
+        if then == "released again":
+            pool.release_vm("vm1")
+
+    planned = between(monkeypatch, happens)
+    keep(db)
+    assert planned[0].what == "end"
+    wanted = {"in use": "in_use", "released again": "ready", "held for longer": "held"}
+    assert states(db) == {"vm1": wanted[then]}
+
+
+@pytest.mark.parametrize("hook", ["check", "release"])
+def test_no_hook_is_started_for_a_vm_that_moved_between_plan_and_deed(
+    hook: str,
+    db: vmrm.Database,
+    pool: vmrm.VmManager,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    ran = tmp_path / "ran"
+    group(db, {"check": "true", "terminate": "true"}, min_ready=0)
+    pool.add_vm_to_pool("10.0.0.1", "vm1", "ci")
+    keep(db)
+    group(db, {hook: f"echo {hook} >> {ran}"}, vm_health_check_period=0.001)
+    if hook == "release":
+        pool.acquire_vm(["ci"], "me", "box", ME)
+        pool.release_vm("vm1")
+
+    def happens() -> None:
+        group(db, {}, vm_health_check_period=1000)
+        if hook == "release":
+            pool.start_vm_termination("vm1")
+        else:
+            pool.acquire_vm(["ci"], "me", "box", ME)
+
+    planned = between(monkeypatch, happens)
+    time.sleep(db.timeouts.recheck)
+    keep(db)
+    assert planned[0].what == hook
+    assert not ran.exists()
+    assert states(db) == ({} if hook == "release" else {"vm1": "in_use"})
