@@ -1042,7 +1042,8 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     steps = Migrations("vmrm")
 
     def version_3(db: Utils) -> None:
-        """Nothing but the schema differs."""
+        """Tell the pool's machines apart."""
+        _find_twins(db.conn)
 
     for version, step in ((3, version_3),):
         if version > found:
@@ -3664,6 +3665,35 @@ def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None
         )
 
 
+def _find_twins(connection: sqlite3.Connection) -> None:
+    """Note which machine each VM of the pool is; of several that are one, only the oldest is lent.
+
+    The others are kept for a person, who alone can tell what they were meant to be.
+    """
+    known: dict[str, str] = {}
+    rows = "SELECT vm_name, path, state FROM pool_vms WHERE path <> '' ORDER BY spawned_at, vm_name"
+    for vm_name, path, state in connection.execute(rows).fetchall():
+        address = _address_or_path(path)
+        if known.setdefault(address, vm_name) == vm_name:
+            sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
+            connection.execute(sql, (address, vm_name))
+        elif state != VmStates.TERMINATING:
+            connection.execute(
+                """UPDATE pool_vms SET state = 'held', held_until = ?, reason = ?, who = ?,
+                       releasing_at = NULL, state_at = ? WHERE vm_name = ?""",
+                (
+                    FOR_GOOD,
+                    f"it is the machine of VM {known[address]}",
+                    _who(os.getpid()),
+                    CLOCK.wall(),
+                    vm_name,
+                ),
+            )
+
+
+FOR_GOOD = 9e9  # in seconds since the epoch, of what waits for a person
+
+
 def pool_log(db: Database, vm_name: str) -> Path:
     """Return the file that holds what a VM's hooks printed."""
     return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
@@ -4287,7 +4317,13 @@ class VmManager(_Rows):
             """SELECT vm_name, "group" FROM pool_vms
                WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
         )
-        return faults + [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
+        faults += [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
+        machines: dict[str, str] = {}
+        for vm in self._select("path <> ''"):  # links may have been set anew
+            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
+            if other != vm.vm_name:
+                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
+        return faults
 
     # --- renewal, release ---
 

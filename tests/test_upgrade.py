@@ -135,3 +135,26 @@ def test_an_older_vmrm_that_works_with_it_is_left_in_peace(cli: Cli, old: Path) 
         assert content(old) == before
         worker.communicate(b"\n")
     assert cli("status").code == 0
+
+
+def test_vms_of_the_pool_that_are_one_machine_are_told_and_one_of_them_is_lent(
+    cli: Cli, old: Path
+) -> None:
+    with closing(sqlite3.connect(old)) as db:
+        db.execute(
+            "UPDATE pool_vms SET path = 'unix:/run/qga/../qga/m1.sock' WHERE vm_name <> 'm1'"
+        )
+        db.execute("UPDATE pool_vms SET path = 'what? no: address' WHERE vm_name = 'm1'")
+        db.commit()
+    listed = {row["vm"]: (row["state"], row["reason"]) for row in rows(cli, "pool", "list")}
+    assert listed == {
+        "m1": ("ready", ""),
+        "m2": ("ready", ""),
+        "m3": ("held", "it is the machine of VM m2"),
+    }
+    assert rows(cli, "pool", "info", "m3")["path"] == "unix:/run/qga/../qga/m1.sock"
+    told = cli("check")
+    assert (told.code, "VM m3: it is the machine of VM m2" in told.out + told.err) == (1, True)
+    assert cli("pool", "terminate", "m3", "--token", LEASE).code == 0
+    assert cli("pool", "remove", "m3").code == 0
+    assert cli("check").code == 0
