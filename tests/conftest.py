@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses.
 
+`limit` (automatic)      a test that hangs fails
 `children` (automatic)   a test that leaves a child process fails
 `leftovers` (automatic)  a run that leaves any process working in its temporary directory fails
 `qemu_ga`                starts the real guest agent on a socket of this host
@@ -41,6 +42,9 @@ settings.load_profile("any-speed")
 # What runs in the background of a shell ignores SIGINT, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+# Seconds after which a test hangs, on any host; it is failed and shows where.
+LIMIT_S = 600.0
 
 # Seconds that processes get to end by themselves, once nobody needs them.
 GRACE_S = 2.0
@@ -102,6 +106,20 @@ def own_children() -> set[int]:
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             found.update(map(int, path.read_text().split()))
     return found
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Fail a test that hangs, wherever its main thread waits, and go on with the others."""
+
+    def fail(*_: object) -> NoReturn:
+        pytest.fail(f"not done within {LIMIT_S:g} s")
+
+    old = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ vmrm does not look. `audit` compares that record with the journal.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tables
 
 import vmrm
 
@@ -174,7 +177,7 @@ class Lab:
 
     def handler_pids(self) -> list[int]:
         """Return the pids of the live handlers, as their rows have them."""
-        pids = [row["handler_pid"] for row in self.query("SELECT handler_pid FROM vms")]
+        pids = [row["handler_pid"] for row in tables.vms(self.db).values()]
         return [pid for pid in pids if pid and Path(f"/proc/{pid}").exists()]
 
     def supervisor_pid(self) -> int | None:
@@ -192,17 +195,36 @@ class Lab:
                 return int(folder.name)
         return None
 
-    def logs(self) -> str:
-        """Return the logs' last lines, for a failing test's message."""
+    def logs(self, whole: bool = False) -> str:
+        """Return the logs, by default their last lines for a failing test's message."""
         paths = sorted((self.folder / "lab.db.d" / "logs").glob("*.log"))
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
+        last = 0 if whole else -3000
+        return "\n".join(f"--- {path.name}\n{path.read_text()[last:]}" for path in paths)
 
     def audit(self) -> None:
         """Assert that the journal and the guests' own records agree about what has run."""
-        for n in range(1, self.count + 1):
-            launch = self.guest(n) / "launch"
-            record = (launch / "record").read_text().splitlines() if launch.exists() else []
-            self.audit_vm(f"vm{n}", record, len(list(launch.glob("*/*/attempt.*"))))
+        for name, row in tables.vms(self.db).items():
+            launch = Path(row["launch_dir"])
+            path = launch / "record"
+            record = path.read_text().splitlines() if path.exists() else []
+            self.audit_vm(name, record, len(list(launch.glob("*/*/attempt.*"))))
+        self.audit_start()
+
+    def audit_start(self) -> None:
+        """Assert that there was one start time, and that everybody has planned by it."""
+        experiment = tables.experiment(self.db)
+        start = experiment["start_at"]
+        told = set(re.findall(r"the experiment starts at (\S+)", self.logs(whole=True)))
+        assert len(told) <= 1, told
+        if start is None or tables.holds(self.db):  # which move what is planned
+            return
+        times = {(row["server_name"], row["ordinal"]): row for row in tables.entries(self.db)}
+        pauses = {row["server_name"] for row in times.values() if row["pause"] is not None}
+        for row in tables.attempts(self.db):
+            entry = times.get((row["server_name"], row["ordinal"]))
+            if entry and row["planned_at"] and row["server_name"] not in pauses:
+                late = row["planned_at"] - start - entry["start_time"]
+                assert abs(late) < 0.001, f"planned by another start than {start}: {row}"
 
     def audit_vm(self, name: str, record: list[str], claims: int, lossy: bool = False) -> None:
         """Assert that what a guest has written down is what the journal says of it.
@@ -213,13 +235,13 @@ class Lab:
             claims: How many attempts have left a directory.
             lossy: Whether the guest has lost what it had not synced, some of both.
         """
-        rows = self.query("SELECT * FROM attempts WHERE server_name = ? ORDER BY id", name)
-        assert not [row for row in rows if row["outcome"] in ("armed", "running")], rows
-        script = "SELECT * FROM entry_status WHERE server_name = ? AND executable IS NOT NULL"
-        for item in self.query(script, name):
+        attempts = tables.attempts(self.db, name)
+        assert not [row for row in attempts if row["outcome"] in ("armed", "running")], attempts
+        scripts = [row for row in tables.entries(self.db, name) if row["executable"] is not None]
+        for item in scripts:
             number = item["ordinal"]
             began = record.count(f"{number} begin")
-            mine = [row for row in rows if row["ordinal"] == number]
+            mine = [row for row in attempts if row["ordinal"] == number]
             begun = [row for row in mine if "did not begin" not in row["error"]]
             sure = sum(row["outcome"] in ("done", "failed") for row in begun)
             unknown = sum(row["outcome"] == "unknown" for row in mine)
@@ -228,13 +250,20 @@ class Lab:
             assert lossy or 1 <= began >= sure, seen
             assert mine, seen
         runs = sum(line.endswith(" begin") for line in record)
-        assert lossy or 0 < runs <= claims, (record, claims)
+        assert lossy or not scripts or 0 < runs <= claims, (record, claims)
 
 
 def crash_labels() -> list[str]:
-    """Return every named crash point of vmrm."""
-    text = (ROOT / "vmrm.py").read_text()
-    return sorted(set(re.findall(r'_crash\("([a-z-]+)"\)', text)))
+    """Return every named crash point of vmrm: what its calls of `_crash` are given."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / "vmrm.py").read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id == "_crash"
+    ]
+    labels = {ast.literal_eval(call.args[0]) for call in calls}
+    assert len(labels) > 20, "crash points are called otherwise now"
+    return sorted(labels)
 
 
 def kill(pid: int) -> None:

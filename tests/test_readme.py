@@ -94,7 +94,8 @@ def run_section(section: str, folder: Path) -> list[tuple[str, str, str]]:
     for command, _ in todo:
         lines += [command, f"echo {MARK}"]
         if command.endswith("&"):  # an agent, which says when it listens
-            lines[-2:] = [f"coproc {{ {command[:-1]}; }}", "read -r said <&${COPROC[0]}"]
+            # By exec, so that it is the agent that is killed in the end, not a shell above it.
+            lines[-2:] = [f"coproc {{ exec {command[:-1]}; }}", "read -r said <&${COPROC[0]}"]
             lines += ["echo $said", f"echo {MARK}"]
     (folder / "session.sh").write_text("\n".join(lines) + "\n")
     text = _in_terminal(folder, lab)

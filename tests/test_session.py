@@ -12,6 +12,7 @@ import pickle
 import select
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,20 @@ def test_a_huge_or_deep_reply_makes_a_short_message() -> None:
             assert len(str(caught.value)) < 500
 
 
+@contextlib.contextmanager
+def bounded(end: socket.socket, seconds: float = 30) -> Iterator[None]:
+    """Hang up after a while, so that who waits for ever does so no longer."""
+    timer = threading.Timer(seconds, lambda: end.shutdown(socket.SHUT_RDWR))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def test_sending_has_a_deadline_too() -> None:
     near, far = socket.socketpair()
-    with near, far:
+    with near, far, bounded(far):
         near.setblocking(False)
         link = drivers.Link(near, drivers.plain_wait, LOG)
         ticket, _ = link.session.encode("guest-file-write", None)

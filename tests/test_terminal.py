@@ -146,12 +146,23 @@ def test_a_second_ctrl_c_does_not_wait_for_anybody(
         until(lambda: not Path(f"/proc/{pid}").exists())
 
 
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open: vmrm its database, once it heeds signals."""
+    return any(link.is_symlink() and link.readlink() == path for link in open_files(pid))
+
+
+def open_files(pid: int) -> Iterator[Path]:
+    """List a process's descriptors."""
+    return Path(f"/proc/{pid}/fd").iterdir()
+
+
 @pytest.mark.parametrize("words", ["wait", "logs vm1 --follow", "exec vm1 sleep 20"])
 def test_ctrl_c_in_a_waiting_command(cli: Cli, tmp_path: Path, children: None, words: str) -> None:
     with stand_ins(tmp_path / "agents", 1):
         assert cli("run", endless(tmp_path), "--detach").code == 0
         until((tmp_path / "pid").exists)
         with terminal(cli, *words.split()) as child:
+            until(lambda: has_open(child.pid, cli.db))
             with pytest.raises(pexpect.TIMEOUT):
                 child.expect(pexpect.EOF, timeout=1)
             child.sendintr()
