@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -165,15 +164,6 @@ class Lab:
             if done.returncode == 0:
                 return codes
         raise AssertionError(f"{codes}: {done.stderr}\n{self.logs()}")
-
-    def query(self, sql: str, *parameters: object) -> list[dict[str, Any]]:
-        """Read the database from outside of vmrm."""
-        connection = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
-        connection.row_factory = sqlite3.Row
-        try:
-            return [dict(row) for row in connection.execute(sql, parameters)]
-        finally:
-            connection.close()
 
     def handler_pids(self) -> list[int]:
         """Return the pids of the live handlers, as their rows have them."""

@@ -57,6 +57,16 @@ def entries(db: Path, vm: str | None = None) -> list[Row]:
     return _read(db, sql, vm)
 
 
+def status(db: Path) -> dict[str, Row]:
+    """Return what `status` counts for each VM, by name."""
+    return {row["server_name"]: row for row in _read(db, "SELECT * FROM vm_status")}
+
+
+def requests(db: Path) -> list[Row]:
+    """Return the requests of commands to handlers."""
+    return _read(db, "SELECT * FROM requests")
+
+
 def holds(db: Path) -> list[Row]:
     """Return the pauses, breaks and resumes that commands gave, also those without effect."""
     return _read(db, "SELECT * FROM holds ORDER BY id")
@@ -65,6 +75,17 @@ def holds(db: Path) -> list[Row]:
 def history(db: Path) -> list[Row]:
     """Return every move of every VM."""
     return _read(db, "SELECT * FROM history ORDER BY id")
+
+
+def dump(db: Path) -> list[str]:
+    """Return everything in a database, also of a foreign one, as SQL."""
+    with closing(sqlite3.connect(db)) as connection:
+        return list(connection.iterdump())
+
+
+def set_clock_back(db: Path, seconds: float) -> None:
+    """Make what was sent a matter of the future, as after a clock that was set back."""
+    _change(db, "UPDATE attempts SET sent_at = sent_at + ?", seconds)
 
 
 def append_entry(connection: sqlite3.Connection, vm: str, entry: Row) -> None:

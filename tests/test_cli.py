@@ -20,6 +20,7 @@ from pathlib import Path
 
 import fire  # type: ignore[import-untyped]
 import pytest
+import tables
 from cli_lab import entry, lab, until
 from conftest import Cli, Result
 from lab import stand_ins
@@ -79,8 +80,7 @@ def rows(path: Path) -> list[str]:
     """Return everything that is in a database, as text; an absent one is empty."""
     if not path.exists():
         return []
-    with closing(sqlite3.connect(path)) as connection:
-        return list(connection.iterdump())
+    return tables.dump(path)
 
 
 def refused(result: Result, says: str, code: int = 2) -> None:
@@ -739,9 +739,7 @@ def test_another_client_holds_the_agent(loaded: Vm, db: Path) -> None:
 
 
 def handler_pid(db: Path, name: str = "vm1") -> int:
-    with closing(sqlite3.connect(db)) as connection:
-        sql = "SELECT handler_pid FROM vms WHERE server_name = ?"
-        return int(connection.execute(sql, (name,)).fetchone()[0])
+    return int(tables.vms(db)[name]["handler_pid"])
 
 
 def test_a_handler_killed_while_it_serves_gives_may_have_run(live: Cli, tmp_path: Path) -> None:
@@ -777,9 +775,7 @@ def test_a_client_killed_while_it_waits_leaves_nothing_that_runs(live: Cli, tmp_
     pid = handler_pid(live.db)
 
     def asked() -> int:
-        with closing(sqlite3.connect(live.db)) as connection:
-            sql = "SELECT count(*) FROM requests WHERE claimed_by IS NULL"
-            return int(connection.execute(sql).fetchone()[0])
+        return sum(row["claimed_by"] is None for row in tables.requests(live.db))
 
     os.kill(pid, signal.SIGSTOP)
     try:

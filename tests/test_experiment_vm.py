@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import guests
 import pytest
+import tables
 from lab import Lab
 from test_views import check_slices, checked, processes
 
@@ -150,21 +152,19 @@ def test_a_reboot_reruns_only_what_asked(ran: tuple[Lab, Any, list[guests.Guest]
     boots = [boot for _, boot in record]
     assert len(set(boots)) == 3
     assert boots[0] == boots[1] == boots[2] != boots[3] == boots[4] != boots[5] == boots[6]
-    attempts = lab.query(
-        "SELECT ordinal, count(*) AS n FROM attempts WHERE server_name = 'vm2' GROUP BY ordinal"
-    )
-    assert [row["n"] for row in attempts] == [1, 1, 2, 2, 1]
+    attempts = Counter(row["ordinal"] for row in tables.attempts(lab.db, "vm2"))
+    assert attempts == {1: 1, 2: 1, 3: 2, 4: 2, 5: 1}
 
 
 def test_nothing_positive_was_sent_before_the_barrier(
     ran: tuple[Lab, Any, list[guests.Guest]],
 ) -> None:
     lab, _, _ = ran
-    start = lab.query("SELECT start_at FROM experiments")[0]["start_at"]
-    configured = lab.query("SELECT max(at) AS last FROM history WHERE new_state = 'configured'")
-    assert start >= configured[0]["last"] + 2
+    start = tables.experiment(lab.db)["start_at"]
+    configured = [r["at"] for r in tables.history(lab.db) if r["new_state"] == "configured"]
+    assert start >= max(configured) + 2
     assert start == int(start)
-    positive = lab.query("SELECT * FROM entry_status WHERE start_time > 0")
+    positive = [row for row in tables.entries(lab.db) if row["start_time"] > 0]
     assert len(positive) == 8
     for row in positive:
         assert row["sent_at"] >= start + row["start_time"], row
@@ -175,11 +175,8 @@ def test_each_claim_and_result_is_in_its_guest(ran: tuple[Lab, Any, list[guests.
     lab, _, machines = ran
     for number, machine in enumerate(machines, 1):
         found = in_guest(machine, "find", "/var/launch", "-path", "*/attempt.*/exit")
-        ran_here = lab.query(
-            """SELECT count(*) AS n FROM attempts WHERE server_name = ? AND pid IS NOT NULL""",
-            f"vm{number}",
-        )
-        assert len(found.splitlines()) == ran_here[0]["n"]
+        ran_here = [r for r in tables.attempts(lab.db, f"vm{number}") if r["pid"] is not None]
+        assert len(found.splitlines()) == len(ran_here)
 
 
 def test_transfer_brings_files_and_empty_directories(
@@ -224,7 +221,7 @@ def test_failed_entries_are_retried_and_nothing_else(
     before = in_guest(machines[1], "cat", "/var/record")
     done = lab.run("run", timeout=120, VMRM_TIMEOUT_SCALE="1")
     assert done.returncode == 1, done.stderr
-    again = lab.query("SELECT server_name, ordinal FROM attempts WHERE attempt = 2 ORDER BY id")
+    again = [row for row in tables.attempts(lab.db) if row["attempt"] == 2]
     assert [
         (row["server_name"], row["ordinal"]) for row in again if row["server_name"] != "vm2"
     ] == [

@@ -28,6 +28,7 @@ from typing import Any
 
 import guests
 import pytest
+import tables
 from lab import REBOOT_ONCE, Lab, entry, kill, stand_ins
 from test_handler import load, outcomes, sh, until, vm
 
@@ -67,17 +68,20 @@ class Row:
 
     def began(self, ordinal: int, *outcomes: str) -> Callable[[], bool]:
         """Return whether an entry has an attempt with one of these outcomes, as a condition."""
-        sql = "SELECT outcome FROM attempts WHERE ordinal = ? ORDER BY id DESC LIMIT 1"
-        return lambda: any(row["outcome"] in outcomes for row in self.lab.query(sql, ordinal))
+
+        def holds() -> bool:
+            mine = [row for row in tables.attempts(self.lab.db) if row["ordinal"] == ordinal]
+            return bool(mine) and mine[-1]["outcome"] in outcomes
+
+        return holds
 
     def failed(self) -> bool:
         """Return whether the VM is failed."""
-        return self.lab.query("SELECT state FROM vms") == [{"state": "failed"}]
+        return tables.states(self.lab.db) == {"vm1": "failed"}
 
     def outcomes(self) -> list[tuple[int, str]]:
         """Return ordinal and outcome of every attempt."""
-        rows = self.lab.query("SELECT ordinal, outcome FROM attempts ORDER BY id")
-        return [(row["ordinal"], row["outcome"]) for row in rows]
+        return [(row["ordinal"], row["outcome"]) for row in tables.attempts(self.lab.db)]
 
     def sh(self, words: str) -> str:
         """Run words in the guest, by its shell."""
@@ -95,9 +99,9 @@ class Row:
         record = self.sh(f"cat {self.launch}/record 2>/dev/null").splitlines()
         claims = len(self.sh(f"ls -d {self.launch}/*/*/attempt.*").split())
         self.lab.audit_vm("vm1", record, claims, lossy)
-        rows = self.lab.query("SELECT entries, done, state FROM vm_status")
-        assert rows[0]["entries"] == rows[0]["done"], self.lab.logs()
-        assert rows[0]["state"] == "configured"
+        row = tables.status(self.lab.db)["vm1"]
+        assert row["entries"] == row["done"], self.lab.logs()
+        assert row["state"] == "configured"
 
 
 def life(slow: str = "sleep 0.3", at: float = 0.6) -> list[dict[str, Any]]:
@@ -155,7 +159,7 @@ def agent_gone(row: Row) -> None:
     row.when(f"[ -e {row.launch}/-1/sh/attempt.1/pid ]", gone)
     row.run(1, **HASTY)
     assert row.failed()
-    reason = row.lab.query("SELECT reason FROM vms")[0]["reason"]
+    reason = tables.vms(row.lab.db)["vm1"]["reason"]
     assert "does not answer" in reason, reason
     row.guest.wait_agent()
     row.run(0)
@@ -173,7 +177,7 @@ def guest_reset(ordinal: int, outcome: str, row: Row) -> None:
     assert (ordinal, "unknown") in row.outcomes()
     row.run(0)
     row.audit(lossy=True)
-    boots = row.lab.query("SELECT DISTINCT boot_id FROM attempts")
+    boots = {attempt["boot_id"] for attempt in tables.attempts(row.lab.db)}
     assert len(boots) == 2
 
 
@@ -236,7 +240,7 @@ def guest_disk_full(row: Row) -> None:
     finally:
         row.sh(f"rm {row.launch}/fill")
     assert row.outcomes() == [(1, "done"), (2, "failed")]
-    assert "No space" in row.lab.query("SELECT reason FROM vms")[0]["reason"]
+    assert "No space" in tables.vms(row.lab.db)["vm1"]["reason"]
     row.run(0)
     row.audit()
 
@@ -416,7 +420,7 @@ def test_a_handler_killed_while_its_request_is_on_the_way(tmp_path: Path) -> Non
     with stand_ins(tmp_path / "agents", 1) as agent:
         only(lab, entry(1, 2))
         with lab.start("run") as run:
-            planned = until(lambda: lab.query("SELECT planned_at AS at FROM attempts"))[0]["at"]
+            planned = until(lambda: tables.attempts(lab.db))[0]["planned_at"]
             os.kill(agent.pid, signal.SIGSTOP)
             until(lambda: time.time() > planned + 0.3)  # it was sent, and nobody reads it
             pids = lab.handler_pids()
@@ -446,9 +450,7 @@ def test_a_timeout_outlasts_a_clock_that_is_set_back(lab: Lab) -> None:
     only(lab, sh(-1, "sleep 4321", timeout=1))
     crash = {"VMRM_CRASH": "running-recorded:1"}
     assert lab.run("handle", "vm1", **crash).returncode == -signal.SIGKILL
-    with contextlib.closing(sqlite3.connect(lab.db)) as db:
-        db.execute("UPDATE attempts SET sent_at = sent_at + 3600")
-        db.commit()
+    tables.set_clock_back(lab.db, 3600)
     assert lab.run("run").returncode == 1
     assert outcomes(lab)[0][3] == "timed out after 1 s and was killed"
 
@@ -527,7 +529,7 @@ def test_a_full_disk_loses_no_outcome(disk: Disk, tmp_path: Path, end: str) -> N
             until(lambda: [row[1] for row in outcomes(lab)] == ["running"])
             handler, supervisor = until(lab.handler_pids)[0], until(lab.supervisor_pid)
             asking = lab.start("exec", "vm1", "sleep", "61")
-            until(lambda: lab.query("SELECT 1 FROM requests WHERE claimed_by IS NOT NULL"))
+            until(lambda: any(row["claimed_by"] for row in tables.requests(lab.db)))
             disk.fill(handler, supervisor)
             (launch / "full").touch()
             until((launch / "-1/sh/attempt.1/exit").exists)

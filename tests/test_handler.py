@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from lab import Lab, lone_agent, stand_ins
 
 import vmrm
@@ -44,13 +45,14 @@ def load(lab: Lab, *vms: dict[str, Any], **settings: Any) -> None:
 
 
 def outcomes(lab: Lab, name: str = "vm1") -> list[tuple[int, str, int | None, str]]:
-    rows = lab.query("SELECT * FROM attempts WHERE server_name = ? ORDER BY id", name)
-    return [(row["ordinal"], row["outcome"], row["exit_code"], row["error"]) for row in rows]
+    return [
+        (row["ordinal"], row["outcome"], row["exit_code"], row["error"])
+        for row in tables.attempts(lab.db, name)
+    ]
 
 
 def states(lab: Lab) -> dict[str, str]:
-    rows = lab.query("SELECT server_name, state FROM vms")
-    return {row["server_name"]: row["state"] for row in rows}
+    return tables.states(lab.db)
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
@@ -211,7 +213,7 @@ def test_a_missing_socket_is_told_from_a_silent_one(tmp_path: Path) -> None:
         load(lab, *vms, on_failure="wait")
         done = lab.run("run", "--timeout", "8")
     assert done.returncode == 124
-    reasons = {row["server_name"]: row["reason"] for row in lab.query("SELECT * FROM vms")}
+    reasons = {name: row["reason"] for name, row in tables.vms(lab.db).items()}
     assert states(lab) == {"vm1": "failed", "vm2": "failed"}
     assert reasons["vm1"] != reasons["vm2"]
     assert "none.sock" in reasons["vm1"]
@@ -253,7 +255,7 @@ def test_abort_lets_running_entries_end_and_starts_no_further_time(lab: Lab) -> 
     assert "vm1: failed: entry 1 (-2 sh): exit code 5" in done.stderr
     assert states(lab) == {"vm1": "failed", "vm2": "configuring"}
     assert outcomes(lab, "vm2") == [(1, "done", 0, "")]
-    assert lab.query("SELECT start_at FROM experiments")[0]["start_at"] is None
+    assert tables.experiment(lab.db)["start_at"] is None
 
 
 def test_drop_goes_on_without_the_failed_vm(lab: Lab) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from lab import VMRM, Lab, entry, kill, stand_ins
 
 COUNT = 200
@@ -55,8 +56,8 @@ def test_two_hundred_handlers_do_all_their_work(tmp_path: Path) -> None:
         assert len(list(Path(f"/proc/{agent.pid}/fd").iterdir())) == before
     for n in range(1, COUNT + 1):
         assert (lab.guest(n) / "launch" / "record").read_text() == "1\n2\n3\n"
-    attempts = lab.query("SELECT outcome, count(*) AS n FROM attempts GROUP BY outcome")
-    assert [tuple(row.values()) for row in attempts] == [("done", 3 * COUNT)]
+    outcomes = [row["outcome"] for row in tables.attempts(lab.db)]
+    assert outcomes == ["done"] * (3 * COUNT)
     assert not flocks_in(tmp_path)
     assert not list((tmp_path / "lab.db.d" / "wake").iterdir())
     running = subprocess.run(
@@ -88,6 +89,6 @@ def test_two_thousand_entries_survive_random_kills_of_their_handlers(tmp_path: P
         if run.returncode:
             lab.run_to_the_end()
     lab.audit()
-    rows = lab.query("SELECT entries, done FROM vm_status")
-    assert [tuple(row.values()) for row in rows] == [(20, 20)] * KILLED
+    counts = [(row["entries"], row["done"]) for row in tables.status(lab.db).values()]
+    assert counts == [(20, 20)] * KILLED
     assert kills == KILLS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pexpect  # type: ignore[import-untyped]
 import pytest
+import tables
 from cli_lab import entry, lab, until
 from conftest import Cli
 from lab import stand_ins
@@ -130,8 +130,7 @@ def test_a_second_ctrl_c_does_not_wait_for_anybody(
 ) -> None:
     with stand_ins(tmp_path / "agents", 1), terminal(cli, "run", endless(tmp_path)) as child:
         until((tmp_path / "pid").exists)
-        with sqlite3.connect(f"file:{cli.db}?mode=ro", uri=True) as db:
-            handler = db.execute("SELECT handler_pid FROM vms").fetchone()[0]
+        handler = tables.vms(cli.db)["vm1"]["handler_pid"]
         os.kill(handler, signal.SIGSTOP)  # it cannot leave
         child.sendintr()
         child.expect("again: at once")

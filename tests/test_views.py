@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from conftest import Cli
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,8 +148,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def attempts(lab: Lab, experiment: int = 1) -> list[dict[str, Any]]:
-    sql = "SELECT * FROM attempts WHERE experiment_id = ? ORDER BY id"
-    return lab.query(sql, experiment)
+    return [row for row in tables.attempts(lab.db) if row["experiment_id"] == experiment]
 
 
 # === trace =======================================================================================
@@ -237,7 +237,7 @@ def processes(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def check_slices(lab: Lab, events: list[dict[str, Any]]) -> None:
     """Assert that there is one slice for each attempt of the journal, and that it says the same."""
-    launched = lab.query("SELECT launched_at FROM experiments")[0]["launched_at"]
+    launched = tables.experiment(lab.db)["launched_at"]
     slices = {
         (name, e["args"]["entry"], e["args"]["attempt"]): e
         for name, mine in processes(events).items()
@@ -264,16 +264,15 @@ def test_a_trace_keeps_to_the_format_and_agrees_with_the_journal(ran: Lab, tmp_p
     assert file.stat().st_mode & 0o777 == 0o600
     events = checked(file.read_text())
     found = processes(events)
-    launched, start = ran.query("SELECT launched_at, start_at FROM experiments")[0].values()
+    launched, start = (tables.experiment(ran.db)[key] for key in ("launched_at", "start_at"))
     microseconds = lambda at: round((at - launched) * 1e6)  # noqa: E731
     check_slices(ran, events)
     assert Counter(row["server_name"] for row in attempts(ran)) == {"vm1": 6, "vm2": 2}
     labels = {e["args"]["entry"]: e["name"] for e in found["vm1"] if e["ph"] == "X"}
     assert labels == {1: "-1 sh", 2: "0.1 sh", 3: "0.2 sh", 5: "0.4 sh", 6: "0.4 sh"}
     instants = [(e["cat"], e["name"], e["ts"]) for e in found["vm1"] if e["ph"] == "i"]
-    moves = ran.query(
-        "SELECT new_state, at FROM history WHERE server_name = 'vm1' AND at >= ?", launched
-    )
+    history = tables.history(ran.db)
+    moves = [row for row in history if row["server_name"] == "vm1" and row["at"] >= launched]
     assert [i for i in instants if i[0] == "state"] == [
         ("state", row["new_state"], microseconds(row["at"])) for row in moves
     ]
@@ -407,9 +406,8 @@ def refers_to_nothing(page: Page) -> None:
 def test_a_report_says_what_the_journal_says(ran: Lab) -> None:
     page = Page((ran.folder / "run.html").read_text())
     refers_to_nothing(page)
-    rows = ran.query("SELECT * FROM vm_status")
     shown = page.within("td")
-    for row in rows:
+    for row in tables.status(ran.db).values():
         at = shown.index(row["server_name"])
         wanted = [row[key] for key in ("state", "entries", "done", "failed", "unknown")]
         assert shown[at + 1 : at + 6] == list(map(str, wanted))

@@ -18,6 +18,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, cast
 
 import pytest
+import tables
 from hypothesis import given
 from hypothesis import strategies as st
 from lab import Lab, _agent
@@ -382,8 +383,8 @@ def windows(lab: Lab, *schedule: dict[str, Any]) -> Iterator[Path]:
 
 
 def outcomes(lab: Lab) -> list[tuple[int, str, int | None]]:
-    rows = lab.query("SELECT ordinal, outcome, exit_code FROM attempts ORDER BY ordinal, attempt")
-    return [(row["ordinal"], row["outcome"], row["exit_code"]) for row in rows]
+    attempts = sorted(tables.attempts(lab.db), key=lambda row: (row["ordinal"], row["attempt"]))
+    return [(row["ordinal"], row["outcome"], row["exit_code"]) for row in attempts]
 
 
 def test_a_played_windows_needs_a_place_for_its_drives(tmp_path: Path) -> None:
@@ -417,7 +418,9 @@ def test_an_experiment_on_windows(tmp_path: Path) -> None:
             *((1, "done", 10), (1, "done", 0), (2, "failed", None), (3, "done", 0)),
             *((4, "done", None), (5, "failed", None)),
         ]
-        errors = [row["error"] for row in lab.query("SELECT error FROM attempts ORDER BY ordinal")]
+        errors = [
+            row["error"] for row in sorted(tables.attempts(lab.db), key=lambda r: r["ordinal"])
+        ]
         assert "user is for POSIX guests" in errors[2]
         assert "timed out" in errors[5]
         copy = lab.folder / "lab.db.d/transfers/w/C/launch/0.1/python3/log"
