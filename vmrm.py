@@ -199,6 +199,9 @@ class Outcome(StrEnum):
     SKIPPED = "skipped"  # passed over on purpose
 
 
+OPEN_OUTCOMES = (Outcome.ARMED, Outcome.RUNNING)  # whose end is still to come
+
+
 class OnFailure(StrEnum):
     """What one failed VM means to the others before the start time."""
 
@@ -404,7 +407,7 @@ class Timeouts:
     claim_grace: float = 2.0  # for a started script to leave its first trace
     poll_first: float = 0.02  # the first look at a running program; then ever more seldom …
     poll_last: float = 1.0  # … up to this
-    look: float = 5.0  # the safety net: PRAGMA data_version, with jitter
+    look: float = 5.0  # the safety net: the VM's revision, with jitter
     reconnect: float = 5.0  # longest pause between two tries to reach a lost agent
     reboot_start: float = 60.0  # for a guest to be seen going down after an accepted reboot
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
@@ -2499,7 +2502,12 @@ class Attempt:
     @property
     def is_open(self) -> bool:
         """Whether its end is still to come."""
-        return self.outcome in (Outcome.ARMED, Outcome.RUNNING)
+        return self.outcome in OPEN_OUTCOMES
+
+
+_WHERE_ATTEMPT = """ WHERE id = :id AND experiment_id = :experiment AND server_name = :name
+    AND generation = :generation AND ordinal = :ordinal AND attempt = :attempt
+    AND outcome IN (SELECT value FROM json_each(:among))"""
 
 
 class Journal:
@@ -2525,9 +2533,14 @@ class Journal:
         }
 
     @property
+    def generation(self) -> int:
+        """Which schedule of the VM these attempts belong to."""
+        return cast(int, self._key["generation"])
+
+    @property
     def token(self) -> str:
         """A word that tells this generation of this experiment from all others."""
-        return f"{self.experiment}.{self._key['generation']}"
+        return f"{self.experiment}.{self.generation}"
 
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
@@ -2553,11 +2566,11 @@ class Journal:
             host: Those that run on this host, whose boot id they get.
 
         Raises:
-            _Replaced: the schedule was replaced meanwhile.
+            _Leave: the schedule was replaced, or the experiment stopped, meanwhile.
         """
         armed = {}
         with self.db.transaction():
-            self.check_generation()
+            self.check()
             for ordinal, planned_at in planned.items():
                 row = self.db.connection.execute(
                     """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
@@ -2575,29 +2588,50 @@ class Journal:
                 armed[ordinal] = _attempt(dict(row))
         return armed
 
-    def withdraw(self, ordinals: Iterable[int]) -> None:
+    def withdraw(self, attempts: Iterable[Attempt]) -> None:
         """Take back armed attempts that were not sent; the next ones have their numbers again."""
-        self.db.write(
-            """DELETE FROM attempts WHERE experiment_id = :experiment AND server_name = :name
-               AND generation = :generation AND outcome = 'armed' AND sent_at IS NULL
-               AND ordinal IN (SELECT value FROM json_each(:ordinals))""",
-            ordinals=json.dumps(list(ordinals)),
-            **self._key,
+        with self.db.transaction():
+            for attempt in attempts:
+                self._change(attempt, "DELETE FROM attempts", Outcome.ARMED)
+
+    def _change(self, attempt: Attempt, change: str, *among: Outcome, **values: object) -> None:
+        """Change one attempt if its outcome is among these, inside the caller's transaction.
+
+        It is named by its entry and number, too: an id alone does not say what it is an attempt at.
+        """
+        self.db.connection.execute(
+            change + _WHERE_ATTEMPT,
+            self._key
+            | {"id": attempt.id, "ordinal": attempt.ordinal, "attempt": attempt.attempt}
+            | {"among": json.dumps(among), **values},
         )
 
-    def check_generation(self) -> None:
-        """Raise `_Replaced` if these entries are no longer the VM's schedule."""
-        sql = "SELECT generation FROM schedules WHERE server_name = :name"
-        if (self.db.value(sql, name=self.server_name) or 1) != self._key["generation"]:
+    def check(self) -> None:
+        """Raise `_Leave` if none of these entries may be sent any more.
+
+        They may not once the schedule was replaced, or the experiment was stopped.
+        """
+        row = self.db.row(
+            """SELECT halt, coalesce((SELECT generation FROM schedules
+                   WHERE server_name = :name), 1) AS generation FROM current_experiment""",
+            name=self.server_name,
+        )
+        if row is None or row["generation"] != self.generation:
             raise _Replaced("the schedule was replaced")
+        if row["halt"] in (Halt.STOP, Halt.KILL):
+            raise _Leave(f"told to {row['halt']}", Halt(row["halt"]))
 
     def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
         """Record that the guest has started an attempt, and that the VM has reached time `at`."""
         with self.db.transaction():
-            self.db.connection.execute(
+            self._change(
+                attempt,
                 """UPDATE attempts SET outcome = 'running', sent_at = :sent, answered_at = :now,
-                       pid = :pid WHERE id = :id AND outcome IN ('armed', 'running')""",
-                {"sent": sent_at, "now": CLOCK.wall(), "pid": pid, "id": attempt.id},
+                       pid = :pid""",
+                *OPEN_OUTCOMES,
+                sent=sent_at,
+                now=CLOCK.wall(),
+                pid=pid,
             )
             self.db.connection.execute(
                 'UPDATE vms SET "current_time" = :at WHERE server_name = :name',
@@ -2614,17 +2648,18 @@ class Journal:
         error: str = "",
     ) -> None:
         """Record how an attempt ended; the first word about it stands."""
-        self.db.write(
-            """UPDATE attempts SET outcome = :outcome, ended_at = :now, exit_code = :code,
-                   reboot = :reboot, error = :error
-               WHERE id = :id AND outcome IN ('armed', 'running')""",
-            outcome=outcome.value,
-            now=CLOCK.wall(),
-            code=exit_code,
-            reboot=reboot,
-            error=printable(error),
-            id=attempt.id,
-        )
+        with self.db.transaction():
+            self._change(
+                attempt,
+                """UPDATE attempts SET outcome = :outcome, ended_at = :now, exit_code = :code,
+                       reboot = :reboot, error = :error""",
+                *OPEN_OUTCOMES,
+                outcome=outcome.value,
+                now=CLOCK.wall(),
+                code=exit_code,
+                reboot=reboot,
+                error=printable(error),
+            )
 
 
 def _attempt(row: Mapping[str, Any]) -> Attempt:
@@ -5712,10 +5747,20 @@ class Agenda:
         self.clock = clock
         self._heap: list[tuple[float, int, Task]] = []
         self._count = itertools.count()
+        self._open: dict[Task, None] = {}  # in order; not done
+
+    def close(self) -> None:
+        """End all tasks, where they are: none of them ever goes on."""
+        tasks, self._open = self._open, {}
+        self._heap.clear()
+        for task in tasks:
+            task.done = True
+            task.steps.close()
 
     def spawn(self, steps: Steps, at: float | None = None) -> Task:
         """Put a generator on the agenda, due at monotonic time `at` (None: now)."""
         task = Task(steps)
+        self._open[task] = None
         self._push(task, self.clock.monotonic() if at is None else at)
         return task
 
@@ -5763,6 +5808,7 @@ class Agenda:
 
     def _finish(self, task: Task) -> None:
         task.done = True
+        self._open.pop(task, None)
         for waiting in task.waiting:
             waiting.awaited -= 1
             if waiting.awaited == 0:
@@ -6518,6 +6564,38 @@ def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What rows say that a VM is to do. Taking the same plan twice changes nothing."""
+
+    revision: int  # read with the rest, or before it: what comes later has a higher one
+    generation: int
+    text: str  # the schedule
+    start_at: float | None
+    halt: Halt | None
+    holds: list[Hold]
+
+    @classmethod
+    def read(cls, db: Database, server_name: str) -> Plan:
+        """Read the plan of a VM.
+
+        Raises:
+            _Leave: the experiment has no such VM any more.
+        """
+        row = db.row(
+            """SELECT v.revision, coalesce(s.generation, 1) AS generation,
+                   coalesce(s.text, '[]') AS text, e.start_at, e.halt
+               FROM vms AS v JOIN current_experiment AS e
+               LEFT JOIN schedules AS s ON s.server_name = v.server_name
+               WHERE v.server_name = :name""",
+            name=server_name,
+        )
+        if row is None:
+            raise _Leave("the VM was taken out")
+        halt = Halt(row.pop("halt")) if row["halt"] else row.pop("halt")
+        return cls(**row, halt=halt, holds=read_holds(db, server_name))
+
+
 class VMResourceHandler:
     """Takes one VM through its schedule: one process, one thread, one wait.
 
@@ -6534,8 +6612,6 @@ class VMResourceHandler:
     """
 
     def __init__(self, config: Mapping[str, Any], check_interval: float = 10) -> None:
-        from queue import PriorityQueue
-
         self.config = dict(config)
         self.vm_name: str = config["vm_name"]
         self.check_interval = check_interval
@@ -6544,24 +6620,13 @@ class VMResourceHandler:
         self.log = logging.getLogger(f"vmrm.{self.vm_name}")
         self.mapping = VMMapping(db=self.db)
         self.store = VmResourceStore(db=self.db)
-        self.condition = threading.Condition()
-        self.priority_queue: Queue[tuple[float, ScheduleEvent]] = PriorityQueue()
-        self.updater = ScheduleUpdater(
-            self.config,
-            self.priority_queue,
-            self.condition,
-            self.store,
-            ScheduleDb(db=self.db),
-            None,
-            self.log,
-            None,
-            interval_time=check_interval,
-        )
         self.output = OutputLog(self.db, self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
+        self._seen = -1  # the revision of the plan that was taken last
+        self._text = ""  # the schedule's
         self.schedule: list[ScheduleEntry] = []
         self.start_at: float | None = None  # time 0 on the wall clock
         self._start_monotonic = math.inf  # the same instant on the other one
@@ -6572,7 +6637,7 @@ class VMResourceHandler:
         self._ready_boot = ""
         self._faulty: set[int] = set()  # of these, what could not be loaded
         self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
-        self._armed: dict[int, float] = {}  # by ordinal: for which time it was armed
+        self._armed: dict[int, tuple[Attempt, float]] = {}  # by ordinal: and for which time
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._missed: dict[int, list[str]] = {}  # by ordinal: what their last pass did not bring
         self._ending = False  # they make their last pass
@@ -6581,7 +6646,6 @@ class VMResourceHandler:
         self._wake: WakeSocket | None = None
         self._woken = True
         self._killing = False  # on the way out, with all guest programs
-        self._seen = (-1, -1)  # data version, revision
         self._look_at = 0.0
         # Drawn once: a look's price is the cold memory it touches.
         self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
@@ -6758,22 +6822,28 @@ class VMResourceHandler:
         _crash("vm-failed")
 
     def _loop(self) -> None:
-        """Do what is due and wait for what is next, until the life of the VM is over."""
-        self.agenda = Agenda()
-        self._tasks, self._armed, self._repeating, self._ending = {}, {}, {}, False
-        self._missed = {}
-        self._woken = True
-        self._refresh()
-        self._life = self.agenda.spawn(self._life_steps())
-        while not self._life.done:
+        """One life: do what is due and wait for what is next, until the VM's work is over.
+
+        Whatever ends it ends all that it has begun: nothing of it goes on in the next one.
+        """
+        self._woken, self._seen = True, -1
+        try:
             self._refresh()
-            pause = self.agenda.next_due() - CLOCK.monotonic()
-            if pause > 0:
-                self._idle(pause)
-            elif not self._woken:
-                self._poll(-1, 0, 0)
-            if not self._woken:  # a pause that was given before an entry is due holds it
-                self.agenda.run_next()
+            self._life = self.agenda.spawn(self._life_steps())
+            while not self._life.done:
+                self._refresh()
+                pause = self.agenda.next_due() - CLOCK.monotonic()
+                if pause > 0:
+                    self._idle(pause)
+                elif not self._woken:
+                    self._poll(-1, 0, 0)
+                if not self._woken:  # a pause that was given before an entry is due holds it
+                    self.agenda.run_next()
+        finally:
+            self._life = None
+            self._tasks, self._armed, self._repeating, self._missed = {}, {}, {}, {}
+            self._ending = False
+            self.agenda.close()
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
@@ -6829,53 +6899,58 @@ class VMResourceHandler:
             return
         self._look_at = now + self._look_interval
         self._check_wall_clock()
-        woken, self._woken = self._woken, False
-        version = self.db.data_version()  # does not move by commits of our own, so a wake counts
-        if version == self._seen[0] and not woken:
-            return
-        revision = self.db.value(
-            "SELECT revision FROM vms WHERE server_name = :name", name=self.vm_name
-        )
-        moved, self._seen = revision != self._seen[1], (version, revision)
-        if moved:
+        self._woken = False
+        sql = "SELECT revision FROM vms WHERE server_name = :name"
+        if self.db.value(sql, name=self.vm_name) != self._seen:
             self._leave_if_told()
-            self._take_news()
+            plan = Plan.read(self.db, self.vm_name)
+            self._take(plan)
+            self._claim_requests()
+            self._withdraw_moved()
+            if self._life:  # and nobody else: an armed entry sleeps until it is due
+                self.agenda.wake(self._life)
+            self._seen = plan.revision  # last: what an error kept from being taken is news still
 
-    def _take_news(self) -> None:
-        """Read what changed: new entries, pauses and resumes, the start time, a halt, requests."""
-        self._journal.check_generation()  # which is read before the entries are, never after
-        self.updater.check()
-        for event in self.get_events():
-            kind, data = event.get_type(), event.get_data()
-            if kind is ScheduleEventType.EXPERIMENT_START_TIME_SET:
-                self._plan_start(float(data))
-            elif isinstance(data, Hold):
-                self._holds.append(data)
-                self.log.info("%s at %.3f", data, data.time)
-            elif isinstance(data, ScheduleEntry):
-                self._add_entry(data)
-        self.schedule.sort(key=lambda entry: entry.ordinal)
+    def _take(self, plan: Plan) -> None:
+        if plan.generation != self._journal.generation:
+            raise _Replaced("the schedule was replaced")
+        if plan.text != self._text:  # within a generation, entries are only added
+            for entry in parse_schedule(plan.text)[len(self.schedule) :]:
+                self.schedule.append(entry)
+                self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
+            self._text = plan.text
+        for hold in plan.holds[len(self._holds) :]:
+            self.log.info("%s at %.3f", hold, hold.time)
+        self._holds, self._halt = plan.holds, plan.halt
+        if plan.start_at is not None and self.start_at is None:
+            self._plan_start(float(int(plan.start_at)))
         again = self._faulty & self._ready  # a file may have come since, and a retry with it
         self._ready, self._faulty = self._ready - again, self._faulty - again
-        halt = self.db.value("SELECT halt FROM current_experiment")
-        self._halt = Halt(halt) if halt else None
-        for row in [] if self._killing else self._open_requests():
-            self.agenda.spawn(self._request_steps(row))
-        self._withdraw_moved()
-        if self._life:  # and nobody else: an armed entry sleeps until it is due
-            self.agenda.wake(self._life)
+
+    @functools.cached_property
+    def updater(self) -> ScheduleUpdater:
+        """Tells a script what is new, as events; the handler itself reads rows."""
+        from queue import PriorityQueue
+
+        return ScheduleUpdater(
+            self.config,
+            PriorityQueue(),
+            threading.Condition(),
+            self.store,
+            ScheduleDb(db=self.db),
+            None,
+            self.log,
+            None,
+            interval_time=self.check_interval,
+        )
 
     def get_events(self) -> list[ScheduleEvent]:
-        """Take all events off the queue, in the order of their times."""
-        events = []
-        with self.condition:
-            while not self.priority_queue.empty():
-                events.append(self.priority_queue.get_nowait()[1])
+        """Take all events off the updater's queue, in the order of their times."""
+        events, queue = [], self.updater.priority_queue
+        with self.updater.condition:
+            while not queue.empty():
+                events.append(queue.get_nowait()[1])
         return events
-
-    def _add_entry(self, entry: ScheduleEntry) -> None:
-        self.schedule.append(entry)
-        self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
 
     def _plan_start(self, start_at: float) -> None:
         """Convert the common start to monotonic time, once: the plan stands whatever the clock."""
@@ -7149,6 +7224,7 @@ class VMResourceHandler:
                     self._wait(-1, 0, pause)
                 self.agenda.run_next()
         finally:
+            self.agenda.close()
             self.agenda = agenda
 
     # --- negative time
@@ -7395,6 +7471,7 @@ class VMResourceHandler:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
+        self._journal.check()  # a read: whatever kept the word from us, nothing starts after it
         sent = CLOCK.wall()
         pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
@@ -7618,7 +7695,7 @@ class VMResourceHandler:
         if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
             self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
         else:
-            self._journal.withdraw([entry.ordinal])
+            self._journal.withdraw([attempt])
 
     def _times(self) -> dict[int, float]:
         return effective_times(self.schedule, self._holds)
@@ -7633,15 +7710,15 @@ class VMResourceHandler:
         """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
         times = self._times() if self._armed else {}
         moved = [
-            ordinal
-            for ordinal, at in self._armed.items()
+            attempt
+            for ordinal, (attempt, at) in self._armed.items()
             if not self._tasks[ordinal].begun and times[ordinal] != at
         ]
         if moved:
             self._journal.withdraw(moved)
-        for ordinal in moved:
-            self.agenda.cancel(self._tasks.pop(ordinal))
-            del self._armed[ordinal]
+        for attempt in moved:
+            self.agenda.cancel(self._tasks.pop(attempt.ordinal))
+            del self._armed[attempt.ordinal]
 
     # --- positive time
 
@@ -7692,7 +7769,7 @@ class VMResourceHandler:
         armed = self._journal.arm(planned, self._boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
-            self._armed[entry.ordinal] = soon[entry]
+            self._armed[entry.ordinal] = armed[entry.ordinal], soon[entry]
             due = self._start_monotonic + soon[entry]
             self._spawn_attempt(entry, armed[entry.ordinal], at=due)
 
@@ -7719,7 +7796,7 @@ class VMResourceHandler:
                WHERE server_name = :name AND finished_at IS NULL AND revision = :revision""",
             now=CLOCK.wall(),
             name=self.vm_name,
-            revision=self._seen[1],
+            revision=self._seen,
         )
         _crash("finished")
         wake(self.db, SUPERVISOR)
@@ -7778,8 +7855,7 @@ class VMResourceHandler:
 
     def _kill_all_steps(self, on_host: bool) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._tasks, self._armed = {}, {}
-        self._take_news()
+        self._take(Plan.read(self.db, self.vm_name))
         self._name_places(on_host)
         self._recover(on_host)
         yield list(self._tasks.values())
@@ -7981,27 +8057,32 @@ class VMResourceHandler:
 
     # --- requests of commands
 
-    def _open_requests(self) -> list[dict[str, Any]]:
-        """Claim the requests still wanted, each by one UPDATE that checks client and time."""
+    def _claim_requests(self) -> None:
+        """Claim the requests still wanted, each by one UPDATE that checks client and time.
+
+        It checks, too, that nobody was told to stop: afterwards nothing begins any more.
+        """
         rows = self.db.query(
             """SELECT * FROM requests WHERE server_name = :name AND answered_at IS NULL
                AND claimed_by IS NULL AND NOT withdrawn""",
             name=self.vm_name,
         )
-        claimed = []
         for row in rows:
             if row["client_boot"] != boot_id():
                 continue
-            claimed += self.db.write(
+            claimed = self.db.write(
                 """UPDATE requests SET claimed_by = :pid WHERE id = :id AND claimed_by IS NULL
                    AND NOT withdrawn AND deadline_at > :now AND client_started = :started
+                   AND NOT EXISTS (SELECT 1 FROM current_experiment
+                                   WHERE halt IN ('stop', 'kill'))
                    RETURNING *""",
                 pid=os.getpid(),
                 id=row["id"],
                 now=CLOCK.wall(),
                 started=process_started(row["client_pid"]) or -1,
             )
-        return [dict(row) for row in claimed]
+            for request in claimed:
+                self.agenda.spawn(self._request_steps(dict(request)))
 
     def _request_steps(self, row: Mapping[str, Any]) -> Steps:
         _crash("request-claimed")
@@ -8371,10 +8452,9 @@ class Supervisor:
     def _prepare(self) -> None:
         import gc
         import inspect
-        import queue
         import resource
 
-        assert inspect and queue  # imported here, so that handlers share them
+        assert inspect  # imported here, so that handlers share it
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
@@ -8565,9 +8645,7 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
 
     def _end(self) -> None:
-        self.db.write(
-            "UPDATE experiments SET ended_at = :now WHERE destroyed_at IS NULL", now=CLOCK.wall()
-        )
+        end_experiment(self.db)
         over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
         self._loan.give_back() if over else self._loan.leave()
         self.log.info("the experiment has ended")
@@ -8781,6 +8859,21 @@ def halt_experiment(db: Database, halt: Halt) -> None:
     wake_all(db)
 
 
+def end_experiment(db: Database) -> None:
+    """Note that nobody runs the experiment any more, if it was told to come to its end."""
+    db.write(
+        """UPDATE experiments SET ended_at = :now
+           WHERE destroyed_at IS NULL AND halt IS NOT NULL AND ended_at IS NULL""",
+        now=CLOCK.wall(),
+    )
+
+
+def is_being_killed(db: Database) -> bool:
+    """Whether `stop --kill` was told, and is not through."""
+    sql = "SELECT 1 FROM current_experiment WHERE halt = 'kill' AND ended_at IS NULL"
+    return db.value(sql) is not None
+
+
 def vms_with_programs(db: Database) -> list[str]:
     """Return the VMs in which programs of ours run, as far as rows know."""
     rows = db.query(
@@ -8819,6 +8912,7 @@ def launch(
     Raises:
         UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
             and may not.
+        Unavailable: its programs are still being ended, after which nothing starts.
     """
     rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
@@ -8832,6 +8926,11 @@ def launch(
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
+        if is_being_killed(db):
+            raise Unavailable(
+                "the experiment's programs are still being ended",
+                "Run it again once vmrm stop --kill has returned; if that was killed, repeat it",
+            )
         _settle_late(db, late)
         connection.execute(
             """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
@@ -12591,7 +12690,7 @@ class Commands(_Public):
         """
         db, process = self._open(), None
         running = supervisor_pid(db) is not None or live_handlers(db)
-        if not running and not (kill and vms_with_programs(db)):
+        if not running and not (kill and (vms_with_programs(db) or is_being_killed(db))):
             raise UsageError("the experiment is not running")
         halt_experiment(db, Halt.KILL if kill else Halt.STOP)
         if not running:  # but an earlier one has left programs behind
@@ -12601,6 +12700,7 @@ class Commands(_Public):
             if CLOCK.monotonic() >= deadline:
                 raise TimedOut(f"not all handlers have left after {timeout:g} s")
             time_to_wait(0.05)
+        end_experiment(db)  # which a handler without supervisor does not
         if kill and (left := vms_with_programs(db)):
             raise VmrmError(
                 f"programs of {len(left)} VMs could not be ended: {', '.join(left[:3])}"
@@ -12611,6 +12711,8 @@ class Commands(_Public):
 
     @staticmethod
     def _is_leaving(db: Database, process: Any) -> bool:
+        if db.value("SELECT halt FROM current_experiment") not in (Halt.STOP, Halt.KILL):
+            return False  # they have left, and somebody runs it again
         ours = process is not None and process.poll() is None
         return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
 
