@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -257,9 +258,14 @@ def test_journal_and_guests_agree_whatever_is_done_to_them(
                 commanding.result()
                 lab.run("resume", "vm1", "vm2")
                 _, err = run.communicate(timeout=240)
+            except subprocess.TimeoutExpired:
+                run.kill()
+                log = "\n".join(commands.log)
+                pytest.fail(f"seed {SEED}: no end: {lab.run('status').stdout}\n{log}\n{lab.logs()}")
             finally:
                 commands.over.set()
                 witness.over.set()
+                lab.run("stop", "--kill")
         watching.result()
     witness.look()
     micro_vm.wait_agent()
