@@ -24,7 +24,7 @@ def entry(at: float, script: str, more: str = "") -> str:
     return f'[[vm.schedule]]\nstart_time = {at}\nexecutable = "sh"\n{words}\n{more}\n'
 
 
-def until(holds: Callable[[], object], seconds: float = 20.0) -> None:
+def until(holds: Callable[[], object], seconds: float = 60.0) -> None:
     """Return as soon as *holds()* is true; fail when it is not within *seconds*."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -300,7 +300,7 @@ class Cli:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         stdin: str = "",
-        timeout: float = 60.0,
+        timeout: float = 120.0,
     ) -> Result:
         """Run ``vmrm WORDS`` to its end.
 

@@ -55,7 +55,7 @@ def states(lab: Lab) -> dict[str, str]:
     return tables.states(lab.db)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for a condition, boundedly; return what it gave."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -34,7 +34,7 @@ def terminal(cli: Cli, *words: str | Path, **env: str) -> Iterator[Any]:
         dimensions=(24, 120),
         encoding="utf-8",
         codec_errors="replace",
-        timeout=20,
+        timeout=60,
     )
     try:
         yield child
