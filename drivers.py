@@ -338,6 +338,10 @@ def _refusal(address: Address, code: int) -> ConnectError:
         return NoAnswer(str(address), "does not take the connection", _BUSY_HINT)
     kind = NoSocket if code in _NOTHING_THERE else ConnectError
     hint = "Start the VM or its agent, or correct the path"
+    if code in (errno.EACCES, errno.EPERM):
+        hint = (
+            "You may not use this socket: see whose it is (ls -l), and be its owner or in its group"
+        )
     return kind(str(address), f"cannot be reached: {os.strerror(code)}", hint)
 
 
@@ -760,7 +764,7 @@ _TELL_PS = (
     "[int64][Math]::Floor(($time - [datetime]'1970-01-01').TotalSeconds) }; "
 )
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
-_MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
+MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
 _DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
 _PRUNE_PS = (
     "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
@@ -1072,7 +1076,7 @@ class AbstractDriver(ABC):
 
     def create_directories(self, directory: str | PurePath) -> bool | None:
         """Create *directory* and what is missing above it; None if the attempt failed."""
-        return self._run_script('mkdir -p "$1"', _MKDIR_PS, _plain_path(directory))
+        return self._run_script('mkdir -p "$1"', MKDIR_PS, _plain_path(directory))
 
     def delete_file(self, path: str | PurePath) -> bool | None:
         """Delete the file *path*; False if there is none; None if the attempt failed."""
@@ -2717,7 +2721,7 @@ class _Windows:
         return int(not self._matches(path))
 
     def mkdir(self, path: str) -> None:
-        """Play _MKDIR_PS."""
+        """Play MKDIR_PS."""
         Path(self.host(path)).mkdir(parents=True, exist_ok=True)
 
     def delete(self, path: str) -> None:
@@ -2783,7 +2787,7 @@ class _Windows:
 
 _PLAYED: dict[str, Callable[..., int | None]] = {
     _EXISTS_PS: _Windows.exists,
-    _MKDIR_PS: _Windows.mkdir,
+    MKDIR_PS: _Windows.mkdir,
     _DELETE_PS: _Windows.delete,
     _BOOT_PS: _Windows.tell_boot,
     LIST_PS: _Windows.list,

@@ -487,6 +487,12 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in b"ZX" else int(fields[19])
 
 
+def counted(count: int, thing: str) -> str:
+    """Return a number of things for people: 1 entry, 2 entries."""
+    many = f"{thing[:-1]}ies" if thing.endswith("y") else f"{thing}s"
+    return f"{count} {thing if count == 1 else many}"
+
+
 def _signal_name(number: int) -> str:
     """Return a signal's name; most real-time signals have none."""
     with contextlib.suppress(ValueError):
@@ -1272,7 +1278,8 @@ def _refuse_while_live(db: Database, what: str) -> None:
     live = live_handlers(db)
     if live:
         raise Conflict(
-            f"{what} is refused while {len(live)} handlers live ({', '.join(live[:3])}"
+            f"{what} is refused while {counted(len(live), 'handler')} "
+            f"{'live' if live[1:] else 'lives'} ({', '.join(live[:3])}"
             f"{', …' if len(live) > 3 else ''})",
             "Stop them first: vmrm stop",
         )
@@ -2670,7 +2677,7 @@ def _attempt(row: Mapping[str, Any]) -> Attempt:
 
 
 def _plain_time(at: float) -> str:
-    """Return a schedule time as people write it: 5, not 5.0."""
+    """Return a number as people write it: 5, not 5.0."""
     return str(int(at)) if float(at).is_integer() else str(at)
 
 
@@ -3839,7 +3846,9 @@ class VmManager(_Rows):
                 for state in VmStates
                 if (count := sum(vm.state == state for vm in vms))
             )
-            lines.append(f"group {group}: {_vms(len(vms))}" + (f" ({states})" if vms else ""))
+            lines.append(
+                f"group {group}: {counted(len(vms), 'VM')}" + (f" ({states})" if vms else "")
+            )
             lines += [_cell(f"  {vm}") for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
@@ -4249,7 +4258,7 @@ class VmManager(_Rows):
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
         return (
-            f"group {group}: none ready ({_vms(row['vms'])}: {row['in_use']} in use, "
+            f"group {group}: none ready ({counted(row['vms'], 'VM')}: {row['in_use']} in use, "
             f"{row['others']} ready for others, {row['ill']} failed their check; "
             f"{bound} bound to {request.owner}, {idle})"
         )
@@ -4646,10 +4655,6 @@ def _listable(at: float) -> float:
     except (ValueError, OverflowError, OSError):
         raise UsageError(f"{at:g} s after 1970 is no date", "Name less time") from None
     return at
-
-
-def _vms(count: int) -> str:
-    return f"{count} VM" if count == 1 else f"{count} VMs"
 
 
 def _descends_from(holder: Holder) -> bool:
@@ -5491,6 +5496,10 @@ class PosixGuest:
         """Return the command that prints the SHA-256 of a file's first bytes."""
         return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
 
+    def folder_argv(self, path: str) -> list[str]:
+        """Return the command that makes a directory and what is missing above it."""
+        return ["/bin/sh", "-c", 'mkdir -p "$1"', "sh", path]
+
     def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
         """Return the command that gives a file its mode and place, but not that of a directory."""
         return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
@@ -5666,6 +5675,10 @@ class WindowsGuest(PosixGuest):
     def hash_argv(self, path: str, size: int) -> list[str]:
         """Return the command that prints the SHA-256 of a file's first bytes."""
         return drivers.powershell(drivers.HASH_PS, path, str(size))
+
+    def folder_argv(self, path: str) -> list[str]:
+        """Return the command that makes a directory and what is missing above it."""
+        return drivers.powershell(drivers.MKDIR_PS, path)
 
     def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
         """Return the command that puts a file in its place, but not in that of a directory."""
@@ -6652,6 +6665,7 @@ class VMResourceHandler:
         self._trouble_at: float | None = None
         self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
+        self._told_trouble: str | None = None  # in the VM's row, once this is its handler
 
     # --- drivers
 
@@ -6698,7 +6712,19 @@ class VMResourceHandler:
             self.driver.wait = self._wait
         limit = timeout or float(self.config.get("agent_timeout") or 300)
         deadline = CLOCK.monotonic() + limit
-        self.driver.connect(timeout=limit)
+        soon = min(limit, self.timeouts.reconnect)
+        try:
+            self.driver.connect(timeout=soon)
+        except (
+            drivers.NoSocket,
+            drivers.NoAnswer,
+            drivers.LinkLost,
+            drivers.DriverTimeout,
+        ) as error:
+            if soon == limit:
+                raise
+            self._tell_trouble(f"{WAITS}{error}")
+            self.driver.connect(timeout=limit - soon)
         boot = self.driver.boot_id()
         while self.driver.is_windows and not boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
@@ -6706,7 +6732,7 @@ class VMResourceHandler:
             self._wait(-1, 0, 1)
             boot = self.driver.boot_id()
         if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
-            raise drivers.LinkLost("the guest does not tell its boot now")  # frozen, for example
+            raise drivers.LinkLost("the guest does not tell its boot now; is it frozen?")
         self._boot = boot
 
     # --- life
@@ -6745,6 +6771,7 @@ class VMResourceHandler:
             pid=os.getpid(),
             name=self.vm_name,
         )
+        self._told_trouble = ""
 
     def _run_until_told(self) -> None:
         try:
@@ -6807,6 +6834,7 @@ class VMResourceHandler:
         self.log.warning("trouble with the agent, connecting anew: %s", error)
         self.driver.close()
         self._answer_lost_requests()
+        self._tell_trouble(f"{WAITS}{error}")
         if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
         self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
@@ -6815,6 +6843,13 @@ class VMResourceHandler:
     def _progress(self) -> None:
         """Note that the agent does what it is asked, so that past trouble is forgiven."""
         self._trouble_at, self._refused, self._troubles = None, "", 0
+
+    def _tell_trouble(self, reason: str) -> None:
+        """Have `status` say what the VM waits for, as long as it does; not for lone commands."""
+        if self._told_trouble not in (None, reason):
+            sql = "UPDATE vms SET reason = :reason WHERE server_name = :name AND state <> 'failed'"
+            self.db.write(sql, reason=reason, name=self.vm_name)
+            self._told_trouble = reason
 
     def _fail(self, reason: str) -> None:
         self.log.error("the VM failed: %s", reason)
@@ -6850,6 +6885,7 @@ class VMResourceHandler:
         seconds = min(seconds, self._look_at - CLOCK.monotonic(), self.timeouts.recheck_start)
         if self._woken or seconds <= 0:
             return
+        self._tell_trouble("")
         fd = self.driver.fileno()
         if fd in self._poll(fd, select.POLLIN, seconds):
             raise drivers.LinkLost("the agent hung up, or spoke without being asked")
@@ -8162,8 +8198,9 @@ def _push_file(
     """Copy `data` into the guest under a temporary name, then put it in its place."""
     remote, guest = arguments["remote"], guest_of(driver)
     temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
-    if not driver.create_directories(str(guest.flavour(remote).parent)):
-        raise VmrmError(f"the directory of {remote!r} cannot be made in the VM")
+    made = driver.run(guest.folder_argv(str(guest.flavour(remote).parent)))
+    if made.exitcode != 0:
+        raise VmrmError(f"the directory of {remote!r} cannot be made: {printable(made.err)}")
     with (folder / "data").open("rb") as source:
         yield from _report_steps(driver.push(source, temporary), folder)
     status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
@@ -8961,8 +8998,8 @@ def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
     begun = "SELECT 1 FROM attempts WHERE experiment_id = (SELECT id FROM current_experiment)"
     if gone and db.value(begun):
         raise Conflict(
-            f"{len(gone)} of the experiment's {_vms(len(pooled))} of the pool went back to it, and "
-            "with them what was done there",
+            f"{len(gone)} of the experiment's {counted(len(pooled), 'VM')} of the pool went back "
+            "to it, and with them what was done there",
             "Begin anew: vmrm destroy --yes, then run it again",
         )
     if gone:
@@ -9752,7 +9789,7 @@ def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) ->
             used_at = vm["last_release"] or vm["spawned_at"]
             count = group["reuse_max_count"]
             if count is not None and vm["builds_count"] >= count:
-                return f"it was used {vm['builds_count']} times"
+                return f"it was used {counted(vm['builds_count'], 'time')}"
             if passed(vm["spawned_at"], group["reuse_max_age_s"]):
                 return f"it is over {group['reuse_max_age_s']:g} s old"
             if passed(used_at, group["reuse_max_idle_s"]):
@@ -10470,7 +10507,7 @@ def read_experiment(path: str | os.PathLike[str]) -> Experiment:
     experiment = reader.read(_parse_file(source))
     if reader.faults:
         count = len(reader.faults)
-        lines = [f"{source}: {count} fault{'s' if count > 1 else ''}"]
+        lines = [f"{source}: {counted(count, 'fault')}"]
         raise UsageError("\n".join([*lines, *(f"  {fault}" for fault in reader.faults)]))
     return experiment
 
@@ -10754,6 +10791,7 @@ def vm_rows(db: Database) -> list[dict[str, Any]]:
 
 
 HELD = "in a break since "
+WAITS = "waits for its agent: "
 
 
 def _held(db: Database) -> dict[str, str]:
@@ -10782,7 +10820,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
 
 def _held_or(at: float) -> str:
     """Return an effective time as people read it; a break holds what has none."""
-    return "held" if at == math.inf else _plain_time(at)
+    return "held" if at == math.inf else _plain_time(round(at, 3))
 
 
 def _entry_row(
@@ -10868,7 +10906,7 @@ def _plan_notes(entry: ScheduleEntry) -> list[str]:
 def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
     vms, entries = len(experiment.vms), sum(row["entry"] is not None for row in rows)
     buffer = experiment.settings.get("start_buffer", 60)
-    words = [f"{vms} VM{'s' if vms != 1 else ''}", f"{entries} entries"]
+    words = [counted(vms, "VM"), counted(entries, "entry")]
     return ", ".join([*words, f"time 0 comes {buffer:g} s after the last VM is configured"])
 
 
@@ -11126,7 +11164,7 @@ def _row_label(row: Mapping[str, Any]) -> str:
 
 def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [f"{len(rows)} VM{'s' if len(rows) != 1 else ''}", f"{done} of {entries} entries done"]
+    words = [counted(len(rows), "VM"), f"{done} of {counted(entries, 'entry')} done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
     if launched and start:
         words.append(f"time 0 {start - launched:.0f} s after launch")
@@ -11560,6 +11598,8 @@ class Screen:
             print(printable(text, None, "\n"))
         elif isinstance(result, list):
             self._rows(result)
+        elif isinstance(result, Mapping) and sys.stdout.isatty():
+            _print_fitting([result], [_records])
         elif isinstance(result, Mapping):
             for key, value in result.items():
                 print(f"{key}\t{_cell(value)}")
@@ -11568,12 +11608,8 @@ class Screen:
 
     def _rows(self, rows: Sequence[Mapping[str, Any] | str]) -> None:
         if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
-            from rich.console import Console
-
-            table, console = _table(cast("Sequence[Mapping[str, Any]]", rows)), Console()
-            # A table too wide for the terminal is the terminal's to wrap: rich would fold words.
-            needed = console.measure(table, options=console.options.update(width=1000)).maximum
-            Console(width=max(console.width, needed), height=console.height).print(table)
+            tight = functools.partial(_table, tight=True)
+            _print_fitting(cast("Sequence[Mapping[str, Any]]", rows), [_table, tight, _records])
             return
         for row in rows:
             cells = row.values() if isinstance(row, Mapping) else [row]
@@ -11597,26 +11633,84 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, Mapping):
         return " ".join(map(_cell, value.values()))
+    if isinstance(value, float):  # to a thousandth; --json has it all
+        value = _plain_time(round(value, 3))
     text = ", ".join(map(_cell, value)) if isinstance(value, list) else str(value)
     return printable(text, None, "")
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return rows as a table for people: without empty columns, times without their date."""
+_Form = Callable[[Sequence[Mapping[str, Any]]], Any]
+
+
+def _print_fitting(rows: Sequence[Mapping[str, Any]], forms: Sequence[_Form]) -> None:
+    """Print rows in the first form that the terminal is wide enough for; the last one always is."""
+    from rich.console import Console
+
+    console = Console()
+    wide = console.options.update(width=10_000)
+    tables = [form(rows) for form in forms]
+    fits = (
+        table for table in tables if console.measure(table, options=wide).minimum <= console.width
+    )
+    console.print(next(fits, tables[-1]))
+
+
+def _shown_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
+
+
+def _table(rows: Sequence[Mapping[str, Any]], *, tight: bool = False, crop: bool = False) -> Any:
+    """Return rows as a table for people: without empty columns, times without their date.
+
+    Args:
+        rows: All of them have the keys of the first.
+        tight: Let long texts take several lines, and headings.
+        crop: Cut what is too wide instead, so that each row has one line.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    keys = [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
-    for key in keys:
+    gap = 0 if tight else 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=not tight, padding=(0, gap, 0, 0))
+    texts = {key: [_short(row[key]) for row in rows] for key in _shown_keys(rows)}
+    for key in texts:
         right = all(isinstance(row[key], int | float | None) for row in rows)
+        heading = key.replace("_", "\n" if tight else " ")
+        longest = max(cell_len(text) for text in [*heading.split("\n"), *texts[key]])
+        folds = tight and longest > TEXT_WIDTH
         table.add_column(
-            key.replace("_", " "), justify="right" if right else "left", overflow="fold"
+            heading,
+            justify="right" if right else "left",
+            overflow="ellipsis" if crop else "fold",
+            no_wrap=not folds,
+            min_width=None if crop else TEXT_WIDTH if folds else longest,
         )
     for row in rows:
-        table.add_row(*(Text(_short(row[key]), style=_style(row[key])) for key in keys))
+        table.add_row(*(Text(_short(row[key]), style=_style(row[key])) for key in texts))
     return table
+
+
+TEXT_WIDTH = 20  # below which a column of texts is no longer worth reading
+
+
+def _records(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return rows one below the other, a line for each value; they fit in any width."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid, keys = Table.grid(padding=(0, 2, 0, 0)), _shown_keys(rows)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for number, row in enumerate(rows):
+        if number:
+            grid.add_row("", "")
+        for key in keys:
+            if row[key] not in (None, "", []):
+                cell = Text(_short(row[key]), style=_style(row[key]))
+                grid.add_row(Text(key.replace("_", " "), style="dim"), cell)
+    return grid
 
 
 def _short(value: object) -> str:
@@ -11713,7 +11807,9 @@ class Viewer:
 
         console = Console(stderr=True)
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            yield lambda: live.update(self._picture(console.height - 4), refresh=True)
+            yield lambda: live.update(
+                self._picture(console.width, console.height - 4), refresh=True
+            )
 
     def _lines(self) -> None:
         """Tell what changed since the last look, one line per VM."""
@@ -11721,12 +11817,12 @@ class Viewer:
             return
         experiment = current_experiment(self.db)
         for row in vm_rows(self.db):
-            held = row["reason"].startswith(HELD)
+            held = row["reason"].startswith((HELD, WAITS))
             news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"], held)
             if self._told.get(row["vm"]) != news:
                 self._told[row["vm"]] = news
                 self.screen.tell(_progress_line(row))
-            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED else ""
+            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED and not held else ""
             if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
                 self._told[""] = (wait,)
                 self.screen.tell(wait)
@@ -11734,7 +11830,7 @@ class Viewer:
             self._start_told = True
             self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
 
-    def _picture(self, height: int) -> Any:
+    def _picture(self, width: int, height: int) -> Any:
         from rich.console import Group
         from rich.text import Text
 
@@ -11746,7 +11842,7 @@ class Viewer:
                 "vm": row["vm"],
                 "state": row["state"],
                 "time": row["time"],
-                "progress": _bar(row["done"], row["entries"]),
+                "progress": _bar(row["done"], row["entries"]) if width >= 80 else "",
                 "done": f"{row['done']}/{row['entries']}",
                 "failed": row["failed"] + row["unknown"] or None,
                 "now": row["reason"] or self._present_entry(row),
@@ -11754,7 +11850,7 @@ class Viewer:
             for row in shown
         ]
         rest = f"… and {len(rows) - len(shown)} more\n" if len(rows) > len(shown) else ""
-        return Group(_table(lines), Text(rest + self._time_line()))
+        return Group(_table(lines, crop=True), Text(rest + self._time_line()))
 
     def _present_entry(self, row: Mapping[str, Any]) -> str:
         if not row["running"]:
@@ -12473,7 +12569,7 @@ class Commands(_Public):
 
     @command
     def wait(
-        self, vm: str | None = None, state: str = "configured", timeout: float | None = None
+        self, vm: str | None = None, *, state: str = "configured", timeout: float | None = None
     ) -> object:
         """Wait until a VM, or every managed one, is in a state.
 
@@ -12502,7 +12598,7 @@ class Commands(_Public):
         return [row["server_name"] for row in rows]
 
     @command
-    def exec(self, vm: str, timeout: float = 30.0) -> object:
+    def exec(self, vm: str, *, timeout: float = 30.0) -> object:
         """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...].
 
         Its output and exit code are passed through; 255 if the VM could not be reached or nobody
@@ -12526,7 +12622,7 @@ class Commands(_Public):
         )
 
     @command
-    def push(self, vm: str, local: str, remote: str, timeout: float = 30.0) -> object:
+    def push(self, vm: str, local: str, remote: str, *, timeout: float = 30.0) -> object:
         """Copy a file into a VM.
 
         Args:
@@ -12536,6 +12632,8 @@ class Commands(_Public):
             timeout: Seconds within which the VM must begin to answer.
         """
         source, name = Path(local), self._any_vm(vm)
+        if source.is_dir():
+            raise UsageError(f"{local!r} is a directory", "Push its files, or an archive of it")
         if not source.is_file():
             raise UsageError(f"there is no file {local!r}")
         if not is_guest_path(remote):
@@ -12550,7 +12648,7 @@ class Commands(_Public):
                 return access.do("push", remote=target, mode=mode)
 
     @command
-    def pull(self, vm: str, remote: str, local: str = ".", timeout: float = 30.0) -> object:
+    def pull(self, vm: str, remote: str, local: str = ".", *, timeout: float = 30.0) -> object:
         """Copy a file out of a VM.
 
         Args:
@@ -12608,7 +12706,7 @@ class Commands(_Public):
                 thread.join()
 
     @command
-    def info(self, vm: str, timeout: float = 30.0) -> object:
+    def info(self, vm: str, *, timeout: float = 30.0) -> object:
         """Ask a VM's guest agent who it is: version, OS, host name, time, addresses, health.
 
         Args:
@@ -12619,7 +12717,7 @@ class Commands(_Public):
             return remote.do("info")
 
     @command
-    def reboot(self, vm: str, timeout: float = 300.0) -> object:
+    def reboot(self, vm: str, *, timeout: float = 300.0) -> object:
         """Reboot a VM and wait until its agent answers again.
 
         Args:
@@ -12703,7 +12801,7 @@ class Commands(_Public):
         end_experiment(db)  # which a handler without supervisor does not
         if kill and (left := vms_with_programs(db)):
             raise VmrmError(
-                f"programs of {len(left)} VMs could not be ended: {', '.join(left[:3])}"
+                f"programs of {counted(len(left), 'VM')} could not be ended: {', '.join(left[:3])}"
                 f"{', …' if len(left) > 3 else ''}",
                 f"See why: vmrm logs {left[0]}",
             )
@@ -12752,9 +12850,9 @@ class Commands(_Public):
     def agent(
         self,
         socket: str,
+        *,
         root: str | None = None,
         count: int | None = None,
-        *,
         windows: bool = False,
     ) -> object:
         """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
@@ -12793,7 +12891,7 @@ class Commands(_Public):
         left = len(check(db) if fix else faults)
         if left:
             hint = "Remove what is unused: vmrm check --fix" if not fix else ""
-            raise VmrmError(f"{left} fault{'s' if left > 1 else ''}", hint)
+            raise VmrmError(counted(left, "fault"), hint)
         return _SHOWN
 
     @command
@@ -12980,7 +13078,9 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
         raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
     text = reader._read_schedule(items, f"vm {server_name!r}")
     if reader.faults:
-        raise UsageError("\n  ".join([f"{file}: {len(reader.faults)} faults", *reader.faults]))
+        raise UsageError(
+            "\n  ".join([f"{file}: {counted(len(reader.faults), 'fault')}", *reader.faults])
+        )
     with adding_contents(db):
         _store_files(db, reader.files)
         with db.transaction():
@@ -13240,6 +13340,9 @@ def _usage_error(said: str, words: Sequence[str]) -> UsageError:
     text = text.replace("Could not consume arg:", "not understood:")
     text = text.replace("Cannot find key:", "no such command:")
     text = text.replace("The function received no value", "no value was given")
+    if missing := re.search(r"required flags: \{(.*)\}", text):
+        names = sorted(name.replace("_", "-") for name in re.findall(r"'(\w+)'", missing[1]))
+        text = f"missing: {' '.join(f'--{name} {name.upper()}' for name in names)}"
     known, at = dir(Commands(None, Screen())), ["vmrm"]
     for word in words[:2]:
         if word not in known:

@@ -177,7 +177,7 @@ def test_nothing_is_destroyed_while_a_handler_lives(mapping: VMMapping) -> None:
     lock = vmrm.try_lock(vmrm._handler_lock(mapping.db, 1))
     assert lock is not None
     for destroy in (lambda: mapping.destroy_one("u"), mapping.destroy_all):
-        with pytest.raises(vmrm.Conflict, match=r"refused while 1 handlers live \(web\)"):
+        with pytest.raises(vmrm.Conflict, match=r"refused while 1 handler lives \(web\)"):
             destroy()
     assert vmrm.live_handlers(mapping.db) == ["web"]
     os.close(lock)
