@@ -21,6 +21,14 @@ statement or one transaction; inside a transaction there is no other I/O.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - who has an older one has not come by way of pip
+    _too_old = f"vmrm needs Python 3.11 or later, and this is {sys.version.split()[0]}"
+    if __name__ == "__main__":
+        sys.exit(f"error: {_too_old}\nhint: Start it with a newer one: python3.11 vmrm.py …")
+    raise ImportError(_too_old)
+
 import collections
 import contextlib
 import copy
@@ -45,7 +53,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import sys
 import threading
 import time
 import types
@@ -83,6 +90,7 @@ __version__ = "0.1.0"
 #   │   │   └── ScheduleDbTimeoutError
 #   │   └── Unwritable         the database's disk is full, for example
 #   ├── TimedOut               code 124
+#   ├── MissingPackage         this Python lacks a package
 #   └── SchemaError            code 3: the database file is not ours, damaged or of another version
 
 
@@ -153,6 +161,10 @@ class TimedOut(VmrmError):
     """What was waited for did not happen in time."""
 
     code = 124
+
+
+class MissingPackage(VmrmError, ImportError):
+    """This Python lacks a package that vmrm needs."""
 
 
 class SchemaError(VmrmError):
@@ -498,6 +510,26 @@ def _signal_name(number: int) -> str:
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
+
+
+# What has to be installed, by the name that is imported; setup.cfg has it for pip.
+PACKAGES = {"sqlite_utils": "sqlite-utils>=4.0", "rich": "rich>=13.7", "fire": "fire>=0.7"}
+
+
+def need_packages(*names: str) -> None:
+    """Make sure that packages can be imported, before anything is begun that needs them later.
+
+    Raises:
+        MissingPackage: some cannot; all of them are named, with the command that installs them.
+    """
+    import importlib.util
+
+    if missing := [PACKAGES[name] for name in names if importlib.util.find_spec(name) is None]:
+        lacks = " and ".join(repr(wanted.partition(">")[0]) for wanted in missing)
+        raise MissingPackage(
+            f"this Python ({sys.executable}) lacks {lacks}",
+            f"Install: {shlex.join([sys.executable, '-m', 'pip', 'install', *missing])}",
+        )
 
 
 def own_command(*words: str) -> list[str]:
@@ -972,6 +1004,7 @@ class Database:
 
         Read with it as you like; write inside `transaction`, so that other writers wait.
         """
+        need_packages("sqlite_utils")
         from sqlite_utils import Database as Utils
 
         return Utils(self.connection, execute_plugins=False)
@@ -1045,6 +1078,7 @@ def _renew_table(connection: sqlite3.Connection, name: str, sql: str, exists: bo
 
 def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     """Do to the rows, already in this schema's form, what each version since `found` asks for."""
+    need_packages("sqlite_utils")
     from sqlite_utils import Database as Utils
     from sqlite_utils import Migrations
 
@@ -6536,10 +6570,8 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
 
     path.parent.mkdir(exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{secrets.token_hex(8)}")
-    with (
-        source.open("rb") if isinstance(source, Path) else source as stream,
-        temporary.open("xb") as target,
-    ):
+    opened = source.open("rb") if isinstance(source, Path) else source
+    with opened as stream, temporary.open("xb") as target:
         shutil.copyfileobj(stream, target)
     temporary.chmod(0o700)
     temporary.rename(path)
@@ -9776,27 +9808,27 @@ def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) ->
     def passed(since: float, limit: float | None) -> bool:
         return limit is not None and dues.passed(since + limit)
 
-    if vm["state"] == VmStates.SPAWNING:
+    state = vm["state"]
+    if state == VmStates.SPAWNING:
         return "its spawn hook was lost"
     if not group["terminate"]:  # nobody would end its machine, so it is kept
         return ""
-    match vm["state"]:
-        case VmStates.HELD if dues.passed(vm["held_until"]):
-            return "it was held until now"
-        case VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] > group["vm_max_check_fails"]:
-            return f"it failed {vm['check_fails']} checks in a row"
-        case VmStates.READY:
-            used_at = vm["last_release"] or vm["spawned_at"]
-            count = group["reuse_max_count"]
-            if count is not None and vm["builds_count"] >= count:
-                return f"it was used {counted(vm['builds_count'], 'time')}"
-            if passed(vm["spawned_at"], group["reuse_max_age_s"]):
-                return f"it is over {group['reuse_max_age_s']:g} s old"
-            if passed(used_at, group["reuse_max_idle_s"]):
-                return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
-            dirty = group["vm_dirty_terminating_timeout_s"]
-            if vm["bound_to_user"] and passed(used_at, dirty):
-                return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
+    if state == VmStates.HELD and dues.passed(vm["held_until"]):
+        return "it was held until now"
+    if state == VmStates.CHECK_HEALTH_FAILED and vm["check_fails"] > group["vm_max_check_fails"]:
+        return f"it failed {vm['check_fails']} checks in a row"
+    if state == VmStates.READY:
+        used_at = vm["last_release"] or vm["spawned_at"]
+        count = group["reuse_max_count"]
+        if count is not None and vm["builds_count"] >= count:
+            return f"it was used {counted(vm['builds_count'], 'time')}"
+        if passed(vm["spawned_at"], group["reuse_max_age_s"]):
+            return f"it is over {group['reuse_max_age_s']:g} s old"
+        if passed(used_at, group["reuse_max_idle_s"]):
+            return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
+        dirty = group["vm_dirty_terminating_timeout_s"]
+        if vm["bound_to_user"] and passed(used_at, dirty):
+            return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
     return ""
 
 
@@ -9815,13 +9847,13 @@ def _check_is_due(
     if not dues.again(vm["check_started_at"], timeouts.recheck):
         return False
     period, last_at = group["vm_health_check_period_s"], vm["last_health_check"] or 0.0
-    match vm["state"]:
-        case VmStates.GOT_IP | VmStates.CHECK_HEALTH:
-            return True
-        case VmStates.CHECK_HEALTH_FAILED:
-            return dues.again(vm["state_at"], period)
-        case VmStates.READY | VmStates.IN_USE if vm["state"] == VmStates.READY or group["check"]:
-            return last_at <= server_started or dues.again(last_at, period)
+    state = vm["state"]
+    if state in (VmStates.GOT_IP, VmStates.CHECK_HEALTH):
+        return True
+    if state == VmStates.CHECK_HEALTH_FAILED:
+        return dues.again(vm["state_at"], period)
+    if state == VmStates.READY or (state == VmStates.IN_USE and group["check"]):
+        return last_at <= server_started or dues.again(last_at, period)
     return False
 
 
@@ -13167,11 +13199,9 @@ def demo(screen: Screen) -> object:
     """Run the demo experiment in a temporary directory; return its report's rows."""
     import tempfile
 
-    with (
-        tempfile.TemporaryDirectory(prefix="vmrm-demo-") as folder,
-        contextlib.ExitStack() as stack,
-    ):
-        root = Path(folder)
+    folder = tempfile.TemporaryDirectory(prefix="vmrm-demo-")
+    with folder, contextlib.ExitStack() as stack:
+        root = Path(folder.name)
         (root / "lab.toml").write_text(DEMO.format(root=root))
         (root / "install.sh").write_text(DEMO_INSTALL)
         for name in ("1", "1c", "2c"):
@@ -13421,6 +13451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check_agent(words[1:])
         line = _take_apart(words)
         screen = Screen(line.as_json, line.quiet)
+        need_packages(*PACKAGES)
         with contextlib.ExitStack() as stack:
             commands = Commands(line.db, screen, line.tail)
             stack.callback(commands._close)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_lab import entry, lab, until
-from conftest import Cli
+from conftest import ROOT, Cli
 from lab import stand_ins
 
 import vmrm
@@ -230,3 +233,69 @@ def test_a_vm_without_a_path_that_comes_during_a_run_fails_once(cli: Cli, tmp_pa
         assert "no path to a guest agent" in told
         assert "died" not in told + (tmp_path / "lab.db.d/logs/supervisor.log").read_text()
         assert cli("stop").code == 0
+
+
+# --- an interpreter that will not do
+
+SOURCES = [ROOT / "vmrm.py", ROOT / "drivers.py"]
+
+
+def _bare(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python that has no packages but its own library."""
+    return subprocess.run(
+        [sys.executable, "-S", *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("words", ["status", "load lab.toml", "--help", "demo"])
+def test_missing_packages_are_one_line_that_says_what_to_install(
+    tmp_path: Path, words: str
+) -> None:
+    done = _bare(SOURCES[0], "--db", tmp_path / "lab.db", *words.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()
+    assert error.endswith("lacks 'sqlite-utils' and 'rich' and 'fire'")
+    assert hint.startswith(f"hint: Install: {sys.executable} -m pip install ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_without_the_packages_can_use_what_needs_none(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import vmrm
+with vmrm.Database({str(tmp_path / "lab.db")!r}) as db:
+    vmrm.VMMapping(db=db).put("u", "web")
+    try:
+        db.utils
+    except ImportError as error:
+        print(error, error.hint)
+"""
+    done = _bare("-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lacks 'sqlite-utils'" in done.stdout
+    assert "pip install 'sqlite-utils>=4.0'" in done.stdout
+
+
+def test_what_pip_installs_is_what_is_looked_for() -> None:
+    wanted = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2]
+    named = [line.strip() for line in wanted.partition("\n\n")[0].splitlines() if line.strip()]
+    done = _bare(SOURCES[0], "status")
+    assert all(name.partition(">")[0] in done.stderr and name in done.stderr for name in named)
+
+
+@pytest.mark.parametrize("name", ["__main__", "vmrm"])
+def test_an_older_python_is_one_line(name: str) -> None:
+    for source in SOURCES:  # whose grammar must get as far as the line that says so
+        ast.parse(source.read_text(), feature_version=(3, 8))
+    script = f"""
+import runpy, sys
+sys.version_info, sys.version = (3, 10, 1), "3.10.1 (main)"
+runpy.run_path({str(SOURCES[0])!r}, run_name={name!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "vmrm needs Python 3.11 or later, and this is 3.10.1" in done.stderr
+    assert ("Traceback" in done.stderr) == (name == "vmrm")
