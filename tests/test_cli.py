@@ -185,20 +185,20 @@ def test_a_switch_may_be_negated_and_options_may_stand_anywhere(vm: Vm, db: Path
 # === help ========================================================================================
 
 
-@pytest.mark.parametrize("line", LINES, ids=" ".join)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_of_every_command_shows_its_docstring(vm: Vm, line: list[str], flag: str) -> None:
-    target: object = vmrm.Commands(None, vmrm.Screen())
-    for word in line:
-        target = getattr(target, word)
-    result = vm(*line, flag)
-    assert (result.code, result.err) == (0, "")
-    doc = (target.__doc__ or "").splitlines()
-    assert doc[0] in result.out
-    assert "INFO" not in result.out
-    assert not re.search("FIRE_METADATA|_fire|_main", result.out)
-    for text in re.findall(r"^            (\w+): ", "\n".join(doc), re.MULTILINE):
-        assert re.search(text, result.out, re.IGNORECASE), text
+def test_help_of_every_command_shows_its_docstring(vm: Vm, flag: str) -> None:
+    for line in LINES:
+        target: object = vmrm.Commands(None, vmrm.Screen())
+        for word in line:
+            target = getattr(target, word)
+        result = vm(*line, flag)
+        assert (result.code, result.err) == (0, ""), line
+        doc = (target.__doc__ or "").splitlines()
+        assert doc[0] in result.out, line
+        assert "INFO" not in result.out, line
+        assert not re.search("FIRE_METADATA|_fire|_main", result.out), line
+        for text in re.findall(r"^            (\w+): ", "\n".join(doc), re.MULTILINE):
+            assert re.search(text, result.out, re.IGNORECASE), (line, text)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--", "--help"]], ids=str)
