@@ -1060,9 +1060,18 @@ class AbstractDriver(ABC):
         pid = self._start_script(posix, windows, *words)
         if pid is None:
             return None
-        success = self.evaluate_process_success(pid)
+        success = self._await_script(pid, self.timeout) == 0
         self.output_cache.pop(pid, None)
         return success
+
+    def _await_script(self, pid: int, seconds: float) -> int:
+        """Return the exit code of a script of ours. Raises DriverTimeout if it does not end."""
+        delays, deadline = _delays(1), Deadline(seconds)
+        while (code := self.get_exitcode(pid)) is None:
+            if deadline.expired:
+                raise DriverTimeout("a script in the guest", seconds)
+            self.wait(-1, 0, next(delays))
+        return code
 
     # --- files of the guest ---
 
@@ -1109,7 +1118,7 @@ class AbstractDriver(ABC):
         pid = self._start_script(_FIND_SH, _FIND_PS, *words, capture=True)
         if pid is None:
             return None
-        code = self.wait_for_exitcode(pid)
+        code = self._await_script(pid, 10 * self.timeout)
         entry = self.output_cache.pop(pid)
         found = entry.get("stdout") or ""
         if entry.get("stdout_trunc") or (code and not found):
@@ -1175,6 +1184,7 @@ class AbstractDriver(ABC):
 
 _PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
 _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
+_CRUMBS = 16  # in a row; an agent reads and writes what it is asked, but at the end of a file
 _OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
 _BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
 _BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
@@ -1832,10 +1842,14 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def write_chunk(self, handle: int, data: bytes | memoryview) -> None:
         """Write all of *data* (below 47 MiB) to an open file, however little the agent takes."""
-        rest = memoryview(data)
-        while rest:
-            reply = self.call("guest-file-write", {"handle": handle, "buf-b64": _encoded(rest)})
-            rest = rest[_number(reply, "count", 1, len(rest), "guest-file-write") :]
+        sent, rest = "guest-file-write", memoryview(data)
+        for _ in range(_CRUMBS):
+            if not rest:
+                return
+            reply = self.call(sent, {"handle": handle, "buf-b64": _encoded(rest)})
+            rest = rest[_number(reply, "count", 1, len(rest), sent) :]
+        if rest:
+            raise AgentError("GenericError", "the agent takes it in crumbs", sent)
 
     @contextlib.contextmanager
     def _opened(self, path: str, mode: str) -> Iterator[tuple[Link, int]]:
@@ -1859,17 +1873,10 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
         """Return at most *limit* bytes of the guest's file from *offset* on. Raises AgentError."""
-        parts: list[bytes] = []
-        with self._opened(path, "r") as (_, handle):
-            if offset:
-                self.seek(handle, offset)
-            while limit > 0:
-                data, eof = self.read(handle, min(limit, _PULL_BYTES))
-                parts.append(data)
-                limit -= len(data)
-                if eof or not data:
-                    break
-        return b"".join(parts)
+        sink = io.BytesIO()
+        for _ in self.pull(path, sink, offset=offset, limit=limit):
+            pass
+        return sink.getvalue()
 
     def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
         """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
@@ -1918,6 +1925,7 @@ class QemuGuestAgentDriver(AbstractDriver):
                 self.seek(handle, offset)
             left = math.inf if limit is None else limit  # bytes not asked for yet
             ahead: deque[tuple[Ticket, int]] = deque()
+            crumbs = 0
             while True:
                 while left > 0 and len(ahead) < 2:
                     count = int(min(left, _PULL_BYTES))
@@ -1936,6 +1944,9 @@ class QemuGuestAgentDriver(AbstractDriver):
                     yield got
                 if eof or not data:
                     return
+                crumbs = crumbs + 1 if len(data) < count else 0
+                if crumbs == _CRUMBS:
+                    raise AgentError("GenericError", "it comes in crumbs", "guest-file-read")
 
     def _post_read(self, link: Link, handle: int, count: int) -> Ticket:
         arguments = {"handle": handle, "count": count}

@@ -57,7 +57,16 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -6698,6 +6707,8 @@ class VMResourceHandler:
         self._troubles = 0  # in a row, without an entry getting on
         self._refused = ""  # the last thing that the agent did not do
         self._told_trouble: str | None = None  # in the VM's row, once this is its handler
+        self._calm = 0.0  # seconds since the last trouble in which nothing was asked of the agent
+        self._reached: set[Hashable] = set()  # how far the VM ever came
 
     # --- drivers
 
@@ -6742,7 +6753,7 @@ class VMResourceHandler:
             except Exception as error:  # a plug-in is anybody's code
                 raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
-        limit = timeout or float(self.config.get("agent_timeout") or 300)
+        limit = timeout or self._agent_timeout
         deadline = CLOCK.monotonic() + limit
         soon = min(limit, self.timeouts.reconnect)
         try:
@@ -6860,20 +6871,34 @@ class VMResourceHandler:
         passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
         return isinstance(error, final) or (again and not isinstance(error, passing))
 
+    @property
+    def _agent_timeout(self) -> float:
+        return float(self.config.get("agent_timeout") or 300)
+
     def _link_trouble(self, error: drivers.DriverError) -> None:
         now = CLOCK.monotonic()
-        self._trouble_at = now if self._trouble_at is None else self._trouble_at
+        if self._trouble_at is None or self._calm > self._agent_timeout:
+            self._trouble_at = now
+        self._calm = 0.0
         self.log.warning("trouble with the agent, connecting anew: %s", error)
         self.driver.close()
         self._answer_lost_requests()
         self._tell_trouble(f"{WAITS}{error}")
-        if now - self._trouble_at > float(self.config.get("agent_timeout") or 300):
+        if now - self._trouble_at > self._agent_timeout:
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
         self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
         self._troubles += 1
 
-    def _progress(self) -> None:
-        """Note that the agent does what it is asked, so that past trouble is forgiven."""
+    def _progress(self, *point: Hashable) -> None:
+        """Note that the VM gets on, so that past trouble is forgiven.
+
+        Args:
+            point: How far it came. Only the first time counts: a guest that reboots for ever
+                comes to the same again and again. Without it, it always counts.
+        """
+        if point and point in self._reached:
+            return
+        self._reached.add(point)
         self._trouble_at, self._refused, self._troubles = None, "", 0
 
     def _tell_trouble(self, reason: str) -> None:
@@ -6918,8 +6943,10 @@ class VMResourceHandler:
         if self._woken or seconds <= 0:
             return
         self._tell_trouble("")
-        fd = self.driver.fileno()
-        if fd in self._poll(fd, select.POLLIN, seconds):
+        fd, began = self.driver.fileno(), CLOCK.monotonic()
+        spoke = fd in self._poll(fd, select.POLLIN, seconds)
+        self._calm += CLOCK.monotonic() - began
+        if spoke:
             raise drivers.LinkLost("the agent hung up, or spoke without being asked")
 
     def _wait(self, fd: int, events: int, seconds: float) -> bool:
@@ -7089,8 +7116,7 @@ class VMResourceHandler:
             if work:
                 yield from self._stage_steps(work)
             self._ready.update(entry.ordinal for entry in added)
-            # What seems to boot for ever is still asked ever less.
-            self._trouble_at, self._refused = None, ""
+            self._progress("ready", len(self._ready))
 
     def _host_paths(self, entry: ScheduleEntry) -> None:
         folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
@@ -7239,14 +7265,15 @@ class VMResourceHandler:
         """Copy a content into the stage; return its path there."""
         path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
         with staged.source() as source:
-            for _ in self.driver.push(source, path):
+            for sent in self.driver.push(source, path):
+                self._progress("staged", staged.sha256, sent >> 20)
                 yield 0
         return path
 
     def _lay_out(self, layout: Sequence[str]) -> Steps:
         script = text_content(self._guest.layout(layout))
         path = yield from self._push_steps(script, self._guest.script_suffix)
-        status = self.driver.run(self._guest.argv(path), timeout=10 * self.timeouts.call)
+        status = yield from self._finish_steps(self._guest.argv(path))
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
 
@@ -7408,7 +7435,7 @@ class VMResourceHandler:
         self._drain(self._reboot_steps())
 
     def _reboot_steps(self) -> Steps:
-        old, limit = self._boot, float(self.config.get("agent_timeout") or 300)
+        old, limit = self._boot, self._agent_timeout
         self.log.info("rebooting the VM")
         self.driver.reboot()
         _crash("rebooted")
@@ -7488,15 +7515,15 @@ class VMResourceHandler:
             found: What the guest already shows of it, after a recovery; None: send it now.
         """
         exit_code, reboot, outcome = None, False, Outcome.FAILED
-        repeating = self._repeat(entry)
+        repeating, limit = self._repeat(entry), self._limit(entry, attempt)
         try:
             if entry.runs_script:
                 if found is None:
                     found = yield from self._send_steps(entry, attempt)
-                exit_code, reboot = yield from self._watch_steps(entry, attempt, found)
+                exit_code, reboot = yield from self._watch_steps(entry, attempt, found, limit)
             else:
                 self._journal.started(attempt, CLOCK.wall(), None, entry.start_time)
-            yield from self._transfer_once_steps(entry)
+            yield from self._within(limit, self._transfer_once_steps(entry))
             if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
                 if missed := self._missed.get(entry.ordinal):
@@ -7520,7 +7547,7 @@ class VMResourceHandler:
         error = error or self.output.loss(entry, attempt)
         self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
         self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
-        self._progress()
+        self._progress("ended", attempt.id)
         _crash("journal-closed")
         if self._life:
             self.agenda.wake(self._life)
@@ -7547,35 +7574,59 @@ class VMResourceHandler:
         self._journal.started(attempt, sent, pid, entry.start_time)
         _crash("running-recorded")
         self.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
-        self._progress()
+        self._progress("sent", attempt.id)
         return Found(claimed=True, pid=pid)
 
-    def _watch_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
-        """Follow a started program to its end; return its exit code and its wish for a reboot."""
-        limit = entry.options.get("timeout") or (
+    def _limit(self, entry: ScheduleEntry, attempt: Attempt) -> tuple[float, str]:
+        """Return until when an attempt may last, whatever its parts take, and what is said then."""
+        seconds = entry.options.get("timeout") or (
             self.timeouts.negative_entry if entry.start_time < 0 else math.inf
         )
-        why = f"timed out after {limit:g} s and was killed"
-        deadline = CLOCK.monotonic() + limit
+        if self._killing:
+            return -math.inf, KILLED
+        deadline = CLOCK.monotonic() + seconds
         if attempt.sent_at is not None:  # by the wall clock, which may have been set back
             deadline -= max(0.0, CLOCK.wall() - attempt.sent_at)
-        if self._killing:
-            deadline, why = -math.inf, KILLED
-        interval, fetch_at = self.timeouts.poll_first, 0.0
+        return deadline, f"timed out after {seconds:g} s"
+
+    @staticmethod
+    def _within(limit: tuple[float, str], steps: Steps) -> Steps:
+        """Take steps of an attempt up to its limit, at which they meet _EntryFailed."""
+        (deadline, why), resume = limit, functools.partial(next, steps)
+        while True:
+            try:
+                wish = resume()
+            except StopIteration as end:
+                return end.value
+            if isinstance(wish, int | float):
+                wish = min(wish, max(0.0, deadline - CLOCK.monotonic()))
+            yield wish
+            if CLOCK.monotonic() >= deadline:
+                resume = functools.partial(steps.throw, _EntryFailed(why))
+
+    def _watch_steps(
+        self, entry: ScheduleEntry, attempt: Attempt, found: Found, limit: tuple[float, str]
+    ) -> Steps:
+        """Follow a started program to its end; return its exit code and its wish for a reboot."""
+        interval, fetch_at, (deadline, why) = self.timeouts.poll_first, 0.0, limit
         while True:
             yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
             interval = min(interval * 1.5, self.timeouts.poll_last)
             found = yield from self._look_steps(entry, attempt, found)
+            # What a program wrote before its end, in time or not, gets a moment in any case.
+            grace = max(deadline, CLOCK.monotonic() + self.timeouts.term_grace), why
             if found.exit_code is not None:
-                yield from self._fetch_steps(entry, attempt, last=True)
+                yield from self._within(grace, self._fetch_steps(entry, attempt, last=True))
                 return found.exit_code, found.reboot
             if CLOCK.monotonic() >= fetch_at:
-                yield from self._fetch_steps(entry, attempt)
+                with contextlib.suppress(_EntryFailed):
+                    yield from self._within(limit, self._fetch_steps(entry, attempt))
                 fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
             if CLOCK.monotonic() >= deadline:
                 yield from self._kill_steps(self._place(entry), found.pid)
-                yield from self._fetch_steps(entry, attempt, last=True)
-                raise _EntryFailed(why)
+                with contextlib.suppress(_EntryFailed):
+                    yield from self._within(grace, self._fetch_steps(entry, attempt, last=True))
+                raise _EntryFailed(why if self._killing else f"{why} and was killed")
 
     def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
         """Look once how an attempt is; return it as found now, with an exit code if it has ended.
@@ -8031,12 +8082,30 @@ class VMResourceHandler:
             self.log.info("transfer of %s: gone again: %d files", location, gone)
         return faults
 
-    def _finish_steps(self, argv: Sequence[str]) -> Steps:
-        """Run a program of the guest without holding up anything else; return its status."""
+    def _finish_steps(self, argv: Sequence[str], more: float = 0.0) -> Steps:
+        """Run a program of ours in the guest, holding up nothing else; return its status.
+
+        Args:
+            argv: Program and arguments.
+            more: Seconds that it may take beyond the agent's time-out.
+
+        Raises:
+            VMFailed: it did not end in that time.
+        """
+        limit = self._agent_timeout + more
         pid, interval = self.driver.start(argv, capture=True), 0.002
-        while not (status := self.driver.status(pid)).exited:
-            yield interval
-            interval = min(interval * 1.5, self.timeouts.poll_last)
+        deadline = CLOCK.monotonic() + limit
+        try:
+            while not (status := self.driver.status(pid)).exited:
+                if CLOCK.monotonic() >= deadline:
+                    what = printable(argv[-1][:200])
+                    raise VMFailed(f"a program of ours does not end in the guest: {what}")
+                yield interval
+                interval = min(interval * 1.5, self.timeouts.poll_last)
+        except (_EntryFailed, VMFailed):
+            with contextlib.suppress(drivers.DriverError):
+                self._guest.signal("KILL", pid)
+            raise
         return status
 
     def _list_steps(self, location: str) -> Steps:
@@ -8116,7 +8185,7 @@ class VMResourceHandler:
                 digest.update(data)
                 sink.write(data)
                 yield 0
-        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size))
+        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size), size / 1e7)
         if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
             return size
         sink.seek(0)
