@@ -5135,6 +5135,12 @@ exit 0
 # Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
 _KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
 
+# Where a shell would look for a program.
+_FOUND_SCRIPT = (
+    'set -f; case $1 in */*) [ -e "$1" ]; exit;; esac; '
+    'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1'
+)
+
 _MOVE_SCRIPT = (
     'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
     'chmod "$3" "$1" && mv -f "$1" "$2"'
@@ -5531,6 +5537,10 @@ class PosixGuest:
         argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
         return self.ask(argv).exitcode == 0
 
+    def has_program(self, program: str) -> bool:
+        """Return whether something is there under a program's name, be it one or not."""
+        return self.ask(["/bin/sh", "-c", _FOUND_SCRIPT, "sh", program]).exitcode == 0
+
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
         return ["/bin/sh", "-c", _LIST_SCRIPT, "sh", location]
@@ -5710,6 +5720,10 @@ class WindowsGuest(PosixGuest):
         """End a program and all that it started, whatever the signal: nothing is left of it."""
         self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
         return False
+
+    def has_program(self, program: str) -> bool:
+        """Return whether something is there under a program's name, if that is a path."""
+        return bool(self.driver.file_exists(program))
 
     def list_argv(self, location: str) -> list[str]:
         """Return the command that lists a path or glob, a record each, for `parse_listed`."""
@@ -8283,14 +8297,34 @@ def operation_steps(
 def _exec_steps(
     driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
-    pid, interval = driver.start(arguments["argv"], capture=True), 0.002
-    while not (status := driver.status(pid)).exited:
-        yield interval
-        interval = min(interval * 1.5, 0.5)
+    argv, interval = arguments["argv"], 0.002
+    try:
+        pid = driver.start(argv, capture=True)
+    except drivers.AgentError as error:
+        return {"error": str(error), "code": _code_of_no_start(driver, argv[0], error)}
+    try:
+        while not (status := driver.status(pid)).exited:
+            yield interval
+            interval = min(interval * 1.5, 0.5)
+    except drivers.UnknownPid:
+        return {"unknown": "it may have run: the agent was restarted, or the guest rebooted"}
+    except drivers.AgentError as error:
+        return {"unknown": f"it may have run: {error}"}
     (folder / "out").write_bytes(status.out)
     (folder / "err").write_bytes(status.err)
     cut = [name for name in ("out", "err") if getattr(status, f"{name}_truncated")]
     return {"exit_code": status.exitcode, "signal": status.signal, "truncated": cut}
+
+
+def _code_of_no_start(
+    driver: drivers.QemuGuestAgentDriver, program: str, error: drivers.AgentError
+) -> int:
+    """Return the exit code for a program that was not started: 126 or 127 as of a shell, or 255."""
+    if isinstance(error, drivers.Frozen):
+        return 255
+    if isinstance(error, drivers.CommandDisabled | drivers.CommandMissing):
+        return 126
+    return 126 if guest_of(driver).has_program(program) else 127
 
 
 def _push_file(
@@ -8378,6 +8412,10 @@ def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:
             wait(pause)
 
 
+class _Handled(Exception):
+    """The VM has a handler by now."""
+
+
 class Remote:
     """Does things on one VM at once: through its handler if one lives, else by itself.
 
@@ -8416,38 +8454,43 @@ class Remote:
             VmrmError: it failed in the VM (code 1), could not be begun, or may have been done
                 and nobody knows (255).
         """
-        if _is_locked(_handler_lock(self.db, self.config["ordinal"])):
+        answer = None if self._handled else self._directly(operation, arguments)
+        if answer is None:
             answer = self._by_handler(operation, arguments)
-        else:
-            answer = self._directly(operation, arguments)
         if "unknown" in answer:
             raise VmrmError(f"VM {self.name!r}: {answer['unknown']}", code=255)
         if "error" in answer:
-            raise VmrmError(f"VM {self.name!r}: {answer['error']}")
+            raise VmrmError(f"VM {self.name!r}: {answer['error']}", code=answer.get("code"))
         return answer
 
-    def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def _handled(self) -> bool:
+        return _is_locked(_handler_lock(self.db, self.config["ordinal"]))
+
+    def _nap(self, seconds: float) -> None:
+        """Wait for others that use the agent, but not for a handler, which has it for long."""
+        time_to_wait(seconds)
+        if self._handled:
+            raise _Handled
+
+    def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Do it here, waiting for the agent and for others that use it; None if a handler came."""
         handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
-        begun = False
-        address = drivers.parse_address(self.config["path"])
-        if address.family == socket.AF_UNIX and not os.path.lexists(str(address.target)):
-            why = f"cannot be reached: {os.strerror(errno.ENOENT)}"
-            missing = drivers.NoSocket(str(address), why)
-            raise VmrmError(f"VM {self.name!r}: {missing}", missing.hint, code=255)
+        begun, deadline = False, drivers.Deadline(self.timeout)
         try:
-            with agent_lock(self.config["path"], self.db.path, time_to_wait, 0):
-                handler._connect()
+            with agent_lock(self.config["path"], self.db.path, self._nap, self.timeout):
+                handler._connect(max(0.1, deadline.remaining()))
                 begun = True
                 if operation == "reboot":
                     handler.reboot()
                     return {"boot": handler._boot}
                 steps = operation_steps(handler.driver, operation, arguments, self.folder)
                 return cast("dict[str, Any]", run_steps(steps, time_to_wait))
+        except _Handled:
+            return None
         except drivers.AgentError as error:
             return {"error": str(error)}
-        except Conflict as error:
-            raise VmrmError(f"VM {self.name!r}: {error}", error.hint, code=255) from error
-        except drivers.DriverError as error:
+        except (Conflict, drivers.DriverError) as error:
             what = "it may have run: " if begun and operation == "exec" else ""
             raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
         finally:
@@ -12718,9 +12761,8 @@ class Commands(_Public):
                 stream.flush()
         for name in answer["truncated"]:
             self._screen.tell(f"vmrm: std{name} was cut at 16 MiB, the guest agent's limit")
-        raise SystemExit(
-            answer["exit_code"] if answer["exit_code"] is not None else 128 + answer["signal"]
-        )
+        code = answer["exit_code"] if answer["signal"] is None else 128 + answer["signal"]
+        raise SystemExit(code if 0 <= code < 256 else 1)  # Windows has 32 bits
 
     @command
     def push(self, vm: str, local: str, remote: str, *, timeout: float = 30.0) -> object:

@@ -251,6 +251,16 @@ def with_member(name: str, value: bytes) -> Behaviour:
     return behave
 
 
+def error(told: dict[str, str]) -> Behaviour:
+    """Answer with an error of that class and text."""
+
+    def behave(asked: Asked) -> Iterable[bytes]:
+        asked.honest()
+        return (json.dumps({"error": told, "id": asked.request["id"]}).encode() + b"\n",)
+
+    return behave
+
+
 def crumbs(asked: Asked) -> Iterable[bytes]:
     """Bring one byte per read, and take one byte per write."""
     name = "count" if asked.command == "guest-file-read" else "buf-b64"

@@ -733,7 +733,7 @@ def test_another_client_holds_the_agent(loaded: Vm, db: Path) -> None:
         str(db.parent / "agents/1.sock"), Path("/else/lab.db"), lambda _: None, 0
     )
     with held:
-        result = loaded("exec", "vm1", "true")
+        result = loaded("exec", "--timeout", "0.3", "vm1", "true")
     refused(result, f"VM 'vm1': .*held by process {os.getpid()} of database '/else/lab.db'", 255)
     assert loaded("exec", "vm1", "true").code == 0
 
