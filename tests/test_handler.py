@@ -227,7 +227,7 @@ def test_two_databases_cannot_hold_one_agent(lab: Lab, tmp_path: Path) -> None:
     other = Lab(tmp_path / "other")
     other.folder.mkdir()
     load(other, vm("vm1", lab.folder / "agents" / "1.sock", tmp_path / "l", sh(-1, "true")))
-    done = other.run("exec", "vm1", "true")
+    done = other.run("exec", "--timeout", "0.3", "vm1", "true")
     assert done.returncode == 255
     assert str(lab.db) in done.stderr
     process.communicate(timeout=60)
