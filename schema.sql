@@ -96,6 +96,7 @@ CREATE TABLE attempts (
     reboot INTEGER NOT NULL DEFAULT 0 CHECK (reboot IN (0, 1)),    -- asks to run after a reboot
     retried INTEGER NOT NULL DEFAULT 0 CHECK (retried IN (0, 1)),
     error TEXT NOT NULL DEFAULT '',
+    claim TEXT NOT NULL DEFAULT '',            -- its directory in the guest, and nobody else's
     UNIQUE (experiment_id, server_name, generation, ordinal, attempt)
 ) STRICT;
 CREATE UNIQUE INDEX one_open_attempt ON attempts (experiment_id, server_name, generation, ordinal)

@@ -822,7 +822,7 @@ class Database:
                     "locks cannot be trusted",
                     "Name a file on a local disk with --db",
                 )
-            for name in ("store", "logs", "transfers", "locks", "wake", "requests"):
+            for name in ("store", "locks", "wake", "requests"):
                 self.directory(name)
             if not self._connections:
                 self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
@@ -928,6 +928,8 @@ class Database:
         try:
             _conform(connection)
             _take_steps(connection, found)
+            if found < 3:
+                self._number_output(connection)
             _crash("upgrade-before-commit")
             connection.execute("COMMIT")
         except BaseException:
@@ -936,6 +938,18 @@ class Database:
             raise
         _crash("upgrade-committed")
         _log.warning("upgraded %s from version %d; a copy of it is %s", self.path, found, kept)
+
+    def _number_output(self, connection: sqlite3.Connection) -> None:
+        """Give the current experiment's output the number that later versions begin with.
+
+        Last of all before the commit: after a kill in between there is nothing left to move.
+        """
+        now = connection.execute("SELECT id FROM experiments WHERE destroyed_at IS NULL").fetchone()
+        for path in (self.state_dir / kind for kind in RUN_DIRECTORIES):
+            with contextlib.suppress(OSError):
+                path.rmdir()  # most are empty where no experiment has run
+            if now and path.exists():
+                path.rename(f"{path}.{now[0]}")
 
     @staticmethod
     def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
@@ -1040,6 +1054,7 @@ def _wanted_identity() -> tuple[int, int]:
     return int(found["application_id"]), int(found["user_version"])
 
 
+RUN_DIRECTORIES = ("logs", "transfers")  # <kind>.<experiment> holds what an experiment leaves
 OLDEST_VERSION = 2  # of the schema that can be upgraded
 
 
@@ -1094,8 +1109,9 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     steps = Migrations("vmrm")
 
     def version_3(db: Utils) -> None:
-        """Tell the pool's machines apart."""
+        """Tell the pool's machines apart, and name each attempt's directory in the guest."""
         _find_twins(db.conn)
+        db.execute("UPDATE attempts SET claim = 'attempt.' || attempt")
 
     for version, step in ((3, version_3),):
         if version > found:
@@ -1244,6 +1260,19 @@ def current_experiment(db: Database) -> dict[str, Any]:
         row = db.row(sql)
     assert row is not None
     return row
+
+
+def run_directory(db: Database, kind: str, *parts: str) -> Path:
+    """Return a directory for what the current experiment leaves, made if missing.
+
+    It carries the experiment's number from the start, so nothing is ever moved or mixed.
+
+    Args:
+        db: The database.
+        kind: One of `RUN_DIRECTORIES`.
+        parts: Directories in it.
+    """
+    return db.directory(f"{kind}.{current_experiment(db)['id']}", *parts)
 
 
 def _begin_experiment(db: Database, source: str = "", content_hash: str = "") -> None:
@@ -1853,7 +1882,10 @@ def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
 
 
 # What our script keeps in an entry's directory.
-_OUR_OWN = re.compile(r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+)(/|$)", re.IGNORECASE)
+_OUR_OWN = re.compile(
+    r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+(\.[0-9]+-[0-9a-f]{8})?)(/|$)",
+    re.IGNORECASE,
+)
 
 
 def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
@@ -2548,6 +2580,7 @@ class Attempt:
     reboot: bool
     retried: bool
     error: str
+    claim: str  # the directory in the guest
 
     @property
     def is_open(self) -> bool:
@@ -2592,11 +2625,16 @@ class Journal:
         """A word that tells this generation of this experiment from all others."""
         return f"{self.experiment}.{self.generation}"
 
+    @property
+    def _word(self) -> str:
+        """The token, short enough for every path: it tells an attempt's directory from others'."""
+        return _digest(self.token)[:8]
+
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
             """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
-                      exit_code, reboot, retried, error
+                      exit_code, reboot, retried, error, claim
                FROM attempts WHERE experiment_id = :experiment AND server_name = :name
                AND generation = :generation ORDER BY ordinal, attempt""",
             **self._key,
@@ -2624,16 +2662,17 @@ class Journal:
             for ordinal, planned_at in planned.items():
                 row = self.db.connection.execute(
                     """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
-                           attempt, outcome, planned_at, armed_at, boot_id)
-                       SELECT :experiment, :name, :generation, :ordinal, 1 + coalesce((
-                           SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment
-                           AND server_name = :name AND ordinal = :ordinal), 0),
-                           'armed', :planned, :now, :boot
+                           attempt, outcome, planned_at, armed_at, boot_id, claim)
+                       SELECT :experiment, :name, :generation, :ordinal, next.attempt, 'armed',
+                           :planned, :now, :boot, 'attempt.' || next.attempt || '.' || :word
+                       FROM (SELECT 1 + coalesce(max(attempt), 0) AS attempt FROM attempts
+                             WHERE experiment_id = :experiment AND server_name = :name
+                               AND ordinal = :ordinal) AS next
                        RETURNING *""",
                     self._key
                     | {"ordinal": ordinal, "planned": planned_at}
                     | {"boot": boot_id() if ordinal in host else boot}
-                    | {"now": CLOCK.wall()},
+                    | {"now": CLOCK.wall(), "word": f"{self._key['experiment']}-{self._word}"},
                 ).fetchall()[0]
                 armed[ordinal] = _attempt(dict(row))
         return armed
@@ -2832,8 +2871,13 @@ def adding_contents(db: Database) -> Iterator[None]:
         os.close(fd)
 
 
-def remove_unused_contents(db: Database) -> None:
-    """Remove stored contents that nothing names; while somebody adds some, leave them all."""
+def remove_unused(db: Database) -> None:
+    """Remove what no row names: what is left of purged experiments, and stored contents.
+
+    While somebody adds contents, all of them are left.
+    """
+    for path in purged_directories(db):
+        remove_tree(path)
     fd = try_lock(db.directory("locks") / "store")
     if fd is None:
         return
@@ -2941,7 +2985,8 @@ class VmResourceStore(_Rows):
                 self.db.connection.execute(
                     "DELETE FROM files WHERE store = ? AND name = ?", (self.store, name)
                 )
-        remove_unused_contents(self.db)
+        _crash("store-removed")
+        remove_unused(self.db)
         return len(names)
 
     def list_contents(self, pattern: str = "*") -> list[tuple[int, str, datetime]]:
@@ -3153,13 +3198,23 @@ def _damage_told(source: Path) -> Iterator[None]:
         raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
+def purged_directories(db: Database) -> list[Path]:
+    """Return the directories of experiments that no row knows any more."""
+    listed = [*db.state_dir.iterdir(), *(db.state_dir / "host").glob("*")]
+    known = {str(row["id"]) for row in db.query("SELECT id FROM experiments")}
+    pattern = re.compile(rf"(?:{'|'.join(RUN_DIRECTORIES)})\.(\d+)|(\d+)-.*")
+    matches = [(path, pattern.fullmatch(path.name)) for path in sorted(listed)]
+    return [path for path, match in matches if match and (match[1] or match[2]) not in known]
+
+
 def unused_contents(db: Database) -> list[Path]:
     """Return each stored content that no file and no schedule names, half-written ones included."""
+    listed = sorted(db.directory("store").iterdir())
     named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
     texts = [row["text"] for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL")]
     return [
         path
-        for path in sorted(db.directory("store").iterdir())
+        for path in listed
         if path.name not in named and not any(path.name in text for text in texts)
     ]
 
@@ -4927,8 +4982,9 @@ def destroy_all(
 def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     """End the current experiment: VMs, schedules, times and requests go.
 
-    The journal stays under the old experiment's id, as do logs and transfers, in directories
-    named after it. The pool gets its VMs back, and is not touched otherwise.
+    The journal stays under the old experiment's number, as do logs and transfers. The pool gets its
+    VMs back, and is not touched otherwise. Files go once no row names them, so that whatever a
+    kill leaves is found by `check`.
 
     Args:
         db: The database.
@@ -4948,15 +5004,11 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
-    wake_pool(db)
-    if purge:
-        remove_tree(db.state_dir / "host")
-    for name in ("logs", "transfers"):
-        kept = db.state_dir / f"{name}.{old}"
-        with contextlib.suppress(FileNotFoundError):
-            (db.state_dir / name).rename(kept)
         if purge:
-            remove_tree(kept)
+            run("DELETE FROM experiments WHERE id = ?", (old,))
+    _crash("destroyed")
+    wake_pool(db)
+    remove_unused(db)
 
 
 def get_vm_count_not_ready(
@@ -5026,16 +5078,15 @@ if [ "$2" != {token} ]; then
     echo "this launch directory is used by another VM or experiment" >&2
     exit {claim_failed}
 fi
-attempt=$1 session=$3
+here=$1 session=$3  # below the directory that this script stays in, wherever that is moved
 [ -r /proc/$$/stat ] && read -r line < /proc/$$/stat
 set -f; set -- ${{line##*) }}; set +f
 group=$3 started=${{20}}
 if [ "$session" != own ] && [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
-    exec setsid /bin/sh {script} "$attempt" {token} own
+    exec setsid /bin/sh {script} "$here" {token} own
 fi
 cd {working_dir} || exit {claim_failed}
-mkdir "attempt.$attempt" || exit {claim_failed}
-here={working_dir}/attempt.$attempt
+mkdir "$here" || exit {claim_failed}
 keep() {{ {{ echo "$2" > "$here/$1.new" && mv -f "$here/$1.new" "$here/$1"; }} 2>/dev/null; }}
 keep pid "$$ $started"
 if (true > "$here/out" && true > "$here/err") 2>/dev/null; then
@@ -5056,7 +5107,7 @@ if [ "$code" = 0 ]; then
     {running}
     code=$?
 fi
-reboot=0; [ -e {reboot} ] && reboot=1
+reboot=0; [ -e reboot ] && reboot=1
 keep exit "$code $reboot"
 exit "$code"
 """
@@ -5214,7 +5265,6 @@ def call_script(
             f"[ $code = 0 ] && {{ {line} || code={PLACE_FAILED}; }}" for line in placing
         ),
         running=_running(entry),
-        reboot=shlex.quote(str(entry.reboot_filepath)),
     )
 
 
@@ -5308,9 +5358,9 @@ exit /b {claim_failed}
 :ours
 cd /d {working_dir}
 if errorlevel 1 exit /b {claim_failed}
-mkdir "attempt.%~1"
+mkdir "%~1"
 if errorlevel 1 exit /b {claim_failed}
-set "here=attempt.%~1"
+set "here=%~1"
 cmd.exe /d /e:on /v:off /c .\\call_program.bat >"%here%\\out" 2>"%here%\\err" <nul
 set code=%errorlevel%
 set reboot=0
@@ -6036,13 +6086,13 @@ class OutputLog:
     line of one byte takes fifty there.
 
     Args:
-        db: Its state directory holds the logs.
+        folder: The experiment's logs.
         vm_name: The VM.
         log: The VM's text log.
     """
 
-    def __init__(self, db: Database, vm_name: str, log: logging.Logger) -> None:
-        self.db, self.vm_name, self.log = db, vm_name, log
+    def __init__(self, folder: Path, vm_name: str, log: logging.Logger) -> None:
+        self.folder, self.vm_name, self.log = folder, vm_name, log
         self._partial: dict[tuple[int, str], str] = {}
         self._decoders: dict[tuple[int, str], Any] = {}
         self._lost: dict[tuple[int, int], str] = {}
@@ -6050,7 +6100,7 @@ class OutputLog:
 
     def path(self, ordinal: int, attempt: int, stream: str) -> Path:
         """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.db.state_dir / "logs" / self.vm_name / f"{ordinal}.{attempt}.{stream}"
+        return self.folder / self.vm_name / f"{ordinal}.{attempt}.{stream}"
 
     def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
         """Return how many bytes of a stream are here: the offset to go on from."""
@@ -6079,7 +6129,7 @@ class OutputLog:
         """Append raw output; return whether the host could keep it."""
         path = self.path(entry.ordinal, attempt.attempt, stream)
         try:
-            self.db.directory("logs", self.vm_name)
+            path.parent.mkdir(exist_ok=True, mode=0o700)
             with path.open("ab") as target:
                 target.write(data)
         except OSError as error:
@@ -6105,7 +6155,7 @@ class OutputLog:
             )
 
     def _log_bytes(self) -> int:
-        logs = (self.db.state_dir / "logs" / f"{self.vm_name}.{kind}" for kind in ("log", "json"))
+        logs = (self.folder / f"{self.vm_name}.{kind}" for kind in ("log", "json"))
         return sum(log.stat().st_size for log in logs if log.exists())
 
     def _add_text(self, entry: ScheduleEntry, stream: str, data: bytes, final: bool) -> None:
@@ -6150,7 +6200,7 @@ class OutputLog:
                     records.append(f'{head}, "output": {text}}}\n')
         if not records:
             return
-        path = self.db.state_dir / "logs" / f"{self.vm_name}.json"
+        path = self.folder / f"{self.vm_name}.json"
         with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
             target.writelines(records)
 
@@ -6688,7 +6738,7 @@ class VMResourceHandler:
         self.log = logging.getLogger(f"vmrm.{self.vm_name}")
         self.mapping = VMMapping(db=self.db)
         self.store = VmResourceStore(db=self.db)
-        self.output = OutputLog(self.db, self.vm_name, self.log)
+        self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
         self.agenda = Agenda()
         self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
@@ -6856,7 +6906,8 @@ class VMResourceHandler:
                 self._check_in()
                 self._answer_lost_requests()
                 break
-        self.output = OutputLog(self.db, self.vm_name, self.log)  # where there may be room again
+        # Where there may be room again.
+        self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
         self.log.warning("the database can be used again")
 
     def _run(self) -> None:
@@ -7574,12 +7625,12 @@ class VMResourceHandler:
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return self._place(entry).join(str(entry.working_dir), f"attempt.{attempt.attempt}")
+        return self._place(entry).join(str(entry.working_dir), attempt.claim)
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script, guest = str(entry.call_arguments_filename), self._place(entry)
-        argv = guest.argv(script, str(attempt.attempt), guest.token(self._token))
+        argv = guest.argv(script, attempt.claim, guest.token(self._token))
         self._journal.check()  # a read: whatever kept the word from us, nothing starts after it
         sent = CLOCK.wall()
         pid = guest.driver.start(argv, capture=guest.captures)
@@ -8053,7 +8104,7 @@ class VMResourceHandler:
         """
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
-        root = Path(destination) if destination else self.db.directory("transfers")
+        root = Path(destination) if destination else run_directory(self.db, "transfers")
         told: set[str] = set()
         left = MAX_FAULTS  # a guest can make up new ones at every pass
         while True:
@@ -9005,7 +9056,7 @@ def handle(db: Database, name: str, **more: Any) -> int:
         Conflict: the VM has a handler already, or its agent another client.
     """
     logger = logging.getLogger(f"vmrm.{name}")
-    log_to(logger, db.directory("logs") / f"{name}.log")
+    log_to(logger, run_directory(db, "logs") / f"{name}.log")
     try:
         config = handler_config(db, name)
         while True:
@@ -9246,7 +9297,7 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     import subprocess
 
     words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
-    with (db.directory("logs") / "supervisor.log").open("ab") as log:
+    with (run_directory(db, "logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(
             own_command(*words),
             stdin=subprocess.DEVNULL,
@@ -9259,7 +9310,7 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
 def _supervise(words: Sequence[str]) -> int:
     """The supervisor's main: `_supervise DATABASE [--stay]`."""
     with Database(words[0]) as db:
-        log_to(logging.getLogger("vmrm"), db.directory("logs") / "supervisor.log")
+        log_to(logging.getLogger("vmrm"), run_directory(db, "logs") / "supervisor.log")
         return Supervisor(db, stay="--stay" in words).run()
 
 
@@ -11657,8 +11708,7 @@ def _page_failures(db: Database, run: Run) -> Iterator[str]:
 
 def _output_tail(db: Database, run: Run, vm: VMRun, attempt: Mapping[str, Any], stream: str) -> str:
     """Return the last lines of an attempt's output, as far as it is kept."""
-    gone = run.experiment["destroyed_at"] is not None
-    logs = db.state_dir / (f"logs.{run.experiment['id']}" if gone else "logs")
+    logs = db.state_dir / f"logs.{run.experiment['id']}"
     try:
         with (logs / vm.name / f"{attempt['ordinal']}.{attempt['attempt']}.{stream}").open(
             "rb"
@@ -11693,6 +11743,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
                 where = f"file {item['filename']!r} of VM {row['server_name']!r}"
                 faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
     faults += [f"store: nothing names {path.name}" for path in unused_contents(db)]
+    faults += [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
     dead = [
         row
         for row in db.query("SELECT id, client_pid, client_started FROM requests")
@@ -11704,7 +11755,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
     if fix:
         pool.reap()
         pool.drop_dead_waiters()
-        remove_unused_contents(db)
+        remove_unused(db)
         for row in dead:
             db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
     return faults
@@ -11912,7 +11963,7 @@ class Viewer:
         if current_experiment(self.db)["ended_at"] is None:
             raise VmrmError(
                 "the supervisor died; nothing is lost",
-                f"Continue: vmrm run. Its log: {self.db.state_dir / 'logs' / 'supervisor.log'}",
+                f"Continue: vmrm run. Its log: {run_directory(self.db, 'logs') / 'supervisor.log'}",
             )
 
     def _until_end(self, process: Any, update: Callable[[], None]) -> None:
@@ -12707,7 +12758,7 @@ class Commands(_Public):
             follow: Go on printing until the experiment has ended, or Ctrl-C.
         """
         db = self._open()
-        path = db.directory("logs") / f"{self._vm(vm)}.log"
+        path = run_directory(db, "logs") / f"{self._vm(vm)}.log"
         print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
         return _SHOWN
 

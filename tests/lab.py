@@ -187,7 +187,7 @@ class Lab:
 
     def logs(self, whole: bool = False) -> str:
         """Return the logs, by default their last lines for a failing test's message."""
-        paths = sorted((self.folder / "lab.db.d" / "logs").glob("*.log"))
+        paths = sorted((self.folder / "lab.db.d").glob("logs.*/*.log"))
         last = 0 if whole else -3000
         return "\n".join(f"--- {path.name}\n{path.read_text()[last:]}" for path in paths)
 

@@ -56,12 +56,12 @@ def lab_of(folder: Path, schedule: list[dict[str, Any]]) -> Iterator[Lab]:
 
 def log_of(lab: Lab) -> str:
     """Return the VM's log."""
-    return (lab.folder / "lab.db.d" / "logs" / "vm1.log").read_text()
+    return (lab.folder / "lab.db.d" / "logs.1" / "vm1.log").read_text()
 
 
 def copies(lab: Lab) -> Path:
     """Return where the VM's files arrive."""
-    return lab.folder / "lab.db.d" / "transfers" / "vm1"
+    return lab.folder / "lab.db.d" / "transfers.1" / "vm1"
 
 
 # === Listings ====================================================================================
@@ -242,7 +242,7 @@ def prints(words: str) -> list[dict[str, Any]]:
 
 def sizes(lab: Lab) -> dict[str, int]:
     """Return the bytes of each log and output of the VM."""
-    logs = lab.folder / "lab.db.d" / "logs"
+    logs = lab.folder / "lab.db.d" / "logs.1"
     paths = [*logs.glob("vm1.*"), *(logs / "vm1").iterdir()]
     return {path.name: path.stat().st_size for path in paths}
 
@@ -290,7 +290,7 @@ def test_the_json_log_is_json_whatever_a_program_prints(tmp_path: Path) -> None:
     output.write_text("\n".join([*bad, *good]) + "\n")
     with lab_of(tmp_path, prints(f"cat {output}")) as lab:
         handled(lab, MIB)
-        lines = (lab.folder / "lab.db.d" / "logs" / "vm1.json").read_text().splitlines()
+        lines = (lab.folder / "lab.db.d" / "logs.1" / "vm1.json").read_text().splitlines()
         assert ["\x9b" in line or "NaN" in line or "Infinity" in line for line in lines] == [
             False for _ in good
         ]

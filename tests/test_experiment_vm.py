@@ -139,7 +139,7 @@ def test_files_and_arguments_arrive_exactly(ran: tuple[Lab, Any, list[guests.Gue
 
 def test_user_directory_and_environment(ran: tuple[Lab, Any, list[guests.Guest]]) -> None:
     lab, _, _ = ran
-    out = lab.folder / "lab.db.d" / "logs" / "vm1" / "2.1.out"
+    out = lab.folder / "lab.db.d" / "logs.1" / "vm1" / "2.1.out"
     assert out.read_text() == "/var\ntester\nit's\n"
 
 
@@ -192,7 +192,7 @@ def test_transfer_brings_files_and_empty_directories(
 
 def test_output_is_kept_apart_and_in_the_log(ran: tuple[Lab, Any, list[guests.Guest]]) -> None:
     lab, _, _ = ran
-    logs = lab.folder / "lab.db.d" / "logs"
+    logs = lab.folder / "lab.db.d" / "logs.1"
     assert (logs / "vm4" / "3.1.out").read_text() == "one\n"
     assert (logs / "vm4" / "3.1.err").read_text() == "two\n"
     text = (logs / "vm4.log").read_text()

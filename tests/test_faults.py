@@ -156,7 +156,7 @@ def agent_gone(row: Row) -> None:
     gone = (
         "mv /usr/sbin/qemu-ga /gone; kill -9 $(pidof qemu-ga); sleep 8; mv /gone /usr/sbin/qemu-ga"
     )
-    row.when(f"[ -e {row.launch}/-1/sh/attempt.1/pid ]", gone)
+    row.when(f"[ -e {row.launch}/-1/sh/attempt.1.*/pid ]", gone)
     row.run(1, **HASTY)
     assert row.failed()
     reason = tables.vms(row.lab.db)["vm1"]["reason"]
@@ -201,7 +201,7 @@ def guest_paused_for_a_while(row: Row) -> None:
     with row.lab.start("run", **HASTY) as run:
         until(row.began(2, "running"))
         row.guest.qmp("stop")
-        log = row.lab.folder / "lab.db.d" / "logs" / "vm1.log"
+        log = row.lab.folder / "lab.db.d" / "logs.1" / "vm1.log"
         until(lambda: "trouble with the agent" in log.read_text())
         row.guest.qmp("cont")
         _, err = run.communicate(timeout=120)
@@ -216,7 +216,7 @@ def guest_frozen(row: Row) -> None:
     with row.guest.agent() as agent:
         agent.call("guest-fsfreeze-freeze")
     with row.lab.start("run", **PATIENT) as run:
-        log = row.lab.folder / "lab.db.d" / "logs" / "vm1.log"
+        log = row.lab.folder / "lab.db.d" / "logs.1" / "vm1.log"
         until(lambda: log.exists() and "trouble with the agent" in log.read_text())
         with row.guest.agent() as agent:  # its turn comes when the handler hangs up
             agent.call("guest-fsfreeze-thaw")
@@ -255,9 +255,9 @@ TABLE: dict[str, Callable[[Row], None]] = {
     "agent-killed-while-files-are-loaded": partial(
         agent_killed, "ls {}/.stage/*.part 2>/dev/null", **HASTY
     ),
-    "agent-killed-when-an-entry-began": partial(agent_killed, "[ -d {}/-1/sh/attempt.1 ]"),
-    "agent-killed-while-a-program-runs": partial(agent_killed, "[ -s {}/-1/sh/attempt.1/pid ]"),
-    "agent-killed-when-a-program-ended": partial(agent_killed, "[ -e {}/-2/sh/attempt.1/exit ]"),
+    "agent-killed-when-an-entry-began": partial(agent_killed, "[ -d {}/-1/sh/attempt.1.* ]"),
+    "agent-killed-while-a-program-runs": partial(agent_killed, "[ -s {}/-1/sh/attempt.1.*/pid ]"),
+    "agent-killed-when-a-program-ended": partial(agent_killed, "[ -e {}/-2/sh/attempt.1.*/exit ]"),
     "agent-killed-for-good": agent_gone,
     "guest-reset-while-a-program-runs": partial(guest_reset, 2, "running"),
     "guest-reset-before-a-program-is-sent": partial(guest_reset, 3, "armed"),
@@ -324,8 +324,8 @@ def only(lab: Lab, *schedule: dict[str, Any]) -> None:
 
 def pid_in(lab: Lab) -> int:
     """Return the pid that the script of the only entry notes."""
-    until(lambda: list(lab.guest(1).glob("launch/*/*/attempt.1/pid")))
-    return int(next(lab.guest(1).glob("launch/*/*/attempt.1/pid")).read_text().split()[0])
+    until(lambda: list(lab.guest(1).glob("launch/*/*/attempt.1.*/pid")))
+    return int(next(lab.guest(1).glob("launch/*/*/attempt.1.*/pid")).read_text().split()[0])
 
 
 def test_a_probe_misses_no_end(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_contents_cut_short_by_a_reset_are_sent_again(lab: Lab) -> None:
         path.chmod(0o600)
         path.write_bytes(b"")
     assert lab.run("run").returncode == 0
-    assert (lab.folder / "lab.db.d/logs/vm1/2.1.out").read_text() == "here\n"
+    assert (lab.folder / "lab.db.d/logs.1/vm1/2.1.out").read_text() == "here\n"
 
 
 def test_a_timeout_outlasts_a_clock_that_is_set_back(lab: Lab) -> None:
@@ -532,7 +532,7 @@ def test_a_full_disk_loses_no_outcome(disk: Disk, tmp_path: Path, end: str) -> N
             until(lambda: any(row["claimed_by"] for row in tables.requests(lab.db)))
             disk.fill(handler, supervisor)
             (launch / "full").touch()
-            until((launch / "-1/sh/attempt.1/exit").exists)
+            until(lambda: list(launch.glob("-1/sh/attempt.1.*/exit")))
             if end == "stop":
                 stop(lab, disk, run)
             else:
@@ -547,9 +547,9 @@ def test_a_full_disk_loses_no_outcome(disk: Disk, tmp_path: Path, end: str) -> N
         if end == "stop":
             assert lab.run("run").returncode == 0, lab.logs()
     assert outcomes(lab) == [(1, "done", 0, ""), (2, "done", 0, "")]
-    assert (lab.folder / "lab.db.d/logs/vm1/1.1.out").stat().st_size == 3000000
+    assert (lab.folder / "lab.db.d/logs.1/vm1/1.1.out").stat().st_size == 3000000
     if end == "wait":
-        assert "can be used again" in (lab.folder / "lab.db.d/logs/vm1.log").read_text()
+        assert "can be used again" in (lab.folder / "lab.db.d/logs.1/vm1.log").read_text()
 
 
 def stop(lab: Lab, disk: Disk, run: subprocess.Popen[str]) -> None:
@@ -586,7 +586,7 @@ def test_a_database_that_may_not_grow_is_told_from_a_wrong_request(tmp_path: Pat
 
 def test_output_that_finds_no_room_is_noted_and_the_outcome_kept(lab: Lab) -> None:
     only(lab, sh(-1, "echo lost"), sh(0.1, "echo kept"))
-    logs = lab.folder / "lab.db.d" / "logs" / "vm1"
+    logs = lab.folder / "lab.db.d" / "logs.1" / "vm1"
     logs.mkdir()
     (logs / "1.1.out").symlink_to("/dev/full")
     assert lab.run("run").returncode == 0

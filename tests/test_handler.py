@@ -78,7 +78,7 @@ class OneAgent:
         return self.lab.run("run")
 
     def log(self, name: str) -> Path:
-        return self.lab.folder / "lab.db.d" / "logs" / "vm1" / name
+        return self.lab.folder / "lab.db.d" / "logs.1" / "vm1" / name
 
 
 @pytest.fixture(params=["standin", pytest.param("qemu-ga", marks=pytest.mark.qga)])
@@ -128,7 +128,7 @@ def test_output_that_is_not_text_is_kept_raw(one: OneAgent) -> None:
     one.load(sh(-1, r"printf '\303'; sleep 0.4; printf '\274\377\033[2J\n'"))
     assert one.run().returncode == 0
     assert one.log("1.1.out").read_bytes() == b"\xc3\xbc\xff\x1b[2J\n"
-    text = (one.lab.folder / "lab.db.d" / "logs" / "vm1.log").read_text()
+    text = (one.lab.folder / "lab.db.d" / "logs.1" / "vm1.log").read_text()
     assert "ü�\\u001b[2J" in text
     assert "\x1b" not in text
 
@@ -159,7 +159,7 @@ def test_a_program_that_kills_itself_has_failed(one: OneAgent) -> None:
 def test_json_lines_are_kept_apart(one: OneAgent) -> None:
     one.load(sh(-1, """echo '{"answer": 42}'; echo '{broken'; echo '[1]'"""))
     assert one.run().returncode == 0
-    lines = (one.lab.folder / "lab.db.d" / "logs" / "vm1.json").read_text().splitlines()
+    lines = (one.lab.folder / "lab.db.d" / "logs.1" / "vm1.json").read_text().splitlines()
     assert [json.loads(line)["output"] for line in lines] == [{"answer": 42}]
 
 
@@ -366,7 +366,7 @@ def test_a_repeating_transfer_follows_a_growing_file_to_its_end(one: OneAgent) -
         sh(0.1, f"for i in 1 2 3 4 5 6; do echo $i >> {guest}/a.log; sleep 0.2; done"),
     )
     assert one.run().returncode == 0
-    copy = one.lab.folder / "lab.db.d" / "transfers" / "vm1" / str(guest).lstrip("/") / "a.log"
+    copy = one.lab.folder / "lab.db.d" / "transfers.1" / "vm1" / str(guest).lstrip("/") / "a.log"
     assert copy.read_text() == "1\n2\n3\n4\n5\n6\n"
     assert [row[:2] for row in sorted(outcomes(one.lab))] == [(1, "done"), (2, "done")]
 
@@ -402,7 +402,7 @@ def test_a_file_whose_name_is_no_text_does_not_keep_others_back(one: OneAgent) -
     Path(os.fsdecode(os.fsencode(data) + b"/\xff")).touch()
     one.load({"start_time": 0.2, "transfer": [{"location": str(data)}]})
     assert one.run().returncode == 1
-    copy = one.lab.folder / "lab.db.d" / "transfers" / "vm1" / str(data).lstrip("/") / "good"
+    copy = one.lab.folder / "lab.db.d" / "transfers.1" / "vm1" / str(data).lstrip("/") / "good"
     assert copy.read_text() == "good"
 
 

@@ -192,7 +192,8 @@ def test_a_failed_vm_goes_back_to_where_it_was(db: Database, started: bool, stat
 
 def attempt_of(outcome: Outcome, **changes: Any) -> Attempt:
     values = {
-        "id": 1, "ordinal": 1, "attempt": 1, "outcome": outcome, "planned_at": None,
+        "id": 1, "claim": "attempt.1", "ordinal": 1, "attempt": 1, "outcome": outcome,
+        "planned_at": None,
         "armed_at": 0.0, "sent_at": None,
         "boot_id": "now", "pid": None, "exit_code": None, "reboot": False,
         "retried": False, "error": "",

@@ -57,7 +57,7 @@ def running(lab: Lab, agent: int = 0, *words: str, **env: str) -> Iterator[subpr
 
 def told(lab: Lab) -> dict[tuple[str, str], int]:
     """Return how often the handler's log tells of each entry that it started, or ended."""
-    log = (lab.folder / "lab.db.d" / "logs" / "vm1.log").read_text()
+    log = (lab.folder / "lab.db.d" / "logs.1" / "vm1.log").read_text()
     return Counter(re.findall(r"entry (\d+) \([^)]*\) (started|done|failed|unknown)", log))
 
 

@@ -390,7 +390,7 @@ def host(at: float, words: str, **more: Any) -> dict[str, Any]:
 
 
 def log_of(lab: Lab, name: str = "vm1.log") -> str:
-    return (lab.folder / "lab.db.d" / "logs" / name).read_text()
+    return (lab.folder / "lab.db.d" / "logs.1" / name).read_text()
 
 
 def test_programs_on_the_host_run_only_if_allowed(lab: Lab) -> None:

@@ -34,7 +34,7 @@ def finished_well(lab: Lab) -> None:
     lab.audit()
     row = tables.status(lab.db)["vm1"]
     assert (row["state"], row["done"], row["failed"]) == ("configured", 19, 1)
-    assert list((lab.folder / "lab.db.d/transfers/vm1").rglob("record"))
+    assert list((lab.folder / "lab.db.d/transfers.1/vm1").rglob("record"))
     assert lab.run("check").returncode == 0
 
 

@@ -231,7 +231,7 @@ def test_a_vm_without_a_path_that_comes_during_a_run_fails_once(cli: Cli, tmp_pa
             until(lambda: mapping.get("u")["state"] == "failed")
         told = cli("status").out
         assert "no path to a guest agent" in told
-        assert "died" not in told + (tmp_path / "lab.db.d/logs/supervisor.log").read_text()
+        assert "died" not in told + (tmp_path / "lab.db.d/logs.1/supervisor.log").read_text()
         assert cli("stop").code == 0
 
 

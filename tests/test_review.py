@@ -170,19 +170,18 @@ def test_an_entry_runs_in_a_guest_without_proc(tmp_path: Path) -> None:
     entry.call_arguments_filename = tmp_path / "call_arguments.sh"
     script = vmrm.call_script(entry, title="", token="t1", stage="/", placed=[])  # noqa: S106
     (tmp_path / "call_arguments.sh").write_text(script.replace("/proc/", "/no-proc/"))
-    command = ["/bin/sh", str(tmp_path / "call_arguments.sh"), "1", "t1"]
+    command = ["/bin/sh", str(tmp_path / "call_arguments.sh"), "attempt.1", "t1"]
     subprocess.run(command, timeout=10, check=False, start_new_session=True)
     until((tmp_path / "attempt.1" / "exit").exists, 5)
     assert (tmp_path / "attempt.1" / "out").read_text() == "ran\n"
 
 
 def test_nested_json_of_any_depth_does_not_break_the_handler(tmp_path: Path) -> None:
-    db = made(tmp_path)
-    output = vmrm.OutputLog(db, "vm1", logging.getLogger("test"))
+    output = vmrm.OutputLog(tmp_path, "vm1", logging.getLogger("test"))
     for depth in range(sys.getrecursionlimit() + 50, 0, -1):
         output.json_lines('{"a":' * depth + "1" + "}" * depth)
     output.json_lines('{"a": "x\u2028y"}')
-    last = (tmp_path / "a.db.d" / "logs" / "vm1.json").read_text().splitlines()[-1]
+    last = (tmp_path / "vm1.json").read_text().splitlines()[-1]
     assert json.loads(last)["output"] == {"a": "x\u2028y"}
 
 
@@ -241,7 +240,13 @@ def test_a_count_that_no_host_can_serve_is_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "location",
-    ["call_arguments.sh", "./call_program.sh", "attempt.1", "attempt.1/exit", "x/../attempt.2/pid"],
+    [
+        "call_arguments.sh",
+        "./call_program.sh",
+        "attempt.1.12-0a1b2c3d",
+        "attempt.1/exit",
+        "x/../attempt.2.1-0123abcd/pid",
+    ],
 )
 def test_a_file_in_the_place_of_our_own_is_refused(location: str) -> None:
     item = {"start_time": 1, "content": [{"location": location, "content": "x"}]}

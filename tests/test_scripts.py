@@ -106,7 +106,7 @@ class Guest:
         """Start an attempt; as the leader of a session, as agents do, or not."""
         script = str(entry.call_arguments_filename)
         return subprocess.Popen(
-            [*self.shell, "/bin/sh", script, str(attempt), token],
+            [*self.shell, "/bin/sh", script, f"attempt.{attempt}", token],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=self.environment,
@@ -511,7 +511,7 @@ ON_A_SMALL_DISK = (
 mkdir "$1.kept" && cp -a "$1/." "$1.kept/" && mount -t tmpfs -o "$2" none "$1" || exit 99
 cp -a "$1.kept/." "$1/" && rm -r "$1.kept" && cd "$1" || exit 99
 eval "$4"
-setsid /bin/sh "$3" 1 """
+setsid /bin/sh "$3" attempt.1 """
     + TOKEN
     + """
 echo "code $?"

@@ -28,6 +28,10 @@ def old(cli: Cli) -> Path:
     text = (Path(__file__).parent / "version2.sql").read_text()
     with closing(sqlite3.connect(cli.db)) as db:
         db.executescript(text.replace("@FOLDER@", str(cli.folder)))
+    for folder, said in (("logs", "its "), ("logs.1", "former\n"), ("transfers", "")):
+        path = cli.folder / "lab.db.d" / folder / "vm1/4.1.out"
+        path.parent.mkdir(parents=True)
+        path.write_text(said)
     return cli.db
 
 
@@ -69,6 +73,9 @@ def upgraded_well(cli: Cli, before: list[str]) -> None:
     with vmrm.Database(cli.folder / "new.db") as new:
         assert new.value("PRAGMA user_version") > 2
     assert schema(cli.db) == schema(cli.folder / "new.db")
+    state = cli.folder / "lab.db.d"
+    kept = {path.parts[-3]: path.read_text() for path in state.glob("*/vm1/4.1.out")}
+    assert kept == {"logs.1": "former\n", "logs.2": "its ", "transfers.2": ""}
     copies = list(cli.folder.glob("lab.db.v2*"))
     assert [content(path) for path in copies] == [before]
 
@@ -99,7 +106,7 @@ def test_an_experiment_goes_on_where_the_older_vmrm_left_it(cli: Cli, old: Path)
     assert not record.exists() or "two" not in record.read_text()
     entry = rows(cli, "schedule", "show", "vm1")[3]
     assert (entry["outcome"], entry["attempt"]) == ("done", 1)
-    assert "] its output\n" in cli("logs", "vm1").out
+    assert (cli.folder / "lab.db.d/logs.2/vm1/4.1.out").read_text() == "its output\n"
 
 
 @pytest.mark.parametrize("label", LABELS)

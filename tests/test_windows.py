@@ -156,7 +156,9 @@ class Player:
     def start(self, entry: ScheduleEntry, attempt: int = 1, token: str = TOKEN) -> int | None:
         """Run an attempt to its end; return its exit code."""
         script = str(entry.call_arguments_filename)
-        return self.run(self.guest.argv(script, str(attempt), self.guest.token(token))).exitcode
+        return self.run(
+            self.guest.argv(script, f"attempt.{attempt}", self.guest.token(token))
+        ).exitcode
 
     def left(self, name: str, attempt: int = 1, number: int = 1) -> str:
         """Return a file that an attempt left."""
@@ -423,7 +425,7 @@ def test_an_experiment_on_windows(tmp_path: Path) -> None:
         ]
         assert "user is for POSIX guests" in errors[2]
         assert "timed out" in errors[5]
-        copy = lab.folder / "lab.db.d/transfers/w/C/launch/0.1/python3/log"
+        copy = lab.folder / "lab.db.d/transfers.1/w/C/launch/0.1/python3/log"
         assert copy.read_text() == "x" * 70000 + "end"
         assert lab.run("push", "w", str(tmp_path / "lab.json"), "C:\\new dir\\lab").returncode == 0
         assert (drive / "new dir" / "lab").read_text() == (tmp_path / "lab.json").read_text()
