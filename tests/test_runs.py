@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rows
+import tables
 from cli_lab import until
 from lab import Lab, kill, stand_ins
 
@@ -23,7 +23,7 @@ def program(folder: Path, gate: str, code: int) -> dict[str, Any]:
 
 
 def outcome(lab: Lab) -> tuple[str, int | None]:
-    (row,) = rows.entries(lab.db)
+    (row,) = tables.entries(lab.db)
     return row["outcome"], row["exit_code"]
 
 
