@@ -6383,8 +6383,8 @@ def agent_lock(
 ) -> Iterator[None]:
     """Hold the host-wide lock of an agent's address: a second client would hang, not fail.
 
-    The lock lies beside a UNIX socket (by its real path), or in /run/lock/vmrm or
-    /tmp/vmrm-locks where that cannot be written. It names pid and database of its holder.
+    The lock lies beside a UNIX socket (by its real path), or in one of SHARED_LOCKS where that
+    cannot be written. It names pid and database of its holder.
 
     Args:
         path: The agent's address.
@@ -6393,17 +6393,18 @@ def agent_lock(
         seconds: How long to try.
 
     Raises:
-        Conflict: somebody else holds it.
+        Conflict: somebody else holds it, or it cannot be had at all.
     """
-    lock, deadline = _agent_lock_path(path), CLOCK.monotonic() + seconds
-    while (fd := try_lock(lock)) is None:
-        if CLOCK.monotonic() >= deadline:
-            raise Conflict(
-                f"agent {path!r} is held by {_holder_of(lock)}",
-                "One client at a time can talk to a guest agent; stop that one first",
-            )
-        wait(0.1)
+    fd, deadline = _open_agent_lock(path), CLOCK.monotonic() + seconds
     try:
+        while not _try_flock(fd):
+            if CLOCK.monotonic() >= deadline:
+                pid, _, base = os.pread(fd, 4096, 0).decode(errors="replace").strip().partition(" ")
+                raise Conflict(
+                    f"agent {path!r} is held by process {pid} of database {base!r}",
+                    "One client at a time can talk to a guest agent; stop that one first",
+                )
+            wait(0.1)
         with contextlib.suppress(OSError):  # on a full disk it is held without a name
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
@@ -6412,26 +6413,149 @@ def agent_lock(
         os.close(fd)
 
 
-def _holder_of(lock: Path) -> str:
-    pid, _, database = lock.read_text(errors="replace").strip().partition(" ")
-    return f"process {pid} of database {database!r}"
+def _try_flock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _agent_lock_path(path: str) -> Path:
+def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Look, before anything starts, whether the locks of all VMs' agents can be had.
+
+    Raises:
+        Conflict: one cannot, whoever holds it; whose it is, and what to do.
+    """
+    faults: dict[str, Conflict] = {}
+    for row in rows:
+        try:
+            if row["path"]:
+                os.close(_open_agent_lock(row["path"]))
+        except Conflict as error:
+            faults[row["server_name"]] = error
+    for name, first in faults.items():
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise Conflict(f"VM {name!r}{more}: {first}", first.hint)
+
+
+def _open_agent_lock(path: str) -> int:
+    """Return a descriptor of the lock file of an agent's address; who may use one, may the other.
+
+    Raises:
+        Conflict: it cannot be opened, or is none; whose it is, and what to do.
+    """
+    lock, socket_path = _agent_lock_path(path)
+    owner, group, mode = _rights_to(socket_path)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        try:  # not with O_CREAT at once: another's file in a sticky directory would be refused
+            fd = os.open(lock, flags)
+        except FileNotFoundError:
+            fd = os.open(lock, flags | os.O_CREAT, 0o600)
+    except OSError as error:
+        whose = f"which belongs to {_owner_of(lock)}, " if os.path.lexists(lock) else ""
+        what = f"its lock {str(lock)!r}, {whose}cannot be opened: {error.strerror}"
+        hint = f"As root: chown {owner}:{group} {shlex.quote(str(lock))}"
+        raise Conflict(f"agent {path!r}: {what}", hint) from error
+    info = os.fstat(fd)
+    # Nobody must make us hand over, or overwrite, anything else under that name.
+    content = os.pread(fd, 8192, 0)
+    if not (stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and re.match(rb"\d+ |$", content)):
+        os.close(fd)
+        raise Conflict(f"agent {path!r}: {str(lock)!r} is no lock of vmrm", "Remove that file")
+    with contextlib.suppress(PermissionError):  # only root gives to anybody
+        if (info.st_uid, info.st_gid) != (owner, group) and os.geteuid() in (0, info.st_uid):
+            os.fchown(fd, owner if os.geteuid() == 0 else -1, group)
+    with contextlib.suppress(PermissionError):
+        if stat.S_IMODE(info.st_mode) != mode and os.geteuid() in (0, info.st_uid):
+            os.fchmod(fd, mode)
+    return fd
+
+
+def _rights_to(socket_path: Path | None) -> tuple[int, int, int]:
+    """Return owner, group and mode of a lock: those who may write to a socket may lock it.
+
+    Before there is a socket it is who may make one; any user of this host can reach a port.
+    """
+    if socket_path is None:
+        return os.geteuid(), os.getegid(), 0o666
+    for place in (socket_path, socket_path.parent):
+        with contextlib.suppress(OSError):
+            info = place.stat()
+            write = info.st_mode & 0o222
+            return info.st_uid, info.st_gid, write | write << 1
+    return os.geteuid(), os.getegid(), 0o600
+
+
+def _owner_of(path: Path) -> str:
+    import pwd
+
+    uid = path.lstat().st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
+    """Return the lock file of an agent's address, and its socket's real path, if it has one.
+
+    Whichever file exists is the one; a new one lies beside the socket, if it may.
+    """
     address = path.removeprefix("unix:")
-    if not address.startswith(("tcp:", "vsock:")):
-        real = Path(os.path.realpath(address))
-        if os.access(real.parent, os.W_OK):
-            return real.with_name(real.name + ".vmrm-lock")
-        address = str(real)
-    name = hashlib.sha256(address.encode()).hexdigest()[:32]
-    for directory in (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks")):  # noqa: S108
+    if address.startswith(("tcp:", "vsock:")):
+        return _shared_locks(path) / _digest(address), None
+    real = Path(os.path.realpath(address))
+    beside, name = real.with_name(real.name + ".vmrm-lock"), _digest(str(real))
+    if os.path.lexists(beside):
+        return beside, real
+    shared = [directory / name for directory in SHARED_LOCKS if _is_trusted(directory)]
+    if there := [lock for lock in shared if os.path.lexists(lock)]:
+        return there[0], real
+    return (beside if os.access(real.parent, os.W_OK) else _shared_locks(path) / name), real
+
+
+SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
+
+
+def _is_trusted(directory: Path) -> bool:
+    """Whether a directory is root's or ours, and nobody else can remove our files there."""
+    try:
+        info = directory.lstat()
+    except OSError:
+        return False
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid in (0, os.geteuid())
+    return ours and bool(info.st_mode & stat.S_ISVTX) and os.access(directory, os.W_OK)
+
+
+def _shared_locks(path: str) -> Path:
+    """Return the directory of locks that cannot lie beside a socket; root takes it over.
+
+    Raises:
+        Conflict: others made it before; who, and what to do.
+    """
+    for directory in SHARED_LOCKS:
         with contextlib.suppress(OSError):
             directory.mkdir()
             directory.chmod(0o1777)  # which the umask would cut
-        if directory.is_dir() and not directory.is_symlink() and os.access(directory, os.W_OK):
-            return directory / name
-    raise UsageError(f"no directory for the lock of agent {path!r} can be written")
+        if os.geteuid() == 0 and not _is_trusted(directory):
+            with contextlib.suppress(OSError):
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o1777)
+                os.close(fd)
+        if _is_trusted(directory):
+            return directory
+    those = " and ".join(
+        f"{str(directory)!r} of {_owner_of(directory)}"
+        for directory in SHARED_LOCKS
+        if os.path.lexists(directory)
+    )
+    raise Conflict(
+        f"agent {path!r}: no directory for its lock is root's, sticky and for all: {those}",
+        f"As root: install -d -o root -m 1777 {SHARED_LOCKS[0]}",
+    )
 
 
 # === drivers, ours and plugged in ================================================================
@@ -9154,6 +9278,7 @@ def launch(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
     refuse_pool_machines(db, rows)
+    refuse_others_locks(rows)
     _check_loan(db, rows)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
