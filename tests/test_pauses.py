@@ -171,11 +171,11 @@ def test_what_cannot_be_paused_changes_nothing(db: vmrm.Database, names: list[st
 def test_the_command_line_pauses(lab: Lab) -> None:
     load_both(lab, note(1, "a"))
     assert done(lab, "pause", "vm2", "VM1", "--duration", "1.5").splitlines() == [
-        "vm2\t0.0\tpause of 1.5 s",
-        "vm1\t0.0\tpause of 1.5 s",
+        "vm2\t0\tpause of 1.5 s",
+        "vm1\t0\tpause of 1.5 s",
     ]
-    assert done(lab, "break", "vm1") == "vm1\t0.0\tbreak\n"
-    assert done(lab, "resume") == "vm1\t0.0\tresume: ends the break of 0\n"
+    assert done(lab, "break", "vm1") == "vm1\t0\tbreak\n"
+    assert done(lab, "resume") == "vm1\t0\tresume: ends the break of 0\n"
     for words in (["pause", "vm1"], ["pause", "--duration", "1"], ["break"], ["resume"]):
         refused = lab.run(*words)
         assert (refused.returncode, refused.stdout) == (2, ""), words
