@@ -429,6 +429,7 @@ class Timeouts:
     poll_first: float = 0.02  # the first look at a running program; then ever more seldom …
     poll_last: float = 1.0  # … up to this
     look: float = 5.0  # the safety net: the VM's revision, with jitter
+    watch: float = 1.0  # between two looks of a supervisor that nobody wakes
     reconnect: float = 5.0  # longest pause between two tries to reach a lost agent
     reboot_start: float = 60.0  # for a guest to be seen going down after an accepted reboot
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
@@ -442,10 +443,11 @@ class Timeouts:
 
     @classmethod
     def from_environment(cls) -> Timeouts:
-        """Return the defaults, all multiplied by `$VMRM_TIMEOUT_SCALE` if that is set."""
-        scale = float(os.environ.get("VMRM_TIMEOUT_SCALE", "1"))
-        fields = dataclasses.fields(cls)
-        return cls(**{field.name: cast(float, field.default) * scale for field in fields})
+        """Return the defaults, scaled as `$VMRM_TIMEOUT_SCALE` says: `0.2`, `0.2,look=1000`."""
+        scale, *more = os.environ.get("VMRM_TIMEOUT_SCALE", "1").split(",")
+        scales = {field.name: scale for field in dataclasses.fields(cls)}
+        scales |= dict(word.split("=") for word in more)
+        return cls(**{name: getattr(cls, name) * float(scales[name]) for name in scales})
 
 
 CLOCK = Clock()
@@ -750,6 +752,41 @@ def take_lock(path: Path) -> int | None:
     return fd
 
 
+class _Connection(sqlite3.Connection):
+    """A connection that notes whom a transaction is to wake: the sockets' names."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.to_wake: set[int | str] = set()
+        self.create_function("wake_up", 1, self.to_wake.add)
+
+    def watch(self) -> None:
+        """Have every change that somebody waits for note who that is."""
+        self.execute("PRAGMA temp_store = MEMORY")
+        for number, (change, who) in enumerate(_AWAITED):
+            trigger = f"CREATE TEMP TRIGGER wakes_{number} AFTER {change}"
+            self.execute(f"{trigger} BEGIN SELECT wake_up({who}); END")
+
+
+SUPERVISOR = 0  # its place among the wake-up sockets; VMs use their ordinals
+
+# What changes, and the wake-up socket of whom that concerns. The schema's triggers raise the
+# revision of a VM with all that its handler must see.
+_AWAITED = (
+    ("UPDATE OF revision ON vms", "new.ordinal"),
+    ("UPDATE OF state, finished_at ON vms", f"{SUPERVISOR}"),
+    ("INSERT ON vms", f"{SUPERVISOR}"),
+    ("DELETE ON vms", f"{SUPERVISOR}"),
+    ("UPDATE OF start_at, halt ON experiments", f"{SUPERVISOR}"),
+    ("UPDATE OF answered_at ON requests", "'c-' || new.id"),
+    (  # a machine of the pool that the experiment has was taken back
+        """UPDATE OF token ON pool_vms WHEN old.token IS NOT new.token
+           AND EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)""",
+        f"{SUPERVISOR}",
+    ),
+)
+
+
 class Database:
     """One connection to the database file, and the state directory beside it.
 
@@ -778,7 +815,7 @@ class Database:
         self.timeouts = timeouts or Timeouts.from_environment()
         self._checkpoint, self._create = checkpoint, create
         self._pid = 0
-        self._connections: dict[threading.Thread, sqlite3.Connection] = {}
+        self._connections: dict[threading.Thread, _Connection] = {}
         self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -788,7 +825,7 @@ class Database:
         self.close()
 
     @property
-    def connection(self) -> sqlite3.Connection:
+    def connection(self) -> _Connection:
         """The open connection of this very process and thread: SQLite's cannot be shared."""
         if self._pid == os.getpid() and (
             found := self._connections.get(threading.current_thread())
@@ -809,7 +846,7 @@ class Database:
             path.mkdir(exist_ok=True, mode=0o700)
         return path
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> _Connection:
         if not self._create and not self.path.exists():
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
@@ -844,7 +881,7 @@ class Database:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> _Connection:
         me = threading.current_thread()
         try:
             with _telling_trouble():
@@ -856,18 +893,20 @@ class Database:
                 self._writer.close()
             raise
 
-    def _connected(self, me: threading.Thread) -> sqlite3.Connection:
+    def _connected(self, me: threading.Thread) -> _Connection:
         try:
             connection = sqlite3.connect(
                 self.path,
                 isolation_level=None,
                 timeout=self.timeouts.writer,
                 check_same_thread=False,  # used by one, but closed by whoever closes all
+                factory=_Connection,
             )
             connection.row_factory = sqlite3.Row
             connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
             self._connections[me], self._pid = connection, os.getpid()
             self._check_schema(connection)
+            connection.watch()
             if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -980,6 +1019,8 @@ class Database:
     def transaction(self, *, durable: bool = False) -> Iterator[Self]:
         """Run the block as one write transaction; leave nothing behind if it raises.
 
+        After it, whoever waits for what it has changed is woken.
+
         Args:
             durable: Whether the commit must survive a power cut of the host, not just kill -9.
 
@@ -988,6 +1029,7 @@ class Database:
             Unwritable: the disk is full, for example.
         """
         connection = self.connection
+        connection.to_wake.clear()
         with self._writer.held(), _telling_trouble():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
@@ -1003,6 +1045,7 @@ class Database:
             finally:
                 if durable:
                     connection.execute("PRAGMA synchronous = NORMAL")
+        wake(self, *connection.to_wake)
 
     def write(self, sql: str, *, durable: bool = False, **parameters: object) -> list[sqlite3.Row]:
         """Run one writing statement in a transaction of its own; return what it RETURNs."""
@@ -1179,8 +1222,6 @@ class _Rows:
 
 # === waking up ===================================================================================
 
-SUPERVISOR = 0  # its place among the wake-up sockets; VMs use their ordinals
-
 
 class WakeSocket:
     """A datagram socket `wake/<ordinal>`: a byte on it means "look at the database again".
@@ -1230,19 +1271,6 @@ def wake(db: Database, *names: int | str) -> None:
                 )
 
 
-def wake_all(db: Database) -> None:
-    """Wake the supervisor and every handler."""
-    ordinals = [row["ordinal"] for row in db.query("SELECT ordinal FROM vms")]
-    wake(db, SUPERVISOR, *ordinals)
-
-
-def wake_vm(db: Database, server_name: str) -> None:
-    """Wake one VM's handler, and the supervisor who may have to start it."""
-    sql = "SELECT ordinal FROM vms WHERE server_name = :name"
-    ordinal = db.value(sql, name=server_name)
-    wake(db, SUPERVISOR, *([] if ordinal is None else [ordinal]))
-
-
 # === the experiment, its barrier and its VMs =====================================================
 
 
@@ -1285,16 +1313,11 @@ def _begin_experiment(db: Database, source: str = "", content_hash: str = "") ->
 
 @contextlib.contextmanager
 def _changing_vms(db: Database) -> Iterator[sqlite3.Connection]:
-    """A durable transaction that ends with the barrier; everybody is woken if that decided."""
-    seen = "SELECT start_at, halt FROM current_experiment"
+    """A durable transaction that ends with the barrier."""
     with db.transaction(durable=True):
         _begin_experiment(db)
-        before = db.row(seen)
         yield db.connection
         _barrier(db.connection, CLOCK.wall())
-        decided = db.row(seen) != before
-    if decided:
-        wake_all(db)
 
 
 def _barrier(connection: sqlite3.Connection, now: float) -> None:
@@ -1698,7 +1721,6 @@ class ExperimentStart(_Served):
                    WHERE destroyed_at IS NULL AND start_at IS NULL""",
                 {"now": CLOCK.wall()},
             )
-        wake_all(self.db)
         return cast(datetime, self.get_start_time())
 
     def clear_start_time(self) -> dict[str, Any]:
@@ -2381,8 +2403,6 @@ class ScheduleDb(_Rows):
                     _put_schedule(self.db, *schedule)
         except Busy as error:
             raise ScheduleDbTimeoutError(str(error), error.hint) from error
-        for name, _, _ in schedules:
-            wake_vm(self.db, name)
 
     def get(self, server_name: str) -> str | None:
         """Return a VM's schedule as the text that was put, or None if it has none."""
@@ -2520,10 +2540,7 @@ def _give(
             raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
         else:
             chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
-        given = [_give_one(db, row, duration) for row in chosen]
-    for row in given:
-        wake_vm(db, row["vm"])
-    return given
+        return [_give_one(db, row, duration) for row in chosen]
 
 
 def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
@@ -2775,9 +2792,7 @@ def retry_failed(db: Database, server_name: str | None = None, ordinal: int | No
         How many entries and VMs that is.
     """
     with _changing_vms(db):
-        count = retry_in(db, server_name, ordinal)
-    wake_all(db)
-    return count
+        return retry_in(db, server_name, ordinal)
 
 
 def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
@@ -6991,7 +7006,6 @@ class VMResourceHandler:
                 self.driver.close()
             self._wake.close()
             os.close(lock)
-            wake(self.db, SUPERVISOR)
         return 0
 
     def _check_in(self) -> None:
@@ -8107,7 +8121,6 @@ class VMResourceHandler:
             revision=self._seen,
         )
         _crash("finished")
-        wake(self.db, SUPERVISOR)
         if not (self._halt is Halt.END or self.config.get("alone")):
             yield math.inf
         if not (self._halt is Halt.END or self.config.get("alone")):
@@ -8436,7 +8449,6 @@ class VMResourceHandler:
             answer=json.dumps(answer),
             id=request,
         )
-        wake(self.db, f"c-{request}")
 
     def _answer_lost_requests(self) -> None:
         """Answer what a dead handler, or a lost connection, left claimed: it may have run."""
@@ -8690,7 +8702,6 @@ class Remote:
                 now=CLOCK.wall(),
                 deadline=CLOCK.wall() + self.timeout,
             )
-            wake_vm(self.db, self.name)
             return self._await_answer(answered)
         finally:
             answered.close()
@@ -8836,7 +8847,9 @@ class Supervisor:
         for descriptor in (self.wake.fileno(), self._signals.fileno(), *self._loan.descriptors()):
             poll.register(descriptor, select.POLLIN)
         now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
-        wait = min([1.0, *(due - now for due in dues if due > now)])  # what is past had its turn
+        wait = min(
+            [self.timeouts.watch, *(due - now for due in dues if due > now)]
+        )  # what is past had its turn
         poll.poll(math.ceil(wait * 1000))
         self.wake.drain()
         with contextlib.suppress(BlockingIOError):
@@ -8889,7 +8902,6 @@ class Supervisor:
             if not self._is_over():  # an entry was added meanwhile
                 return False
             _set_halt(self.db, Halt.END)
-        wake_all(self.db)
         return True
 
     def _is_over(self) -> bool:
@@ -9211,8 +9223,6 @@ def halt_experiment(db: Database, halt: Halt) -> None:
         if halt is not Halt.STOP or pid in (None, os.getpid()):
             raise
         os.kill(pid, signal.SIGTERM)  # its end is the end of all handlers
-        return
-    wake_all(db)
 
 
 def end_experiment(db: Database) -> None:
@@ -13407,7 +13417,6 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
             present = json.loads(db.value(sql, name=server_name) or "[]")
             both = json.dumps(present + json.loads(text), ensure_ascii=False)
             _put_schedule(db, server_name, both, "")
-    wake_vm(db, server_name)
     return {"added": len(items)}
 
 

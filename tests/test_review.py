@@ -311,11 +311,10 @@ def test_who_gives_up_waiting_for_the_database_leaves_no_lock_behind(
     assert not vmrm._is_locked(path)
 
 
-def test_a_retry_wakes_the_handler_at_once(tmp_path: Path) -> None:
+def test_a_retry_of_a_failed_vm_wakes_who_gives_it_a_handler(tmp_path: Path) -> None:
     db = made(tmp_path)
-    ordinal = db.value("SELECT ordinal FROM vms")
     vmrm.VMMapping(db=db).set_vm_state_by_uuid("u1", "failed")
-    woken = vmrm.WakeSocket(db, ordinal)
+    woken = vmrm.WakeSocket(db, vmrm.SUPERVISOR)
     vmrm.retry_failed(db, "vm1")
     assert woken.socket.recv(1) == b"w"
     woken.close()

@@ -1,14 +1,75 @@
 """Sabotage of vmrm's own processes, for tests: first on $PYTHONPATH, it comes with every start.
 
-VMRM_SLOW_START=ROLE:SECONDS    the process of this role sleeps before anything else
+VMRM_SLOW_START=WORD:SECONDS     a process with this word in its command line begins so late
+VMRM_FAULT=ROLE:N:CODE:FILE      the N-th SQL statement of the first handler, supervisor or keeper
+                                 to come so far fails with that code of SQLite, once: then FILE,
+                                 which must not exist yet, holds the statement
 """
 
 import os
+import sqlite3
 import time
 from pathlib import Path
 
-words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+WORDS = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+FIRST = os.getpid()
 
 role, _, seconds = os.environ.get("VMRM_SLOW_START", "").partition(":")
-if role and role.encode() in words:
+if role and role.encode() in WORDS:
     time.sleep(float(seconds))
+
+
+def role_now() -> str:
+    """Return what this process is: a handler is a fork of the supervisor."""
+    if b"_supervise" in WORDS:
+        return "supervisor" if os.getpid() == FIRST else "handler"
+    return "keeper" if b"serve" in WORDS else ""
+
+
+class Fault:
+    """Counts a process's statements and fails one of them."""
+
+    def __init__(self, words: str) -> None:
+        self.role, number, self.code, self.file = words.split(":", 3)
+        self.number, self.count, self.pid = int(number), 0, 0
+
+    def check(self, sql: str, *, done: bool = False) -> None:
+        """Raise if it is this statement's turn; a COMMIT of odd number is done before it fails."""
+        if role_now() != self.role:
+            return
+        if self.pid != os.getpid():
+            self.pid, self.count = os.getpid(), 0
+        self.count += not done
+        late = sql == "COMMIT" and self.number % 2 == 1
+        if self.count != self.number or done is not late:
+            return
+        try:
+            with Path(self.file).open("x") as file:
+                file.write(sql)
+        except FileExistsError:
+            return
+        error = sqlite3.OperationalError(f"injected: {self.code}")
+        error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{self.code}")
+        error.sqlite_errorname = f"SQLITE_{self.code}"
+        raise error
+
+
+def sabotage(fault: Fault) -> None:
+    """Have every connection that is opened from now on ask `fault` first."""
+    connect = sqlite3.connect
+
+    def opened(*arguments, factory=sqlite3.Connection, **more):
+        class Faulty(factory):
+            def execute(self, sql, *parameters):
+                fault.check(sql)
+                cursor = super().execute(sql, *parameters)
+                fault.check(sql, done=True)
+                return cursor
+
+        return connect(*arguments, factory=Faulty, **more)
+
+    sqlite3.connect = opened
+
+
+if "VMRM_FAULT" in os.environ and role_now():
+    sabotage(Fault(os.environ["VMRM_FAULT"]))
