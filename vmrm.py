@@ -10283,6 +10283,8 @@ class Keeper:
         self.log = logging.getLogger("vmrm.keeper")
         self.manager = VmManager(logger=self.log, db=db)
         self.hooks: dict[int, Hook] = {}  # by pid
+        self._untold: list[Hook] = []  # that have ended, and whose rows do not say so yet
+        self._buried = self._trouble = False
         self._stopping = False
         self._reap_at = self._checkpoint_at = self._sweep_at = self._rest_until = -math.inf
         self._not_before = -math.inf  # when to fork again, after the system refused
@@ -10305,11 +10307,38 @@ class Keeper:
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, lock)
             self._prepare(stack)
-            self._bury()
-            while (actions := self._step()) or self.hooks or not (self.once or self._stopping):
-                self._wait(actions)
+            while self._goes_on():
+                pass
             self.db.checkpoint(truncate=True)
         return 0
+
+    def _goes_on(self) -> bool:
+        """Look once, and wait; return whether there is more to do.
+
+        What could not be read or written is tried again: until then the machines stay as they are.
+        """
+        try:
+            if not self._buried:
+                self._bury()
+                self._buried = True
+            self._tell_ended()
+            begun = self._step()
+            going = begun or bool(self.hooks) or not (self.once or self._stopping)
+            if going:
+                self._wait(begun)
+            self._trouble = False
+        except Unavailable as error:
+            if self.once or self._stopping:
+                raise
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            # A commit that failed may be there: of a hook that we do not have, for example.
+            self._trouble, self._buried = True, False
+            poll = select.poll()
+            poll.register(self._signals.fileno(), select.POLLIN)
+            poll.poll(math.ceil(self.timeouts.reconnect * 1000))
+            return True
+        return going
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
         self.wake = WakeSocket(self.db, KEEPER)
@@ -10336,9 +10365,12 @@ class Keeper:
         return cast(float, self.db.value("SELECT started_at FROM pool_server") or 0.0)
 
     def _bury(self) -> None:
-        """End the hooks that a dead keeper has left, and begin again where it stopped."""
-        left = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        """End the hooks on record that are not ours, and begin again where they stopped."""
+        ours = {*self.hooks, *(hook.pid for hook in self._untold)}
+        rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        left = [row for row in rows if row["hook_pid"] not in ours]
         listings = {name: self._info(name, "listed") for name in self._groups()}
+        listings = {n: f for n, f in listings.items() if f.get("hook", [None])[0] not in ours}
         sessions = [(row["hook_pid"], row["hook_started"], row["hook_boot"]) for row in left]
         sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
@@ -10449,8 +10481,21 @@ class Keeper:
         for hook in ended:
             del self.hooks[hook.pid]
             hook.end()
-            self._ended(hook)
+        self._untold += ended
+        self._tell_ended()
         return bool(ended)
+
+    def _tell_ended(self) -> None:
+        """Write down how hooks ended; one stays in the list until that is done."""
+        while self._untold:
+            hook = self._untold[0]
+            name = hook.vm_name
+            try:
+                self._ended(hook)
+            except Unavailable:
+                hook.vm_name = name  # a new one was rolled back
+                raise
+            del self._untold[0]
 
     def _checkpoint(self) -> None:
         if CLOCK.monotonic() >= self._checkpoint_at:
@@ -10486,7 +10531,12 @@ class Keeper:
             self.log.error("no hook can be started: %s", error)
             self._not_before = CLOCK.monotonic() + self.timeouts.recheck
             return False
-        if not self._claim(hook, group, seen):
+        try:
+            claimed = self._claim(hook, group, seen)
+        except Unavailable:
+            hook.abandon()
+            raise
+        if not claimed:
             hook.abandon()
             return True  # somebody moved it meanwhile: look again
         self.hooks[hook.pid] = hook
