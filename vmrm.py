@@ -2792,20 +2792,36 @@ def retry_failed(db: Database, server_name: str | None = None, ordinal: int | No
         How many entries and VMs that is.
     """
     with _changing_vms(db):
-        return retry_in(db, server_name, ordinal)
+        return len(retry_in(db, server_name, ordinal))
 
 
-def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
-    """Do what `retry_failed` says, inside the caller's transaction."""
-    changed = db.connection.execute(
+def retry_in(
+    db: Database,
+    server_name: str | None = None,
+    ordinal: int | None = None,
+    *,
+    needed: bool = False,
+) -> list[str]:
+    """Do what `retry_failed` says, inside the caller's transaction; return whom it concerns.
+
+    Args:
+        db: The database.
+        server_name: Only of this VM.
+        ordinal: Only this entry of it.
+        needed: Only those entries without which a failed VM cannot get to time 0.
+    """
+    again = db.connection.execute(
         """UPDATE attempts SET retried = 1
            WHERE id IN (SELECT attempt_id FROM entry_status
                WHERE outcome IN ('failed', 'unknown') AND NOT ignore_failure
                  AND (:name IS NULL OR server_name = :name COLLATE NOCASE)
-                 AND (:ordinal IS NULL OR ordinal = :ordinal))
-             AND NOT retried""",
-        {"name": server_name, "ordinal": ordinal},
-    ).rowcount
+                 AND (:ordinal IS NULL OR ordinal = :ordinal)
+                 AND (NOT :needed OR start_time < 0 AND server_name IN (
+                     SELECT server_name FROM vms WHERE state = 'failed')))
+             AND NOT retried
+           RETURNING server_name, ordinal""",
+        {"name": server_name, "ordinal": ordinal, "needed": needed},
+    ).fetchall()
     started = db.value("SELECT start_at FROM current_experiment") is not None
     failed = db.query(
         """SELECT server_name FROM vms
@@ -2815,7 +2831,8 @@ def retry_in(db: Database, server_name: str | None, ordinal: int | None) -> int:
     for row in failed:
         target = VMState.CONFIGURED if started else VMState.CONFIGURING
         move_vm(db.connection, row["server_name"], target, "")
-    return changed + len(failed)
+    entries = [f"{row['server_name']}, entry {row['ordinal']}" for row in again]
+    return sorted(entries) + [row["server_name"] for row in failed]
 
 
 # === file store ==================================================================================
@@ -9265,8 +9282,9 @@ def launch(
     on_failure: str | None = None,
     late: str = Late.START,
     allow_host: bool = False,
-) -> None:
-    """Make the experiment ready to be supervised: launch time, settings, failed entries again.
+    retry: bool = False,
+) -> list[str]:
+    """Make the experiment ready to be supervised: launch time, settings, failed VMs again.
 
     Args:
         db: The database.
@@ -9274,6 +9292,10 @@ def launch(
         on_failure: abort, drop or wait; None leaves it.
         late: start, skip or shift what is overdue.
         allow_host: Whether entries may run on this host.
+        retry: Whether everything that failed or is unknown is repeated, as `retry_failed` does.
+
+    Returns:
+        The entries that are repeated, and the failed VMs that get another chance.
 
     Raises:
         UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
@@ -9311,7 +9333,7 @@ def launch(
         )
         connection.execute("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
-        retry_in(db, None, None)
+        return retry_in(db, needed=not retry)
 
 
 def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -12799,10 +12821,13 @@ class Commands(_Public):
         allow_host: bool = False,
         stay: bool = False,
         report: str | None = None,
+        retry: bool = False,
     ) -> object:
         """Run the experiment, or continue it, and watch it to its end.
 
         Ctrl-C stops it: handlers leave, the programs in the VMs go on, and run continues it.
+        What has begun is not repeated, but for entries before time 0 without which a failed VM
+        could not go on.
 
         Args:
             file: The experiment file; without it, what is loaded.
@@ -12814,6 +12839,7 @@ class Commands(_Public):
             allow_host: Let on_host entries run their programs on this host.
             stay: Go on when all work is done, for entries that will be added.
             report: A new file for the report as an HTML page, written however it ends.
+            retry: Repeat everything that failed or is unknown, as vmrm retry does.
         """
         if report is not None:
             self._check_new(report, detach)
@@ -12831,6 +12857,7 @@ class Commands(_Public):
         if pid := supervisor_pid(db):
             asked = {"start_buffer_s": start_buffer, "on_failure": on_failure, "late": late}
             asked |= {"allow_host": allow_host or None, "stay": stay or None}
+            asked |= {"retry": retry or None}
             now = current_experiment(db)  # what is as it was asked for is no reason to refuse
             if too_late := [
                 f"--{column.removesuffix('_s').replace('_', '-')}"
@@ -12840,13 +12867,17 @@ class Commands(_Public):
                 raise _too_late(pid, *too_late)
             self._screen.tell(f"the experiment is running already (process {pid}); watching")
         else:
-            launch(
+            again = launch(
                 db,
                 start_buffer=start_buffer,
                 on_failure=on_failure,
                 late=late or Late.START,
                 allow_host=allow_host,
+                retry=retry,
             )
+            if again:
+                more = f" and {len(again) - 20} more" if len(again) > 20 else ""
+                self._screen.tell(f"once more: {'; '.join(again[:20])}{more}")
             process = spawn_supervisor(db, stay)
         for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
             name = row["server_name"]
@@ -12889,7 +12920,8 @@ class Commands(_Public):
             self._screen.show(outcome.rows)
             self._screen.tell(outcome.summary)
         if not outcome.ok:
-            raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]))
+            hint = "Repeat what failed or is unknown: vmrm run --retry, or vmrm retry VM [ENTRY]"
+            raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]), hint)
         return _SHOWN
 
     @command

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,80 @@ def test_killed_in_destroy_the_next_run_has_all_its_output(tmp_path: Path) -> No
     assert "sh out] second\n" in log and "first" not in log
     outs = sorted(path.read_text() for path in (tmp_path / "lab.db.d").rglob("1.1.out"))
     assert outs == ["a first, long line of output\n", "second\n"]
+
+
+# === Run again ===================================================================================
+
+
+def counted(folder: Path, words: str) -> list[str]:
+    """Return arguments of `sh` that count a run in a file of the host, then do *words*."""
+    return ["-c", f'echo x >> "{folder}/count"; {words}']
+
+
+def count(folder: Path) -> int:
+    return len((folder / "count").read_text().splitlines())
+
+
+def test_run_again_repeats_nothing_that_failed_in_positive_time(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, start_buffer=0)
+    words = counted(tmp_path, "test -e fixed || exit 3")
+    gone = {"start_time": 0.2, "transfer": [{"location": f"{lab.guest(1)}/nothing"}]}
+    lab.write(
+        lambda _: [
+            {"start_time": 0.1, "executable": "sh", "arguments": words, "cwd": f"{tmp_path}"},
+            gone,
+        ]
+    )
+    with stand_ins(tmp_path / "agents", 1):
+        assert lab.run("run", str(tmp_path / "lab.json")).returncode == 1
+        before = tables.attempts(lab.db)
+        again = lab.run("run", str(tmp_path / "lab.json"))
+        assert (again.returncode, count(tmp_path)) == (1, 1)
+        assert tables.attempts(lab.db) == before
+        assert "run --retry" in again.stderr
+        (tmp_path / "fixed").touch()
+        (lab.guest(1) / "nothing").touch()
+        assert lab.run("run", "--retry").returncode == 0
+    assert count(tmp_path) == 2
+    assert [row["attempt"] for row in tables.entries(lab.db)] == [2, 2]
+
+
+def test_run_again_repeats_nothing_that_is_unknown(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, start_buffer=0)
+    words = counted(tmp_path, "echo $PPID > pid; exec sleep 60")
+    program = {"start_time": 0.1, "executable": "sh", "arguments": words, "cwd": f"{tmp_path}"}
+    lab.write(lambda _: [program])
+    command = "run", str(tmp_path / "lab.json")
+    with stand_ins(tmp_path / "agents", 1), lab.start(*command) as first:
+        until((tmp_path / "pid").exists)
+        until(lambda: outcome(lab)[0] == "running")
+        assert lab.run("stop").returncode == 0
+        first.communicate(timeout=30)
+    with suppress(ProcessLookupError):  # the stand-in may have taken it along
+        os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    with stand_ins(tmp_path / "agents", 1):  # which knows nothing of it
+        for _ in range(2):
+            assert lab.run("run").returncode == 1
+            assert outcome(lab) == ("unknown", None)
+    assert count(tmp_path) == 1
+
+
+def test_run_again_repeats_what_keeps_a_vm_from_time_0_and_says_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, start_buffer=0)
+    negative = {"start_time": -1, "executable": "sh", "cwd": f"{tmp_path}"}
+    lab.write(
+        lambda _: [
+            negative | {"arguments": counted(tmp_path, "test -e fixed || exit 3")},
+            {"start_time": 0.1, "executable": "true"},
+        ]
+    )
+    with stand_ins(tmp_path / "agents", 1):
+        assert lab.run("run", str(tmp_path / "lab.json")).returncode == 1
+        (tmp_path / "fixed").touch()
+        again = lab.run("run")
+        assert again.returncode == 0
+        assert "vm1, entry 1" in again.stderr
+    assert count(tmp_path) == 2
 
 
 # === What is left on the host ====================================================================
