@@ -3473,7 +3473,7 @@ def move_pool_vm(
         db: The database.
         vm_name: The VM's name.
         state: Where it moves to, or stays.
-        reason: For the history, if it moves.
+        reason: Why it moves, or stays; for the history, if it moves.
         row: The row, if it was read in this transaction already.
         columns: Others to set, by name.
 
@@ -3490,6 +3490,7 @@ def move_pool_vm(
         columns = {**NO_LEASE, **columns}
     if target != old:
         columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
+    if target != old or reason:
         columns |= {"reason": reason}
     if not columns:
         return _pool_vm(db, vm_name)
@@ -3871,6 +3872,13 @@ def pool_log(db: Database, vm_name: str) -> Path:
     return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
 
 
+NOTHING = "None"  # the reference's default word
+
+
+def _told_or_none(value: object) -> str | None:
+    return None if value in (None, NOTHING) else str(value)
+
+
 class VmManager(_Rows):
     """The pool of VMs that are lent to jobs.
 
@@ -3979,6 +3987,8 @@ class VmManager(_Rows):
             lines.append(
                 f"group {group}: {counted(len(vms), 'VM')}" + (f" ({states})" if vms else "")
             )
+            if failure := self.spawn_failure(group):
+                lines.append(_cell(f"  {failure}"))
             lines += [_cell(f"  {vm}") for vm in vms]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
@@ -4032,6 +4042,21 @@ class VmManager(_Rows):
                 group=str(group),
                 key=key,
             ),
+        )
+
+    def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
+        """Return what the keeper has noted about a group, by keys that no script uses."""
+        text = self.read_vm_pool_info(group, f"{KEEPER}.{key}")
+        return cast("dict[str, Any]", json.loads(text or "{}"))
+
+    def spawn_failure(self, group: int | str) -> str:
+        """Return how the last spawn hook of a group failed, if none has succeeded since."""
+        failed = self.keeper_info(group, "failed")
+        if not failed:
+            return ""
+        times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
+        return (
+            f"spawn hook failed {_iso(failed['at'])}{times}: {failed.get('why', 'no reason kept')}"
         )
 
     # --- moves ---
@@ -4139,7 +4164,8 @@ class VmManager(_Rows):
 
         Args:
             vm_name: The VM's name.
-            allowed_pre_state: The only state in which this is allowed.
+            allowed_pre_state: The only state in which this is allowed; None, or the reference's
+                word "None", allows all.
             reason: For the history.
             token: As for `release_vm`; needed without `force` for a VM that somebody has leased.
             force: Whoever holds it.
@@ -4152,7 +4178,7 @@ class VmManager(_Rows):
             state = row["state"]
             if row["token"] is not None and not force:
                 self._own(row, token)
-            if allowed_pre_state is not None and state != allowed_pre_state:
+            if allowed_pre_state not in (None, NOTHING) and state != allowed_pre_state:
                 raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
             move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
         wake_pool(self.db)
@@ -4231,9 +4257,9 @@ class VmManager(_Rows):
             sandbox or "",
             None if pid is None else Holder.of(pid),
             lease,
-            None if task_id is None else str(task_id),
-            None if build_id is None else str(build_id),
-            chroot,
+            _told_or_none(task_id),
+            _told_or_none(build_id),
+            _told_or_none(chroot),
             priority,
         )
         return self.acquire(request, wait)[0]
@@ -4364,7 +4390,8 @@ class VmManager(_Rows):
 
     def _why_none(self, request: Request) -> str:
         names = dict.fromkeys(group for groups in request.wants for group in groups)
-        words = "; ".join(self._why(name, request) for name in names)
+        reasons = ((self._why(name, request), self.spawn_failure(name)) for name in names)
+        words = "; ".join("; ".join(filter(None, reason)) for reason in reasons)
         ahead = sum(other.token != request.token for other in self._queue())
         return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
 
@@ -4387,9 +4414,12 @@ class VmManager(_Rows):
             )
         if row["unchecked"]:
             return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
+        more = "".join(
+            f", {row[state]} {state}" for state in ("spawning", "held", "terminating") if row[state]
+        )
         return (
             f"group {group}: none ready ({counted(row['vms'], 'VM')}: {row['in_use']} in use, "
-            f"{row['others']} ready for others, {row['ill']} failed their check; "
+            f"{row['others']} ready for others, {row['ill']} failed their check{more}; "
             f"{bound} bound to {request.owner}, {idle})"
         )
 
@@ -4526,13 +4556,16 @@ class VmManager(_Rows):
             force: Whoever holds it.
 
         Returns:
-            True.
+            Whether it was leased: one that nobody has is not released, and stays as it is.
 
         Raises:
-            VmError: the lease is not yours, or was lost; or the VM is not in use.
+            VmError: the lease is not yours, or was lost; or nobody has it who could be forced.
         """
+        token = token or self._tokens.get(vm_name.lower())
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm_name)
+            if row["token"] is None and token is None and not force:
+                return False
             if not force or row["token"] is None:
                 self._own(row, token)
             self._release(row, "released" if not force else "released by force")
@@ -4582,9 +4615,8 @@ class VmManager(_Rows):
             lease = {key: row[key] for key in NO_LEASE}
             if row["token"] is not None and not force:
                 self._own(row, token)
-            move_pool_vm(
-                db, vm_name, VmStates.HELD, words, held_until=until, releasing_at=None, **lease
-            )
+            lease |= {"held_until": until, "releasing_at": None}
+            move_pool_vm(db, vm_name, VmStates.HELD, words, **lease)
         wake_pool(self.db)
 
     @contextlib.contextmanager
@@ -4664,8 +4696,8 @@ class VmManager(_Rows):
             over.set()
             thread.join()
 
-    def hand_over(self, vm: VmDescriptor, holder: Holder) -> None:
-        """Make another process the holder of a leased VM.
+    def hand_over(self, vm: VmDescriptor, holder: Holder | None) -> None:
+        """Make another process the holder of a leased VM, or nobody if the lease has an end.
 
         Raises:
             VmError: the lease was lost.
@@ -4673,9 +4705,11 @@ class VmManager(_Rows):
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm.vm_name)
             self._own(row, vm.token)
-            columns = {f"holder_{key}": value for key, value in vars(holder).items()}
-            lease = {key: row[key] for key in NO_LEASE} | columns
-            move_pool_vm(db, vm.vm_name, row["state"], **lease)
+            keys = [f"holder_{field.name}" for field in dataclasses.fields(Holder)]
+            columns = {key: NO_LEASE[key] for key in keys}
+            if holder:
+                columns = dict(zip(keys, vars(holder).values(), strict=True))
+            move_pool_vm(db, vm.vm_name, row["state"], row=row, **columns)
 
     def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
         if lease is None:
@@ -4835,6 +4869,9 @@ _COUNTS = """
 SELECT count(*) AS vms,
        coalesce(sum(state = 'in_use'), 0) AS in_use,
        coalesce(sum(state = 'check_health_failed'), 0) AS ill,
+       coalesce(sum(state = 'spawning'), 0) AS spawning,
+       coalesce(sum(state = 'held'), 0) AS held,
+       coalesce(sum(state = 'terminating'), 0) AS terminating,
        coalesce(sum(state = 'ready' AND bound_to_user <> :owner), 0) AS others,
        coalesce(sum(state = 'ready' AND bound_to_user = :owner
                     AND bound_sandbox <> :sandbox), 0) AS idle,
@@ -9780,6 +9817,88 @@ QEMU_GRACE_S = 5.0  # to leave when it is asked to, and again when it is told to
 GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
 
 
+TRIAL_S = 30.0  # for QEMU's emulation to boot the trial guest
+TRIAL_EXIT_CODE = 85
+# A boot sector that goes to 64-bit mode and there ends QEMU, by its debug port, with that code.
+_TRIAL_GUEST = bytes.fromhex(
+    "fa31c08ed88ed0bc007c0f0116a87c0f20c06683c8010f22c0ea1e7c080066b8"
+    "10008ed88ec08ed0bf001000000f22df31c0b9000c0000f3abc7050010000003"
+    "200000c7050020000003300000c70500300000830000000f20e083c8200f22e0"
+    "b9800000c00f320d000100000f300f20c00d000000800f22c0ea807c00001800"
+    "b02ae6f4f4ebfd900000000000000000ffff0000009acf00ffff00000092cf00"
+    "ffff0000009aaf001f00887c0000"
+)
+
+
+def kvm_fault(program: str) -> str:
+    """Return why KVM is of no use to QEMU on this host, '' if it is.
+
+    That it is there says little: QEMU may die under it, or its guests may hang or crawl. So a tiny
+    guest is booted once, which must not take much longer than it does without KVM. The outcome is
+    kept in the user's cache for this boot of the host and this QEMU.
+
+    Args:
+        program: QEMU.
+    """
+    device = Path("/dev/kvm")
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"{device} cannot be opened" if device.exists() else f"there is no {device}"
+    found = Path(program).stat()
+    this = [boot_id(), os.path.realpath(program), found.st_mtime_ns, found.st_size]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmrm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "kvm.json").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # who comes meanwhile waits for the outcome
+            file.seek(0)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                kept = json.loads(file.read())
+                if kept["for"] == this:
+                    return str(kept["fault"])
+            fault = _try_kvm(program)
+            file.truncate(0)
+            file.write(json.dumps({"for": this, "fault": fault}))
+            return fault
+    except OSError:  # nothing can be kept there
+        return _try_kvm(program)
+
+
+def _try_kvm(program: str) -> str:
+    emulated, fault = _boot_trial(program, "tcg", TRIAL_S)
+    patience = TRIAL_S if fault else max(2.0, 5 * emulated)
+    return _boot_trial(program, "kvm", patience)[1]
+
+
+def _boot_trial(program: str, accel: str, patience: float) -> tuple[float, str]:
+    """Boot the trial guest; return how many seconds that took, and what was wrong with it."""
+    import subprocess
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(prefix="vmrm-") as disk:
+        disk.write(_TRIAL_GUEST.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+        disk.flush()
+        words = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        words += ["-machine", "q35", "-cpu", "max", "-m", "32", "-accel", accel]
+        words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+        words += ["-drive", f"format=raw,file={disk.name}"]
+        began = CLOCK.monotonic()
+        try:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=patience,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return patience, f"a guest hangs under it, or takes over {patience:.1f} s to boot"
+    took = CLOCK.monotonic() - began
+    if done.returncode == TRIAL_EXIT_CODE:
+        return took, ""
+    return took, printable(done.stderr) or f"QEMU ends under it with exit code {done.returncode}"
+
+
 class QemuVm:
     """A VM of a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
 
@@ -9989,7 +10108,7 @@ def qemu_words(
         kernel: A kernel to boot; with initrd and append, its initial RAM disk and command line.
         initrd: See kernel.
         append: See kernel.
-        accel: QEMU's -accel; None takes KVM if it works, else software emulation.
+        accel: QEMU's -accel; None leaves it to whoever takes the words.
 
     Raises:
         UsageError: there is nothing to boot, or a file is missing.
@@ -10000,8 +10119,7 @@ def qemu_words(
         if file and not Path(file).is_file():
             raise UsageError(f"there is no file {file!r}")
     words = ["-machine", "q35", "-cpu", "max", "-m", str(memory), "-smp", str(cpus)]
-    for name in [accel] if accel else ["kvm", "tcg"]:
-        words += ["-accel", name]
+    words += ["-accel", accel] if accel else []
     for option, value in (("kernel", kernel), ("initrd", initrd), ("append", append)):
         words += [f"-{option}", value] if value else []
     if disk:
@@ -10414,8 +10532,7 @@ class Keeper:
         return {row["name"]: row for row in rows}
 
     def _info(self, group: str, key: str) -> dict[str, Any]:
-        text = self.manager.read_vm_pool_info(group, f"{KEEPER}.{key}")  # others have own keys
-        return cast("dict[str, Any]", json.loads(text or "{}"))
+        return self.manager.keeper_info(group, key)
 
     def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
         self.manager.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
@@ -10688,7 +10805,7 @@ class Keeper:
             anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
             lost = again and row["state"] == VmStates.SPAWNING
             state = VmStates.TERMINATING if lost else row["state"]
-            reason = "the keeper died while it was spawned"
+            reason = "the keeper died while it was spawned" if lost else ""
             move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
@@ -10707,7 +10824,7 @@ class Keeper:
         if not hook.fault and failed:
             self._put_info(hook.group, "failed", {})
         elif hook.fault and not hook.killed:
-            failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall()}
+            failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall(), "why": hook.fault}
             self._put_info(hook.group, "failed", failed)
 
     def _add_machine(self, name: str, group: str, reason: str) -> None:
@@ -12017,6 +12134,27 @@ class Screen:
             cells = row.values() if isinstance(row, Mapping) else [row]
             print("\t".join(_cell(cell) for cell in cells))
 
+    def deliver(self, result: object, undo: Callable[[], object], what: str) -> None:
+        """Show what a command made; if nobody can be told of it, undo it.
+
+        Raises:
+            VmrmError: it was undone.
+        """
+        try:
+            if sys.stdout is None:
+                raise OSError(errno.EBADF, "there is no standard output")
+            self.show(result)
+            sys.stdout.flush()
+        except OSError as error:
+            undo()
+            if sys.stdout is not None:  # what it still holds would fail again at our end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            why = error.strerror or type(error).__name__
+            raise VmrmError(f"{what}, for nobody could be told of it: {why}") from error
+        except BaseException:
+            undo()
+            raise
+
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
@@ -12062,7 +12200,7 @@ def _shown_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], *, tight: bool = False, crop: bool = False) -> Any:
-    """Return rows as a table for people: without empty columns, times without their date.
+    """Return rows as a table for people: without empty columns.
 
     Args:
         rows: All of them have the keys of the first.
@@ -12116,7 +12254,12 @@ def _records(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _short(value: object) -> str:
-    return re.sub(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d\.\d{3})Z$", r"\1", _cell(value))
+    """Return a cell of a table for people: a time of today without its date."""
+    text = _cell(value)
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text):
+        return text
+    is_today = text[:10] == _iso(CLOCK.wall())[:10]
+    return text[11:-1] if is_today else f"{text[:10]} {text[11:19]}"
 
 
 def _style(value: object) -> str:
@@ -12423,7 +12566,7 @@ class PoolCommands(_Group):
         return shown if name is None else shown[0]
 
     @command
-    def add(self, vm: str, group: str, path: str = "", ip: str = "") -> object:
+    def add(self, vm: str, group: str, *, path: str = "", ip: str = "") -> object:
         """Add a VM that is there; it is lent once the keeper has found it well.
 
         Args:
@@ -12443,9 +12586,11 @@ class PoolCommands(_Group):
             group: Only those of this group.
         """
         pool = self._manager()
-        if group is None:
-            return [_vm_line(vm) for vm in pool.get_all_vm()]
-        return [_vm_line(vm) for vm in pool.get_all_vm_in_group(pool._group(group)["name"])]
+        groups = pool.vm_groups if group is None else [pool._group(group)["name"]]
+        for name in groups:
+            if failure := pool.spawn_failure(name):
+                self._main._screen.tell(f"group {name}: {failure}")
+        return [_vm_line(vm) for name in groups for vm in pool.get_all_vm_in_group(name)]
 
     @command
     def info(self, vm: str | None = None) -> object:
@@ -12496,7 +12641,8 @@ class PoolCommands(_Group):
             _filled_in(format, dict.fromkeys(_LEASED, ""))
         if pid is None and lease is None and not runs:
             lease = 3600.0
-        holder = os.getpid() if runs else pid
+        # We hold it until somebody was told of it, so that nothing is left if we die before.
+        holder = None if pid is None else Holder.of(pid)
         pool = self._manager()
         for group in groups:
             pool._group(group)
@@ -12504,7 +12650,7 @@ class PoolCommands(_Group):
             (pool._group_names(groups),),
             _user() if owner is None else owner,
             sandbox,
-            None if holder is None else Holder.of(holder),
+            Holder.of(os.getpid()),
             lease,
             task,
             priority=priority,
@@ -12516,10 +12662,16 @@ class PoolCommands(_Group):
         if runs:
             raise SystemExit(run_leased(pool, vm, lease, self._main._tail, self._main._screen))
         leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
-        return leased if format is None else _filled_in(format, leased)
+        self._main._screen.deliver(
+            leased if format is None else _filled_in(format, leased),
+            functools.partial(pool.release_vm, vm.vm_name, token=vm.token),
+            f"VM {vm.vm_name!r} was given back",
+        )
+        pool.hand_over(vm, holder)
+        return _SHOWN
 
     @command
-    def renew(self, vm: str, lease: float = 3600.0, token: str | None = None) -> object:
+    def renew(self, vm: str, *, lease: float = 3600.0, token: str | None = None) -> object:
         """Have a lease end later.
 
         Args:
@@ -12530,20 +12682,43 @@ class PoolCommands(_Group):
         pool = self._manager()
         return {"until": _iso(pool.renew_vm(vm, lease, token=_token(vm, token)))}
 
-    @command
-    def release(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
-        """Give a VM back to the pool.
-
-        Args:
-            vm: The VM's name.
-            token: The lease's token; default $VMRM_LEASE.
-            force: Whoever has leased it.
-        """
-        self._manager().release_vm(vm, token=_token(vm, token), force=force)
+    def _each(self, vms: Sequence[str], act: Callable[[VmManager, str], object]) -> object:
+        """Do something to several VMs, but nothing if one of them is not there."""
+        pool = self._manager()
+        if not vms:
+            raise UsageError("no VM is named", "See which there are: vmrm pool list")
+        names = dict.fromkeys(pool.get_vm_by_name(vm).vm_name for vm in vms)
+        errors = []
+        for name in names:
+            try:
+                act(pool, name)
+            except VmError as error:
+                errors.append(error)
+        for other in errors[:-1]:
+            self._main._screen.error(other)
+        if errors:
+            raise errors[-1]
         return None
 
     @command
-    def hold(self, vm: str, until: str, token: str | None = None, *, force: bool = False) -> object:
+    def release(self, *vms: str, token: str | None = None, force: bool = False) -> object:
+        """Give VMs back to the pool.
+
+        Args:
+            vms: The VMs' names.
+            token: The lease's token; default $VMRM_LEASE.
+            force: Whoever has leased them.
+        """
+
+        def act(pool: VmManager, vm: str) -> None:
+            if not pool.release_vm(vm, token=_token(vm, token), force=force):
+                state = pool.get_vm_by_name(vm).state
+                raise VmError(f"VM {vm!r} is {state}: nobody has a lease of it")
+
+        return self._each(vms, act)
+
+    @command
+    def hold(self, vm: str, until: str, *, token: str | None = None, force: bool = False) -> object:
         """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time.
 
         Args:
@@ -12556,28 +12731,29 @@ class PoolCommands(_Group):
         return None
 
     @command
-    def terminate(self, vm: str, token: str | None = None, *, force: bool = False) -> object:
-        """Have the keeper end a VM and forget it.
+    def terminate(self, *vms: str, token: str | None = None, force: bool = False) -> object:
+        """Have the keeper end VMs and forget them.
 
         Args:
-            vm: The VM's name.
-            token: The lease's token, if it is leased; default $VMRM_LEASE.
-            force: Whoever has leased it.
+            vms: The VMs' names.
+            token: The lease's token, if they are leased; default $VMRM_LEASE.
+            force: Whoever has leased them.
         """
-        self._manager().start_vm_termination(
-            vm, reason="terminated by command", token=_token(vm, token), force=force
-        )
-        return None
+
+        def act(pool: VmManager, vm: str) -> None:
+            why = "terminated by command"
+            pool.start_vm_termination(vm, reason=why, token=_token(vm, token), force=force)
+
+        return self._each(vms, act)
 
     @command
-    def remove(self, vm: str) -> object:
-        """Forget a terminating VM whose machine is known to be gone.
+    def remove(self, *vms: str) -> object:
+        """Forget terminating VMs whose machines are known to be gone.
 
         Args:
-            vm: The VM's name.
+            vms: The VMs' names.
         """
-        self._manager().remove_vm_from_pool(vm)
-        return None
+        return self._each(vms, VmManager.remove_vm_from_pool)
 
     @command
     def log(self, vm: str) -> object:
@@ -12682,11 +12858,23 @@ class PoolCommands(_Group):
             accel=accel,
         )
         machine = self._qemu(vm, dir)
+        words += [] if accel else ["-accel", self._accel()]
         if not dir:
             assert self._main._db().connection  # it makes the state directory, private
         made = machine.spawn([*words, *self._main._tail])
-        print(json.dumps(made), flush=True)
+        what = f"VM {machine.name!r} was ended again"
+        self._main._screen.deliver(json.dumps(made), machine.terminate, what)
         return _SHOWN
+
+    def _accel(self) -> str:
+        """Return the accelerator that works."""
+        import shutil
+
+        program = shutil.which(QEMU)
+        fault = kvm_fault(program) if program else ""
+        if fault:
+            self._main._screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
+        return "tcg" if fault else "kvm"
 
     @command
     def terminate_qemu(self, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
@@ -13892,7 +14080,8 @@ def _told(error: Exception, words: Sequence[str]) -> VmrmError:
 
 def console() -> NoReturn:
     """Be the `vmrm` console command."""
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    if sys.stdout is not None:  # else there is none: a daemon's, perhaps
+        cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     sys.exit(main())
 
 

@@ -227,8 +227,7 @@ def test_only_who_has_the_token_or_is_the_holder_may_release(pool: VmManager) ->
         assert vm.token
         assert stranger.renew_vm(vm.vm_name, 60, token=vm.token) > time.time() + 59
         assert stranger.release_vm(vm.vm_name, force=True)
-        with pytest.raises(VmError, match="nobody has a lease"):
-            stranger.release_vm(vm.vm_name)
+        assert stranger.release_vm(vm.vm_name) is False
         with pytest.raises(VmError, match="was lost; the VM is ready"):
             pool.release_vm(vm.vm_name)
     finally:
