@@ -5605,12 +5605,21 @@ class PosixGuest:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def prepare(
-        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
-    ) -> drivers.ExecStatus:
-        """Make the stage and list it; let a fresh experiment move older folders aside."""
+        self,
+        finish: Callable[[Sequence[str]], Steps],
+        old: str,
+        fresh: bool,
+        experiment: str,
+        vm: str,
+        folders: Sequence[str],
+    ) -> Steps:
+        """Make the stage and list it; let a fresh experiment move older folders aside.
+
+        Returns the status of what did so; `finish` runs a program of the guest to its end.
+        """
         words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
         argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
-        return self.driver.run(argv, timeout=self.seconds)
+        return (yield from finish(argv))
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
@@ -5712,8 +5721,14 @@ class WindowsGuest(PosixGuest):
         return ["cmd.exe", "/d", "/c", script, *words]
 
     def prepare(
-        self, old: str, fresh: bool, experiment: str, vm: str, folders: Sequence[str]
-    ) -> drivers.ExecStatus:
+        self,
+        finish: Callable[[Sequence[str]], Steps],
+        old: str,
+        fresh: bool,
+        experiment: str,
+        vm: str,
+        folders: Sequence[str],
+    ) -> Steps:
         """Make the stage and list it; let a fresh experiment move older folders aside."""
         if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
@@ -5734,8 +5749,8 @@ class WindowsGuest(PosixGuest):
         self.driver.create_directories(self.stage)
         path = self.join(self.stage, f"prepare.{old}.bat")
         for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
-            pass
-        status = self.driver.run(self.argv(path), timeout=self.seconds)
+            yield 0
+        status = yield from finish(self.argv(path))
         self.driver.delete_file(path)
         return status
 
@@ -6332,8 +6347,13 @@ def _one_line(error: BaseException) -> str:
 _LIST_SCRIPT = """\
 IFS=
 now=$(date +%s)
+quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no process per file
 for top in $1; do
     [ -e "$top" ] || continue
+    if [ -n "$quick" ]; then
+        find -H "$top" '(' -type f -o -type d ')' -printf "%y %s %T@ $now %p\\0"
+        continue
+    fi
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
         now=$1; shift
         for path; do
@@ -6377,7 +6397,7 @@ def parse_listed(record: bytes) -> Listed:
     """
     if len(record) > MAX_PATH_BYTES + 100:
         raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
-    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11}) (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11})(?:\.\d+)? (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
     match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
         raise ValueError("the VM lists it in an unexpected form")
@@ -7423,14 +7443,17 @@ class VMResourceHandler:
                 self.driver.create_paths(entry)
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present = self._list_stage(work)  # in full: a reset may cut short what was not synced
+        present = yield from self._list_stage_steps(
+            work
+        )  # in full: a reset may cut short what was not synced
         layout: list[str] = []
         for entry in work:
             yield from self._load_steps(entry, present, layout)
             _crash("files-loaded")
+            yield 0  # what is due goes first
         yield from self._lay_out(layout)
 
-    def _list_stage(self, work: Iterable[ScheduleEntry]) -> set[tuple[str, int]]:
+    def _list_stage_steps(self, work: Iterable[ScheduleEntry]) -> Steps:
         """Make the stage and return the names and sizes of what lies there.
 
         An older experiment's folders are moved aside.
@@ -7439,7 +7462,7 @@ class VMResourceHandler:
         folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        status = guest.prepare(old, fresh, *owner, folders)
+        status = yield from guest.prepare(self._finish_steps, old, fresh, *owner, folders)
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
         listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))

@@ -62,6 +62,13 @@ def test_pool_part_compares_with_plain_sqlite(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_lateness_part_works_beside_what_it_measures(tmp_path: Path) -> None:
+    found = figures(tmp_path, "lateness", "--files", "1500", "--entries", "3", "--due", "3")
+    assert len(found) == 6
+    assert all(row["theirs"] is not None for row in found.values())
+
+
+@pytest.mark.slow
 def test_handlers_part_takes_an_experiment_to_its_end(tmp_path: Path) -> None:
     found = figures(tmp_path, "handlers", "--handlers", "2", "--window", "0.5")
     names = {name.removeprefix("2 handlers: ") for name in found}

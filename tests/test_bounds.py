@@ -25,18 +25,24 @@ TREE = "/srv/data"  # what the guest is asked for; there is nothing on this host
 
 
 @pytest.fixture
-def lying_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make `find`, as agents started from now on see it, print what a Python program prints."""
+def replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Make a program, as agents started from now on see it, do what a script of ours does."""
 
-    def lie(program: str) -> None:
+    def replace(name: str, script: str) -> None:
         folder = tmp_path / "bin"
         folder.mkdir()
-        find = folder / "find"
-        find.write_text(f"#!{sys.executable}\nimport sys, os\nout = sys.stdout.buffer\n{program}\n")
-        find.chmod(0o755)
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    return lie
+    return replace
+
+
+@pytest.fixture
+def lying_find(replaced: Callable[[str, str], None]) -> Callable[[str], None]:
+    """Make `find` print what a Python program prints."""
+    head = f"#!{sys.executable}\nimport sys, os\nout = sys.stdout.buffer\n"
+    return lambda program: replaced("find", f"{head}{program}\n")
 
 
 def transfer(**more: Any) -> list[dict[str, Any]]:
@@ -296,3 +302,65 @@ def test_the_json_log_is_json_whatever_a_program_prints(tmp_path: Path) -> None:
         ]
         assert [json.loads(line)["output"] for line in lines] == [json.loads(line) for line in good]
         assert '"b":[1.50, 1E2]' in lines[1]  # numbers as they were written
+
+
+# === The handler's loop ==========================================================================
+
+
+def shown(lab: Lab) -> list[dict[str, Any]]:
+    """Return the VM's entries."""
+    return list(json.loads(lab.run("schedule", "show", "vm1", "--json").stdout))
+
+
+def test_what_is_due_starts_while_others_are_laid_out(
+    tmp_path: Path, replaced: Callable[[str, str], None]
+) -> None:
+    """The guest's part of laying out waits here for the entry that is due meanwhile."""
+    replaced(
+        "wc",
+        f"""#!/bin/sh
+PATH=${{PATH#*:}}; cd {tmp_path}
+if mv armed waiting 2>/dev/null; then
+    echo begin >> order
+    n=0; while [ ! -e released ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
+    echo end >> order
+fi
+cd "$OLDPWD"; exec wc "$@"
+""",
+    )
+    due = f"cd {tmp_path}; echo due >> order; touch released"
+    with lab_of(tmp_path, timed(due, 6)) as lab:
+        later = tmp_path / "later.json"
+        later.write_text(json.dumps(timed("true", 7)))
+        with lab.start("run", VMRM_TIMEOUT_SCALE="1") as run:
+            wait_until(lambda: shown(lab)[0]["planned"] is not None)
+            (tmp_path / "armed").touch()
+            assert lab.run("schedule", "add", "vm1", str(later)).returncode == 0
+            run.communicate(timeout=120)
+        assert sorted((tmp_path / "order").read_text().split()) == ["begin", "due", "end"]
+        assert "trouble with the agent" not in log_of(lab)  # nobody waited for it in vain
+        assert [row["outcome"] for row in shown(lab)] == ["done", "done"]
+
+
+def timed(words: str, at: float) -> list[dict[str, Any]]:
+    """Return a schedule of one program at a time."""
+    return [prints(words)[0] | {"start_time": at}]
+
+
+def test_a_command_is_carried_out_while_a_transfer_looks_at_unchanged_files(
+    tmp_path: Path, lying_find: Callable[[str], None]
+) -> None:
+    path = tmp_path / "agents" / "1" / "data"
+    lying_find(
+        f"at = int(os.stat({str(path)!r}).st_mtime)\n"
+        "out.write(b'd 0 1 9 /begun\\0')\n"
+        f"out.write((b'f 1 %d %d ' % (at, at + 100) + {os.fsencode(path)!r} + b'\\0') * 80_000)"
+    )
+    with lab_of(tmp_path, transfer()) as lab:
+        path.write_text("x")
+        with lab.start("run") as run:
+            wait_until((copies(lab) / "begun").exists)
+            assert lab.run("exec", "vm1", "true").returncode == 0
+            assert shown(lab)[0]["outcome"] == "running"
+            run.communicate(timeout=120)
+        assert run.returncode == 0

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, cast
@@ -112,6 +112,10 @@ class Player:
             command = drivers._Windows(self.root).argv("boot", *argv)
         done = subprocess.run(command, capture_output=True, cwd=self.root, env=self.environment)
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
+
+    def finish(self, argv: Sequence[str]) -> vmrm.Steps:
+        yield 0
+        return self.run(list(argv))
 
     def push(self, source: BinaryIO, path: str) -> Generator[int, None, None]:
         yield self.place(path).write_bytes(source.read())
@@ -347,25 +351,32 @@ def test_a_content_that_arrived_damaged_is_refused(player: Player) -> None:
     assert path.with_suffix("").read_text() == "12345"
 
 
+def prepared(player: Player, *words: Any) -> drivers.ExecStatus:
+    """Prepare a guest's stage, with nothing else to do meanwhile."""
+    steps = player.guest.prepare(player.finish, *words)
+    return cast(drivers.ExecStatus, vmrm.run_steps(steps, time.sleep))
+
+
 def test_a_stage_has_one_owner_and_moves_older_folders_aside(player: Player) -> None:
     player.place("X:\\a launch\\-5\\prog").mkdir(parents=True)
-    first = player.guest.prepare("then", False, "7.5", "vm 1", ["-5"])
+    first = prepared(player, "then", False, "7.5", "vm 1", ["-5"])
     listed = [line.split() for line in first.out.splitlines()]
     assert first.exitcode == 0
     assert len({size for size, name in listed if name == b"of.7.5"}) == 1
-    again = player.guest.prepare("then", True, "7.5", "vm 1", ["-5", "10"])
+    again = prepared(player, "then", True, "7.5", "vm 1", ["-5", "10"])
     assert (again.exitcode, again.err) == (0, b"")
     assert player.place("X:\\a launch\\.previous\\then\\-5\\prog").is_dir()
-    other = player.guest.prepare("later", True, "7.5", "vm 2", ["-5"])
+    other = prepared(player, "later", True, "7.5", "vm 2", ["-5"])
     assert other.exitcode == 1
     assert b"used by another VM" in other.err
-    assert player.guest.prepare("later", True, "8", "vm 2", []).exitcode == 0
+    assert prepared(player, "later", True, "8", "vm 2", []).exitcode == 0
 
 
 def test_a_launch_directory_that_needs_quotes_of_another_kind_is_refused() -> None:
     for launch in ("C:\\a&b", "launch", "C:", "C:x", "\\\\host\\share", "C:\\%x%"):
         with pytest.raises(vmrm.VMFailed, match="launch_dir"):
-            vmrm.WindowsGuest(cast(Any, None), launch).prepare("", True, "1", "", [])
+            guest = vmrm.WindowsGuest(cast(Any, None), launch)
+            next(guest.prepare(cast(Any, None), "", True, "1", "", []))
 
 
 # === experiments on a played Windows =============================================================

@@ -3,6 +3,7 @@
 agent      driver against a raw socket on a real qemu-ga: push, pull, ping, exec
 status     `vmrm status --json` against an interpreter that does nothing
 pool       acquire and release against the same transactions by plain sqlite3
+lateness   of due entries while others are laid out, and while a transfer looks at many files
 handlers   many handlers on stand-in agents: memory, idle CPU, launch, stop, lateness
 
 Each figure stands beside its measure and its goal; both were measured in this run.
@@ -22,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import agent_part  # (the path comes first)
 import handlers_part
+import lateness_part
 import pool_part
 import status_part
 from figures import Figure, table
 
-PARTS = ("agent", "status", "pool", "handlers")
+PARTS = ("agent", "status", "pool", "lateness", "handlers")
 
 
 def _options() -> argparse.Namespace:
@@ -44,6 +46,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, nargs="+", default=[10, 100, 1000, 10000], metavar="N")
     parser.add_argument("--pairs", type=int, default=60, help="leases per measurement")
     parser.add_argument("--contend", type=float, default=3, help="seconds of contention per round")
+    parser.add_argument("--files", type=int, default=100_000, help="that a transfer looks at")
+    parser.add_argument("--entries", type=int, default=1000, help="that are laid out")
+    parser.add_argument("--due", type=int, default=40, help="entries whose lateness is measured")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {min(unknown)}; there are: {', '.join(PARTS)}")
@@ -59,6 +64,9 @@ def _measure(part: str, folder: Path, options: argparse.Namespace) -> Iterator[F
     elif part == "pool":
         limits = {"pairs": options.pairs, "rounds": options.rounds, "seconds": options.contend}
         yield from pool_part.measure(folder, sizes=options.pool, **limits)
+    elif part == "lateness":
+        work = {"files": options.files, "entries": options.entries, "due": options.due}
+        yield from lateness_part.measure(folder, **work)
     else:
         for count in options.handlers:
             place = folder / str(count)
