@@ -835,6 +835,15 @@ def powershell(script: str, *words: str) -> list[str]:
     return ["powershell.exe", *plain, "-EncodedCommand", encoded]
 
 
+@contextlib.contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """Yield the path of a file that is not there yet, in a directory of its own."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="vmrm-") as folder:
+        yield Path(folder) / "copy"
+
+
 _UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -851,7 +860,23 @@ def _time_word(start_time: float) -> str:
 
 
 class AbstractDriver(ABC):
-    """What every driver for an agent inside a VM offers; the agent's protocol is for subclasses.
+    """What vmrm asks of a driver, and all that it asks: the contract of drivers by others.
+
+    A subclass implements the abstract methods; everything else is made of them here. Beyond what
+    each says of itself:
+
+    - `connect` takes no parameter that it needs: it tries for `connect_timeout` seconds, which may
+      be set before each call, and raises NoSocket, NoAnswer or another ConnectError at their end.
+      It sets `target_os`, and `is_windows` for a guest with cmd.exe instead of /bin/sh.
+    - The other methods raise a DriverError: DriverTimeout (after `timeout` seconds) or LinkLost
+      for trouble with the connection, after which vmrm connects anew; an AgentError for what the
+      guest refused; UnknownPid for a program that it does not know (any more).
+    - `execute` takes a path or a name on the guest's PATH, and does not wait for the program.
+      `exec_status` keeps in `output_cache`, by pid: exited, exitcode or signal, and, of a program
+      that was started with `capture_output`, stdout and stderr as text, stdout_trunc, stderr_trunc.
+    - `reboot` returns at once; `connect` is called until the guest is back, which `boot_id` tells.
+    - Waiting is done by `wait(fd, events, seconds)`, or with fd -1 for time to pass; it is
+      replaced by vmrm and may raise anything, to end the call.
 
     `config` needs "path" (see `parse_address`) and may have "name", "launch_dir", "timeout"
     (seconds per call, 30) and "connect_timeout" (seconds, 20). `log` takes what is worth knowing.
@@ -868,7 +893,7 @@ class AbstractDriver(ABC):
         self.address = parse_address(str(path))
         self.config = config
         self.log = log
-        self.driver: Link | None = None  # the connection
+        self.driver: Any = None  # the connection
         self.lock = threading.Condition()  # held while a request is sent and answered
         self.target_os = ""  # pretty name of the guest's system, known once connected
         self.is_windows = False
@@ -987,6 +1012,152 @@ class AbstractDriver(ABC):
         if not self.ping(timeout):
             raise DriverTimeout("guest-ping", timeout)
         return {}
+
+    # --- what else vmrm calls, made of the above; a subclass may know a better way ---
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once the connection is lost, or -1."""
+        return -1
+
+    def call(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """Send the QEMU guest agent a request. Raises CommandMissing: there is no such agent."""
+        raise CommandMissing("CommandNotFound", "this driver talks to no QEMU agent", command)
+
+    def info(self) -> dict[str, Any]:
+        """Return "version" and "supported_commands" of the agent, as far as it has them."""
+        return {}
+
+    def health(self, timeout: float = 10) -> str:
+        """Return "ok", "frozen", "no-exec" (it answers, but runs no program) or "no-answer".
+
+        *timeout* (seconds) is for each of the questions asked.
+        """
+        program = ["cmd.exe", "/c", "exit 0"] if self.is_windows else ["/bin/sh", "-c", "exit 0"]
+        try:
+            self.connected(timeout)
+            if self._is_frozen():
+                return "frozen"
+            return "ok" if self.run(program, timeout=timeout).exitcode == 0 else "no-exec"
+        except AgentError:
+            return "no-exec"
+        except DriverError:
+            return "no-answer"
+
+    def _is_frozen(self) -> bool:
+        return False
+
+    def boot_id(self) -> str:
+        """Return a word that changes with each boot of the guest, or "" if none can be had."""
+        try:
+            if self.is_windows:
+                text = self.run(powershell(_BOOT_PS), timeout=self.timeout).out
+            else:
+                text = self.read_bytes(_BOOT_ID_PATH, limit=64)
+        except AgentError as error:
+            self.log.debug("the guest has no boot id: %s", error)
+            return ""
+        match = _BOOT_ID.fullmatch(text)
+        return match[1].decode() if match else ""
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Sequence[str] | None = None,
+        input_data: bytes | str | None = None,
+        capture: bool = False,
+    ) -> int:
+        """Start a program and return its pid. Raises AgentError if it cannot be started."""
+        pid = self.execute(argv[0], list(argv[1:]), env, input_data, capture)
+        if pid is None:
+            raise AgentError("GenericError", f"cannot start {argv[0]!r}", "execute")
+        return pid
+
+    def status(self, pid: int) -> ExecStatus:
+        """Return what is known of *pid*; an end is told once. Raises UnknownPid."""
+        return self._status(pid, math.inf)
+
+    def _status(self, pid: int, timeout: float) -> ExecStatus:
+        self.exec_status(pid)
+        entry = self.output_cache[pid]
+        if not entry["exited"]:
+            return ExecStatus(exited=False)
+        del self.output_cache[pid]
+        out, err = (_as_bytes(entry.get(name) or "") for name in ("stdout", "stderr"))
+        cut = (bool(entry.get(f"{name}_trunc")) for name in ("stdout", "stderr"))
+        number = entry.get("signal")
+        return ExecStatus(
+            True, entry["exitcode"] if number is None else None, number, out, err, *cut
+        )
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Sequence[str] | None = None,
+        input_data: bytes | str | None = None,
+        timeout: float | None = None,
+    ) -> ExecStatus:
+        """Run a program to its end and return its exit and output.
+
+        Raises DriverTimeout after *timeout* seconds, with the connection intact and the program
+        still running; else what `start` and `status` raise.
+        """
+        deadline = Deadline(timeout)
+        pid = self.start(argv, env=env, input_data=input_data, capture=True)
+        delays = _delays(0.1)
+        # A second of grace, so that the program's deadline does not cut a status in two.
+        while not (status := self._status(pid, deadline.remaining() + 1)).exited:
+            if deadline.expired:
+                raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
+            self.wait(-1, 0, min(next(delays), deadline.remaining()))
+        return status
+
+    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
+        """Return at most *limit* bytes of the guest's file from *offset* on. Raises AgentError."""
+        sink = io.BytesIO()
+        for _ in self.pull(path, sink, offset=offset, limit=limit):
+            pass
+        return sink.getvalue()
+
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
+        """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
+
+        *mode* is "w" (replace) or "a" (append). Raises AgentError if it cannot be written.
+        """
+        with _temporary_file() as copy:
+            with copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+                size = sink.tell()
+            if not self.write_from_file(path, copy, mode):
+                raise AgentError("GenericError", f"cannot write {path!r}", "write_from_file")
+            yield size
+
+    def pull(
+        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
+    ) -> Generator[int, None, None]:
+        """Copy the guest's file from *offset* on to *sink*, yielding the bytes got so far.
+
+        It ends at the end of the file or after *limit* bytes. Raises AgentError if the file cannot
+        be read.
+        """
+        left = math.inf if limit is None else limit
+        with _temporary_file() as copy:
+            if not self.read_file(path, copy):
+                raise AgentError("GenericError", f"cannot read {path!r}", "read_file")
+            with copy.open("rb") as source:
+                source.seek(offset)
+                got = 0
+                while data := source.read(int(min(left - got, _PULL_BYTES))):
+                    sink.write(data)
+                    got += len(data)
+                    yield got
 
     # --- programs and their output ---
 
@@ -1373,7 +1544,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         return self._link().fileno()
 
     def _link(self) -> Link:
-        link = self.driver
+        link: Link | None = self.driver
         if link is None or not link.open:
             raise StateError("driver is not connected", "Call connect() first")
         return link
@@ -1686,34 +1857,8 @@ class QemuGuestAgentDriver(AbstractDriver):
         except AgentError:
             return False
 
-    def health(self, timeout: float = 10) -> str:
-        """Return "ok", "frozen", "no-exec" (it answers, but runs no program) or "no-answer".
-
-        *timeout* (seconds) is for each of the two questions asked.
-        """
-        program = ["cmd.exe", "/c", "exit 0"] if self.is_windows else ["/bin/sh", "-c", "exit 0"]
-        try:
-            self.call("guest-ping", timeout=timeout)
-            if self._frozen(self._link()):
-                return "frozen"
-            return "ok" if self.run(program, timeout=timeout).exitcode == 0 else "no-exec"
-        except AgentError:
-            return "no-exec"
-        except DriverError:
-            return "no-answer"
-
-    def boot_id(self) -> str:
-        """Return a word that changes with each boot of the guest, or "" if none can be had."""
-        try:
-            if self.is_windows:
-                text = self.run(powershell(_BOOT_PS), timeout=self.timeout).out
-            else:
-                text = self.read_bytes(_BOOT_ID_PATH, limit=64)
-        except AgentError as error:
-            self.log.debug("the guest has no boot id: %s", error)
-            return ""
-        match = _BOOT_ID.fullmatch(text)
-        return match[1].decode() if match else ""
+    def _is_frozen(self) -> bool:
+        return self._frozen(self._link())
 
     # --- strict: programs ---
 
@@ -1761,29 +1906,6 @@ class QemuGuestAgentDriver(AbstractDriver):
             if type(error) is AgentError:
                 raise UnknownPid(error.class_, error.desc, error.sent) from error
             raise
-
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Sequence[str] | None = None,
-        input_data: bytes | str | None = None,
-        timeout: float | None = None,
-    ) -> ExecStatus:
-        """Run a program to its end and return its exit and output.
-
-        Raises DriverTimeout after *timeout* seconds, with the connection intact and the program
-        still running; else what `start` and `status` raise.
-        """
-        deadline = Deadline(timeout)
-        pid = self.start(argv, env=env, input_data=input_data, capture=True)
-        delays = _delays(0.1)
-        # A second of grace, so that the program's deadline does not cut a status in two.
-        while not (status := self._status(pid, deadline.remaining() + 1)).exited:
-            if deadline.expired:
-                raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
-            self.wait(-1, 0, min(next(delays), deadline.remaining()))
-        return status
 
     # --- strict: files ---
 
@@ -1870,13 +1992,6 @@ class QemuGuestAgentDriver(AbstractDriver):
                     self.log.debug("cannot close %r in the guest: %s", path, error)
             raise
         self._call(link, "guest-file-close", {"handle": handle})
-
-    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
-        """Return at most *limit* bytes of the guest's file from *offset* on. Raises AgentError."""
-        sink = io.BytesIO()
-        for _ in self.pull(path, sink, offset=offset, limit=limit):
-            pass
-        return sink.getvalue()
 
     def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
         """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.

@@ -5563,7 +5563,7 @@ class PosixGuest:
     flavour: type[PurePath] = PurePosixPath
 
     def __init__(
-        self, driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+        self, driver: drivers.AbstractDriver, launch_dir: str = "", seconds: float = 30
     ) -> None:
         self.driver, self.seconds = driver, seconds
         self.launch = launch_dir or self.launch
@@ -5914,7 +5914,7 @@ def _digest(text: str) -> str:
 
 
 def guest_of(
-    driver: drivers.QemuGuestAgentDriver, launch_dir: str = "", seconds: float = 30
+    driver: drivers.AbstractDriver, launch_dir: str = "", seconds: float = 30
 ) -> PosixGuest:
     """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
     kind = WindowsGuest if driver.is_windows else PosixGuest
@@ -6651,12 +6651,6 @@ def _shared_locks(path: str) -> Path:
 
 Driver = type[drivers.AbstractDriver]
 
-# What a handler asks of a driver beyond what AbstractDriver demands.
-_ALSO_NEEDED = {
-    *("boot_id", "call", "fileno", "health", "info", "pull", "push", "read_bytes"),
-    *("run", "start", "status"),
-}
-
 
 def driver_of(engine: str) -> Driver:
     """Return the driver class for an engine; plug-ins are read only if it is none of ours.
@@ -6723,7 +6717,8 @@ def _add_drivers(known: dict[str, Driver], what: str, load: Callable[[], list[Dr
 
 def _checked_engine(driver: Driver) -> str:
     """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
-    missing = {name for name in _ALSO_NEEDED if not callable(getattr(driver, name, None))}
+    known = vars(drivers.AbstractDriver)
+    missing = {n for n in known if callable(known[n]) and not callable(getattr(driver, n, None))}
     missing |= getattr(driver, "__abstractmethods__", set())
     if missing:
         raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
@@ -6953,7 +6948,7 @@ class VMResourceHandler:
         self.store = VmResourceStore(db=self.db)
         self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
         self.agenda = Agenda()
-        self.driver: drivers.QemuGuestAgentDriver = cast(Any, None)
+        self.driver: drivers.AbstractDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
         self._seen = -1  # the revision of the plan that was taken last
@@ -7026,7 +7021,7 @@ class VMResourceHandler:
             chosen = self.import_driver()
             settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
             try:
-                self.driver = cast(drivers.QemuGuestAgentDriver, chosen(settings, self.log))
+                self.driver = cast(drivers.AbstractDriver, chosen(settings, self.log))
             except Exception as error:  # a plug-in is anybody's code
                 raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
             self.driver.wait = self._wait
@@ -7034,7 +7029,8 @@ class VMResourceHandler:
         deadline = CLOCK.monotonic() + limit
         soon = min(limit, self.timeouts.reconnect)
         try:
-            self.driver.connect(timeout=soon)
+            self.driver.connect_timeout = soon
+            self.driver.connect()
         except (
             drivers.NoSocket,
             drivers.NoAnswer,
@@ -7044,7 +7040,8 @@ class VMResourceHandler:
             if soon == limit:
                 raise
             self._tell_trouble(f"{WAITS}{error}")
-            self.driver.connect(timeout=limit - soon)
+            self.driver.connect_timeout = limit - soon
+            self.driver.connect()
         boot = self.driver.boot_id()
         while self.driver.is_windows and not boot:  # it answers before it runs programs
             if CLOCK.monotonic() > deadline:
@@ -7723,7 +7720,8 @@ class VMResourceHandler:
         going_down = CLOCK.monotonic() + min(limit, self.timeouts.reboot_start)
         while True:
             try:
-                self.driver.connect(timeout=max(0.1, deadline - CLOCK.monotonic()))
+                self.driver.connect_timeout = max(0.1, deadline - CLOCK.monotonic())
+                self.driver.connect()
                 self._boot = self.driver.boot_id()
             except drivers.ConnectError as error:
                 raise VMFailed(f"the VM did not come back from its reboot: {error}") from error
@@ -8544,7 +8542,7 @@ COPY_REPORT_BYTES = 1 << 20  # how often a copy through a handler tells how far 
 
 
 def operation_steps(
-    driver: drivers.QemuGuestAgentDriver, operation: str, arguments: Mapping[str, Any], folder: Path
+    driver: drivers.AbstractDriver, operation: str, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     """Do what a command asks of a VM, by its handler or without one; return the answer.
 
@@ -8559,7 +8557,7 @@ def operation_steps(
 
 
 def _exec_steps(
-    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+    driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     argv, interval = arguments["argv"], 0.002
     try:
@@ -8581,7 +8579,7 @@ def _exec_steps(
 
 
 def _code_of_no_start(
-    driver: drivers.QemuGuestAgentDriver, program: str, error: drivers.AgentError
+    driver: drivers.AbstractDriver, program: str, error: drivers.AgentError
 ) -> int:
     """Return the exit code for a program that was not started: 126 or 127 as of a shell, or 255."""
     if isinstance(error, drivers.Frozen):
@@ -8591,9 +8589,7 @@ def _code_of_no_start(
     return 126 if guest_of(driver).has_program(program) else 127
 
 
-def _push_file(
-    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
-) -> Steps:
+def _push_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
     """Copy `data` into the guest under a temporary name, then put it in its place."""
     remote, guest = arguments["remote"], guest_of(driver)
     temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
@@ -8608,9 +8604,7 @@ def _push_file(
     return {"bytes": (folder / "data").stat().st_size}
 
 
-def _pull_file(
-    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
-) -> Steps:
+def _pull_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
     with (folder / "data").open("wb") as sink:
         copy = guest_of(driver).pull(arguments["remote"], sink)
         yield from _report_steps(copy, folder)
@@ -8627,11 +8621,11 @@ def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
 
 
 def _info_steps(
-    driver: drivers.QemuGuestAgentDriver, arguments: Mapping[str, Any], folder: Path
+    driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     yield 0
     info = driver.info()
-    disabled = [c["name"] for c in info["supported_commands"] if not c["enabled"]]
+    disabled = [c["name"] for c in info.get("supported_commands", []) if not c["enabled"]]
     facts: dict[str, Any] = {"agent": "", "health": driver.health()}
     asked: dict[str, Callable[[], Any]] = {
         "agent": lambda: _guest_text(info.get("version", "")),
