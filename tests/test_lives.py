@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from lab import ROOT, Lab, entry, kill, stand_ins
 from test_handler import load, outcomes, until, vm
 from test_review import only
@@ -80,15 +81,15 @@ def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
             assert lab.run("schedule", "add", "vm1", str(more)).returncode == 0
             assert lab.run("pause", "vm1", "--duration", "0.3").returncode == 0
             with lab.start("exec", "vm1", "true") as asked:
-                until(lambda: lab.query("SELECT 1 FROM requests") or asked.poll() is not None)
+                until(lambda: tables.requests(lab.db) or asked.poll() is not None)
                 os.kill(agent, signal.SIGCONT)
                 assert asked.wait(60) in (0, 255)
         assert run.wait(60) == 0, lab.logs()
     lab.audit()
     assert set(told(lab).values()) == {1}, lab.logs()
     assert [row[1:] for row in outcomes(lab)] == [("done", 0, "")] * 16
-    took = lab.query("SELECT ended_at - sent_at AS s FROM attempts WHERE ordinal = 1")[0]["s"]
-    assert took > 8.9
+    first = next(row for row in tables.attempts(lab.db) if row["ordinal"] == 1)
+    assert first["ended_at"] - first["sent_at"] > 8.9
 
 
 # --- stop --kill
@@ -164,7 +165,7 @@ def test_a_run_that_races_with_stop_kill_is_refused(lab: Lab) -> None:
         run.wait(60)
     slow = {"PYTHONPATH": SABOTAGE, "VMRM_SLOW_START": "_supervise:3"}
     with lab.start("stop", "--kill", **slow) as stop:
-        until(lambda: lab.query("SELECT 1 FROM experiments WHERE halt = 'kill'"))
+        until(lambda: tables.experiment(lab.db)["halt"] == "kill")
         refused = lab.run("run")
         assert (refused.returncode, stop.wait(60)) == (75, 0)
     assert "stop --kill" in refused.stderr
