@@ -8375,7 +8375,7 @@ class VMResourceHandler:
         try:
             while not (status := self.driver.status(pid)).exited:
                 if CLOCK.monotonic() >= deadline:
-                    what = printable(argv[-1][:200])
+                    what = printable(" ".join(argv[3:] or argv[1:])[:200])  # without a script
                     raise VMFailed(f"a program of ours does not end in the guest: {what}")
                 yield interval
                 interval = min(interval * 1.5, self.timeouts.poll_last)

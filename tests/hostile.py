@@ -261,6 +261,16 @@ def error(told: dict[str, str]) -> Behaviour:
     return behave
 
 
+def slow(seconds: float) -> Behaviour:
+    """Answer honestly, that many seconds late."""
+
+    def behave(asked: Asked) -> Iterable[bytes]:
+        asked.rest(seconds)
+        return (asked.honest(),)
+
+    return behave
+
+
 def crumbs(asked: Asked) -> Iterable[bytes]:
     """Bring one byte per read, and take one byte per write."""
     name = "count" if asked.command == "guest-file-read" else "buf-b64"
