@@ -14095,8 +14095,15 @@ def _told(error: Exception, words: Sequence[str]) -> VmrmError:
     return VmrmError(what, "This is a fault of vmrm: please report it, with the lines above")
 
 
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def console() -> NoReturn:
-    """Be the `vmrm` console command."""
+    """Be the `vmrm` console command. What ends it lets it clean up first, if it can be caught."""
+    for number in (signal.SIGTERM, signal.SIGHUP) if sys.argv[1:2] != ["_supervise"] else ():
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _end)
     if sys.stdout is not None:  # else there is none: a daemon's, perhaps
         cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -1,0 +1,70 @@
+"""Commands that are ended in the middle leave nothing behind, and take back what they had begun."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_lab import entry, lab, until
+from conftest import Cli
+from lab import stand_ins
+
+
+@pytest.fixture(scope="module", params=["alone", "by a handler"])
+def vm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """Have one VM on a stand-in agent, with a live handler or without."""
+    folder = tmp_path_factory.mktemp("lab")
+    cli = Cli(folder / "lab.db", folder)
+    with stand_ins(folder / "agents", 1):
+        path = lab(folder, entry(-1, "true"))
+        assert cli("load", path).code == 0
+        if request.param == "by a handler":
+            assert cli("run", "--stay", "--detach").code == 0
+            assert cli("wait", "--timeout", "60").code == 0
+        yield cli
+        cli("stop")
+
+
+def left(cli: Cli) -> list[str]:
+    """Return what commands have in the state directory."""
+    state = Path(f"{cli.db}.d")
+    sockets = [path.name for path in (state / "wake").glob("[cw]*-*")]
+    return sockets + [path.name for path in (state / "requests").iterdir()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_interrupted_exec_leaves_nothing(vm: Cli, number: signal.Signals) -> None:
+    begun = vm.folder / f"begun-{number}"
+    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; sleep 2"]
+    with subprocess.Popen(
+        vm.command(*words), env=vm.environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(begun.exists)
+        assert left(vm)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert left(vm) == []
+    assert vm("exec", "vm1", "true").code == 0, "the VM is free again"
+    assert vm("check").code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_ended_while_waiting_for_a_vm_of_the_pool_leaves_the_queue(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    cli = Cli(tmp_path / "lab.db", tmp_path)
+    assert cli("pool", "group", "ci").code == 0
+    words = ["pool", "acquire", "ci", "--wait"]
+    with subprocess.Popen(
+        cli.command(*words), env=cli.environment, stderr=subprocess.DEVNULL
+    ) as process:
+        until(lambda: "1 waiting" in cli("pool", "info").out)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    assert "waiting" not in cli("pool", "info").out
+    assert left(cli) == []
