@@ -10271,7 +10271,7 @@ def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) ->
     if state == VmStates.HELD and dues.passed(vm["held_until"]):
         return "it was held until now"
     if state == VmStates.CHECK_HEALTH_FAILED and vm["check_fails"] > group["vm_max_check_fails"]:
-        return f"it failed {vm['check_fails']} checks in a row"
+        return f"it failed {counted(vm['check_fails'], 'check')} in a row"
     if state == VmStates.READY:
         used_at = vm["last_release"] or vm["spawned_at"]
         count = group["reuse_max_count"]
@@ -12129,6 +12129,8 @@ class Screen:
 
     def show(self, result: object) -> None:
         """Print what a command returned: rows, one row, a text, or nothing."""
+        if sys.stdout is None:  # closed by whoever started us
+            return
         if self.as_json:
             text = json.dumps(result, ensure_ascii=False, indent=2, default=str)
             print(printable(text, None, "\n"))

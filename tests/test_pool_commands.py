@@ -98,6 +98,13 @@ def test_a_lease_for_another_process_is_its_own_once_it_was_told(pool: VmManager
     assert pool.release_vm("a"), "the holder needs no token"
 
 
+def test_a_command_may_have_no_standard_output(pool: VmManager, cli: Cli) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *cli.command("pool", "group", "g", "--list", "x")]
+    done = subprocess.run(command, env=cli.environment, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert pool.db.value("SELECT list FROM pool_groups") == "x"
+
+
 @pytest.mark.vm
 def test_a_machine_that_nobody_was_told_of_is_ended(cli: Cli) -> None:
     if not shutil.which(vmrm.QEMU):

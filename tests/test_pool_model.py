@@ -37,6 +37,7 @@ class Model:
     owner: str | None = None
     sandbox: str = ""
     holder: int = 0  # the holding process; 0: nobody
+    machine: int = 0  # which one it is; 0: nobody can tell
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -104,11 +105,18 @@ class PoolMachine(RuleBasedStateMachine):
     def _released(self, vm: Model) -> None:
         vm.state, vm.holder = "check_health_failed" if vm.fails else "ready", 0
 
-    @rule(name=names, group=st.sampled_from(GROUPS))
-    def add(self, name: str, group: str) -> None:
-        step = lambda: self.pool.add_vm_to_pool("", name.upper(), group)  # noqa: E731
-        if self._agree(name not in self.vms, step):
-            self.vms[name] = Model(group)
+    @rule(
+        name=names,
+        group=st.sampled_from(GROUPS),
+        machine=st.integers(0, 3),
+        spelling=st.sampled_from(["tcp:h:{}", "tcp:H.:0{}"]),
+    )
+    def add(self, name: str, group: str, machine: int, spelling: str) -> None:
+        path = spelling.format(machine) if machine else ""
+        step = lambda: self.pool.add_vm_to_pool("", name.upper(), group, path=path)  # noqa: E731
+        other = machine and any(vm.machine == machine for vm in self.vms.values())
+        if self._agree(name not in self.vms and not other, step):
+            self.vms[name] = Model(group, machine=machine)
 
     @rule(name=names, well=st.booleans())
     def check(self, name: str, well: bool) -> None:

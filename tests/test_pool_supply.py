@@ -219,7 +219,7 @@ def test_a_machine_that_boots_slowly_is_looked_at_often_and_waited_for(
         group(db, {}, vm_health_check_period=0.001, min_ready=0)
         until(lambda: not states(db))
         keeper.terminate()
-    assert "it failed 1 checks in a row" in reasons(db)
+    assert "it failed 1 check in a row" in reasons(db)
 
 
 def test_a_machine_that_never_answers_is_given_up_after_the_spawn_timeout(
@@ -230,7 +230,7 @@ def test_a_machine_that_never_answers_is_given_up_after_the_spawn_timeout(
     with served(db.path) as keeper:
         until(lambda: states(db), 30)
         (lost,) = states(db)
-        until(lambda: "it failed 1 checks in a row" in reasons(db), 60)
+        until(lambda: "it failed 1 check in a row" in reasons(db), 60)
         until(lambda: states(db).keys() - {lost}, 30)
         keeper.terminate()
 
