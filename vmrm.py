@@ -8748,6 +8748,9 @@ class Remote:
             return None
         except drivers.AgentError as error:
             return {"error": str(error)}
+        except VMFailed as error:
+            code = None if begun else 255
+            raise VmrmError(f"VM {self.name!r}: {error}", error.hint, code=code) from error
         except (Conflict, drivers.DriverError) as error:
             what = "it may have run: " if begun and operation == "exec" else ""
             raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error

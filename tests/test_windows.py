@@ -442,6 +442,7 @@ def test_an_experiment_on_windows(tmp_path: Path) -> None:
         assert (drive / "new dir" / "lab").read_text() == (tmp_path / "lab.json").read_text()
         assert lab.run("pull", "w", "C:\\new dir\\lab", str(tmp_path)).returncode == 0
         assert (tmp_path / "lab").exists()
+        assert lab.run("exec", "w", "nosuch.exe").returncode == 127
         done = lab.run("exec", "w", "cmd.exe", "/c", "exit /b 5")
         assert done.returncode == 5
         facts = json.loads(lab.run("info", "w", "--json").stdout)
