@@ -27,7 +27,8 @@ CREATE TABLE experiments (
     start_at REAL,                             -- time 0: written by the barrier, whole seconds
     halt TEXT CHECK (halt IN ('abort', 'stop', 'kill', 'end')),  -- what every handler must do now
     ended_at REAL,                             -- the supervisor's last act
-    destroyed_at REAL
+    destroyed_at REAL,
+    purged INTEGER NOT NULL DEFAULT 0 CHECK (purged IN (0, 1))  -- with its journal and its files
 ) STRICT;
 CREATE UNIQUE INDEX one_current_experiment ON experiments (destroyed_at IS NULL)
     WHERE destroyed_at IS NULL;

@@ -617,13 +617,23 @@ _TROUBLE = frozenset(
 )
 
 
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+RESTORE = "Put a copy of vmrm backup in its place, or save what can be read: sqlite3 FILE .recover"
+
+
 @contextlib.contextmanager
 def _telling_trouble() -> Iterator[None]:
-    """Raise `Unwritable` for what the disk, or another program, keeps us from."""
+    """Raise `Unwritable` for what the disk, or another program, keeps us from.
+
+    And `SchemaError` for a damaged file, which nothing but a copy mends.
+    """
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _TROUBLE:
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGE:
+            raise SchemaError(f"the database is damaged: {error}", RESTORE) from error
+        if code not in _TROUBLE:
             raise
         raise Unwritable(
             f"the database cannot be used now: {error}",
@@ -817,6 +827,7 @@ class Database:
         self._pid = 0
         self._connections: dict[threading.Thread, _Connection] = {}
         self._opening = threading.Lock()
+        self._file: os.stat_result | None = None  # as it was when last seen
 
     def __enter__(self) -> Self:
         return self
@@ -830,6 +841,7 @@ class Database:
         if self._pid == os.getpid() and (
             found := self._connections.get(threading.current_thread())
         ):
+            self._refuse_another_file()
             return found
         with self._opening:
             if self._pid != os.getpid():
@@ -846,8 +858,24 @@ class Database:
             path.mkdir(exist_ok=True, mode=0o700)
         return path
 
+    def _refuse_another_file(self) -> None:
+        """Refuse to go on with a file that is gone from its place: nobody would find the rows."""
+        if (before := self._file) is None:
+            return
+        try:
+            now = self._file = self.path.stat()
+        except FileNotFoundError:
+            how = "removed"
+        else:
+            if os.path.samestat(before, now) and now.st_size >= before.st_size:
+                return
+            how = "truncated" if os.path.samestat(before, now) else "replaced"
+            self._file = before
+        raise SchemaError(f"{str(self.path)!r} was {how} while it was in use", RESTORE)
+
     def _open(self) -> _Connection:
-        if not self._create and not self.path.exists():
+        self._refuse_another_file()
+        if not self._create and not (self.path.exists() and self.path.stat().st_size):
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
             if self.path.is_file() and not self.state_dir.exists():
@@ -885,10 +913,12 @@ class Database:
         me = threading.current_thread()
         try:
             with _telling_trouble():
-                return self._connected(me)
+                connection = self._connected(me)
+                self._file = self.path.stat()
+                return connection
         except BaseException:  # who tries again and again must not run out of descriptors
-            if connection := self._connections.pop(me, None):
-                connection.close()
+            if failed := self._connections.pop(me, None):
+                failed.close()
             if not self._connections:
                 self._writer.close()
             raise
@@ -917,9 +947,10 @@ class Database:
                 raise
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
         except (sqlite3.DatabaseError, SchemaError) as error:
+            damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
             raise SchemaError(
                 f"{str(self.path)!r} is not usable: {error}",
-                "Name another file with --db, or move this one away",
+                RESTORE if damaged else "Name another file with --db, or move this one away",
             ) from error
         return connection
 
@@ -933,7 +964,7 @@ class Database:
             empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
             if empty and found == (0, 0):
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
+                connection.executescript(f"BEGIN IMMEDIATE; {script} {self._sequel()} COMMIT;")
             elif found[0] == wanted[0] and OLDEST_VERSION <= found[1] < wanted[1]:
                 self._upgrade(connection, found[1])
         found = self._identity(connection)
@@ -941,6 +972,11 @@ class Database:
             raise SchemaError("it is another program's database")
         if found[1] != wanted[1]:
             raise SchemaError(f"it has schema version {found[1]}, this vmrm wants {wanted[1]}")
+
+    def _sequel(self) -> str:
+        """Return what has a new database's experiments begin after those that left files here."""
+        last = max((number for _, number in run_directories(self.state_dir)), default=0)
+        return f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});" if last else ""  # noqa: S608
 
     def _upgrade(self, connection: sqlite3.Connection, found: int) -> None:
         """Bring an older database to this schema: a copy beside it, then one transaction.
@@ -1098,6 +1134,16 @@ def _wanted_identity() -> tuple[int, int]:
 
 
 RUN_DIRECTORIES = ("logs", "transfers")  # <kind>.<experiment> holds what an experiment leaves
+_RUN_DIRECTORY = re.compile(rf"(?:{'|'.join(RUN_DIRECTORIES)})\.(\d+)|(\d+)-.*")
+
+
+def run_directories(state_dir: Path) -> list[tuple[Path, int]]:
+    """Return the directories that experiments have left, each with the experiment's number."""
+    listed = sorted([*state_dir.glob("*"), *state_dir.glob("host/*")])
+    matches = [(path, _RUN_DIRECTORY.fullmatch(path.name)) for path in listed]
+    return [(path, int(match[1] or match[2])) for path, match in matches if match]
+
+
 OLDEST_VERSION = 2  # of the schema that can be upgraded
 
 
@@ -1187,14 +1233,19 @@ def copy_database(source: sqlite3.Connection, copy: Path) -> None:
     Raises:
         SchemaError: the database is damaged, and so is the copy.
     """
-    with contextlib.closing(sqlite3.connect(copy)) as target:
-        try:
-            source.backup(target)
-            faults = [row[0] for row in target.execute("PRAGMA integrity_check(1)")]
-        except sqlite3.DatabaseError as error:
-            faults = [str(error)]
-        if faults != ["ok"]:
-            raise SchemaError(f"it is damaged: {faults[0]}")
+    with contextlib.closing(sqlite3.connect(copy)) as target, _telling_trouble():
+        source.backup(target)
+        refuse_damaged(target)
+
+
+def refuse_damaged(connection: sqlite3.Connection) -> None:
+    """Read all of a database; raise `SchemaError` if anything in it is not as it must be."""
+    with _telling_trouble():
+        faults = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
+    if faults != ["ok"]:
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        told = " ".join(faults[0].split())
+        raise SchemaError(f"the database is damaged: {told}{more}", RESTORE)
 
 
 def _database(db: Database | str | os.PathLike[str] | None) -> Database:
@@ -3231,12 +3282,9 @@ def _damage_told(source: Path) -> Iterator[None]:
 
 
 def purged_directories(db: Database) -> list[Path]:
-    """Return the directories of experiments that no row knows any more."""
-    listed = [*db.state_dir.iterdir(), *(db.state_dir / "host").glob("*")]
-    known = {str(row["id"]) for row in db.query("SELECT id FROM experiments")}
-    pattern = re.compile(rf"(?:{'|'.join(RUN_DIRECTORIES)})\.(\d+)|(\d+)-.*")
-    matches = [(path, pattern.fullmatch(path.name)) for path in sorted(listed)]
-    return [path for path, match in matches if match and (match[1] or match[2]) not in known]
+    """Return the directories of experiments that were purged."""
+    purged = {row["id"] for row in db.query("SELECT id FROM experiments WHERE purged")}
+    return [path for path, number in run_directories(db.state_dir) if number in purged]
 
 
 def unused_contents(db: Database) -> list[Path]:
@@ -4512,16 +4560,21 @@ class VmManager(_Rows):
             if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
         ]
 
-    def check(self) -> list[str]:
-        """Return what is wrong with the pool; `reap` and `drop_dead_waiters` put most right."""
+    def dead_leases(self) -> list[str]:
+        """Return what the dead hold of the pool; `reap` and `drop_dead_waiters` put it right."""
         leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
         faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
-        faults += [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        return faults + [
+            f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()
+        ]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool's rows, which only a person can put right."""
         loose = self.db.query(
             """SELECT vm_name, "group" FROM pool_vms
                WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
         )
-        faults += [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
+        faults = [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
         machines: dict[str, str] = {}
         for vm in self._select("path <> ''"):  # links may have been set anew
             other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
@@ -5074,7 +5127,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
             run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
         if purge:
-            run("DELETE FROM experiments WHERE id = ?", (old,))
+            run("UPDATE experiments SET purged = 1 WHERE id = ?", (old,))
     _crash("destroyed")
     wake_pool(db)
     remove_unused(db)
@@ -9051,6 +9104,8 @@ class Supervisor:
         if code == Unavailable.code:  # it can do nothing without the database, nor can we
             self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
             return
+        if code == SchemaError.code:
+            raise SchemaError(f"the handler of {name} found the database unusable", RESTORE)
         how = _signal_name(-code) if code < 0 else f"exit code {code}"
         progress = self.db.row(
             """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
@@ -9242,7 +9297,7 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         os.dup2(lifeline, 3)
         os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        with Database(path, checkpoint=False) as db:
+        with Database(path, checkpoint=False, create=False) as db:
             try:
                 code = handle(db, name, lifeline=3)
             except Conflict as conflict:
@@ -9250,7 +9305,7 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
                 logger.error("%s", conflict)
                 sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
                 db.write(sql, reason=str(conflict), name=name)
-    except Unavailable as error:
+    except VmrmError as error:
         code = error.code
         logger.error("%s", error)
     except BaseException:
@@ -9359,6 +9414,7 @@ def launch(
             and may not.
         Unavailable: its programs are still being ended, after which nothing starts.
     """
+    refuse_damaged(db.connection)
     rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
         raise UsageError("there is no VM to run", "Load an experiment: vmrm load FILE")
@@ -9523,7 +9579,7 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
 
 def _supervise(words: Sequence[str]) -> int:
     """The supervisor's main: `_supervise DATABASE [--stay]`."""
-    with Database(words[0]) as db:
+    with Database(words[0], create=False) as db:
         log_to(logging.getLogger("vmrm"), run_directory(db, "logs") / "supervisor.log")
         return Supervisor(db, stay="--stay" in words).run()
 
@@ -12074,9 +12130,12 @@ def check(db: Database, fix: bool = False) -> list[str]:
         db: The database.
         fix: Whether to remove unused contents and left-over requests, and take back VMs of the
             pool from the dead.
+
+    Raises:
+        SchemaError: the database itself is damaged.
     """
-    faults = [row["integrity_check"] for row in db.query("PRAGMA integrity_check")]
-    faults = [f"database: {fault}" for fault in faults if fault != "ok"]
+    refuse_damaged(db.connection)
+    faults = []
     for row in db.query("SELECT store, name, sha256 FROM files"):
         faults += _content_faults(
             db, row["sha256"], f"file {row['name']!r} of store {row['store']!r}"
@@ -12086,23 +12145,40 @@ def check(db: Database, fix: bool = False) -> list[str]:
             for item in entry.items("file"):
                 where = f"file {item['filename']!r} of VM {row['server_name']!r}"
                 faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
-    faults += [f"store: nothing names {path.name}" for path in unused_contents(db)]
-    faults += [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
-    dead = [
+    faults += VmManager(db=db).check()
+    loose = loose_ends(db)
+    if fix and loose:
+        tie_up(db)
+    return faults + loose
+
+
+def loose_ends(db: Database) -> list[str]:
+    """Return what is left of processes that died: `tie_up` removes it."""
+    pool = VmManager(db=db)
+    return [
+        *(f"store: nothing names {path.name}" for path in unused_contents(db)),
+        *(f"{path.name}: its experiment was purged" for path in purged_directories(db)),
+        *(f"request {row['id']}: its client is gone" for row in _dead_requests(db)),
+        *pool.dead_leases(),
+    ]
+
+
+def tie_up(db: Database) -> None:
+    """Remove what nothing needs any more, and take VMs of the pool back from the dead."""
+    pool = VmManager(db=db)
+    pool.reap()
+    pool.drop_dead_waiters()
+    remove_unused(db)
+    for row in _dead_requests(db):
+        db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
+
+
+def _dead_requests(db: Database) -> list[dict[str, Any]]:
+    return [
         row
         for row in db.query("SELECT id, client_pid, client_started FROM requests")
         if process_started(row["client_pid"]) != row["client_started"]
     ]
-    faults += [f"request {row['id']}: its client is gone" for row in dead]
-    pool = VmManager(db=db)
-    faults += pool.check()
-    if fix:
-        pool.reap()
-        pool.drop_dead_waiters()
-        remove_unused(db)
-        for row in dead:
-            db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
-    return faults
 
 
 def _content_faults(db: Database, sha256: str, where: str) -> list[str]:
@@ -12333,6 +12409,7 @@ class Viewer:
         if process is not None:
             process.wait()
         if current_experiment(self.db)["ended_at"] is None:
+            refuse_damaged(self.db.connection)
             raise VmrmError(
                 "the supervisor died; nothing is lost",
                 f"Continue: vmrm run. Its log: {run_directory(self.db, 'logs') / 'supervisor.log'}",
@@ -13511,7 +13588,7 @@ class Commands(_Public):
         self._screen.show(faults)
         left = len(check(db) if fix else faults)
         if left:
-            hint = "Remove what is unused: vmrm check --fix" if not fix else ""
+            hint = "Remove what is unused: vmrm check --fix" if loose_ends(db) and not fix else ""
             raise VmrmError(counted(left, "fault"), hint)
         return _SHOWN
 
@@ -13523,8 +13600,8 @@ class Commands(_Public):
             file: The copy, which must not exist.
         """
         source = self._open().connection
-        with new_file(Path(file)) as copy, contextlib.closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
+        with new_file(Path(file)) as copy:
+            copy_database(source, copy)
         return None
 
 

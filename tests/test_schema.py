@@ -129,6 +129,7 @@ REFUSED = [
     ("experiments", {"halt": "later"}),
     ("experiments", {"late": "never"}),
     ("experiments", {"allow_host": 2}),
+    ("experiments", {"purged": 2}),
     ("vms", {"server_uuid": ""}),
     ("vms", {"server_name": ""}),
     ("vms", {"server_name": "-web"}),
