@@ -12373,6 +12373,9 @@ def _style(value: object) -> str:
     return styles.get(value, "") if isinstance(value, str) else ""
 
 
+VIEW_S = 5.0  # between two looks of a viewer at rows that nobody has changed
+
+
 class Viewer:
     """Watches a running experiment until it has ended: a live table, or lines on a pipe.
 
@@ -12387,6 +12390,8 @@ class Viewer:
         self._deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
         self._told: dict[str, tuple[object, ...]] = {}
         self._start_told = False
+        self._seen, self._read_at = -1, -math.inf  # data version, and when it was read
+        self._table: Any = None
 
     def watch(self, process: Any = None) -> None:
         """Return once the experiment has ended.
@@ -12416,13 +12421,27 @@ class Viewer:
             )
 
     def _until_end(self, process: Any, update: Callable[[], None]) -> None:
+        look_at = 0.0
         while self._is_running(process):
-            update()
+            began = CLOCK.monotonic()
+            if began >= look_at:
+                update()
+                # A look at many VMs takes long, and near time 0 the handlers need the processor.
+                look_at = CLOCK.monotonic() + min(3, 20 * (CLOCK.monotonic() - began))
             if CLOCK.monotonic() >= self._deadline:
                 self._stop(process)
                 raise TimedOut("the experiment was stopped at its time-out", "Continue: vmrm run")
             time_to_wait(0.1)
+        self._seen = -1
         update()
+
+    def _has_news(self) -> bool:
+        """Whether rows are to be read: somebody changed them, or time passed, as a break knows."""
+        version, now = self.db.data_version(), CLOCK.monotonic()
+        if version == self._seen and now < self._read_at + VIEW_S:
+            return False
+        self._seen, self._read_at = version, now
+        return True
 
     def _is_running(self, process: Any) -> bool:
         # Ours may have come second to that of another `run`, which is then the one to watch.
@@ -12446,18 +12465,28 @@ class Viewer:
         if self.screen.quiet or not sys.stderr.isatty():
             yield self._lines
             return
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
+        from rich.text import Text
 
-        console = Console(stderr=True)
+        console, drawn = Console(stderr=True), (math.nan, 0, 0)
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            yield lambda: live.update(
-                self._picture(console.width, console.height - 4), refresh=True
-            )
+
+            def draw() -> None:
+                nonlocal drawn
+                frame = (CLOCK.monotonic() // 1, console.width, console.height)
+                if self._has_news() or frame[1:] != drawn[1:]:
+                    self._table = self._picture(console.width, console.height - 4)
+                elif frame == drawn:
+                    return
+                drawn = frame
+                live.update(Group(self._table, Text(self._time_line())), refresh=True)
+
+            yield draw
 
     def _lines(self) -> None:
         """Tell what changed since the last look, one line per VM."""
-        if self.screen.quiet:
+        if self.screen.quiet or not self._has_news():
             return
         experiment = current_experiment(self.db)
         for row in vm_rows(self.db):
@@ -12493,8 +12522,9 @@ class Viewer:
             }
             for row in shown
         ]
-        rest = f"… and {len(rows) - len(shown)} more\n" if len(rows) > len(shown) else ""
-        return Group(_table(lines, crop=True), Text(rest + self._time_line()))
+        rest = f"… and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+        table = _table(lines, crop=True)
+        return Group(table, Text(rest)) if rest else table
 
     def _present_entry(self, row: Mapping[str, Any]) -> str:
         if not row["running"]:

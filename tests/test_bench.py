@@ -61,6 +61,14 @@ def test_pool_part_compares_with_plain_sqlite(tmp_path: Path) -> None:
     assert 0 < found["4 processes contending: least / most served"]["ours"] <= 1
 
 
+def test_viewer_part_watches_a_lab_at_rest_and_at_work(tmp_path: Path) -> None:
+    found = figures(tmp_path, "viewer", "--view", "3", "--watch", "0.5")
+    assert list(found) == [
+        "live view of 3 VMs, nothing changes",
+        "live view of 3 VMs, 100 changes/s",
+    ]
+
+
 @pytest.mark.slow
 def test_lateness_part_works_beside_what_it_measures(tmp_path: Path) -> None:
     found = figures(tmp_path, "lateness", "--files", "1500", "--entries", "3", "--due", "3")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import threading
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -459,3 +461,33 @@ def test_what_was_destroyed_can_still_be_seen(ran: Lab, tmp_path: Path) -> None:
     for tag in ("pre", "td", "li", "summary", "title"):
         assert new.within(tag) == old.within(tag), tag
     assert ran.run("report", "--experiment", "7").returncode == 2
+
+
+# === the view of a running experiment ============================================================
+
+
+def test_the_view_reads_rows_only_when_somebody_has_changed_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def change() -> None:
+        with vmrm.Database(tmp_path / "lab.db") as other:
+            vmrm.VMMapping(db=other).set_vm_state_by_uuid("u1", "configuring")
+
+    with vmrm.Database(tmp_path / "lab.db") as db:
+        vms = [{"server_uuid": f"u{n}", "server_name": f"vm{n}"} for n in range(3)]
+        vmrm.VMMapping(db=db).batch_put(vms)
+        changer = threading.Timer(1.5, change)
+        db.connection.set_trace_callback(asked.append)
+        with subprocess.Popen(["sleep", "3"]) as process:
+            changer.start()
+            with pytest.raises(vmrm.VmrmError, match="died"):  # it was no supervisor
+                vmrm.Viewer(db, vmrm.Screen()).watch(process)
+        changer.join()
+        db.connection.set_trace_callback(None)
+    looks = sum("FROM vm_status" in sql for sql in asked)
+    assert 2 <= looks <= 6, looks  # at first, at the change, at the end, and every 5 s
+    told = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("vm1: uninitialized") for line in told) == 1
+    assert sum(line.startswith("vm1: configuring") for line in told) == 1

@@ -3,6 +3,7 @@
 agent      driver against a raw socket on a real qemu-ga: push, pull, ping, exec
 status     `vmrm status --json` against an interpreter that does nothing
 pool       acquire and release against the same transactions by plain sqlite3
+viewer     CPU of the live view, while nothing changes and while much does
 lateness   of due entries while others are laid out, and while a transfer looks at many files
 handlers   many handlers on stand-in agents: memory, idle CPU, launch, stop, lateness
 
@@ -26,9 +27,10 @@ import handlers_part
 import lateness_part
 import pool_part
 import status_part
+import viewer_part
 from figures import Figure, table
 
-PARTS = ("agent", "status", "pool", "lateness", "handlers")
+PARTS = ("agent", "status", "pool", "viewer", "lateness", "handlers")
 
 
 def _options() -> argparse.Namespace:
@@ -49,6 +51,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--files", type=int, default=100_000, help="that a transfer looks at")
     parser.add_argument("--entries", type=int, default=1000, help="that are laid out")
     parser.add_argument("--due", type=int, default=40, help="entries whose lateness is measured")
+    parser.add_argument("--view", type=int, nargs="+", default=[200, 1000], metavar="N")
+    parser.add_argument("--watch", type=float, default=10, help="seconds that the view is watched")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {min(unknown)}; there are: {', '.join(PARTS)}")
@@ -64,6 +68,8 @@ def _measure(part: str, folder: Path, options: argparse.Namespace) -> Iterator[F
     elif part == "pool":
         limits = {"pairs": options.pairs, "rounds": options.rounds, "seconds": options.contend}
         yield from pool_part.measure(folder, sizes=options.pool, **limits)
+    elif part == "viewer":
+        yield from viewer_part.measure(folder, sizes=options.view, seconds=options.watch)
     elif part == "lateness":
         work = {"files": options.files, "entries": options.entries, "due": options.due}
         yield from lateness_part.measure(folder, **work)

@@ -17,7 +17,8 @@ import vmrm
 _SCHEDULE = [{"start_time": at, "executable": "true"} for at in (-1, 1, 2)]
 
 
-def _fill(path: Path, vms: int) -> None:
+def fill(path: Path, vms: int) -> None:
+    """Make a database of so many VMs with three entries each."""
     with vmrm.Database(path) as db:
         rows = [
             {"server_uuid": f"uuid-{n}", "server_name": f"vm{n}", "path": f"/run/qga/{n}.sock"}
@@ -42,7 +43,7 @@ def measure(folder: Path, *, vms: int, rounds: int) -> list[Figure]:
     From a checkout, `python vmrm.py` compiles the whole file at every start.
     """
     database, variables = folder / "lab.db", environment(folder)
-    _fill(database, vms)
+    fill(database, vms)
     words = ["--db", str(database), "status", "--json"]
     bare = functools.partial(_milliseconds, [sys.executable, "-c", "pass"], variables)
     commands = {
