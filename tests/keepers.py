@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tables
 from cli_lab import until
 from lab import VMRM
 
@@ -100,14 +101,12 @@ def served(path: Path, *words: str, **environment: str) -> Iterator[subprocess.P
 
 def states(db: vmrm.Database) -> dict[str, str]:
     """Return the state of every VM."""
-    rows = db.query("SELECT vm_name, state FROM pool_vms ORDER BY spawned_at, vm_name")
-    return {row["vm_name"]: row["state"] for row in rows}
+    return {name: row["state"] for name, row in tables.pool_vms(db.path).items()}
 
 
 def reasons(db: vmrm.Database) -> list[str]:
     """Return all reasons in the pool's history, in order."""
-    rows = db.query("SELECT reason FROM pool_history WHERE reason <> '' ORDER BY id")
-    return [row["reason"] for row in rows]
+    return [row["reason"] for row in tables.pool_history(db.path) if row["reason"]]
 
 
 def log(db: vmrm.Database, name: str = "*") -> str:

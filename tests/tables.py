@@ -77,6 +77,68 @@ def history(db: Path) -> list[Row]:
     return _read(db, "SELECT * FROM history ORDER BY id")
 
 
+def generations(db: Path) -> list[int]:
+    """Return the generation of each VM's schedule."""
+    return [row["generation"] for row in _read(db, "SELECT * FROM schedules")]
+
+
+# === the pool ==================================================================================
+
+
+def pool_vms(db: Path) -> dict[str, Row]:
+    """Return the pool's VMs by name, the oldest first."""
+    found = _read(db, "SELECT * FROM pool_vms ORDER BY spawned_at, vm_name")
+    return {row["vm_name"]: row for row in found}
+
+
+def pool_groups(db: Path) -> list[Row]:
+    """Return the pool's groups."""
+    return _read(db, "SELECT * FROM pool_groups ORDER BY position")
+
+
+def pool_history(db: Path) -> list[Row]:
+    """Return every move of every VM of the pool."""
+    return _read(db, "SELECT * FROM pool_history ORDER BY id")
+
+
+def pool_waiters(db: Path) -> list[Row]:
+    """Return who waits for a VM of the pool."""
+    return _read(db, "SELECT * FROM pool_waiters")
+
+
+def keeper_runs(db: Path) -> bool:
+    """Whether a keeper says that it has started."""
+    return any(row["started_at"] for row in _read(db, "SELECT * FROM pool_server"))
+
+
+# === what only time or damage brings about =====================================================
+
+
+def put(db: Path, table: str, values: Row, **where: object) -> None:
+    """Set columns in all rows of a table, or in those where others have a value."""
+    change = ", ".join(f"{name} = ?" for name in values)
+    which = " AND ".join(f"{name} = ?" for name in where) or "1"
+    sql = f"UPDATE {table} SET {change} WHERE {which}"  # noqa: S608
+    _change(db, sql, *values.values(), *where.values())
+
+
+def empty(db: Path, table: str) -> None:
+    """Remove all rows of a table."""
+    _change(db, f"DELETE FROM {table}")  # noqa: S608
+
+
+def let_time_go_by(db: Path, seconds: float) -> None:
+    """Make the experiment's start, and what is planned by it, so much earlier."""
+    _change(db, "UPDATE experiments SET start_at = start_at - ?", seconds)
+    _change(db, "UPDATE attempts SET planned_at = planned_at - ?", seconds)
+
+
+def date_back_pool_info(db: Path) -> None:
+    """Make the keeper's notes about its groups as old as can be."""
+    sql = "UPDATE pool_info SET value = json_set(value, '$.at', 0) WHERE json_valid(value)"
+    _change(db, sql)
+
+
 def dump(db: Path) -> list[str]:
     """Return everything in a database, also of a foreign one, as SQL."""
     with closing(sqlite3.connect(db)) as connection:

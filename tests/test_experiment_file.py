@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from conftest import Cli
 
 import vmrm
@@ -418,7 +419,7 @@ def test_after_destroy_another_experiment_can_be_loaded(full: Path, tmp_path: Pa
         vmrm.destroy_experiment(db)
         full.write_text(FULL.replace("pause = inf", "pause = 5"))
         assert load(db, full) is True
-        assert [row["generation"] for row in db.query("SELECT generation FROM schedules")] == [2]
+        assert tables.generations(db.path) == [2]
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_refused(full: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tables
 from cli_lab import until
 from conftest import ROOT, HostAgent
 from keepers import FAST, group, keep, log, reasons, states
@@ -114,7 +115,7 @@ def test_a_failing_spawn_hook_is_tried_ever_more_seldom(db: vmrm.Database) -> No
     failed = vmrm.Keeper(db)._info("ci", "failed")
     assert failed["times"] == 1
     vmrm.VmManager(db=db).write_vm_pool_info("ci", "failed", "a script's word")
-    db.write("UPDATE pool_info SET value = json_set(value, '$.at', 0) WHERE json_valid(value)")
+    tables.date_back_pool_info(db.path)
     keep(db)
     assert vmrm.Keeper(db)._info("ci", "failed")["times"] == 2
 
@@ -216,7 +217,7 @@ def test_the_log_of_hooks_begins_anew_before_it_fills_the_disk(
     vmrm.VmManager(db=db).add_vm_to_pool("10.0.0.1", "vm1", "ci")
     for _ in range(8):
         keep(db)
-        db.write("UPDATE pool_vms SET check_started_at = NULL")
+        tables.put(db.path, "pool_vms", {"check_started_at": None})
     folder = db.directory("pool", "logs")
     assert {path.name for path in folder.iterdir()} == {"vm1.log", "vm1.log.1"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 700
@@ -233,7 +234,7 @@ def test_a_check_that_fails_too_often_ends_the_vm(db: vmrm.Database, tmp_path: P
     assert states(db) == {"vm1": "check_health_failed"}
     keep(db)
     assert list(states(db)) == ["vm1"]  # not before the next period
-    db.write("UPDATE pool_vms SET state_at = 1")
+    tables.put(db.path, "pool_vms", {"state_at": 1})
     keep(db)
     assert states(db) == {}
     assert "check: exit code 1: gone" in reasons(db)
@@ -256,7 +257,7 @@ def test_a_check_that_cannot_tell_counts_neither_way(db: vmrm.Database) -> None:
     manager = vmrm.VmManager(db=db)
     assert manager.get_vm_by_name("vm1").check_fails == 0
     manager.mark_vm_checked("vm1")
-    db.write("UPDATE pool_vms SET last_health_check = 1")
+    tables.put(db.path, "pool_vms", {"last_health_check": 1})
     keep(db)
     assert states(db) == {"vm1": "ready"}
     assert "its check told nothing" in reasons(db)
@@ -274,12 +275,12 @@ def test_the_default_check_tells_no_agent_from_no_exec(
         keep(db)
     failed = "check_health_failed"
     assert states(db) == {"ok": "check_health", "mute": failed, "lost": failed}
-    told = {row["vm_name"]: row["reason"] for row in db.query("SELECT * FROM pool_vms")}
+    told = {name: row["reason"] for name, row in tables.pool_vms(db.path).items()}
     assert "no-exec" in told["mute"]
     assert vmrm.check_agent(str(tmp_path / "no.sock"), db.path, 0.1).startswith("no-answer: ")
     assert "no path" in told["lost"]
     assert "in-use" in log(db, "ok")
-    db.write("UPDATE pool_vms SET check_started_at = NULL")
+    tables.put(db.path, "pool_vms", {"check_started_at": None})
     keep(db)
     assert states(db)["ok"] == "ready"
 

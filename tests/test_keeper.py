@@ -17,6 +17,7 @@ from typing import Any
 
 import guests
 import pytest
+import tables
 from cli_lab import until
 from conftest import Cli, unavailable
 from keepers import FAST, Provider, group, keep, log, reasons, served, states
@@ -56,7 +57,7 @@ def defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the row of a group with nothing set."""
     with vmrm.Database(tmp_path_factory.mktemp("plan") / "lab.db") as database:
         vmrm.put_group(database, "ci", {"min_ready": 0, "terminate": "x"})
-        return database.query("SELECT * FROM pool_groups")[0]
+        return tables.pool_groups(database.path)[0]
 
 
 CHECKED = {"last_health_check": NOW - 130}  # the period is 120 s
@@ -214,11 +215,10 @@ def test_what_is_old_history_is_forgotten(db: vmrm.Database) -> None:
         (folder / name).touch()
         os.utime(folder / name, (long_ago, long_ago))
     (folder / "late.log").touch()
-    db.write("UPDATE pool_history SET at = :then WHERE new_state = 'got_ip'", then=long_ago)
+    tables.put(db.path, "pool_history", {"at": long_ago}, new_state="got_ip")
     keep(db)
     assert {path.name for path in folder.iterdir()} == {"vm1.log", "late.log"}
-    rows = manager.db.query("SELECT new_state FROM pool_history ORDER BY id")
-    assert [row["new_state"] for row in rows] == ["check_health", "ready"]
+    assert [row["new_state"] for row in tables.pool_history(db.path)] == ["check_health", "ready"]
 
 
 def test_machines_and_rows_that_miss_each_other_are_ended(
@@ -227,15 +227,15 @@ def test_machines_and_rows_that_miss_each_other_are_ended(
     group(db, provider.hooks, vm_health_check_period=0.01)
     keep(db)
     before = states(db)
-    db.write("UPDATE pool_groups SET min_ready = 0")
+    tables.put(db.path, "pool_groups", {"min_ready": 0})
     provider.end()
     provider.start("stranger")
     with vmrm.Database(db.path) as patient:  # for which all are young
         for _ in range(3):
             keep(patient)
     assert states(db) == before
-    db.write("UPDATE pool_vms SET spawned_at = 0")
-    db.write("DELETE FROM pool_info")
+    tables.put(db.path, "pool_vms", {"spawned_at": 0})
+    tables.empty(db.path, "pool_info")
     keep(db)
     assert states(db) == before  # at the first look
 
@@ -268,7 +268,7 @@ def test_a_termination_that_fails_is_tried_again(db: vmrm.Database, tmp_path: Pa
     (tmp_path / "now").touch()
     keep(db)
     assert list(states(db)) == ["vm1"]  # not before vm_terminating_timeout
-    db.write("UPDATE pool_vms SET terminating_at = 1")
+    tables.put(db.path, "pool_vms", {"terminating_at": 1})
     keep(db)
     assert states(db) == {}
 
@@ -280,9 +280,8 @@ def test_a_vm_removed_while_it_is_spawned_leaves_no_machine(
     group(db, {**provider.hooks, "spawn": slow})
     with served(db.path) as keeper:
         until(provider.running)
-        with db.transaction():
-            db.connection.execute("DELETE FROM pool_vms")
-            db.connection.execute("UPDATE pool_groups SET min_ready = 0")
+        tables.put(db.path, "pool_groups", {"min_ready": 0})
+        tables.empty(db.path, "pool_vms")
         until(lambda: not provider.running() and not states(db))
         keeper.terminate()
     assert keeper.returncode == 0
@@ -296,7 +295,7 @@ def test_a_vm_added_again_while_it_is_terminated_stays(db: vmrm.Database, tmp_pa
     manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
     manager.start_vm_termination("vm1")
     with served(db.path) as keeper:
-        until(lambda: db.value("SELECT 1 FROM pool_vms WHERE hook = 'terminate'"))
+        until(lambda: "terminate" in hooks_of(db))
         manager.remove_vm_from_pool("vm1")
         manager.add_vm_to_pool("10.0.0.1", "vm1", "ci")
         gate.write_text("\n")
@@ -309,7 +308,7 @@ def test_a_vm_added_again_while_it_is_terminated_stays(db: vmrm.Database, tmp_pa
 def test_a_second_keeper_names_the_first_and_leaves(cli: Cli, db: vmrm.Database) -> None:
     vmrm.put_group(db, "ci", {})
     with served(cli.db) as keeper:
-        until(lambda: db.value("SELECT started_at FROM pool_server"))
+        until(lambda: tables.keeper_runs(cli.db))
         second = cli("pool", "serve")
         assert second.code == 2
         assert f"kept already, by process {keeper.pid}" in second.err
@@ -327,7 +326,7 @@ def test_a_keeper_told_to_stop_kills_its_hooks_and_leaves_vms(
     group(db, {**provider.hooks, **stuck}, min_ready=2)
     with served(db.path) as keeper:
         until(lambda: "spawning" in states(db).values())
-        pid = db.value("SELECT hook_pid FROM pool_vms WHERE hook = 'spawn'")
+        pid = hooks_of(db)["spawn"]
         keeper.terminate()
     assert keeper.returncode == 0
     assert vmrm.session_members(pid, 0) == []
@@ -374,7 +373,7 @@ def survive(db: vmrm.Database, provider: Provider, seed: int, setting: dict[str,
     keep(db)  # what was begun anew
     assert set(states(db).values()) <= {"ready"}, (crash, states(db), reasons(db), log(db))
     assert provider.running() == set(states(db)), (crash, log(db))
-    assert not db.query("SELECT 1 FROM pool_vms WHERE hook <> ''")
+    assert not hooks_of(db)
 
 
 def test_a_keeper_killed_while_it_spawns_or_terminates_leaks_nothing(
@@ -426,6 +425,12 @@ def root(db: vmrm.Database) -> Iterator[Path]:
         vmrm.QemuVm(folder, name).terminate()
 
 
+def hooks_of(db: vmrm.Database) -> dict[str, int]:
+    """Return the hooks that run for VMs, each with its pid."""
+    found = tables.pool_vms(db.path).values()
+    return {row["hook"]: row["hook_pid"] for row in found if row["hook"]}
+
+
 @pytest.mark.vm
 def test_real_vms_live_through_the_pool(db: vmrm.Database, root: Path, tmp_path: Path) -> None:
     disk, raw = tmp_path / "base.qcow2", tmp_path / "base.img"
@@ -460,7 +465,7 @@ def test_real_vms_live_through_the_pool(db: vmrm.Database, root: Path, tmp_path:
     for setting in ({"min_ready": 2}, {"min_ready": 0, "reuse_max_age": 0.001}):
         vmrm.put_group(db, "ci", setting)
         with served(db.path, "--once") as keeper:
-            until(lambda: db.query("SELECT 1 FROM pool_vms WHERE hook <> ''"), 60)
+            until(lambda: hooks_of(db))
             time.sleep(chance.uniform(0, 1))
             keeper.kill()
     until(lambda: keep(db) or not states(db), 180)

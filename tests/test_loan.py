@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import tables
 from cli_lab import entry, until
 from conftest import Cli
 from lab import lone_agent
@@ -73,8 +74,8 @@ def test_an_experiment_waits_for_all_its_vms_and_gives_them_back(
         run.stderr.read()
         assert run.wait(60) == 0
     assert states(pool) == ["ready", "ready"]
-    rows = pool.db.query("SELECT pool_vm, path, pool_token FROM vms ORDER BY pool_vm")
-    assert [(row["path"], row["pool_token"]) for row in rows] == [("", ""), ("", "")]
+    rows = tables.vms(pool.db.path)
+    assert [(row["path"], row["pool_token"]) for row in rows.values()] == [("", ""), ("", "")]
     assert "has no machine of the pool now" in cli("exec", "vm1", "true").err
     again = cli("run", file)
     assert again.code == 2
@@ -111,7 +112,7 @@ def test_vms_of_a_killed_supervisor_are_taken_back_and_run_says_so(
 ) -> None:
     file = lab(tmp_path, entry(-1, "sleep 1000"))
     assert cli("run", file, "--detach").code == 0
-    until(lambda: pool.db.value("SELECT count(*) FROM attempts WHERE outcome = 'running'") == 2)
+    until(lambda: [row["outcome"] for row in tables.attempts(cli.db)] == ["running"] * 2)
     pid = vmrm.supervisor_pid(pool.db)
     assert pid
     os.kill(pid, signal.SIGKILL)
@@ -129,8 +130,8 @@ def test_a_vm_whose_machine_is_taken_away_fails_and_is_left_alone(
 ) -> None:
     file = lab(tmp_path, entry(-1, "sleep 1000"))
     assert cli("run", file, "--detach").code == 0
-    until(lambda: pool.db.value("SELECT count(*) FROM attempts WHERE outcome = 'running'") == 2)
-    name = pool.db.value("SELECT pool_vm FROM vms WHERE server_name = 'vm1'")
+    until(lambda: [row["outcome"] for row in tables.attempts(cli.db)] == ["running"] * 2)
+    name = tables.vms(cli.db)["vm1"]["pool_vm"]
     pool.release_vm(name, force=True)
     until(lambda: "its machine of the pool was taken back" in cli("status").out)
     until(lambda: "vm1" not in vmrm.live_handlers(pool.db))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,7 +170,7 @@ def test_an_ordinal_is_never_used_again(mapping: VMMapping) -> None:
     mapping.put("u", "web")
     mapping.destroy_all()
     mapping.put("u", "web")
-    assert mapping.db.value("SELECT ordinal FROM vms") == 2
+    assert tables.vms(mapping.db.path)["web"]["ordinal"] == 2
 
 
 def test_nothing_is_destroyed_while_a_handler_lives(mapping: VMMapping) -> None:

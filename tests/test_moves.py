@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import tables
 
 import vmrm
 from vmrm import VM_MOVES, VMState
@@ -65,15 +66,15 @@ def test_only_a_vm_that_is_not_managed_stays_so_for_ever() -> None:
 def test_the_present_state_again_is_no_move(mapping: vmrm.VMMapping) -> None:
     mapping.put("u", "web", state="configuring")
     mapping.set_vm_state_by_uuid("u", "failed", reason="no disk")
-    before = mapping.db.row("SELECT * FROM vms")
+    before = tables.vms(mapping.db.path)
     mapping.set_vm_state_by_uuid("u", "failed")
-    assert mapping.db.row("SELECT * FROM vms") == before
-    assert mapping.db.value("SELECT count(*) FROM history") == 2
+    assert tables.vms(mapping.db.path) == before
+    assert len(tables.history(mapping.db.path)) == 2
 
 
 def test_a_refused_move_changes_no_row(mapping: vmrm.VMMapping) -> None:
     mapping.put("u", "web")
-    before = mapping.db.row("SELECT * FROM vms")
+    before = tables.vms(mapping.db.path)
     with pytest.raises(ValueError, match="cannot move"):
         mapping.set_vm_state_by_uuid("u", "configured")
-    assert mapping.db.row("SELECT * FROM vms") == before
+    assert tables.vms(mapping.db.path) == before

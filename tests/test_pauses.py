@@ -89,7 +89,7 @@ def begin(db: vmrm.Database, ago: float) -> None:
     """Make VM web configured and time 0 so many seconds ago."""
     vmrm.VMMapping(db=db).set_vm_state_by_uuid("u-web", "configuring")
     vmrm.VMMapping(db=db).set_vm_state_by_uuid("u-web", "configured")
-    db.write("UPDATE experiments SET start_at = :start", start=vmrm.CLOCK.wall() - ago)
+    tables.put(db.path, "experiments", {"start_at": vmrm.CLOCK.wall() - ago})
 
 
 def did(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ def test_a_pause_without_sense_is_refused_everywhere(db: vmrm.Database, duration
         vmrm.pause_vms(db, ["web"], duration)
     with pytest.raises(ValueError, match=r"is not positive|must be a positive number"):
         vmrm.ScheduleEntry(5).add_pause(duration)
-    assert db.value("SELECT count(*) FROM holds") == 0
+    assert tables.holds(db.path) == []
 
 
 @pytest.mark.parametrize("names", [["nosuch"], ["web", "nosuch"], ["router"]])
@@ -165,7 +165,7 @@ def test_what_cannot_be_paused_changes_nothing(db: vmrm.Database, names: list[st
     for give in (vmrm.pause_vms, vmrm.resume_vms):
         with pytest.raises(vmrm.NotFound, match=f"no VM '{names[-1]}' that is managed"):
             give(db, names)
-    assert db.value("SELECT count(*) FROM holds") == 0
+    assert tables.holds(db.path) == []
 
 
 def test_the_command_line_pauses(lab: Lab) -> None:
@@ -295,7 +295,7 @@ def test_a_handler_alone_takes_up_a_schedule_that_replaces_its_own(lab: Lab) -> 
 def test_a_vm_that_is_testing_is_named_by_who_waits_for_it(lab: Lab) -> None:
     load_both(lab, note(-1, "x"))
     with vmrm.Database(lab.db) as db:
-        uuid = db.value("SELECT server_uuid FROM vms WHERE server_name = 'vm2'")
+        uuid = tables.vms(db.path)["vm2"]["server_uuid"]
         vmrm.VMMapping(db=db).set_vm_state_by_uuid(uuid, "testing")
     detached = lab.run("run", "--detach")
     assert "VM 'vm2' is testing: it is not run, and all wait for it\n" in detached.stderr
@@ -518,9 +518,7 @@ def interrupted(lab: Lab) -> None:
     assert pid is not None
     for victim in (*lab.handler_pids(), pid):
         kill(victim)
-    with vmrm.Database(lab.db) as db:  # time goes by
-        db.write("UPDATE experiments SET start_at = start_at - 5")
-        db.write("UPDATE attempts SET planned_at = planned_at - 5")
+    tables.let_time_go_by(lab.db, 5)
 
 
 @pytest.mark.parametrize("late", ["start", "skip", "shift"])

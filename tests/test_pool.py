@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tables
 from cli_lab import until
 from conftest import ROOT, Cli
 
@@ -37,8 +38,8 @@ def pool(tmp_path: Path) -> Iterator[VmManager]:
         for group in ("7", "arm"):
             vmrm.put_group(manager.db, group, {"max_vm_per_user": 2})
         yield manager
-        for row in manager.db.query("SELECT * FROM pool_history WHERE new_state IS NOT NULL"):
-            if row["old_state"]:
+        for row in tables.pool_history(manager.db.path):
+            if row["old_state"] and row["new_state"]:
                 assert row["new_state"] in POOL_MOVES[VmStates(row["old_state"])], row
 
 
@@ -201,8 +202,7 @@ def test_removal_needs_a_terminating_vm_and_is_remembered(pool: VmManager) -> No
     pool.remove_vm_from_pool("A")
     with pytest.raises(VmError, match="no VM 'a'"):
         pool.get_vm_by_name("a")
-    states = pool.db.query("SELECT new_state FROM pool_history ORDER BY id")
-    assert [row["new_state"] for row in states] == [
+    assert [row["new_state"] for row in tables.pool_history(pool.db.path)] == [
         *("got_ip", "check_health", "ready", "terminating", None)
     ]
 
@@ -249,8 +249,8 @@ def test_a_vm_of_a_dead_process_is_taken_back_when_it_is_needed(pool: VmManager)
     assert lost.token
     with pytest.raises(VmError, match="was lost"):
         pool.release_vm("a", token=lost.token)
-    last = pool.db.query("SELECT reason FROM pool_history WHERE new_state = 'ready'")[-1]
-    assert f"process {child.pid}, is dead" in last["reason"]
+    ready = [row for row in tables.pool_history(pool.db.path) if row["new_state"] == "ready"]
+    assert f"process {child.pid}, is dead" in ready[-1]["reason"]
 
 
 def in_python(db: Path, code: str, **variables: str) -> subprocess.Popen[bytes]:
@@ -345,8 +345,8 @@ def test_a_holder_of_another_boot_is_dead_and_one_of_another_namespace_is_not_ju
     add(pool, "a", "b")
     for name, column, value in (("a", "holder_boot", "other"), ("b", "holder_namespace", 1)):
         vm = pool.acquire_vm([7], "ann", name, ME)
-        sql = f"UPDATE pool_vms SET {column} = :value, holder_pid = 4194303 WHERE vm_name = :name"  # noqa: S608
-        pool.db.write(sql, value=value, name=vm.vm_name)
+        values = {column: value, "holder_pid": 4194303}
+        tables.put(pool.db.path, "pool_vms", values, vm_name=vm.vm_name)
     assert len(pool.reap()) == 1
     left = pool.get_vm_by_group_and_state_list(None, ["in_use"])
     assert [vm.holder_namespace for vm in left] == [1]
@@ -374,7 +374,7 @@ def test_from_another_pid_namespace_a_lease_needs_an_end_which_alone_decides(
         assert done.returncode == code, done.stderr
     assert b"another pid namespace" in done.stderr or code == 0
     assert pool.reap() == [], "process 1 of that namespace has ended, but who knows"
-    pool.db.write("UPDATE pool_vms SET lease_end_at = 5.0")
+    tables.put(pool.db.path, "pool_vms", {"lease_end_at": 5.0})
     assert pool.reap() == ["a"]
 
 
@@ -454,7 +454,7 @@ def test_the_queue_is_served_by_priority_then_in_order_and_by_nobody_overtaken(
                 VmManager(db=pool.db).acquire_vm([7], "eve", "s", ME)
             until(lambda count=count: len(served) == count)
             assert served[-1] == owner
-    assert not pool.db.query("SELECT * FROM pool_waiters")
+    assert not tables.pool_waiters(pool.db.path)
 
 
 def test_a_waiter_whose_owner_is_at_its_limit_holds_up_nobody(pool: VmManager) -> None:
@@ -556,10 +556,10 @@ def test_groups_and_their_settings_come_from_opts_as_in_the_reference(tmp_path: 
 def test_a_wrong_setting_is_refused_and_changes_nothing(
     pool: VmManager, settings: dict[str, Any], says: str
 ) -> None:
-    before = pool.db.query("SELECT * FROM pool_groups")
+    before = tables.pool_groups(pool.db.path)
     with pytest.raises(ValueError, match=says):
         vmrm.put_group(pool.db, "7", {"max_vm_total": 3} | settings)
-    assert pool.db.query("SELECT * FROM pool_groups") == before
+    assert tables.pool_groups(pool.db.path) == before
 
 
 def test_a_descriptor_stores_what_was_changed_and_moves_by_the_table(pool: VmManager) -> None:
@@ -716,7 +716,7 @@ def test_a_wrong_command_is_one_clear_line(
     done = cli(*words.split())
     assert done.code == 2, done
     assert says in done.err.splitlines()[0]
-    assert not pool.db.query("SELECT * FROM pool_vms")
+    assert not tables.pool_vms(pool.db.path)
 
 
 def test_a_groups_settings_are_set_cleared_and_shown(pool: VmManager, cli: Cli) -> None:

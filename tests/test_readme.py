@@ -21,6 +21,7 @@ from typing import NamedTuple
 import guests
 import pexpect  # type: ignore[import-untyped]
 import pytest
+import tables
 from conftest import ROOT
 from lab import VMRM
 
@@ -236,7 +237,7 @@ def test_every_key_of_experiment_files_is_in_a_table() -> None:
 def test_every_setting_of_a_group_is_in_a_table_with_its_default(tmp_path: Path) -> None:
     with vmrm.Database(tmp_path / "lab.db") as db:
         vmrm.put_group(db, "g", {})
-        row = db.query("SELECT * FROM pool_groups")[0]
+        row = tables.pool_groups(db.path)[0]
         known = vmrm.group_settings(db)
     expected = {name: row[column] for name, column in known.items()}
     shown = {cells[0].strip("`"): cells[1] for cells in rows("setting", "default", "means")}

@@ -327,7 +327,7 @@ def test_a_clock_that_was_set_back_and_a_removed_schedule_break_nothing(tmp_path
         vmrm.ScheduleDb(db=db).put("WEB", '[{"start_time": 1, "executable": "a"}]')
         vmrm.launch(db)
         attempt = vmrm.Journal(db, "web").arm({1: 2e9}, "boot")[1]
-        db.write("UPDATE attempts SET sent_at = 1000.0")
+        tables.put(db.path, "attempts", {"sent_at": 1000.0})
         vmrm.Journal(db, "web").ended(attempt, vmrm.Outcome.UNKNOWN, error="<b>")
         vmrm.ScheduleDb(db=db).destroy_one("web")
         run = vmrm.read_run(db)
