@@ -58,8 +58,8 @@ def running(lab: Lab, agent: int = 0, *words: str, **env: str) -> Iterator[subpr
 
 def told(lab: Lab) -> dict[tuple[str, str], int]:
     """Return how often the handler's log tells of each entry that it started, or ended."""
-    log = (lab.folder / "lab.db.d" / "logs.1" / "vm1.log").read_text()
-    return Counter(re.findall(r"entry (\d+) \([^)]*\) (started|done|failed|unknown)", log))
+    found = re.findall(r"entry (\d+) \([^)]*\) (started|done|failed|unknown)", lab.logs(whole=True))
+    return Counter(found)
 
 
 def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
@@ -74,9 +74,9 @@ def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
         record = launch / "record"
         until(lambda: record.exists() and "3 begin" in record.read_text())
         for n in range(14, 17):
-            log = len(lab.logs())
+            log = len(lab.logs(whole=True))
             os.kill(agent, signal.SIGSTOP)
-            until(lambda seen=log: "connecting anew" in lab.logs()[seen:])
+            until(lambda seen=log: "connecting anew" in lab.logs(whole=True)[seen:])
             more.write_text(json.dumps([entry(n, 6 + n / 10)]))
             assert lab.run("schedule", "add", "vm1", str(more)).returncode == 0
             assert lab.run("pause", "vm1", "--duration", "0.3").returncode == 0

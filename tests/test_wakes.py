@@ -60,7 +60,7 @@ def test_every_command_is_noticed_at_once_by_those_whom_it_concerns(tmp_path: Pa
         return record.exists() and words in record.read_text()
 
     def logged(words: str) -> bool:
-        return words in (tmp_path / "lab.db.d" / "logs" / "vm1.log").read_text()
+        return words in lab.logs(whole=True)
 
     def ok(*words: str) -> None:
         done = lab.run(*words)
