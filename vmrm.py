@@ -8422,7 +8422,7 @@ class VMResourceHandler:
         Raises:
             VMFailed: it did not end in that time.
         """
-        limit = self._agent_timeout + more
+        limit = max(self._agent_timeout, self.timeouts.call) + more
         pid, interval = self.driver.start(argv, capture=True), 0.002
         deadline = CLOCK.monotonic() + limit
         try:

@@ -15,7 +15,7 @@ import pytest
 from conftest import Cli
 
 # Seconds of a call's time-out, for behaviours that let it pass; the others never wait for it.
-SHORT, LONG = 0.2, 20.0
+SHORT, LONG = 0.1, 20.0
 WAITS = {"silence", "drip", "endless", "blank", "strangers"}
 CLIENT = Path(__file__).with_name("hostile_client.py")
 
