@@ -206,6 +206,7 @@ class Lab:
         start = experiment["start_at"]
         told = set(re.findall(r"the experiment starts at (\S+)", self.logs(whole=True)))
         assert len(told) <= 1, told
+        assert start is not None or not told, f"the start {told} is no longer known"
         if start is None or tables.holds(self.db):  # which move what is planned
             return
         times = {(row["server_name"], row["ordinal"]): row for row in tables.entries(self.db)}

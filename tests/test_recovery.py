@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tables
-from lab import Lab, crash_labels, kill, stand_ins
+from lab import Lab, crash_labels, entry, kill, stand_ins
 
 # Where a label is passed only by another command, or is not a place in a handler's life: those of
 # the pool and of an upgrade are tested with these.
@@ -49,6 +49,32 @@ def test_without_a_crash_every_entry_runs_once(tmp_path: Path) -> None:
         (7, 2),
         *((n, 1) for n in range(8, 21)),
     ]
+
+
+def test_the_audit_notices_what_is_not_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.write(lambda _: [entry(1, 0.1), entry(2, 0.2)])
+    with stand_ins(lab.folder / "agents", 1):
+        assert lab.run("run", str(lab.folder / "lab.json")).returncode == 0
+    lab.audit()
+    record = lab.guest(1) / "launch" / "record"
+    noted = record.read_text()
+    for wrong in (noted + "1 begin\n", noted.replace("2 begin\n", "")):
+        record.write_text(wrong)
+        with pytest.raises(AssertionError):
+            lab.audit()
+    record.write_text(noted)
+    start = tables.experiment(lab.db)["start_at"]
+    for change in ({"start_at": start + 1}, {"start_at": None}):
+        tables.put(lab.db, "experiments", change)
+        with pytest.raises(AssertionError):
+            lab.audit()
+    tables.put(lab.db, "experiments", {"start_at": start})
+    lab.audit()
+    tables.put(lab.db, "attempts", {"outcome": "unknown"}, ordinal=1)
+    record.write_text("")
+    with pytest.raises(AssertionError):
+        lab.audit()
 
 
 def killed_at_label(folder: Path, victim: str, label: str) -> None:
