@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -102,7 +103,7 @@ def test_a_command_may_have_no_standard_output(pool: VmManager, cli: Cli) -> Non
     command = ["sh", "-c", 'exec "$@" >&-', "sh", *cli.command("pool", "group", "g", "--list", "x")]
     done = subprocess.run(command, env=cli.environment, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert pool.db.value("SELECT list FROM pool_groups") == "x"
+    assert json.loads(cli("pool", "group", "g", "--json").out)["list"] == "x"
 
 
 @pytest.mark.vm
@@ -284,8 +285,8 @@ def test_a_vm_not_checked_since_the_keepers_start_is_given_to_nobody(
         with pytest.raises((NoVmAvailable, vmrm.TimedOut), match="2 of 2 not checked yet"):
             pool.acquire_vm(["g"], owner, "s", ME, wait=0.1 if waits else None)
     request = vmrm.Request((("g",),), "ann", "s", vmrm.Holder.of(ME))
-    with vmrm.Waiting(pool, request, 60):
-        pool._queue_up(request, 60)
+    with vmrm.Waiting(pool, request, 60) as place:
+        assert not place.try_again()
         assert pool.next_in_queue() == [], "nor is anybody woken for it"
     check(pool, bound)
     assert pool.acquire_vm(["g"], "ann", "s", ME, wait=60 if waits else None).vm_name == bound
