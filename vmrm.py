@@ -11759,7 +11759,7 @@ def _row_label(row: Mapping[str, Any]) -> str:
 
 def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [counted(len(rows), "VM"), f"{done} of {counted(entries, 'entry')} done"]
+    words = [counted(len(rows), "VM"), f"{done} of {entries} entries done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
     if launched and start:
         words.append(f"time 0 {start - launched:.0f} s after launch")
@@ -12282,9 +12282,12 @@ _Form = Callable[[Sequence[Mapping[str, Any]]], Any]
 
 def _print_fitting(rows: Sequence[Mapping[str, Any]], forms: Sequence[_Form]) -> None:
     """Print rows in the first form that the terminal is wide enough for; the last one always is."""
+    import shutil
+
     from rich.console import Console
 
-    console = Console()
+    width, height = shutil.get_terminal_size()  # rich has 80 by 25 where TERM is dumb
+    console = Console(width=width, height=height)
     wide = console.options.update(width=10_000)
     tables = [form(rows) for form in forms]
     fits = (
