@@ -6484,7 +6484,9 @@ def safe_parts(path: str) -> list[str]:
 @contextlib.contextmanager
 def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
     """Open a directory below `root`, making what is missing and following no link on the way."""
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.exists():
+        for folder in (*reversed(root.absolute().parents), root):
+            folder.mkdir(0o755, exist_ok=True)  # whatever our umask
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     fd = os.open(root, flags)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import drivers, stand_in
+from agents import connected, drivers, stand_in
+from hostile import Asked, hostile
 from lab import ROOT, Lab
 from lab import stand_ins as lab_agents
 
@@ -364,3 +366,105 @@ def test_a_command_is_carried_out_while_a_transfer_looks_at_unchanged_files(
             assert shown(lab)[0]["outcome"] == "running"
             run.communicate(timeout=120)
         assert run.returncode == 0
+
+
+# === What is cut, noticed, kept ==================================================================
+
+
+def test_output_that_the_agent_has_cut_is_told_whatever_its_flag_says(tmp_path: Path) -> None:
+    def contrary(asked: Asked) -> Iterator[bytes]:
+        truth = asked.truth()
+        if "out-data" in truth:
+            truth["out-truncated"] = False  # as agents before 10.2 say of what they have cut
+        yield asked.line(truth)
+
+    size = 17 * MIB
+    lab = Lab(tmp_path)
+    with stand_in(tmp_path / "agent") as honest, hostile(honest.path, tmp_path / "h") as guest:
+        guest.rules["guest-exec-status"] = contrary
+        with vmrm.Database(lab.db) as db:
+            vmrm.VMMapping(db=db).put("u", "vm", path=str(guest.path))
+        done = lab.run("exec", "vm", "head", "-c", str(size), "/dev/zero")
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) == size or "16 MiB" in done.stderr
+        assert len(done.stdout) >= 16 * MIB
+        with connected(guest.path) as driver:
+            cut = driver.run(["head", "-c", str(size), "/dev/zero"])
+            whole = driver.run(["head", "-c", str(MIB), "/dev/zero"])
+        assert (cut.out_truncated, len(cut.out)) == (True, 16 * MIB)
+        assert (whole.out_truncated, len(whole.out)) == (False, MIB)
+
+
+def test_a_file_that_changes_to_equal_size_within_the_second_of_its_copy_is_noticed(
+    tmp_path: Path,
+) -> None:
+    """The program changes each of five files when its copy is there, and sets its time back.
+
+    Five, for a host that rests two seconds at the wrong instant makes a file an old one.
+    """
+    data, out = tmp_path / "agents" / "1" / "data", tmp_path / "out"
+    copied = out / "vm1" / str(data)[1:]
+    words = f"""
+        for n in 1 2 3 4 5; do
+            echo one > {data}/$n
+            until [ -e {copied}/$n ]; do touch {data}/$n; sleep 0.05; done
+            echo two > {data}/$n; touch -r {copied}/$n {data}/$n
+        done"""
+    watching = [{"location": str(data), "interval": 0.2, "destination": str(out)}]
+    schedule = [{"start_time": 0.1, "transfer": watching}, *timed(words, 0.2)]
+    with lab_of(tmp_path, schedule) as lab:
+        data.mkdir()
+        done = lab.run("run")
+        assert done.returncode == 0, done.stderr
+    assert "two\n" in [(copied / str(n)).read_text() for n in range(1, 6)]
+
+
+def test_a_transfer_keeps_free_space_on_the_hosts_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "vmrm-test", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    data = tmp_path / "agents" / "1" / "data"
+    schedule = [
+        {
+            "start_time": 0.1,
+            "transfer": [{"location": str(data), "destination": str(disk)}],
+        }
+    ]
+    try:
+        with lab_of(tmp_path, schedule) as lab:
+            data.mkdir()
+            (data / "small").write_bytes(bytes(MIB))
+            (data / "large").write_bytes(bytes(14 * MIB + 600_000))  # it would just fit
+            assert lab.run("run").returncode == 1
+            (row,) = shown(lab)
+            assert "large" in row["error"]
+            assert "no space on the host" in row["error"]
+            kept = [path for path in disk.rglob("*") if path.is_file()]
+            assert [(path.name, path.stat().st_size) for path in kept] == [("small", MIB)]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_copies_are_never_writable_by_others_even_under_umask_0(tmp_path: Path) -> None:
+    data, out = tmp_path / "agents" / "1" / "data", tmp_path / "out"
+    locations = [{"location": str(data), "destination": str(out)}, {"location": str(data)}]
+    with lab_of(tmp_path, [{"start_time": 0.1, "transfer": locations}]) as lab:
+        (data / "below").mkdir(parents=True)
+        (data / "below" / "file").write_text("x")
+        (data / "below" / "file").chmod(0o666)
+        (data / "below").chmod(0o777)
+        old = os.umask(0)
+        try:
+            done = lab.run("run")
+        finally:
+            os.umask(old)
+        assert done.returncode == 0, done.stderr
+    made = [out, *out.rglob("*")]
+    assert len(made) > 4
+    for path in made:
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o022, path
+    private = [tmp_path / "lab.db", tmp_path / "lab.db.d", *(tmp_path / "lab.db.d").iterdir()]
+    for path in private:
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
