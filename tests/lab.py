@@ -7,6 +7,7 @@ vmrm does not look. `audit` compares that record with the journal.
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import re
@@ -242,6 +243,14 @@ class Lab:
             assert mine, seen
         runs = sum(line.endswith(" begin") for line in record)
         assert lossy or not scripts or 0 < runs <= claims, (record, claims)
+
+
+@contextmanager
+def living_handler(db: vmrm.Database, ordinal: int = 1) -> Iterator[None]:
+    """Hold what tells that a VM's handler lives: the lock that it takes first."""
+    with (db.directory("locks") / f"handler.{ordinal}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def crash_labels() -> list[str]:

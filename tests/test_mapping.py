@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import tables
 from hypothesis import given
 from hypothesis import strategies as st
+from lab import living_handler
 
 import vmrm
 from vmrm import VMMapping
@@ -175,13 +175,11 @@ def test_an_ordinal_is_never_used_again(mapping: VMMapping) -> None:
 
 def test_nothing_is_destroyed_while_a_handler_lives(mapping: VMMapping) -> None:
     mapping.put("u", "web")
-    lock = vmrm.try_lock(vmrm._handler_lock(mapping.db, 1))
-    assert lock is not None
-    for destroy in (lambda: mapping.destroy_one("u"), mapping.destroy_all):
-        with pytest.raises(vmrm.Conflict, match=r"refused while 1 handler lives \(web\)"):
-            destroy()
-    assert vmrm.live_handlers(mapping.db) == ["web"]
-    os.close(lock)
+    with living_handler(mapping.db):
+        for destroy in (lambda: mapping.destroy_one("u"), mapping.destroy_all):
+            with pytest.raises(vmrm.Conflict, match=r"refused while 1 handler lives \(web\)"):
+                destroy()
+        assert vmrm.live_handlers(mapping.db) == ["web"]
     mapping.destroy_all()
     assert rows(mapping) == []
 

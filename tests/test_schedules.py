@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tables
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from lab import living_handler
 
 import vmrm
 from vmrm import Database, Journal, ScheduleDb, ScheduleEntry
@@ -398,12 +398,10 @@ def test_a_schedule_is_not_destroyed_under_a_live_handler(
 ) -> None:
     vmrm.VMMapping(db=db).put("u", "web")
     schedules.put("web", TEXT)
-    lock = vmrm.try_lock(vmrm._handler_lock(db, 1))
-    assert lock is not None
-    for destroy in (lambda: schedules.destroy_one("web"), schedules.destroy_all):
-        with pytest.raises(vmrm.Conflict, match="1 handler lives"):
-            destroy()
-    os.close(lock)
+    with living_handler(db):
+        for destroy in (lambda: schedules.destroy_one("web"), schedules.destroy_all):
+            with pytest.raises(vmrm.Conflict, match="1 handler lives"):
+                destroy()
     assert schedules.get("web") == TEXT
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import tables
+from lab import living_handler
 
 import vmrm
 from vmrm import Database, ExperimentStart, VMMapping
@@ -110,11 +110,8 @@ def test_a_start_time_is_not_cleared_under_a_live_handler(
 ) -> None:
     mapping.put("u", "web")
     start.add_start_time()
-    lock = vmrm.try_lock(vmrm._handler_lock(start.db, 1))
-    assert lock is not None
-    with pytest.raises(vmrm.Conflict, match="1 handler lives"):
+    with living_handler(start.db), pytest.raises(vmrm.Conflict, match="1 handler lives"):
         start.clear_start_time()
-    os.close(lock)
     assert start.get_start_time() is not None
 
 

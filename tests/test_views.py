@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 from collections import Counter
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return lab
 
 
+def iso(at: float) -> str:
+    """Write an instant as vmrm does: UTC, with milliseconds."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
 def attempts(lab: Lab, experiment: int = 1) -> list[dict[str, Any]]:
     return [row for row in tables.attempts(lab.db) if row["experiment_id"] == experiment]
 
@@ -256,7 +262,7 @@ def check_slices(lab: Lab, events: list[dict[str, Any]]) -> None:
         for name in ("outcome", "exit_code", "pid"):
             assert said.get(name) == row[name]
         assert (said.get("boot_id", ""), said.get("error", "")) == (row["boot_id"], row["error"])
-        planned = row["planned_at"] and vmrm._iso(row["planned_at"])
+        planned = row["planned_at"] and iso(row["planned_at"])
         assert said.get("planned") == planned
 
 
@@ -421,7 +427,7 @@ def test_a_report_says_what_the_journal_says(ran: Lab) -> None:
             text
             for text in hovers
             if f"{row['server_name']}, entry {row['ordinal']}:" in text
-            and vmrm._iso(row["sent_at"]) in text
+            and iso(row["sent_at"]) in text
         ]
         assert len(mine) == 1, (row, hovers)
         assert f"{row['outcome']}, exit code {row['exit_code']}\n" in mine[0]
