@@ -25,6 +25,7 @@ CREATE TABLE experiments (
     late TEXT NOT NULL DEFAULT 'start' CHECK (late IN ('start', 'skip', 'shift')),  -- what it said
     allow_host INTEGER NOT NULL DEFAULT 0 CHECK (allow_host IN (0, 1)),  -- entries may run here
     start_at REAL,                             -- time 0: written by the barrier, whole seconds
+    start_cleared INTEGER NOT NULL DEFAULT 0 CHECK (start_cleared IN (0, 1)),  -- until a launch
     halt TEXT CHECK (halt IN ('abort', 'stop', 'kill', 'end')),  -- what every handler must do now
     ended_at REAL,                             -- the supervisor's last act
     destroyed_at REAL,
@@ -98,6 +99,7 @@ CREATE TABLE attempts (
     retried INTEGER NOT NULL DEFAULT 0 CHECK (retried IN (0, 1)),
     error TEXT NOT NULL DEFAULT '',
     claim TEXT NOT NULL DEFAULT '',            -- its directory in the guest, and nobody else's
+    overdue INTEGER NOT NULL DEFAULT 0 CHECK (overdue IN (0, 1)),  -- due while nothing ran
     UNIQUE (experiment_id, server_name, generation, ordinal, attempt)
 ) STRICT;
 CREATE UNIQUE INDEX one_open_attempt ON attempts (experiment_id, server_name, generation, ordinal)
@@ -389,7 +391,7 @@ CREATE VIEW current_experiment AS SELECT * FROM experiments WHERE destroyed_at I
 -- The experiment's start condition in one row: launched, nobody missing, somebody configured.
 CREATE VIEW barrier AS
 SELECT e.id, e.start_at,
-       e.launched_at IS NOT NULL
+       e.launched_at IS NOT NULL AND NOT e.start_cleared
        AND EXISTS (SELECT 1 FROM vms WHERE state = 'configured')
        AND NOT EXISTS (
            SELECT 1 FROM vms WHERE state NOT IN ('configured', 'n/a')

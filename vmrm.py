@@ -1775,7 +1775,7 @@ class ExperimentStart(_Served):
         return cast(datetime, self.get_start_time())
 
     def clear_start_time(self) -> dict[str, Any]:
-        """Forget time 0; `get_start_time` returns None until one is added again.
+        """Forget time 0; `get_start_time` returns None until one is added, or the next launch.
 
         Returns:
             `{"start_time": None}`.
@@ -1785,7 +1785,9 @@ class ExperimentStart(_Served):
         """
         _refuse_while_live(self.db, "clearing the start time")
         self.db.write(
-            "UPDATE experiments SET start_at = NULL WHERE destroyed_at IS NULL", durable=True
+            """UPDATE experiments SET start_at = NULL, start_cleared = 1
+               WHERE destroyed_at IS NULL""",
+            durable=True,
         )
         return {"start_time": None}
 
@@ -1797,7 +1799,8 @@ class ExperimentStart(_Served):
         """Set the experiment's launch time to now; return it in UTC, whole seconds."""
         with _changing_vms(self.db) as connection:
             connection.execute(
-                "UPDATE experiments SET launched_at = ? WHERE destroyed_at IS NULL",
+                """UPDATE experiments SET launched_at = ?, start_cleared = 0
+                   WHERE destroyed_at IS NULL""",
                 (math.floor(CLOCK.wall()),),
             )
         return cast(datetime, self.get_launch_time())
@@ -2730,9 +2733,10 @@ class Journal:
             for ordinal, planned_at in planned.items():
                 row = self.db.connection.execute(
                     """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
-                           attempt, outcome, planned_at, armed_at, boot_id, claim)
+                           attempt, outcome, planned_at, armed_at, boot_id, claim, overdue)
                        SELECT :experiment, :name, :generation, :ordinal, next.attempt, 'armed',
-                           :planned, :now, :boot, 'attempt.' || next.attempt || '.' || :word
+                           :planned, :now, :boot, 'attempt.' || next.attempt || '.' || :word,
+                           coalesce(:planned < (SELECT continued_at FROM current_experiment), 0)
                        FROM (SELECT 1 + coalesce(max(attempt), 0) AS attempt FROM attempts
                              WHERE experiment_id = :experiment AND server_name = :name
                                AND ordinal = :ordinal) AS next
@@ -2778,14 +2782,21 @@ class Journal:
         if row["halt"] in (Halt.STOP, Halt.KILL):
             raise _Leave(f"told to {row['halt']}", Halt(row["halt"]))
 
-    def started(self, attempt: Attempt, sent_at: float, pid: int | None, at: float) -> None:
-        """Record that the guest has started an attempt, and that the VM has reached time `at`."""
+    def started(
+        self, attempt: Attempt, sent_at: float, pid: int | None, at: float, planned: float | None
+    ) -> None:
+        """Record that the guest has started an attempt, and that the VM has reached time `at`.
+
+        When it was sent first stands; `planned` is the plan by the clock of that moment.
+        """
         with self.db.transaction():
             self._change(
                 attempt,
-                """UPDATE attempts SET outcome = 'running', sent_at = :sent, answered_at = :now,
-                       pid = :pid""",
+                """UPDATE attempts SET outcome = 'running', answered_at = :now, pid = :pid,
+                       planned_at = iif(sent_at IS NULL, :planned, planned_at),
+                       sent_at = coalesce(sent_at, :sent)""",
                 *OPEN_OUTCOMES,
+                planned=planned,
                 sent=sent_at,
                 now=CLOCK.wall(),
                 pid=pid,
@@ -7855,7 +7866,7 @@ class VMResourceHandler:
                     found = yield from self._send_steps(entry, attempt)
                 exit_code, reboot = yield from self._watch_steps(entry, attempt, found, limit)
             else:
-                self._journal.started(attempt, CLOCK.wall(), None, entry.start_time)
+                self._record_start(entry, attempt, CLOCK.wall(), None)
             yield from self._within(limit, self._transfer_once_steps(entry))
             if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
@@ -7904,11 +7915,21 @@ class VMResourceHandler:
         pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
         yield 0  # what else is due goes first
-        self._journal.started(attempt, sent, pid, entry.start_time)
+        self._record_start(entry, attempt, sent, pid)
         _crash("running-recorded")
         self.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
         self._progress("sent", attempt.id)
         return Found(claimed=True, pid=pid)
+
+    def _record_start(
+        self, entry: ScheduleEntry, attempt: Attempt, sent: float, pid: int | None
+    ) -> None:
+        """Record a start; where the host's clock was set since the arming, so is the plan."""
+        planned = attempt.planned_at
+        if planned is not None:
+            by_plan = CLOCK.wall() - (CLOCK.monotonic() - self._due(entry))
+            planned = planned if abs(by_plan - planned) < 1 else by_plan
+        self._journal.started(attempt, sent, pid, entry.start_time, planned)
 
     def _limit(self, entry: ScheduleEntry, attempt: Attempt) -> tuple[float, str]:
         """Return until when an attempt may last, whatever its parts take, and what is said then."""
@@ -8896,6 +8917,7 @@ class Supervisor:
         self.db, self.stay = db, stay
         self.timeouts = db.timeouts
         self.log = logging.getLogger("vmrm")
+        self._began = CLOCK.wall(), CLOCK.monotonic()
         self._children: dict[int, str] = {}  # pid: VM
         self._deaths: dict[str, int] = {}  # in a row, without progress
         self._progress: dict[str, object] = {}
@@ -9144,7 +9166,9 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
 
     def _end(self) -> None:
-        end_experiment(self.db)
+        now, (began, since) = CLOCK.wall(), self._began
+        unset = began + CLOCK.monotonic() - since  # what the clock would say had nobody set it
+        end_experiment(self.db, now if abs(now - unset) < 1 else unset)
         over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
         self._loan.give_back() if over else self._loan.leave()
         self.log.info("the experiment has ended")
@@ -9356,12 +9380,12 @@ def halt_experiment(db: Database, halt: Halt) -> None:
         os.kill(pid, signal.SIGTERM)  # its end is the end of all handlers
 
 
-def end_experiment(db: Database) -> None:
+def end_experiment(db: Database, now: float | None = None) -> None:
     """Note that nobody runs the experiment any more, if it was told to come to its end."""
     db.write(
         """UPDATE experiments SET ended_at = :now
            WHERE destroyed_at IS NULL AND halt IS NOT NULL AND ended_at IS NULL""",
-        now=CLOCK.wall(),
+        now=CLOCK.wall() if now is None else now,
     )
 
 
@@ -9438,7 +9462,7 @@ def launch(
         _settle_late(db, late)
         connection.execute(
             """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
-                   late = :late, allow_host = :allow_host,
+                   late = :late, allow_host = :allow_host, start_cleared = 0,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
@@ -11543,6 +11567,11 @@ class VMRun:
         """Return the latest attempt of each entry of the schedule, by ordinal."""
         return {a["ordinal"]: a for a in self.attempts if a["generation"] == self.generation}
 
+    def first(self) -> Collection[dict[str, Any]]:
+        """Return the first attempt of each entry of the schedule."""
+        present = [a for a in self.attempts if a["generation"] == self.generation]
+        return {a["ordinal"]: a for a in reversed(present)}.values()
+
 
 @dataclasses.dataclass
 class Run:
@@ -11724,7 +11753,7 @@ def report_of(run: Run) -> Report:
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
     latest = [a for o, a in vm.latest().items() if vm.entries[o - 1].pause is None]
-    late = sorted(a["late_s"] for a in latest if a["late_s"] is not None)
+    late = sorted(a["late_s"] for a in vm.first() if a["late_s"] is not None and not a["overdue"])
     outcomes = [a["outcome"] for a in latest if not (a["outcome"] == "done" and a["reboot"])]
     return {
         "vm": vm.name,

@@ -54,7 +54,7 @@ def test_an_entry_has_one_open_attempt_at_most(journal: Journal) -> None:
 
 def test_a_start_is_recorded_with_the_vms_time(db: Database, journal: Journal) -> None:
     attempt = journal.arm({1: None}, "boot")[1]
-    journal.started(attempt, 1000.5, 4711, -5.0)
+    journal.started(attempt, 1000.5, 4711, -5.0, None)
     found = journal.latest()[1]
     assert (found.outcome, found.sent_at, found.pid, found.is_open) == (
         Outcome.RUNNING,
@@ -86,7 +86,7 @@ def test_an_end_is_recorded_and_the_first_word_about_it_stands(
     assert not found.is_open
     assert {key: getattr(found, key) for key in details} == details
     journal.ended(attempt, Outcome.FAILED, exit_code=99, error="late")
-    journal.started(attempt, 1.0, 1, -5)
+    journal.started(attempt, 1.0, 1, -5, None)
     assert journal.latest()[1] == found
 
 

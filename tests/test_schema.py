@@ -130,6 +130,8 @@ REFUSED = [
     ("experiments", {"late": "never"}),
     ("experiments", {"allow_host": 2}),
     ("experiments", {"purged": 2}),
+    ("experiments", {"start_cleared": 2}),
+    ("attempts", {"overdue": 2}),
     ("vms", {"server_uuid": ""}),
     ("vms", {"server_name": ""}),
     ("vms", {"server_name": "-web"}),
