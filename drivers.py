@@ -765,7 +765,7 @@ _TELL_PS = (
 )
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
 MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
-_DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
+DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
 _PRUNE_PS = (
     "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
     "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
@@ -787,7 +787,7 @@ LIST_PS = (
     "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
     "ForEach-Object { $todo.Push($_) } }; "
     "$time = seconds $f.LastWriteTimeUtc; "
-    "tell ('{0} {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
+    "tell ('{0} 600 {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
 )
 HASH_PS = (
     _STOP_PS + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
@@ -802,6 +802,16 @@ MOVE_PS = (
     _STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
     "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
     "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
+)
+FACTS_PS = (  # as `ls -ldn` tells them
+    _STOP_PS + "$f = Get-Item -Force -LiteralPath $w[0]; $k = if ($f.PSIsContainer) { 'd' } "
+    "else { '-' }; '{0}rw------- 1 0 0 {1} ' -f $k, $f.Length"
+)
+RECEIVE_PS = (
+    _STOP_PS + "New-Item -ItemType Directory -Force -Path $w[0] | Out-Null; "
+    "$free = (Get-Item -LiteralPath $w[0]).PSDrive.Free; "
+    "if ($free -and $free -lt [int64]$w[2]) { "
+    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; $w[1]"
 )
 COPY_PS = _STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
 # A batch file cannot tell its own pid; its command line has its path and the attempt's number.
@@ -844,6 +854,7 @@ def _temporary_file() -> Iterator[Path]:
         yield Path(folder) / "copy"
 
 
+USER_FOLDER = "work"  # of an entry with a user, beside the entry's script
 _UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -1260,7 +1271,7 @@ class AbstractDriver(ABC):
 
     def delete_file(self, path: str | PurePath) -> bool | None:
         """Delete the file *path*; False if there is none; None if the attempt failed."""
-        return self._run_script(_DELETE_SH, _DELETE_PS, _plain_path(path))
+        return self._run_script(_DELETE_SH, DELETE_PS, _plain_path(path))
 
     def _delete_parent_directories(self, directory: PurePath) -> bool | None:
         """Delete *directory* and its parents up to the first that is not empty."""
@@ -1335,8 +1346,9 @@ class AbstractDriver(ABC):
     def create_paths(self, schedule_entry: Any) -> None:
         """Choose the guest's places for *schedule_entry* and set them on it as text.
 
-        Sets `working_dir` (`<launch_dir>/<start_time>/<name>`), `call_arguments_filename` (the
-        script in it) and `reboot_filepath` (the file whose presence asks for a reboot).
+        Sets `call_arguments_filename` (the script in `<launch_dir>/<start_time>/<name>`),
+        `working_dir` (that directory; for an entry with a user, one in it that is the user's) and
+        `reboot_filepath` (the file in `working_dir` whose presence asks for a reboot).
         """
         default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         flavour = PureWindowsPath if self.is_windows else PurePosixPath
@@ -1346,8 +1358,10 @@ class AbstractDriver(ABC):
         launch = flavour(str(self.config.get("launch_dir") or default))
         wanted = launch / _time_word(schedule_entry.start_time) / name
         place = self.deconflict_agent_path(wanted)
-        schedule_entry.working_dir = str(place)
         schedule_entry.call_arguments_filename = str(place / f"call_arguments.{script}")
+        if getattr(schedule_entry, "options", {}).get("user"):
+            place /= USER_FOLDER
+        schedule_entry.working_dir = str(place)
         schedule_entry.reboot_filepath = str(place / "reboot")
 
 
@@ -2799,7 +2813,7 @@ class _Windows:
     def argv(self, boot: str, path: str, *words: str) -> list[str]:
         """Return the host's words that play a guest's program."""
         name = PureWindowsPath(path).name.lower().removesuffix(".exe")
-        if name in ("cmd", "powershell", "taskkill"):
+        if name in ("cmd", "icacls", "powershell", "taskkill"):
             # The agent joins what it is given to one string, by the rules of the C run time.
             tail = subprocess.list2cmdline(words)
             return [sys.executable, "-IS", "-c", _PLAY, str(self.root), boot, name, tail]
@@ -2819,10 +2833,13 @@ class _Windows:
         return on_host
 
     def play(self, name: str, tail: str) -> int:
-        """Play cmd, powershell or taskkill with its command line; return the exit code."""
+        """Play cmd, icacls, powershell or taskkill with its command line; return the exit code."""
         if name == "cmd":
             return _Cmd(self).run(tail)
         words = words_of_windows(tail)
+        if name == "icacls":  # it is used for one thing
+            Path(self.host(words[0])).chmod(0o700)
+            return 0
         if name == "taskkill":
             pids = [int(word) for word in words if word.isdigit()]
             return 128 * sum(not _signal(os.killpg, pid, signal.SIGKILL) for pid in pids)
@@ -2851,7 +2868,7 @@ class _Windows:
         Path(self.host(path)).mkdir(parents=True, exist_ok=True)
 
     def delete(self, path: str) -> None:
-        """Play _DELETE_PS."""
+        """Play DELETE_PS."""
         Path(self.host(path)).unlink()
 
     def tell_boot(self) -> None:
@@ -2866,8 +2883,21 @@ class _Windows:
                 kind, facts = "d" if place.is_dir() else "f", place.stat()
                 times = f"{facts.st_mtime // 1:.0f} {time.time() // 1:.0f}"
                 shown = PureWindowsPath(f"{drive}:\\", *parts)
-                line = f"{kind} {facts.st_size * (kind == 'f')} {times} {shown}\0"
+                line = f"{kind} 600 {facts.st_size * (kind == 'f')} {times} {shown}\0"
                 sys.stdout.buffer.write(os.fsencode(line))
+
+    def facts(self, path: str) -> int:
+        """Play FACTS_PS."""
+        found = Path(self.host(path))
+        if found.exists():
+            kind = "d" if found.is_dir() else "-"
+            print(f"{kind}rw------- 1 0 0 {found.stat().st_size} ")  # noqa: T201 - its output
+        return int(not found.exists())
+
+    def receive(self, folder: str, path: str, _size: str) -> None:
+        """Play RECEIVE_PS."""
+        self.mkdir(folder)
+        print(path)  # noqa: T201 - it is a program's output
 
     def hash(self, path: str, size: str) -> int:
         """Play HASH_PS."""
@@ -2914,10 +2944,12 @@ class _Windows:
 _PLAYED: dict[str, Callable[..., int | None]] = {
     _EXISTS_PS: _Windows.exists,
     MKDIR_PS: _Windows.mkdir,
-    _DELETE_PS: _Windows.delete,
+    DELETE_PS: _Windows.delete,
     _BOOT_PS: _Windows.tell_boot,
     LIST_PS: _Windows.list,
     HASH_PS: _Windows.hash,
+    FACTS_PS: _Windows.facts,
+    RECEIVE_PS: _Windows.receive,
     MOVE_PS: _Windows.move,
     COPY_PS: _Windows.copy,
     PROBE_PS: _Windows.probe,

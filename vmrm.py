@@ -5127,6 +5127,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         Conflict: handlers live.
     """
     _refuse_while_live(db, "destroying the experiment")
+    forget_abandoned(db)
     old = current_experiment(db)["id"]
     with db.transaction(durable=True):
         run = db.connection.execute
@@ -5203,10 +5204,58 @@ CLAIM_FAILED = 125  # the script's own exit code when it could not or must not b
 PLACE_FAILED = 126  # a file could not be put in its place
 KILLED = "killed by stop --kill"
 
-_CALL_SCRIPT = """\
+# The agent makes files that everybody may open, and who has one open keeps it. So what is ours lies
+# where nobody else comes: below a directory that only root or the agent's user can change. A file
+# for a place where others may write is completed in a directory of our own there, seen from
+# inside; so nobody can open it before it has its mode, or lead it elsewhere by a link.
+
+_TRUSTED_SH = """\
+trusted_path() {
+    at=$1 sticky=$2 me=$(id -u)
+    while :; do
+        loose=; set -f; set -- $(ls -ldn "${at:-/}"); set +f
+        case $1 in
+            l*) ;;
+            ????????w[tT]* | ?????w???[tT]*) [ -n "$sticky" ] || loose=yes ;;
+            ????????w*) loose=yes ;;
+            ?????w*) [ "$4" = 0 ] || [ "$4" = "$(id -g)" ] || loose=yes ;;
+        esac
+        [ "$3" = 0 ] || [ "$3" = "$me" ] || loose=yes
+        if [ -n "$loose" ]; then
+            echo "other users of the VM can change ${at:-/} ($1 $3 $4)" >&2; return 1
+        fi
+        [ -n "$at" ] || return 0
+        at=${at%/*} sticky=yes
+    done
+}
+trusted() {
+    real=$(cd -P "$1" && pwd -P) || return 1
+    trusted_path "$1" "$2" && { [ "$real" = "$1" ] || trusted_path "$real" "$2"; }
+}
+"""
+
+_PLACE_SH = """\
+place() (
+    folder=${2%/*} name=${2##*/}
+    if [ -d "$2" ]; then echo "$2 is a directory" >&2; exit 1; fi
+    (umask 022; mkdir -p "${folder:-/}") && cd -P "${folder:-/}" || exit 1
+    umask 077
+    own=$(mktemp -d .vmrm-XXXXXX) && cd -P "$own" && [ -O . ] || exit 1
+    case $(pwd -P) in */"$own") ;; *) exit 1 ;; esac
+    only=; case $(mv --help 2>&1) in *-T,* | *T]*) only=T ;; esac
+    $4 "$1" file && chmod "$3" file &&
+        { [ -n "$only" ] || [ ! -d "../$name" ]; } && mv -f$only file "../$name"
+    code=$?
+    rm -f file; cd -P .. && rmdir "./$own"
+    exit $code
+)
+"""
+
+_CALL_SCRIPT = (
+    """\
 #!/bin/sh
 # vmrm: {title}
-umask 022
+umask 077
 if [ "$2" != {token} ]; then
     echo "this launch directory is used by another VM or experiment" >&2
     exit {claim_failed}
@@ -5218,7 +5267,7 @@ group=$3 started=${{20}}
 if [ "$session" != own ] && [ "$group" != "$$" ] && command -v setsid >/dev/null 2>&1; then
     exec setsid /bin/sh {script} "$here" {token} own
 fi
-cd {working_dir} || exit {claim_failed}
+cd {folder} || exit {claim_failed}
 mkdir "$here" || exit {claim_failed}
 keep() {{ {{ echo "$2" > "$here/$1.new" && mv -f "$here/$1.new" "$here/$1"; }} 2>/dev/null; }}
 keep pid "$$ $started"
@@ -5227,28 +5276,36 @@ if (true > "$here/out" && true > "$here/err") 2>/dev/null; then
 else
     exec > /dev/null 2>&1 < /dev/null
 fi
-place() {{
-    if [ -d "$2" ]; then echo "$2 is a directory" >&2; return 1; fi
-    folder=${{2%/*}}
-    [ -n "$folder" ] && {{ mkdir -p "$folder" || return 1; }}
-    cp {stage}/"$1" "$folder/.vmrm-$$" && chmod "$3" "$folder/.vmrm-$$" &&
-        mv -f "$folder/.vmrm-$$" "$2"
-}}
+{owning}
+"""
+    + _PLACE_SH.replace("{", "{{").replace("}", "}}")
+    + """\
 code=0
 {placing}
 if [ "$code" = 0 ]; then
     {running}
     code=$?
 fi
-reboot=0; [ -e reboot ] && reboot=1
+reboot=0; [ -e {reboot} ] && reboot=1
 keep exit "$code $reboot"
 exit "$code"
 """
+)
 
 # A link is made with its content in one step: two VMs that share a directory cannot both own it.
-_PREPARE_SCRIPT = """\
+_PREPARE_SCRIPT = (
+    _TRUSTED_SH
+    + """\
+umask 077
 stage=$1 old=$2 fresh=$3 experiment=$4 vm=$5; shift 5
-mkdir -p "$stage" || exit 1
+launch=${stage%/*}
+[ -d "$launch" ] || (umask 066; mkdir -p "$launch") || exit 1
+trusted "$launch" || exit 1
+chmod a+x "$launch" 2>/dev/null  # for the users of entries
+mkdir "$stage" 2>/dev/null || case $(ls -ld "$stage") in
+    drwx------*) ;;
+    *) rm -rf "$stage"; mkdir "$stage" || exit 1 ;;  # what lay in an open one may still be open
+esac
 ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
 if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
     echo "this launch directory is used by another VM of this experiment" >&2; exit 1
@@ -5260,31 +5317,41 @@ if [ "$fresh" = fresh ]; then
         mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
     done
 fi
-cd "$stage" && wc -c * 2>/dev/null
+cd "$stage" && rm -f ./*.part && wc -c * 2>/dev/null
 exit 0
 """
+)
 
 _STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})$", re.MULTILINE | re.ASCII)
 
 
 # Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
-# puts "<sha256>" as "<path>" owned by "<user>". Our scripts are texts, since a push is five calls
-# to the agent and its verification five processes of the guest.
+# puts "<sha256>" as "<path>". One with "<user>" is that user's, as is "<directory>"; all else stays
+# root's, so that root runs and writes nothing that the user could have put there. Our scripts are
+# texts, since a push is five calls to the agent and its verification five processes of the guest.
 _LAYOUT_HEAD = """\
+umask 077
 cd {stage} || exit 1
 keep() {{
     if command -v sha256sum >/dev/null 2>&1; then sum=$(sha256sum < "$1.part"); else sum=$1; fi
     if [ "${{sum%% *}}" != "$1" ] || [ "$(($(wc -c < "$1.part")))" != "$2" ]; then
         echo "$1 arrived damaged" >&2; rm -f "$1.part"; exit 1
     fi
-    chmod 644 "$1.part" && mv -f "$1.part" "$1" || exit 1
+    chmod 600 "$1.part" && mv -f "$1.part" "$1" || exit 1
 }}
 text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
     cmp -s "$1" "$2" && return
-    new=$2.new-$$
-    mkdir -p "${{2%/*}}" && cp "$1" "$new" && chmod 500 "$new" || exit 1
-    if [ -n "$3" ]; then chown "$3" "${{2%/*}}" "$new" || exit 1; fi
+    folder=${{2%/*}} new=$2.new-$$
+    if [ ! -d "$folder" ]; then
+        (umask 066; mkdir -p "${{folder%/*}}") && (umask 022; mkdir "$folder") || exit 1
+    fi
+    if [ ! -O "$folder" ]; then echo "$folder is another user's" >&2; exit 1; fi
+    cp "$1" "$new" && chmod 500 "$new" || exit 1
+    if [ -n "$3" ]; then
+        [ -d "$4" ] || (umask 022; mkdir "$4") || exit 1
+        chown "$3" "$4" "$new" || exit 1
+    fi
     mv -f "$new" "$2" || exit 1
 }}
 """
@@ -5310,6 +5377,7 @@ done
 
 # Takes the place of attempts that have not begun, so that they never will.
 _FORBID_SCRIPT = f"""\
+umask 077
 for here; do
     mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
 done
@@ -5325,10 +5393,38 @@ _FOUND_SCRIPT = (
     'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1'
 )
 
-_MOVE_SCRIPT = (
-    'if [ -d "$2" ]; then rm -f "$1"; echo "it is a directory" >&2; exit 1; fi; '
-    'chmod "$3" "$1" && mv -f "$1" "$2"'
+# A pushed file arrives in a directory of ours, where it belongs if nobody else can change that.
+_RECEIVE_SCRIPT = (
+    _TRUSTED_SH
+    + """\
+folder=${1%/*}; folder=${folder:-/}
+if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
+(umask 022; mkdir -p "$folder") || exit 1
+full() {
+    set -f; set -- "$2" "$1" $(df -Pk "$1" 2>/dev/null | tail -n 1)
+    case $6 in '' | *[!0-9]*) return 1 ;; esac
+    [ "$6" -lt "$1" ] && echo "no space in the VM for $1 KiB at $2" >&2
+}
+full "$folder" "$2" && exit 1
+for place in "$folder" /var/tmp /tmp /run; do
+    [ -d "$place" ] && trusted "$place" sticky 2>/dev/null || continue
+    full "$place" "$2" && exit 1
+    place=${place%/}/.vmrm-$3
+    umask 077; mkdir "$place" && echo "$place/data"
+    exit
+done
+echo "other users can change $folder, and there is no /var/tmp or /tmp" >&2; exit 1
+"""
 )
+_DELIVER_SCRIPT = _PLACE_SH + 'place "$1" "$2" "$3" mv || exit 1; rmdir "${1%/*}"'
+_DISCARD_SCRIPT = """\
+for place in "${1%/*}" /var/tmp /tmp /run; do
+    rm -f "$place/.vmrm-$2/data"; rmdir "$place/.vmrm-$2"
+done 2>/dev/null
+exit 0
+"""
+
+_FACTS_SCRIPT = 'ls -ldnL "$1"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5384,20 +5480,23 @@ def call_script(
     """
     locations = [item["location"] for item in entry_files(entry)]
     placing = [
-        f"place {sha256} {shlex.quote(guest_path(entry, location))} {mode}"
+        f"place {shlex.quote(stage)}/{sha256} {shlex.quote(guest_path(entry, location))} {mode} cp"
         for location, (sha256, mode) in zip(locations, placed, strict=True)
     ]
+    user = entry.options.get("user")
     return _CALL_SCRIPT.format(
         title=_NOT_PLAIN.sub("?", title),
         token=shlex.quote(token),
         claim_failed=CLAIM_FAILED,
         script=shlex.quote(str(entry.call_arguments_filename)),
-        working_dir=shlex.quote(str(entry.working_dir)),
-        stage=shlex.quote(stage),
+        folder=shlex.quote(str(_folder(entry))),
+        # Else the user's program could not open /dev/stdout.
+        owning=f'chown {shlex.quote(user)} "$here/out" "$here/err" 2>/dev/null' if user else ":",
         placing="\n".join(
             f"[ $code = 0 ] && {{ {line} || code={PLACE_FAILED}; }}" for line in placing
         ),
         running=_running(entry),
+        reboot=PurePosixPath(entry.reboot_filepath).relative_to(_folder(entry)),
     )
 
 
@@ -5409,8 +5508,13 @@ def _running(entry: ScheduleEntry) -> str:
     return f"(\n{run_commands(entry)}\n)"
 
 
+def _folder(entry: ScheduleEntry) -> PurePosixPath:
+    """Return where an entry's script and attempts lie; never its user's, as `working_dir` is."""
+    return PurePosixPath(entry.call_arguments_filename).parent
+
+
 def _run_script_path(entry: ScheduleEntry) -> PurePosixPath:
-    return PurePosixPath(entry.working_dir) / "call_program.sh"
+    return _folder(entry) / "call_program.sh"
 
 
 def run_commands(entry: ScheduleEntry) -> str:
@@ -5423,7 +5527,7 @@ def run_commands(entry: ScheduleEntry) -> str:
     placed = guest_path(entry, entry.executable)
     program = placed if placed in own else entry.executable
     cwd = guest_path(entry, entry.options.get("cwd", "."))
-    lines = [f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
+    lines = ["umask 022", f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
     for key, value in entry.options.get("env", {}).items():
         lines.append(f"export {key}={shlex.quote(value)}")
     if isinstance(entry.arguments, str):
@@ -5702,7 +5806,8 @@ class PosixGuest:
 
     def layout(self, lines: Sequence[str]) -> str:
         """Return the script that lays files out, given what the next three methods return."""
-        return "\n".join([_LAYOUT_HEAD.format(stage=shlex.quote(self.stage)), *lines]) + "\n"
+        head = _LAYOUT_HEAD.format(stage=shlex.quote(self.stage))
+        return "\n".join([head, *lines, 'rm -f "$0"']) + "\n"
 
     def keep(self, sha256: str, size: int) -> str:
         """Return what makes a pushed `<sha256>.part` a content of the stage."""
@@ -5714,7 +5819,8 @@ class PosixGuest:
 
     def put(self, sha256: str, path: str, user: str) -> str:
         """Return what makes a content of the stage a script at a path."""
-        return f"script {sha256} {shlex.quote(path)} {shlex.quote(user)}"
+        mine = str(PurePosixPath(path).with_name(drivers.USER_FOLDER))
+        return f"script {sha256} {shlex.join([path, user, mine])}"
 
     def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
         """Ask what attempts have left; a line for each, for `parse_found`."""
@@ -5741,13 +5847,22 @@ class PosixGuest:
         """Return the command that prints the SHA-256 of a file's first bytes."""
         return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
 
-    def folder_argv(self, path: str) -> list[str]:
-        """Return the command that makes a directory and what is missing above it."""
-        return ["/bin/sh", "-c", 'mkdir -p "$1"', "sh", path]
+    def facts_argv(self, path: str) -> list[str]:
+        """Return the command that tells a file's kind, mode and size, for `parse_facts`."""
+        return ["/bin/sh", "-c", _FACTS_SCRIPT, "sh", path]
 
-    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
-        """Return the command that gives a file its mode and place, but not that of a directory."""
-        return ["/bin/sh", "-c", _MOVE_SCRIPT, "sh", temporary, path, mode]
+    def receive_argv(self, path: str, size: int, token: str) -> list[str]:
+        """Return the command that makes room for a pushed file and prints where it may arrive."""
+        kib = str(-(-size // 1024))
+        return ["/bin/sh", "-c", _RECEIVE_SCRIPT, "sh", path, kib, token]
+
+    def deliver_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+        """Return the command that gives what arrived its mode and place, but not a directory's."""
+        return ["/bin/sh", "-c", _DELIVER_SCRIPT, "sh", temporary, path, mode]
+
+    def discard_argv(self, path: str, token: str) -> list[str]:
+        """Return the command that removes what arrived of a push that was broken off."""
+        return ["/bin/sh", "-c", _DISCARD_SCRIPT, "sh", path, token]
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; `last` says that there will not be another chance."""
@@ -5811,6 +5926,12 @@ class WindowsGuest(PosixGuest):
             moving="\n".join(moving),
         )
         self.driver.create_directories(self.stage)
+        # What is made on a drive may be changed by every user; from here on only by these two.
+        owners = [f"*{sid}:(OI)(CI)F" for sid in ("S-1-5-18", "S-1-5-32-544")]
+        argv = ["icacls.exe", self.launch, "/inheritance:r", "/grant:r", *owners]
+        status = self.driver.run(argv, timeout=self.seconds)
+        if status.exitcode != 0:
+            return status
         path = self.join(self.stage, f"prepare.{old}.bat")
         for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
             yield 0
@@ -5931,13 +6052,22 @@ class WindowsGuest(PosixGuest):
         """Return the command that prints the SHA-256 of a file's first bytes."""
         return drivers.powershell(drivers.HASH_PS, path, str(size))
 
-    def folder_argv(self, path: str) -> list[str]:
-        """Return the command that makes a directory and what is missing above it."""
-        return drivers.powershell(drivers.MKDIR_PS, path)
+    def facts_argv(self, path: str) -> list[str]:
+        """Return the command that tells a file's kind and size, for `parse_facts`."""
+        return drivers.powershell(drivers.FACTS_PS, path)
 
-    def move_argv(self, temporary: str, path: str, mode: str) -> list[str]:
+    def receive_argv(self, path: str, size: int, token: str) -> list[str]:
+        """Return the command that makes a pushed file's directory and prints where it arrives."""
+        parent = str(PureWindowsPath(path).parent)
+        return drivers.powershell(drivers.RECEIVE_PS, parent, f"{path}.vmrm-{token}", str(size))
+
+    def deliver_argv(self, temporary: str, path: str, mode: str) -> list[str]:
         """Return the command that puts a file in its place, but not in that of a directory."""
         return drivers.powershell(drivers.MOVE_PS, temporary, path)
+
+    def discard_argv(self, path: str, token: str) -> list[str]:
+        """Return the command that removes what arrived of a push that was broken off."""
+        return drivers.powershell(drivers.DELETE_PS, f"{path}.vmrm-{token}")
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; only at last of a copy, if a program still holds it."""
@@ -6415,14 +6545,14 @@ quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no proc
 for top in $1; do
     [ -e "$top" ] || continue
     if [ -n "$quick" ]; then
-        find -H "$top" '(' -type f -o -type d ')' -printf "%y %s %T@ $now %p\\0"
+        find -H "$top" '(' -type f -o -type d ')' -printf "%y %m %s %T@ $now %p\\0"
         continue
     fi
     find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
         now=$1; shift
         for path; do
             kind=f; [ -d "$path" ] && kind=d
-            facts=$(stat -L -c "%s %Y" "$path" 2>/dev/null) || continue  # it is gone again
+            facts=$(stat -L -c "%a %s %Y" "$path" 2>/dev/null) || continue  # it is gone again
             printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
         done' sh "$now" {} +
 done
@@ -6443,6 +6573,7 @@ class Listed:
     mtime: int  # seconds since the epoch
     path: str
     settled: bool = True  # a later write gives it another mtime
+    mode: int = 0o600
 
     @property
     def copy_mtime_ns(self) -> int:
@@ -6461,14 +6592,34 @@ def parse_listed(record: bytes) -> Listed:
     """
     if len(record) > MAX_PATH_BYTES + 100:
         raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
-    pattern = rb"([fd]) (\d{1,18}) (-?\d{1,11})(?:\.\d+)? (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    kind = rb"([fd]) ([0-7]{1,5}) (\d{1,18}) "
+    pattern = kind + rb"(-?\d{1,11})(?:\.\d+)? (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
     match = re.fullmatch(pattern, record, re.DOTALL)
     if match is None:
         raise ValueError("the VM lists it in an unexpected form")
-    kind, size, mtime, now, path = match.groups()
+    kind, mode, size, mtime, now, path = match.groups()
     # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
     settled = abs(int(now) - int(mtime)) >= 2
-    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled)
+    private = int(mode, 8) & 0o755  # never writable by others
+    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled, private)
+
+
+_FACTS = re.compile(r"-((?:[r-][w-][xsStT-]){3})\S* +\d+ +\d+ +\d+ +(\d{1,18}) ")
+
+
+def parse_facts(text: str) -> tuple[int, int]:
+    """Return mode and size of a regular file as the guest tells them.
+
+    Raises:
+        VmrmError: it is another kind of file, or the guest tells something else.
+    """
+    if text[:1] in tuple("dbcpls"):
+        raise VmrmError("it is not a file")
+    match = _FACTS.match(text)
+    if match is None:
+        raise VmrmError("the VM does not tell its size")
+    mode = sum(1 << (8 - bit) for bit, char in enumerate(match[1]) if char not in "-ST")
+    return mode, int(match[2])
 
 
 def safe_parts(path: str) -> list[str]:
@@ -6490,6 +6641,16 @@ def safe_parts(path: str) -> list[str]:
     if len(parts) > MAX_PATH_PARTS:
         raise ValueError(f"it lies over {MAX_PATH_PARTS} directories deep")
     return parts
+
+
+_OUR_TEMPORARY = re.compile(r"\.vmrm-[0-9a-f]{16}")
+
+
+def broken_copies(top: Path) -> Iterator[Path | None]:
+    """Yield each temporary file of a copy below a directory, and for each directory None."""
+    for folder, _, names in os.walk(top):
+        yield None
+        yield from (Path(folder, name) for name in names if _OUR_TEMPORARY.fullmatch(name))
 
 
 @contextlib.contextmanager
@@ -7033,6 +7194,8 @@ class VMResourceHandler:
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._missed: dict[int, list[str]] = {}  # by ordinal: what their last pass did not bring
         self._ending = False  # they make their last pass
+        self._copying: set[str] = set()  # temporary names of copies under way
+        self._swept: set[Path] = set()  # destinations without those of a handler that was killed
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
         self._life: Task | None = None
         self._wake: WakeSocket | None = None
@@ -7133,6 +7296,7 @@ class VMResourceHandler:
         try:
             self._check_in()
             self._answer_lost_requests()
+            forget_abandoned(self.db)
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
                 self._run_until_told()
@@ -7405,6 +7569,7 @@ class VMResourceHandler:
         """The VM's way: prepare, negative times, configured, wait for time 0, positive times."""
         yield from self._prepare_steps()
         self._recover()
+        yield from _discard_all_steps(self.db, self.vm_name, self.driver)
         yield from self._clock_steps()
         if self._state() == VMState.UNINITIALIZED:
             self.set_state(VMState.CONFIGURING)
@@ -7522,7 +7687,8 @@ class VMResourceHandler:
         An older experiment's folders are moved aside.
         """
         fresh, guest = not (self._ready or self._journal.latest()), self._guest
-        folders = sorted({guest.flavour(entry.working_dir).parent.name for entry in work})
+        scripts = [guest.flavour(entry.call_arguments_filename) for entry in work]
+        folders = sorted({script.parent.parent.name for script in scripts})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
         status = yield from guest.prepare(self._finish_steps, old, fresh, *owner, folders)
@@ -7608,9 +7774,13 @@ class VMResourceHandler:
         """Copy a content into the stage; return its path there."""
         path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
         with staged.source() as source:
-            for sent in self.driver.push(source, path):
-                self._progress("staged", staged.sha256, sent >> 20)
-                yield 0
+            try:
+                for sent in self.driver.push(source, path):
+                    self._progress("staged", staged.sha256, sent >> 20)
+                    yield 0
+            except drivers.AgentError:  # a full disk, for example
+                self.driver.delete_file(path)
+                raise
         return path
 
     def _lay_out(self, layout: Sequence[str]) -> Steps:
@@ -7904,7 +8074,9 @@ class VMResourceHandler:
         return "" if not exit_code or reboots else f"exit code {exit_code}"
 
     def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        return self._place(entry).join(str(entry.working_dir), attempt.claim)
+        place = self._place(entry)
+        folder = place.flavour(entry.call_arguments_filename).parent
+        return place.join(str(folder), attempt.claim)
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
@@ -8414,6 +8586,7 @@ class VMResourceHandler:
         """Bring what changed at a guest's path or glob to the host; return what went wrong."""
         faults: list[str] = []
         gone, pause_at = 0, 0.0
+        yield from self._sweep_steps(root)
         try:
             records = yield from self._list_steps(location)
         except (RuntimeError, drivers.AgentError) as error:
@@ -8427,13 +8600,26 @@ class VMResourceHandler:
             except (OSError, ValueError) as error:
                 if _is_link_trouble(error):
                     raise
-                path = record.split(b" ", 4)[-1]  # without the time, which makes every fault new
+                path = record.split(b" ", 5)[-1]  # without the time, which makes every fault new
                 told = printable(repr(os.fsdecode(path)), 300)
                 if len(faults) < MAX_FAULTS:
                     faults.append(printable(f"{told}: {error}"))
         if gone:
             self.log.info("transfer of %s: gone again: %d files", location, gone)
         return faults
+
+    def _sweep_steps(self, root: Path) -> Steps:
+        """Remove, once in our life, what a handler that was killed has left of its copies."""
+        if root in self._swept:
+            return
+        self._swept.add(root)
+        pause_at = CLOCK.monotonic() + SLICE_S
+        for path in broken_copies(root / self.vm_name):
+            if path is not None and path.name not in self._copying:
+                path.unlink(missing_ok=True)
+            if CLOCK.monotonic() >= pause_at:
+                yield 0
+                pause_at = CLOCK.monotonic() + SLICE_S
 
     def _finish_steps(self, argv: Sequence[str], more: float = 0.0) -> Steps:
         """Run a program of ours in the guest, holding up nothing else; return its status.
@@ -8485,10 +8671,13 @@ class VMResourceHandler:
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
             if listed.is_dir:
+                os.fchmod(folder, listed.mode | 0o700)
                 return True
             old = _copy_of(folder, parts[-1])
             known = (listed.size, listed.copy_mtime_ns)
             if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                if old.st_mode & 0o777 & ~listed.mode:
+                    os.chmod(parts[-1], old.st_mode & listed.mode, dir_fd=folder)
                 return True
             try:
                 yield from self._copy_steps(listed, folder, parts[-1], old)
@@ -8508,9 +8697,10 @@ class VMResourceHandler:
         another handler, knows it.
         """
         temporary = f".vmrm-{secrets.token_hex(8)}"
+        self._copying.add(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with os.fdopen(os.open(temporary, flags, 0o644, dir_fd=folder), "w+b") as sink:
+            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w+b") as sink:
                 kept = 0
                 if old and SMALL_BYTES < old.st_size <= listed.size:
                     kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
@@ -8518,6 +8708,7 @@ class VMResourceHandler:
                 pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
                 for _ in pull:
                     yield 0
+                os.fchmod(sink.fileno(), listed.mode)
             times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
             os.utime(temporary, ns=times, dir_fd=folder)
             _crash("transfer-before-rename")
@@ -8526,6 +8717,8 @@ class VMResourceHandler:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
             raise
+        finally:
+            self._copying.discard(temporary)
 
     def _keep_steps(
         self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
@@ -8591,6 +8784,8 @@ class VMResourceHandler:
                 raise
             answer = {"error": _one_line(error)}
         self._answer(row["id"], answer)
+        if not _is_wanted(folder):
+            forget_request(self.db, folder)
 
     def _answer(self, request: str, answer: Mapping[str, Any]) -> None:
         self.db.write(
@@ -8614,6 +8809,7 @@ class VMResourceHandler:
 
 # === commands on a VM at once ====================================================================
 
+MAX_UNSIZED_BYTES = 64 << 20  # of a file that is said to be empty
 COPY_REPORT_BYTES = 1 << 20  # how often a copy through a handler tells how far it is
 
 
@@ -8626,7 +8822,8 @@ def operation_steps(
         driver: Connected.
         operation: exec, push, pull or info.
         arguments: argv (exec) or remote (push, pull) and mode (push).
-        folder: Holds bulk data: `data` for push and pull, `out` and `err` of exec, `progress`.
+        folder: The request's: links `source` of push and `sink` of pull, `out` and `err` of exec,
+            `progress`.
     """
     operations = {"exec": _exec_steps, "push": _push_file, "pull": _pull_file, "info": _info_steps}
     return (yield from operations[operation](driver, arguments, folder))
@@ -8666,30 +8863,158 @@ def _code_of_no_start(
 
 
 def _push_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
-    """Copy `data` into the guest under a temporary name, then put it in its place."""
-    remote, guest = arguments["remote"], guest_of(driver)
-    temporary = f"{remote}.vmrm-{secrets.token_hex(4)}"
-    made = driver.run(guest.folder_argv(str(guest.flavour(remote).parent)))
-    if made.exitcode != 0:
-        raise VmrmError(f"the directory of {remote!r} cannot be made: {printable(made.err)}")
-    with (folder / "data").open("rb") as source:
-        yield from _report_steps(driver.push(source, temporary), folder)
-    status = driver.run(guest.move_argv(temporary, remote, arguments["mode"]))
-    if status.exitcode != 0:
-        raise VmrmError(f"cannot put {remote!r} in its place: {printable(status.err)}")
-    return {"bytes": (folder / "data").stat().st_size}
+    """Copy `source` into the guest, as long as it is now, then put it in its place."""
+    remote, size, token = arguments["remote"], arguments["size"], secrets.token_hex(8)
+    guest = guest_of(driver)
+    (folder / _BROKEN_OFF).write_text(json.dumps([remote, token]))
+    _crash("push-begun")
+    try:
+        argv = guest.receive_argv(remote, size, token)
+        path = yield from _told_steps(driver, argv, f"no place for {remote!r}")
+        with (folder / "source").open("rb") as source:
+            yield from _report_steps(
+                driver.push(cast(BinaryIO, _First(source, size)), path), folder
+            )
+        _crash("push-arrived")
+        argv = guest.deliver_argv(path, remote, arguments["mode"])
+        yield from _told_steps(driver, argv, f"cannot put {remote!r} in its place")
+    except (VmrmError, OSError) as error:
+        if _is_link_trouble(error):
+            raise
+        yield from _discard_steps(driver, folder)
+        raise
+    (folder / _BROKEN_OFF).unlink()
+    return {"bytes": size}
+
+
+class _First:
+    """The first bytes of a file that may be growing."""
+
+    def __init__(self, source: BinaryIO, size: int) -> None:
+        self.source, self.left = source, size
+
+    def read(self, size: int) -> bytes:
+        data = self.source.read(min(size, self.left))
+        self.left -= len(data)
+        return data
 
 
 def _pull_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
-    with (folder / "data").open("wb") as sink:
-        copy = guest_of(driver).pull(arguments["remote"], sink)
-        yield from _report_steps(copy, folder)
-    return {"bytes": (folder / "data").stat().st_size}
+    """Copy a file of the guest to `sink`, as long as it is now."""
+    remote, guest = arguments["remote"], guest_of(driver)
+    mode, size = 0o600, None
+    with contextlib.suppress(drivers.CommandDisabled, drivers.CommandMissing):
+        argv = guest.facts_argv(remote)
+        told = yield from _told_steps(driver, argv, f"cannot read {remote!r}")
+        try:
+            mode, size = parse_facts(told)
+        except VmrmError as error:
+            raise VmrmError(f"cannot read {remote!r}: {error}") from None
+    limit = size or MAX_UNSIZED_BYTES  # what the kernel writes has no size, as in /proc
+    with (folder / "sink").open("r+b") as sink:
+        try:
+            refuse_full(sink.fileno(), size or 0)
+        except OSError as error:
+            raise VmrmError(f"cannot read {remote!r}: {error.strerror}") from None
+        yield from _report_steps(guest.pull(remote, sink, limit=limit), folder)
+        if not size and sink.tell() >= limit:
+            raise VmrmError(f"{remote!r} has no size, and does not end")
+        return {"bytes": sink.tell(), "mode": mode}
+
+
+def _finished_steps(driver: drivers.AbstractDriver, argv: Sequence[str]) -> Steps:
+    """Run a short program of the guest without holding up anything else; return its status.
+
+    Raises:
+        VmrmError: it does not end.
+    """
+    deadline, interval = CLOCK.monotonic() + driver.timeout, 0.002
+    pid = driver.start(argv, capture=True)
+    while not (status := driver.status(pid)).exited:
+        if CLOCK.monotonic() >= deadline:
+            raise VmrmError(f"{argv[0]} does not end there within {driver.timeout:g} s")
+        yield interval
+        interval = min(interval * 1.5, 0.5)
+    return status
+
+
+def _told_steps(driver: drivers.AbstractDriver, argv: Sequence[str], what: str) -> Steps:
+    """Run a short program of the guest; return what it tells. Raises VmrmError if it fails."""
+    status = yield from _finished_steps(driver, argv)
+    if status.exitcode != 0:
+        raise VmrmError(f"{what}: {printable(status.err) or 'no reason given'}")
+    return status.out.decode(errors="replace").rstrip("\r\n")
+
+
+# A push that was broken off with its connection has its temporary file in the guest, and this
+# file, with what it takes to find that, in its request's directory, until somebody has removed it.
+_BROKEN_OFF = "broken-off"
+
+
+def _is_wanted(folder: Path) -> bool:
+    """Whether the client of a request still lives: it keeps its directory locked."""
+    return _is_locked(folder)
+
+
+def forget_request(db: Database, folder: Path) -> None:
+    """Remove what a request has left on this host, but not the note of what it left in a guest."""
+    import shutil
+
+    with contextlib.suppress(OSError):
+        sink = (folder / "sink").readlink()
+        if _OUR_TEMPORARY.fullmatch(sink.name):
+            sink.unlink()
+    if not (folder / _BROKEN_OFF).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
+        if db.value("SELECT 1 FROM requests WHERE id = :id", id=folder.name):
+            db.write("DELETE FROM requests WHERE id = :id", id=folder.name)
+
+
+def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
+    """Return the directories of requests that nobody works on any more, each with its VM's name."""
+    found = []
+    for folder in sorted(db.directory("requests").iterdir()):
+        working = db.value("SELECT claimed_by FROM requests WHERE id = :id", id=folder.name)
+        if not _is_wanted(folder) and (working is None or process_started(working) is None):
+            with contextlib.suppress(FileNotFoundError):  # it has just ended
+                found.append((folder, (folder / "vm").read_text()))
+    return found
+
+
+def forget_abandoned(db: Database) -> None:
+    """Remove from this host what commands have left that were killed."""
+    for folder, _ in abandoned_requests(db):
+        forget_request(db, folder)
+
+
+def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
+    """Remove from a guest what a push left there that was broken off, if it was."""
+    note = folder / _BROKEN_OFF
+    with contextlib.suppress(drivers.AgentError, VmrmError, ValueError, FileNotFoundError):
+        remote, token = json.loads(note.read_text())
+        yield from _finished_steps(driver, guest_of(driver).discard_argv(remote, token))
+        note.unlink()
+    yield 0
+
+
+def _discard_all_steps(db: Database, vm_name: str, driver: drivers.AbstractDriver) -> Steps:
+    """Remove from a guest what commands have left there that were killed."""
+    for folder, name in abandoned_requests(db):
+        if name == vm_name:
+            yield from _discard_steps(driver, folder)
+            forget_request(db, folder)
+    yield 0
 
 
 def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
-    told = 0
+    """Go on with a copy as long as somebody waits for it, and tell how far it is."""
+    told, looked_at = 0, CLOCK.monotonic()
     for moved in copy:
+        if CLOCK.monotonic() > looked_at + 0.5:
+            if not _is_wanted(folder):
+                raise VmrmError("the command has ended")
+            looked_at = CLOCK.monotonic()
         if moved - told >= COPY_REPORT_BYTES:
             told = moved
             (folder / "progress").write_text(str(moved))
@@ -8767,19 +9092,25 @@ class Remote:
         self.db, self.timeout = db, timeout
         self.config = _pool_config(db, server_name) or handler_config(db, server_name)
         self.name: str = self.config["vm_name"]
+        forget_abandoned(db)
         self.id = uuid.uuid4().hex
         self.folder = db.directory("requests", self.id)
+        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.folder / "vm").write_text(self.name)  # from here on it may be abandoned
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import shutil
-
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
-            if self.db.value("SELECT 1 FROM requests WHERE id = :id", id=self.id):
-                self.db.write("DELETE FROM requests WHERE id = :id", id=self.id)
+        os.close(self._lock)
+        claimed = None
+        with contextlib.suppress(Unavailable):
+            claimed = self.db.value(
+                "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL", id=self.id
+            )
+        if claimed is None or process_started(claimed) is None:  # else its handler will do it
+            forget_request(self.db, self.folder)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
@@ -8814,12 +9145,19 @@ class Remote:
         try:
             with agent_lock(self.config["path"], self.db.path, self._nap, self.timeout):
                 handler._connect(max(0.1, deadline.remaining()))
+                discard = _discard_all_steps(self.db, self.name, handler.driver)
+                run_steps(discard, time_to_wait)
                 begun = True
                 if operation == "reboot":
                     handler.reboot()
                     return {"boot": handler._boot}
                 steps = operation_steps(handler.driver, operation, arguments, self.folder)
-                return cast("dict[str, Any]", run_steps(steps, time_to_wait))
+                try:
+                    return cast("dict[str, Any]", run_steps(steps, time_to_wait))
+                except VmrmError as error:  # told as a handler would
+                    return {"error": str(error), "code": error.code}
+                finally:
+                    self._discard(handler)
         except _Handled:
             return None
         except drivers.AgentError as error:
@@ -8833,6 +9171,13 @@ class Remote:
         finally:
             if handler.driver is not None:
                 handler.driver.close()
+
+    def _discard(self, handler: VMResourceHandler) -> None:
+        """After the connection was lost, or we were told to end: leave nothing in the guest."""
+        if (self.folder / _BROKEN_OFF).exists():
+            with contextlib.suppress(drivers.DriverError, VMFailed):
+                handler._connect(min(self.timeout, 5))
+                run_steps(_discard_steps(handler.driver, self.folder), time_to_wait)
 
     def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         answered = WakeSocket(self.db, f"c-{self.id}")
@@ -12190,6 +12535,8 @@ def loose_ends(db: Database) -> list[str]:
         *(f"store: nothing names {path.name}" for path in unused_contents(db)),
         *(f"{path.name}: its experiment was purged" for path in purged_directories(db)),
         *(f"request {row['id']}: its client is gone" for row in _dead_requests(db)),
+        *(f"left-over of a command on VM {n!r}: {f}" for f, n in abandoned_requests(db)),
+        *(f"left-over of a transfer: {path}" for path in _broken_transfers(db)),
         *pool.dead_leases(),
     ]
 
@@ -12200,6 +12547,9 @@ def tie_up(db: Database) -> None:
     pool.reap()
     pool.drop_dead_waiters()
     remove_unused(db)
+    forget_abandoned(db)
+    for path in _broken_transfers(db):
+        path.unlink(missing_ok=True)
     for row in _dead_requests(db):
         db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
 
@@ -12210,6 +12560,18 @@ def _dead_requests(db: Database) -> list[dict[str, Any]]:
         for row in db.query("SELECT id, client_pid, client_started FROM requests")
         if process_started(row["client_pid"]) != row["client_started"]
     ]
+
+
+def _broken_transfers(db: Database) -> list[Path]:
+    """Return what handlers that were killed have left of their copies."""
+    tops = set()
+    for vm in db.query("SELECT server_name, ordinal, text FROM vms NATURAL JOIN schedules"):
+        if vm["text"] is not None and not _is_locked(_handler_lock(db, vm["ordinal"])):
+            for entry in parse_schedule(vm["text"]):
+                for item in entry.items("transfer"):
+                    root = item["destination"] or db.state_dir / "transfers"
+                    tops.add(Path(root) / vm["server_name"])
+    return sorted(path for top in tops for path in broken_copies(top) if path is not None)
 
 
 def _content_faults(db: Database, sha256: str, where: str) -> list[str]:
@@ -13401,13 +13763,13 @@ class Commands(_Public):
         if not is_guest_path(remote):
             raise UsageError(f"remote path {remote!r} is not absolute")
         target = remote + source.name if remote.endswith("/") else remote
-        mode = f"{source.stat().st_mode & 0o755:o}"
-        import shutil
-
+        with source.open("rb") as opened:  # which this user may not be allowed to
+            facts = os.fstat(opened.fileno())
+        mode, size = f"{facts.st_mode & 0o755:o}", facts.st_size
         with Remote(self._open(), name, timeout) as access:
-            shutil.copyfile(source, access.folder / "data")
-            with self._progress(access.folder, source.stat().st_size):
-                return access.do("push", remote=target, mode=mode)
+            (access.folder / "source").symlink_to(source.absolute())
+            with self._progress(access.folder, size):
+                return access.do("push", remote=target, mode=mode, size=size)
 
     @command
     def pull(self, vm: str, remote: str, local: str = ".", *, timeout: float = 30.0) -> object:
@@ -13427,18 +13789,23 @@ class Commands(_Public):
             target /= (PureWindowsPath if windows else PurePosixPath)(remote).name
         if not target.parent.is_dir():
             raise UsageError(f"there is no directory {str(target.parent)!r}")
-        import shutil
-
+        if target.exists() and not target.is_file():
+            raise UsageError(f"{str(target)!r} is not a file")
+        temporary = target.absolute().with_name(f".vmrm-{secrets.token_hex(8)}")
         with Remote(self._open(), self._any_vm(vm), timeout) as access:
-            with self._progress(access.folder, None):
-                answer = access.do("pull", remote=remote)
-            temporary = target.with_name(f".vmrm-{secrets.token_hex(4)}")
+            (access.folder / "sink").symlink_to(temporary)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             try:
-                shutil.copyfile(access.folder / "data", temporary)
+                with self._progress(access.folder, None):
+                    answer = access.do("pull", remote=remote)
+                mask = os.umask(0o077)
+                os.umask(mask)
+                temporary.chmod(answer["mode"] & ~mask)
+                _crash("pull-before-rename")
                 temporary.rename(target)
             finally:
                 temporary.unlink(missing_ok=True)
-            return answer
+        return {"bytes": answer["bytes"]}
 
     @contextlib.contextmanager
     def _progress(self, folder: Path, total: int | None) -> Iterator[None]:

@@ -78,7 +78,7 @@ def copies(lab: Lab) -> Path:
 def test_a_name_of_megabytes_is_cut_wherever_it_is_told(
     tmp_path: Path, lying_find: Callable[[str], None]
 ) -> None:
-    lying_find('out.write(b"f 5 1 9 /" + b"A\\x1b" * (5 << 20) + b"\\0")')
+    lying_find('out.write(b"f 644 5 1 9 /" + b"A\\x1b" * (5 << 20) + b"\\0")')
     with lab_of(tmp_path, transfer()) as lab:
         done = lab.run("run")
         assert done.returncode == 1
@@ -168,7 +168,7 @@ def test_new_bad_names_at_every_pass_do_not_fill_the_log(
 ) -> None:
     lying_find(
         f"open({str(tmp_path / 'passes')!r}, 'a').write('x')\n"
-        'out.write(b"".join(b"f 0 1 9 /%s/../b\\0" % os.urandom(8).hex().encode()'
+        'out.write(b"".join(b"f 644 0 1 9 /%s/../b\\0" % os.urandom(8).hex().encode()'
         " for n in range(3000)))"
     )
     with lab_of(tmp_path, transfer(interval=0.1)) as lab:

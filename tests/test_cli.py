@@ -670,7 +670,7 @@ def test_push_into_a_directory_over_a_file_and_onto_a_directory(
     refused(either("push", "vm1", source, "/etc/vmrm-test"), "outside of the agent's root", 1)
     refused(either("push", "vm1", source, "relative"), "'relative' is not absolute")
     refused(either("push", "vm1", tmp_path / "nosuch", "/x"), "there is no file")
-    refused(either("push", "vm1", tmp_path, "/x"), "there is no file")
+    refused(either("push", "vm1", tmp_path, "/x"), "is a directory")
     assert [path.name for path in (root / "bin").iterdir()] == ["tool"]
 
 

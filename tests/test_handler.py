@@ -433,13 +433,15 @@ def test_a_listed_path_that_leads_elsewhere_is_refused(path: str) -> None:
     "record",
     [
         b"",
-        b"f 1 2 3",
-        b"f -1 2 3 /a",
-        b"x 1 2 3 /a",
-        b"f 1 2 3 a",
-        b"f 1 2 3 C:a",
-        b"f 9999999999999999999 1 2 /a",
-        b"f 1 1 2 /\xff",
+        b"f 644 1 2 3",
+        b"f 999 1 2 3 /a",
+        b"f 1 2 3 /a",
+        b"f 644 -1 2 3 /a",
+        b"x 644 1 2 3 /a",
+        b"f 644 1 2 3 a",
+        b"f 644 1 2 3 C:a",
+        b"f 644 9999999999999999999 1 2 /a",
+        b"f 644 1 1 2 /\xff",
     ],
 )
 def test_a_hostile_list_is_refused(record: bytes) -> None:

@@ -65,9 +65,9 @@ class Guest:
     def install(self, entry: ScheduleEntry, *, title: str = "a test") -> None:
         """Lay out an entry's contents and scripts as a handler does, by the layout script."""
         place = self.launch / "-5" / "prog"
-        entry.working_dir = place
+        entry.working_dir = place / "work" if entry.options.get("user") else place
         entry.call_arguments_filename = place / "call_arguments.sh"
-        entry.reboot_filepath = place / "reboot"
+        entry.reboot_filepath = entry.working_dir / "reboot"
         stage = self.launch / ".stage"
         stage.mkdir(exist_ok=True)
         contents = [vmrm.text_content(item["content"]) for item in entry.items("content")]
@@ -90,7 +90,8 @@ class Guest:
             (stage / f"{staged.sha256}.part").write_bytes(staged.source().read())
             layout.append(f"keep {staged.sha256} {staged.size}")
         for staged, path, user in scripts:
-            layout.append(f"script {staged.sha256} {shlex.quote(str(path))} {shlex.quote(user)}")
+            words = shlex.join([str(path), user, str(entry.working_dir)])
+            layout.append(f"script {staged.sha256} {words}")
         done = self.sh("\n".join(layout))
         if done.returncode:
             raise RuntimeError(done.stderr.decode())
@@ -715,5 +716,5 @@ def test_any_list_of_arguments_is_quoted_so_that_a_shell_gives_it_back(
     arguments: list[str],
 ) -> None:
     entry = program("prog", *arguments)
-    last = vmrm.run_commands(entry).split("\n", 1)[1]
+    last = vmrm.run_commands(entry).split("\n", 2)[2]
     assert words_of(last) == ["exec", "prog", *arguments]

@@ -546,3 +546,27 @@ def test_a_refused_reboot_is_an_error_and_keeps_the_connection() -> None:
         with pytest.raises(drivers.AgentError):
             driver.reboot()
         assert driver.connected_now
+
+
+def drip(request: Request) -> bytes:
+    """Answer as an agent that reads and writes a byte at a time and never comes to an end."""
+    values = {
+        "guest-file-open": 1000,
+        "guest-file-read": {"count": 1, "buf-b64": encoded(b"x"), "eof": False},
+        "guest-file-write": {"count": 1, "eof": False},
+    }
+    return reply(request, values.get(request["execute"], {}))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda driver: list(driver.pull("/f", io.BytesIO(), limit=1 << 40)),
+        lambda driver: driver.read_bytes("/f", limit=1 << 18),
+        lambda driver: list(driver.push(io.BytesIO(bytes(1 << 20)), "/f")),
+    ],
+)
+def test_a_file_that_comes_byte_by_byte_is_given_up(copy: Any) -> None:
+    with scripted(drip) as (driver, agent), pytest.raises(drivers.AgentError, match="crumbs"):
+        copy(driver)
+    assert len(agent.requests) < 100

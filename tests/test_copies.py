@@ -1,0 +1,310 @@
+"""`push`, `pull` and transfers: modes are kept, every copy ends, and what is broken off leaves
+nothing behind, neither here nor in the guest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HostAgent
+from lab import Lab, stand_ins
+
+Agents = Callable[..., HostAgent]
+BIG = 400 << 20  # bytes, of which none are on a disk; it takes an agent many seconds
+
+
+def load(lab: Lab, path: Path, *schedule: dict[str, Any]) -> None:
+    machine = {
+        "name": "vm1",
+        "path": str(path),
+        "launch_dir": f"{lab.guest(1)}/launch",
+        "agent_timeout": 20,
+        "set_time": False,
+        "schedule": list(schedule),
+    }
+    text = json.dumps({"experiment": {"start_buffer": 0}, "vm": [machine]})
+    (lab.folder / "lab.json").write_text(text)
+    done = lab.run("load", str(lab.folder / "lab.json"))
+    assert done.returncode == 0, done.stderr
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+    return value
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A lab with one stand-in, and an experiment that does nothing."""
+    made = Lab(tmp_path)
+    with stand_ins(tmp_path / "agents", 1):
+        (tmp_path / "here").mkdir()
+        load(made, tmp_path / "agents" / "1.sock", {"start_time": 1, "executable": "true"})
+        yield made
+
+
+@contextlib.contextmanager
+def handled(lab: Lab, by_handler: bool) -> Iterator[None]:
+    """Let a handler have the VM while the body runs, or nobody."""
+    if not by_handler:
+        yield
+        return
+    with lab.start("run", "--stay") as run:
+        until(lab.handler_pids)
+        try:
+            yield
+        finally:
+            lab.run("stop")
+            run.communicate()
+
+
+def sparse(path: Path, size: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+# === Modes =======================================================================================
+
+
+@pytest.mark.parametrize("by_handler", [False, True])
+def test_pull_keeps_a_mode_and_never_widens_it(lab: Lab, by_handler: bool) -> None:
+    modes = {0o600: 0o600, 0o4711: 0o711, 0o666: 0o644}
+    old = os.umask(0o022)
+    try:
+        with handled(lab, by_handler):
+            for number, (there, here) in enumerate(modes.items()):
+                source = lab.guest(1) / f"f{number}"
+                source.write_text("secret")
+                source.chmod(there)
+                target = lab.folder / "here" / source.name
+                done = lab.run("pull", "vm1", str(source), str(target))
+                assert done.returncode == 0, done.stderr
+                assert (oct(mode(target)), target.read_text()) == (oct(here), "secret")
+    finally:
+        os.umask(old)
+
+
+def test_transfers_keep_modes_and_narrow_what_the_guest_narrows(lab: Lab) -> None:
+    there = lab.guest(1) / "there"
+    (there / "private").mkdir(parents=True)
+    for name, wanted in (("a", 0o600), ("b", 0o644), ("private/c", 0o666), ("d", 0o755)):
+        (there / name).write_text(name)
+        (there / name).chmod(wanted)
+        os.utime(there / name, (1, 1))
+    (there / "private").chmod(0o700)
+    item = [{"location": str(there), "destination": str(lab.folder / "out")}]
+    entries = [
+        {"start_time": -3, "transfer": item},
+        {"start_time": -2, "executable": "chmod", "arguments": ["600", f"{there}/b"]},
+        {"start_time": -1, "transfer": item},
+    ]
+    assert lab.run("destroy", "--yes").returncode == 0
+    load(lab, lab.folder / "agents" / "1.sock", *entries)
+    done = lab.run("run", VMRM_TIMEOUT_SCALE="0.2")
+    assert done.returncode == 0, f"{done.stderr}{lab.logs()}"
+    out = Path(f"{lab.folder}/out/vm1{there}")
+    modes = {name: oct(mode(out / name)) for name in ("a", "b", "private", "private/c", "d")}
+    assert modes == {"a": "0o600", "b": "0o600", "private": "0o700"} | {
+        "private/c": "0o644",
+        "d": "0o755",
+    }
+
+
+# === Bounds ======================================================================================
+
+
+@pytest.mark.qga
+def test_pull_takes_files_alone_and_as_long_as_they_are_when_it_begins(
+    qemu_ga: Agents, tmp_path: Path
+) -> None:
+    lab, here = Lab(tmp_path), tmp_path / "here"
+    here.mkdir()
+    load(lab, qemu_ga().path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        ("/dev/zero", "not a file"),
+        (tmp_path / "pipe", "not a file"),
+        (tmp_path, "not a file"),
+        (tmp_path / "no", "No such file"),
+        (sparse(tmp_path / "huge", 8 << 40), "no space on the host"),
+    ):
+        done = lab.run("pull", "vm1", str(path), str(here / "x"))
+        assert (done.returncode, why in done.stderr) == (1, True), (path, done.stderr)
+    done = lab.run("pull", "vm1", "/proc/version", str(here / "version"))
+    assert done.returncode == 0, done.stderr
+    assert (here / "version").read_text() == Path("/proc/version").read_text()
+    growing = sparse(tmp_path / "growing", 32 << 20)
+    script = 'while :; do head -c 1000000 /dev/zero >> "$0"; done'
+    with subprocess.Popen(["timeout", "60", "sh", "-c", script, str(growing)]) as writer:
+        try:
+            done = lab.run("pull", "vm1", str(growing), str(here / "grown"))
+        finally:
+            writer.terminate()
+    assert done.returncode == 0, done.stderr
+    assert 32 << 20 <= (here / "grown").stat().st_size < growing.stat().st_size
+    done = lab.run("push", "vm1", str(tmp_path / "huge"), f"{tmp_path}/pushed")
+    assert (done.returncode, "no space in the VM" in done.stderr) == (1, True), done.stderr
+    done = lab.run("pull", "vm1", "/proc/version", "/dev/null")
+    assert (done.returncode, "is not a file" in done.stderr) == (2, True), done.stderr
+    assert sorted(p.name for p in here.iterdir()) == ["grown", "version"]
+    assert not list(tmp_path.rglob(".vmrm-*"))
+    assert lab.run("check").returncode == 0
+
+
+@pytest.mark.qga
+@pytest.mark.parametrize(("operation", "program"), [("push", "mkdir"), ("pull", "ls")])
+def test_a_program_of_the_guest_that_never_ends_does_not_hold_a_copy(
+    qemu_ga: Agents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, program: str
+) -> None:
+    fake = tmp_path / "bin" / program
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\nexec sleep 1000\n")
+    fake.chmod(0o755)
+    lab = Lab(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+        agent = qemu_ga()
+    load(lab, agent.path)
+    (tmp_path / "f").write_text("x")
+    (tmp_path / "to").mkdir()
+    target = f"{tmp_path}/to/{'new/' if operation == 'push' else ''}g"
+    words = [operation, "vm1", str(tmp_path / "f"), target]
+    try:
+        done = lab.run(*words, VMRM_TIMEOUT_SCALE="0.05", timeout=60)
+        assert done.returncode == 1
+        assert "does not end" in done.stderr
+    finally:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes(), (folder / "environ").read_text()
+                if words[0] == b"sleep\x001000\x00" and str(fake.parent) in words[1]:
+                    os.kill(int(folder.name), signal.SIGKILL)
+
+
+# === Broken off ==================================================================================
+
+
+def begin(lab: Lab, operation: str) -> tuple[subprocess.Popen[str], Path]:
+    """Begin a long copy; return its process and where its temporary file lies."""
+    if operation == "push":
+        source, folder = sparse(lab.folder / "big", BIG), lab.guest(1) / "to"
+        process = lab.start("push", "vm1", str(source), f"{folder}/big")
+    else:
+        source, folder = sparse(lab.guest(1) / "big", BIG), lab.folder / "here"
+        process = lab.start("pull", "vm1", str(source), f"{folder}/big")
+    until(lambda: process.poll() is not None or left(folder))
+    assert process.poll() is None, process.communicate()
+    return process, folder
+
+
+def left(folder: Path) -> list[Path]:
+    """Return what lies under a temporary name and has content."""
+    found = [p for p in folder.rglob("*") if ".vmrm-" in str(p.relative_to(folder))]
+    return [p for p in found if p.is_file() and p.stat().st_size]
+
+
+def remains(lab: Lab) -> list[str]:
+    """Return all that a copy may leave, on either side."""
+    places = (lab.folder / "here", lab.guest(1), lab.folder / "lab.db.d" / "requests")
+    return [str(p) for place in places for p in place.rglob("*") if p.name != "big"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [("push", signal.SIGTERM), ("pull", signal.SIGHUP), ("push", signal.SIGINT)],
+)
+def test_a_signal_ends_a_copy_and_nothing_is_left(
+    lab: Lab, operation: str, number: signal.Signals
+) -> None:
+    process, folder = begin(lab, operation)
+    with process:
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode in (128 + number, 130)
+    assert [name for name in remains(lab) if name != str(folder)] == []
+    assert not (folder / "big").exists()
+    assert lab.run("check").returncode == 0
+
+
+@pytest.mark.parametrize("operation", ["push", "pull"])
+def test_what_a_killed_copy_leaves_is_named_and_removed(lab: Lab, operation: str) -> None:
+    process, folder = begin(lab, operation)
+    with process:
+        process.kill()
+        process.communicate()
+    assert left(folder)
+    named = lab.run("check")
+    assert (named.returncode, "'vm1'" in named.stdout + named.stderr) == (1, True), named
+    assert lab.run("check", "--fix").returncode in (0, 1)
+    if operation == "push":  # it is the guest that has it
+        assert left(folder)
+        assert lab.run("exec", "vm1", "true").returncode == 0
+    assert [name for name in remains(lab) if name != str(folder)] == []
+    assert lab.run("check").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "number"), [("push", signal.SIGTERM), ("pull", signal.SIGKILL)]
+)
+def test_a_handler_breaks_off_the_copy_of_a_client_that_has_gone(
+    lab: Lab, operation: str, number: signal.Signals
+) -> None:
+    with handled(lab, True):
+        process, folder = begin(lab, operation)
+        with process:
+            process.send_signal(number)
+            process.communicate()
+        until(lambda: not left(folder) or None)
+        if number is signal.SIGKILL:
+            assert lab.run("exec", "vm1", "true").returncode == 0
+        until(lambda: not [n for n in remains(lab) if re.search("vmrm-|requests/", n)])
+        assert not (folder / "big").exists()
+        assert lab.run("exec", "vm1", "echo", "well").stdout == "well\n"
+    assert lab.run("check").returncode == 0
+
+
+def test_what_a_killed_handler_leaves_of_a_push_is_removed_by_the_next(lab: Lab) -> None:
+    with handled(lab, True):
+        process, folder = begin(lab, "push")
+        with process:
+            (pid,) = lab.handler_pids()
+            os.kill(pid, signal.SIGKILL)
+            process.communicate()
+        assert process.returncode == 255
+        until(lambda: [p for p in lab.handler_pids() if p != pid])
+        until(lambda: not [n for n in remains(lab) if re.search("vmrm-|requests/", n)])
+    assert not (folder / "big").exists()
+
+
+def test_what_a_killed_handler_leaves_of_a_transfer_is_removed_by_the_next(lab: Lab) -> None:
+    source, out = lab.guest(1) / "data", lab.folder / "out"
+    source.write_text("content")
+    item = [{"location": str(source), "destination": str(out)}]
+    assert lab.run("destroy", "--yes").returncode == 0
+    load(lab, lab.folder / "agents" / "1.sock", {"start_time": -1, "transfer": item})
+    alone = lab.run("handle", "vm1", VMRM_CRASH="transfer-before-rename:1")
+    assert alone.returncode != 0
+    assert left(out)
+    named = lab.run("check")
+    assert (named.returncode, str(left(out)[0]) in named.stdout + named.stderr) == (1, True), named
+    assert lab.run("run").returncode == 0
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["data"]
+    assert lab.run("check").returncode == 0
