@@ -248,3 +248,17 @@ def test_a_store_remove_that_was_killed_is_named_and_can_be_finished(tmp_path: P
     assert lab.run("check").returncode == 1
     assert lab.run("check", "--fix").returncode == 0
     assert left(lab) == []
+
+
+def test_a_load_that_was_killed_can_be_repeated(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    (tmp_path / "hello").write_text("content\n")
+    item = {"location": "hello", "filename": "hello"}
+    lab.write(lambda _: [{"start_time": 1, "executable": "true", "file": [item]}])
+    killed = lab.run("load", str(tmp_path / "lab.json"), VMRM_CRASH="store-before-rename:1")
+    assert killed.returncode == -signal.SIGKILL
+    assert lab.run("check").returncode == 1
+    assert lab.run("load", str(tmp_path / "lab.json")).returncode == 0
+    assert lab.run("check", "--fix").returncode == 0
+    (kept,) = (tmp_path / "lab.db.d/store").iterdir()
+    assert kept.read_text() == "content\n"
