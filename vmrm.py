@@ -9026,7 +9026,9 @@ def _info_steps(
 ) -> Steps:
     yield 0
     info = driver.info()
-    disabled = [c["name"] for c in info.get("supported_commands", []) if not c["enabled"]]
+    disabled = [
+        printable(c["name"]) for c in info.get("supported_commands", []) if not c["enabled"]
+    ]
     facts: dict[str, Any] = {"agent": "", "health": driver.health()}
     asked: dict[str, Callable[[], Any]] = {
         "agent": lambda: _guest_text(info.get("version", "")),
@@ -9049,15 +9051,16 @@ def _info_steps(
 def _guest_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("the guest tells no text")
-    return value
+    return printable(value)
 
 
 def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [
+    told = (
         _guest_text(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
         for interface in interfaces
         for address in interface.get("ip-addresses", [])
-    ]
+    )
+    return list(itertools.islice(told, MAX_FAULTS))
 
 
 def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:

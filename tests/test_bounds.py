@@ -23,7 +23,7 @@ from lab import stand_ins as lab_agents
 
 import vmrm
 
-TREE = "/srv/data"  # what the guest is asked for; there is nothing on this host
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -99,6 +99,23 @@ def test_a_name_of_megabytes_that_the_agent_answers_is_cut() -> None:
     assert len(str(error)) <= 1000
     assert str(error).endswith("…")
     assert "\x1b" not in str(error)
+
+
+def test_what_a_guest_tells_of_itself_is_cut(tmp_path: Path) -> None:
+    long = "n\x1b" * 20_000  # longer ones are refused as a whole
+    address = {"ip-address": long, "ip-address-type": "ipv4", "prefix": 24}
+    interface = {"name": "eth0", "ip-addresses": [address] * 3}
+    lab = Lab(tmp_path)
+    with stand_in(tmp_path / "agent") as honest, hostile(honest.path, tmp_path / "h") as guest:
+        guest.rules["guest-get-host-name"] = lambda asked: [asked.line({"host-name": long})]
+        guest.rules["guest-network-get-interfaces"] = lambda asked: [asked.line([interface])]
+        with vmrm.Database(lab.db) as db:
+            vmrm.VMMapping(db=db).put("u", "vm", path=str(guest.path))
+        told = lab.run("info", "vm")
+    assert told.returncode == 0, told.stderr
+    assert "host_name\tn" in told.stdout or "host_name\tunknown" in told.stdout
+    assert len(told.stdout) < 10_000
+    assert "\x1b" not in told.stdout
 
 
 @pytest.mark.parametrize(
@@ -253,9 +270,6 @@ def sizes(lab: Lab) -> dict[str, int]:
     logs = lab.folder / "lab.db.d" / "logs.1"
     paths = [*logs.glob("vm1.*"), *(logs / "vm1").iterdir()]
     return {path.name: path.stat().st_size for path in paths}
-
-
-MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
