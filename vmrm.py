@@ -8966,6 +8966,8 @@ def forget_request(db: Database, folder: Path) -> None:
             sink.unlink()
     if not (folder / _BROKEN_OFF).exists():
         shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a client that was killed leaves its socket, too
+        (db.state_dir / "wake" / f"c-{folder.name}").unlink(missing_ok=True)
     with contextlib.suppress(Unavailable):  # "it may have run" must not become "try again"
         if db.value("SELECT 1 FROM requests WHERE id = :id", id=folder.name):
             db.write("DELETE FROM requests WHERE id = :id", id=folder.name)
