@@ -257,7 +257,7 @@ def test_journal_and_guests_agree_whatever_is_done_to_them(
                 commands.over.set()
                 commanding.result()
                 lab.run("resume", "vm1", "vm2")
-                _, err = run.communicate(timeout=240)
+                _, err = run.communicate(timeout=400)
             except subprocess.TimeoutExpired:
                 run.kill()
                 log = "\n".join(commands.log)
