@@ -73,7 +73,7 @@ def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
     with running(lab, agent, **IMPATIENT) as run:
         record = launch / "record"
         until(lambda: record.exists() and "3 begin" in record.read_text())
-        for n in range(14, 17):
+        for n in range(14, 16):
             log = len(lab.logs(whole=True))
             os.kill(agent, signal.SIGSTOP)
             until(lambda seen=log: "connecting anew" in lab.logs(whole=True)[seen:])
@@ -87,7 +87,7 @@ def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
         assert run.wait(60) == 0, lab.logs()
     lab.audit()
     assert set(told(lab).values()) == {1}, lab.logs()
-    assert [row[1:] for row in outcomes(lab)] == [("done", 0, "")] * 16
+    assert [row[1:] for row in outcomes(lab)] == [("done", 0, "")] * 15
     first = next(row for row in tables.attempts(lab.db) if row["ordinal"] == 1)
     assert first["ended_at"] - first["sent_at"] > 8.9
 
@@ -97,17 +97,16 @@ def test_a_guest_that_was_paused_while_news_came_is_met_by_one_handler(
 STUBBORN = "trap 'echo \"$N term\" >> ../../record' TERM; for n in $(seq 80); do sleep 0.1; done"
 
 
-def kill_meanwhile(lab: Lab, agent: int, *meanwhile: Callable[[], object]) -> list[str]:
+def kill_meanwhile(lab: Lab, *meanwhile: Callable[[], object]) -> list[str]:
     """Run, stop with --kill once entry 1 runs; return what the guest has recorded after TERM.
 
     Args:
         lab: Loaded; its entry 1 notes the TERM and goes on until it is killed.
-        agent: Its pid, or 0.
         meanwhile: What to do after TERM, while the handler waits for entry 1 to end.
     """
     record = lab.guest(1) / "launch" / "record"
     noted = lambda word: record.exists() and word in record.read_text()  # noqa: E731
-    with running(lab, agent, "--allow-host", VMRM_TIMEOUT_SCALE="1") as run:
+    with running(lab, 0, "--allow-host", VMRM_TIMEOUT_SCALE="1") as run:
         until(lambda: noted("1 begin"))
         with lab.start("stop", "--kill") as stop:
             until(lambda: noted("1 term"))
@@ -119,16 +118,13 @@ def kill_meanwhile(lab: Lab, agent: int, *meanwhile: Callable[[], object]) -> li
     return lines[lines.index("1 term") + 1 :]
 
 
-def test_after_stop_kill_no_entry_starts_that_falls_due_in_the_grace(
-    frozen: tuple[Lab, Path, int],
-) -> None:
-    lab, path, agent = frozen
-    launch = lab.guest(1) / "launch"
+def test_after_stop_kill_no_entry_starts_that_falls_due_in_the_grace(lab: Lab) -> None:
+    path, launch = lab.folder / "agents" / "1.sock", lab.guest(1) / "launch"
     note = {"arguments": ["-c", f"echo host begin >> {launch}/record"], "on_host": True}
     host = [{"start_time": 3 + n, "executable": "/bin/sh", **note} for n in range(4)]
     due = [entry(n, 3 + 0.1 * n) for n in range(2, 34)]
     load(lab, vm("vm1", path, launch, entry(1, 0.1, STUBBORN), *due, *host))
-    after = kill_meanwhile(lab, agent)
+    after = kill_meanwhile(lab)
     assert not [line for line in after if line.endswith("begin")], lab.logs()
 
 
@@ -140,7 +136,6 @@ def test_after_stop_kill_nothing_starts_by_another_command(lab: Lab, tmp_path: P
     note = ["sh", "-c", f"echo exec begin >> {launch}/record"]
     after = kill_meanwhile(
         lab,
-        0,
         lambda: late.append(lab.start("exec", "--timeout", "2", "vm1", *note)),
         lambda: lab.run("retry", "vm1", "2"),
         lambda: lab.run("schedule", "add", "vm1", str(more)),
@@ -151,7 +146,7 @@ def test_after_stop_kill_nothing_starts_by_another_command(lab: Lab, tmp_path: P
 
 def test_a_handler_killed_in_the_grace_is_followed_by_one_that_starts_nothing(lab: Lab) -> None:
     only(lab, entry(1, 0.1, STUBBORN), *(entry(n, 0.3 * n) for n in range(2, 30)))
-    after = kill_meanwhile(lab, 0, lambda: [kill(pid) for pid in lab.handler_pids()])
+    after = kill_meanwhile(lab, lambda: [kill(pid) for pid in lab.handler_pids()])
     assert not [line for line in after if line.endswith("begin")], lab.logs()
 
 

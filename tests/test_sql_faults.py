@@ -82,7 +82,7 @@ def failing(folder: Path, role: str, number: int) -> None:
 def test_a_statement_that_fails_loses_nothing_and_repeats_nothing(
     tmp_path: Path, role: str, last: int
 ) -> None:
-    at_once(*(partial(failing, tmp_path, role, number) for number in chosen(1, last, 6)))
+    at_once(*(partial(failing, tmp_path, role, number) for number in chosen(1, last, 4)))
 
 
 def keeping(folder: Path, number: int) -> None:
@@ -117,4 +117,4 @@ def keeping(folder: Path, number: int) -> None:
 
 
 def test_a_statement_of_the_keeper_that_fails_loses_no_machine(tmp_path: Path) -> None:
-    at_once(*(partial(keeping, tmp_path, number) for number in chosen(OPENING, 200, 6)))
+    at_once(*(partial(keeping, tmp_path, number) for number in chosen(OPENING, 200, 4)))
