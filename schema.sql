@@ -49,6 +49,7 @@ CREATE TABLE vms (
     "current_time" TEXT NOT NULL DEFAULT '',   -- the schedule time reached; '' until contacted
     control_ip TEXT NOT NULL DEFAULT '',
     path TEXT NOT NULL DEFAULT '',             -- the agent's address; '' cannot be run
+    address TEXT NOT NULL DEFAULT '',          -- the same in one spelling, if it is the VM's own
     pool TEXT NOT NULL DEFAULT '',             -- the group it is leased from: path comes with it
     pool_vm TEXT NOT NULL DEFAULT '',          -- its name there
     pool_token TEXT NOT NULL DEFAULT '',       -- the lease's, one for all VMs of the experiment

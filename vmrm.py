@@ -1198,7 +1198,9 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     steps = Migrations("vmrm")
 
     def version_3(db: Utils) -> None:
-        """Tell the pool's machines apart, and name each attempt's directory in the guest."""
+        """Tell machines apart, and name each attempt's directory in the guest."""
+        for vm in with_addresses(db.query("SELECT server_name, path, pool FROM vms")):
+            db.execute("UPDATE vms SET address = :address WHERE server_name = :server_name", vm)
         _find_twins(db.conn)
         db.execute("UPDATE attempts SET claim = 'attempt.' || attempt")
 
@@ -1581,8 +1583,7 @@ class VMMapping(_Served):
             ValueError: as `prepare_put`, or another VM has one of the names.
             Conflict: one is a machine of the pool.
         """
-        entries = [self.prepare_put(entry) for entry in server_list]
-        refuse_pool_machines(self.db, entries)
+        entries = with_addresses(map(self.prepare_put, server_list))
         with _changing_vms(self.db) as connection:
             _insert_vms(connection, entries)
 
@@ -1703,18 +1704,20 @@ def _only_vm(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, Any]]) -> None:
     for entry in entries:
+        _refuse_pool_machine(connection, entry)
         try:
             connection.execute(
                 """INSERT INTO vms (server_uuid, server_name, state, state_at, "current_time",
-                       control_ip, path, pool, engine, launch_dir, agent_timeout_s, set_time)
-                   VALUES (:server_uuid, :server_name, :state, :now, :current_time,
-                       :control_ip, :path, :pool, :engine, :launch_dir, :agent_timeout_s, :set_time)
+                       control_ip, path, address, pool, engine, launch_dir, agent_timeout_s,
+                       set_time)
+                   VALUES (:server_uuid, :server_name, :state, :now, :current_time, :control_ip,
+                       :path, :address, :pool, :engine, :launch_dir, :agent_timeout_s, :set_time)
                    ON CONFLICT (server_uuid) DO UPDATE SET
                        server_name = excluded.server_name, state = excluded.state,
                        state_at = excluded.state_at, reason = '',
                        "current_time" = excluded."current_time",
                        control_ip = excluded.control_ip, path = excluded.path,
-                       pool = excluded.pool, engine = excluded.engine,
+                       address = excluded.address, pool = excluded.pool, engine = excluded.engine,
                        launch_dir = excluded.launch_dir,
                        agent_timeout_s = excluded.agent_timeout_s,
                        set_time = excluded.set_time""",
@@ -3462,9 +3465,10 @@ class VmDescriptor:
             VmError: the pool has no such VM, it cannot move to this state, its fields do not go
                 together, or it is the machine of another.
         """
-        for key, value in _pool_machine(db, self.vm_ip, self.path).items():
-            setattr(self, key, value)
-        fields, read = dataclasses.asdict(self), vars(self).get("_read", {})
+        read = vars(self).get("_read", {})
+        if {("vm_ip", self.vm_ip), ("path", self.path)} - read.items():
+            vars(self).update(_pool_machine(self.vm_ip, self.path))
+        fields = dataclasses.asdict(self)
         changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
@@ -3814,12 +3818,11 @@ def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
     return str(drivers.Address(address.family, cast("tuple[str, int]", (host, port))))
 
 
-def _pool_machine(db: Database, vm_ip: str, path: str) -> dict[str, str]:
+def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
     """Return the columns of pool_vms that say which machine a VM is.
 
     Raises:
         ValueError: there can be no agent at that path.
-        VmError: the experiment has it for its own.
     """
     import ipaddress
 
@@ -3829,19 +3832,16 @@ def _pool_machine(db: Database, vm_ip: str, path: str) -> dict[str, str]:
         return {"vm_ip": vm_ip, "path": "", "address": ""}
     address, plain = agent_address(path), str(drivers.parse_address(path).target)
     if address.startswith("/"):
-        if not (Path(address).exists() or "/" in path or path.startswith("unix:")):
-            hint = "a path has a slash, or there is a socket of that name"
-            raise WrongValue(f"address {path!r} is none: {hint}")
-        if Path(address).exists() and not Path(address).is_socket():
-            raise WrongValue(f"address {path!r} is none: {address!r} is no socket")
+        try:
+            if not stat.S_ISSOCK(Path(address).stat().st_mode):
+                raise WrongValue(f"address {path!r} is none: {address!r} is no socket")
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a guest that is off
+            if not ("/" in path or path.startswith("unix:")):
+                hint = "a path has a slash, or there is a socket of that name"
+                raise WrongValue(f"address {path!r} is none: {hint}") from None
+        except OSError as error:
+            raise WrongValue(f"address {path!r} is none: {error.strerror}") from None
         path = str(Path.cwd() / plain)
-    rows = db.query("SELECT server_name, path FROM vms WHERE pool = '' AND path <> ''")
-    for row in rows:
-        if _address_or_path(row["path"]) == address:
-            raise VmError(
-                f"{path!r} is the path of the experiment's VM {row['server_name']!r}",
-                "One machine serves the pool or an experiment: destroy that one first",
-            )
     return {"vm_ip": vm_ip, "path": path, "address": address}
 
 
@@ -3852,48 +3852,60 @@ def _address_or_path(path: str) -> str:
     return path
 
 
-def refuse_pool_machines(db: Database, vms: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse VMs of an experiment whose own path is that of a machine of the pool.
+def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return VMs of an experiment with the address of each one's own path, as it leads now."""
+    return [
+        {**vm, "address": _address_or_path(vm["path"]) if vm["path"] and not vm["pool"] else ""}
+        for vm in vms
+    ]
+
+
+def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) -> None:
+    """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction.
 
     Raises:
-        Conflict: one has; both are named.
+        Conflict: both are named.
     """
-    rows = db.query("SELECT vm_name, address, \"group\" FROM pool_vms WHERE address <> ''")
-    machines = {row["address"]: row for row in rows}
-    for vm in vms if machines else ():
-        twin = None if vm["pool"] else machines.get(_address_or_path(vm["path"]))
-        if twin:
-            raise Conflict(
-                f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
-                "the pool, which lends it to others",
-                f'Say pool = "{twin["group"]}" instead of a path, or remove it from the pool',
-            )
+    sql = "SELECT vm_name, \"group\" FROM pool_vms WHERE address <> '' AND address = :address"
+    if twin := connection.execute(sql, vm).fetchone():
+        raise Conflict(
+            f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
+            "the pool, which lends it to others",
+            f'Say pool = "{twin["group"]}" instead of a path, or remove it from the pool',
+        )
 
 
 def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None:
-    """Refuse a machine that another row of the pool is, inside the caller's transaction.
+    """Refuse a machine that another VM is, inside the caller's transaction.
 
     Args:
         db: The database.
-        vm_name: The VM that is to be it.
+        vm_name: The VM of the pool that is to be it.
         columns: group, vm_ip and address of the VM.
 
     Raises:
-        VmError: another VM is; it is named.
+        VmError: another VM is, of the pool or of the experiment; it is named.
     """
+    machine = {key: columns[key] for key in ("address", "vm_ip", "group")}
     twin = db.row(
         """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :name AND (
                (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
                AND EXISTS (SELECT 1 FROM pool_groups
                            WHERE unique_ip AND name IN (p."group", :group))))""",
         name=vm_name,
-        **{key: columns[key] for key in ("address", "vm_ip", "group")},
+        **machine,
     )
     if twin:
         raise VmError(
             f"VM {vm_name!r} is the machine that the pool has as {twin['vm_name']!r} "
             f"({twin['state']}): {columns['address'] or columns['vm_ip']}",
             f"See it: vmrm pool info {twin['vm_name']}",
+        )
+    sql = "SELECT server_name FROM vms WHERE address <> '' AND address = :address"
+    if own := db.value(sql, address=columns["address"]):
+        raise VmError(
+            f"{columns['address']!r} is the path of the experiment's VM {own!r}",
+            "One machine serves the pool or an experiment: destroy that one first",
         )
 
 
@@ -4146,7 +4158,7 @@ class VmManager(_Rows):
     ) -> VmDescriptor:
         checked_name("VM", vm_name)
         group = self._group(group)["name"]
-        columns = {"group": group, "state": state.value, **_pool_machine(self.db, vm_ip, path)}
+        columns = {"group": group, "state": state.value, **_pool_machine(vm_ip, path)}
         with self.db.transaction(durable=True) as db:
             if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
                 raise VmError(f"the pool has a VM {vm_name!r} already")
@@ -9798,7 +9810,7 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
-    refuse_pool_machines(db, rows)
+    rows = with_addresses(rows)  # links may have been set anew
     refuse_others_locks(rows)
     _check_loan(db, rows)
     texts = ScheduleDb(db=db).list_all()
@@ -9809,6 +9821,10 @@ def launch(
                 "the experiment's programs are still being ended",
                 "Run it again once vmrm stop --kill has returned; if that was killed, repeat it",
             )
+        for row in rows:
+            _refuse_pool_machine(connection, row)
+            sql = "UPDATE vms SET address = :address WHERE server_uuid = :server_uuid"
+            connection.execute(sql, row)
         _settle_late(db, late)
         connection.execute(
             """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
@@ -11288,8 +11304,8 @@ class Keeper:
         """Return the columns of the machine that a spawn hook says it made."""
         if hook.spawned is not None:
             try:
-                return _pool_machine(self.db, hook.spawned.ip, hook.spawned.path)
-            except (ValueError, VmError) as error:
+                return _pool_machine(hook.spawned.ip, hook.spawned.path)
+            except ValueError as error:
                 hook.verdict = hook.verdict or _one_line(error)
         return {}
 
@@ -11690,10 +11706,12 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     """
     if _is_same(db, experiment):
         return False
-    refuse_pool_machines(db, experiment.vms)
+    vms = with_addresses(experiment.vms)
+    for vm in vms:  # once more when they are written, but then the files are here
+        _refuse_pool_machine(db.connection, vm)
     with adding_contents(db):
         _store_files(db, experiment.files)
-        return _write_experiment(db, experiment)
+        return _write_experiment(db, experiment, vms)
 
 
 def _store_files(db: Database, files: Mapping[str, Path]) -> None:
@@ -11703,7 +11721,9 @@ def _store_files(db: Database, files: Mapping[str, Path]) -> None:
                 raise UsageError(f"{str(path)!r} changed while it was being read")
 
 
-def _write_experiment(db: Database, experiment: Experiment) -> bool:
+def _write_experiment(
+    db: Database, experiment: Experiment, vms: Iterable[Mapping[str, Any]]
+) -> bool:
     with _changing_vms(db) as connection:
         if _is_same(db, experiment):  # somebody was faster
             return False
@@ -11717,7 +11737,7 @@ def _write_experiment(db: Database, experiment: Experiment) -> bool:
                 "policy": experiment.settings.get("on_failure", "abort"),
             },
         )
-        _insert_vms(connection, experiment.vms)
+        _insert_vms(connection, vms)
         for name, text in experiment.schedules.items():
             _put_schedule(db, name, text, "")
     return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +226,70 @@ def test_two_vms_of_an_experiment_are_two_machines(cli: Cli, agent: Path) -> Non
     done = cli("load", file)
     assert done.code == 2
     assert "is already that of vm 'web'" in done.err
+
+
+@pytest.mark.parametrize("first", ["pool", "experiment"])
+def test_pool_and_experiment_do_not_take_one_machine_at_the_same_time(
+    db: vmrm.Database, agent: Path, first: str
+) -> None:
+    vmrm.put_group(db, "g", {})
+    took: list[str] = []
+
+    def take(who: str) -> None:
+        with contextlib.suppress(vmrm.VmError, vmrm.Conflict), vmrm.Database(db.path) as mine:
+            if who == "pool":
+                vmrm.VmManager(db=mine).add_vm_to_pool("", "a", "g", path=f"unix:{agent}")
+            else:
+                vmrm.VMMapping(db=mine).put("uuid", "web", path=str(agent))
+            took.append(who)
+
+    others = {"pool": "experiment", "experiment": "pool"}
+    threads = [threading.Thread(target=take, args=[who]) for who in (first, others[first])]
+    with db.transaction():  # so that both have looked before one of them writes
+        for thread in threads:
+            thread.start()
+            time.sleep(0.5)
+    for thread in threads:
+        thread.join(60)
+    assert len(took) == 1
+
+
+def test_an_experiments_path_is_relative_to_where_it_was_named(
+    db: vmrm.Database, agent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmrm.put_group(db, "g", {})
+    monkeypatch.chdir(agent.parent)
+    with vmrm.VMMapping(db=db) as mapping:
+        mapping.put("uuid", "web", path="a.sock")
+    monkeypatch.chdir("/")
+    with pytest.raises(vmrm.VmError, match="is the path of the experiment's VM 'web'"):
+        vmrm.VmManager(db=db).add_vm_to_pool("", "a", "g", path=str(agent))
+
+
+def test_a_field_is_stored_of_a_vm_whatever_its_path_has_become(
+    db: vmrm.Database, agent: Path
+) -> None:
+    vmrm.put_group(db, "g", {})
+    vm = vmrm.VmManager(db=db).add_vm_to_pool("", "a", "g", path=str(agent))
+    agent.unlink()
+    agent.mkdir()
+    vm.store_field(db, "task_id", "7")
+    assert vmrm.VmDescriptor.load(db, "a").task_id == "7"
+
+
+@pytest.mark.parametrize("path", [f"/tmp/{'a' * 300}", "loop"])
+def test_a_keeper_outlives_a_machine_that_cannot_be(
+    db: vmrm.Database, tmp_path: Path, path: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    path = os.path.join(tmp_path, path)  # noqa: PTH118 (an absolute one stays)
+    spawn = f"printf %s '{json.dumps({'path': path})}'"
+    group(db, {"spawn": spawn, "check": "true", "terminate": "true"})
+    with pytest.raises(ValueError, match="is none: "):
+        vmrm.VmManager(db=db).add_vm_to_pool("", "a", "ci", path=path)
+    keep(db)
+    assert states(db) == {}
+    assert "is none: " in vmrm.VmManager(db=db).spawn_failure("ci")
 
 
 # === without a terminate hook nothing is forgotten ===============================================

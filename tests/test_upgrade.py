@@ -165,3 +165,11 @@ def test_vms_of_the_pool_that_are_one_machine_are_told_and_one_of_them_is_lent(
     assert cli("pool", "terminate", "m3", "--token", LEASE).code == 0
     assert cli("pool", "remove", "m3").code == 0
     assert cli("check").code == 0
+
+
+def test_the_experiments_machines_are_none_of_the_pool_after_an_upgrade(
+    cli: Cli, old: Path
+) -> None:
+    assert rows(cli, "status")[0]["vm"] == "vm1"
+    done = cli("pool", "add", "more", "ci", "--path", f"{cli.folder}/agents/../agents/1.sock")
+    assert (done.code, "the path of the experiment's VM 'vm1'" in done.err) == (2, True)
