@@ -3910,12 +3910,14 @@ def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None
 
 
 def _find_twins(connection: sqlite3.Connection) -> None:
-    """Note which machine each VM of the pool is; of several that are one, only the oldest is lent.
+    """Note which machine each VM of the pool is; of several that are one, only the first is lent.
 
-    The others are kept for a person, who alone can tell what they were meant to be.
+    That is the one that somebody has, or else the oldest. The others are kept for a person, who
+    alone can tell what they were meant to be.
     """
     known: dict[str, str] = {}
-    rows = "SELECT vm_name, path, state FROM pool_vms WHERE path <> '' ORDER BY spawned_at, vm_name"
+    rows = """SELECT vm_name, path, state FROM pool_vms WHERE path <> ''
+              ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
     for vm_name, path, state in connection.execute(rows).fetchall():
         address = _address_or_path(path)
         if known.setdefault(address, vm_name) == vm_name:
