@@ -5687,8 +5687,33 @@ def batch_command(program: str, arguments: Sequence[str]) -> str:
                 f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
                 "pass it in a file"
             )
-    words = " ".join(_run_time_word(word) for word in arguments)
+    suffix, in_words = PureWindowsPath(program).suffix.lower(), _run_time_word
+    if suffix in _BATCHES:
+        in_words = _batch_word
+    elif suffix not in (".exe", ".com") and any('"' in word for word in arguments):
+        program += ".exe"  # what has another suffix on the PATH might be a batch file
+    words = " ".join(in_words(word) for word in arguments)
     return f"{_batch_path(program)} {batch_text(words)}".rstrip(" ")
+
+
+_BATCHES = (".bat", ".cmd")
+
+
+def _batch_word(word: str) -> str:
+    """Return an argument as a batch file's `%~1` reads it back.
+
+    Raises:
+        ValueError: it has a quote, which a batch file cannot be given.
+    """
+    if '"' in word:
+        raise WrongValue(
+            f'a batch file cannot be given an argument with ": {word[:40]!r}; pass it in a file, '
+            "or in the environment"
+        )
+    return word if _PLAIN_WORD.fullmatch(word) else f'"{word}"'
+
+
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./\\:@+-]+")
 
 
 def _run_time_word(word: str) -> str:
@@ -5696,7 +5721,7 @@ def _run_time_word(word: str) -> str:
 
     `a,b` and `a&b` are one word to a program, but more to a batch file.
     """
-    if re.fullmatch(r"[A-Za-z0-9_./\\:@+-]+", word):
+    if _PLAIN_WORD.fullmatch(word):
         return word
     inner = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), word)
     return f'"{inner}"'
@@ -7991,24 +8016,40 @@ class VMResourceHandler:
 
     def _clock_steps(self) -> Steps:
         """Set the guest's clock, in negative time only, and measure by how much it is off."""
-        if self.start_at is None and self.config.get("set_time", True):
+        may_set, refused = self.start_at is None and self.config.get("set_time", True), ""
+        if may_set:
             try:
                 self.driver.set_time()
             except drivers.AgentError as error:
-                self.log.info("setting the guest's clock: %s", error)
+                refused = f"; the agent could not set it: {error}"
         try:
-            before = CLOCK.wall()
-            guest = self.driver.get_time() / 1e9
+            skew = self._skew()
+            if may_set and abs(skew) > 1 and not self.driver.is_windows:
+                # An agent needs hwclock for it. `date` takes whole seconds, so one is waited for.
+                pause = 1 - CLOCK.wall() % 1
+                at = round(CLOCK.wall() + pause)
+                yield pause
+                with contextlib.suppress(drivers.AgentError):
+                    yield from self._finish_steps(["date", "-u", "-s", f"@{at}"])
+                skew = self._skew()
         except drivers.AgentError as error:
             self.log.warning("the guest's clock cannot be read: %s", error)
             return
-        skew = guest - (before + CLOCK.wall()) / 2
         if abs(skew) > 1:
-            self.log.warning("the guest's clock is off by %+.1f s", skew)
+            self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
         self.db.write(
             "UPDATE vms SET skew_s = :skew WHERE server_name = :name", skew=skew, name=self.vm_name
         )
         yield 0
+
+    def _skew(self) -> float:
+        """Return by how many seconds the guest's clock is off for sure."""
+        before = CLOCK.wall()
+        guest = self.driver.get_time() / 1e9
+        after = CLOCK.wall()
+        skew = guest - (before + after) / 2
+        # What the answer's way may have taken is no fault of the clock.
+        return math.copysign(max(0.0, abs(skew) - (after - before) / 2), skew)
 
     # --- one attempt
 
@@ -8847,6 +8888,12 @@ def _exec_steps(
     driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
     argv, interval = arguments["argv"], 0.002
+    if driver.is_windows and PureWindowsPath(argv[0]).suffix.lower() in _BATCHES:
+        # The agent quotes for programs; cmd.exe would take more than one of these for its own.
+        for word in argv[1:]:
+            if not _PLAIN_WORD.fullmatch(word):
+                error = f"a batch file cannot be given the argument {word[:40]!r} by the agent"
+                return {"error": f"{error}; push it in a file", "code": 2}
     try:
         pid = driver.start(argv, capture=True)
     except drivers.AgentError as error:
@@ -11777,10 +11824,16 @@ def vm_rows(db: Database) -> list[dict[str, Any]]:
             "failed": row["failed"],
             "unknown": row["unknown"],
             "running": row["running"],
-            "reason": row["reason"] or held.get(row["server_name"], ""),
+            "reason": row["reason"]
+            or held.get(row["server_name"], "")
+            or _clock_off(row["skew_s"]),
         }
         for row in db.query("SELECT * FROM vm_status")
     ]
+
+
+def _clock_off(skew: float | None) -> str:
+    return f"its clock is off by {skew:+.0f} s" if skew is not None and abs(skew) > 1 else ""
 
 
 HELD = "in a break since "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import guests
@@ -230,3 +232,27 @@ def test_failed_entries_are_retried_and_nothing_else(
         ("vm4", 5),
     ]
     assert in_guest(machines[1], "cat", "/var/record") == before
+
+
+@pytest.mark.parametrize("has_date", [True, False])
+def test_a_clock_is_set_without_hwclock_or_said_to_be_wrong(
+    tmp_path: Path, micro_vm: guests.Guest, has_date: bool
+) -> None:
+    lab, away = Lab(tmp_path), ["/sbin/hwclock", *([] if has_date else ["/bin/date"])]
+    vm = {"name": "vm1", "path": str(micro_vm.agent_path), "launch_dir": "/var/clock"}
+    vm["schedule"] = [{"start_time": -1, "executable": "true"}]
+    (tmp_path / "lab.json").write_text(json.dumps({"experiment": {"start_buffer": 0}, "vm": [vm]}))
+    with micro_vm.agent() as agent:
+        agent.run(
+            "/bin/sh", "-c", "date -s @1000000000; " + "".join(f"mv {p} {p}x; " for p in away)
+        )
+    try:
+        assert lab.run("run", str(tmp_path / "lab.json")).returncode == 0
+        with micro_vm.agent() as agent:
+            off = agent.call("guest-get-time") / 1e9 - time.time()
+        told = "its clock is off" in lab.run("status").stdout
+        assert (abs(off) < 60, told) == (has_date, not has_date)
+    finally:
+        with micro_vm.agent() as agent:
+            back = "".join(f"mv {p}x {p}; " for p in away)
+            agent.run("/bin/sh", "-c", f"{back} date -s @{time.time():.0f}")

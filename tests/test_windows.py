@@ -245,14 +245,14 @@ def test_any_list_of_arguments_is_taken_apart_as_it_was(words: list[str], value:
     cmd = drivers._Cmd(drivers._Windows(Path("/nowhere")))
     carried = all(ord(char) >= 32 or char == "\t" for word in words for char in word)
     try:
-        line = vmrm.batch_command("prog", words)
+        line = vmrm.batch_command("prog.exe", words)
     except ValueError:
         assert not carried
         return
     assert carried
     ((text, redirects),) = cmd._commands(cmd._expanded(line, ["x.bat"]))
-    assert (text.partition('"prog"')[0], redirects) == ("", [])
-    assert drivers.words_of_windows(text.removeprefix('"prog"')) == words
+    assert (text.partition('"prog.exe"')[0], redirects) == ("", [])
+    assert drivers.words_of_windows(text.removeprefix('"prog.exe"')) == words
     if "\n" not in value and "\r" not in value:
         line = cmd._expanded(f"set A={vmrm.batch_text(value)}", ["x.bat"])
         assert list(cmd._commands(line)) == [(f"set A={value}", [])]
@@ -481,3 +481,32 @@ def test_a_windows_that_cannot_run_programs_yet_is_asked_again(tmp_path: Path) -
         handler._wait = lambda fd, events, seconds: bool(waits.append(seconds))  # type: ignore[method-assign, func-returns-value]
         handler._connect()
         assert (handler._boot, len(waits)) == ("77", 2)
+
+
+SHOW_BATCH = "@echo off\n>shown.txt echo [%~1][%~2]\n"
+
+
+def test_arguments_reach_a_batch_file_exactly_or_are_refused(tmp_path: Path) -> None:
+    lab, entry = Lab(tmp_path), {"executable": "show.bat", "ignore_failure": True}
+    entry["content"] = [{"location": "show.bat", "content": SHOW_BATCH}]
+    words = [["a b", "c:\\dir with blank\\"], ["x", 'say "hi"'], ["plain", "100%"]]
+    schedule = [{"start_time": -5 + n, "arguments": w, **entry} for n, w in enumerate(words)]
+    with windows(lab, *schedule) as drive:
+        lab.run("run")
+        shown = {p.parent.parent.name: p.read_text() for p in drive.rglob("shown.txt")}
+        assert {at: text.strip() for at, text in shown.items()} == {
+            "-5": "[a b][c:\\dir with blank\\]",
+            "-3": "[plain][100%]",
+        }
+        assert [outcome for _, outcome, _ in outcomes(lab)] == ["done", "failed", "done"]
+        assert 'cannot be given an argument with "' in str(tables.attempts(lab.db))
+        done = lab.run("exec", "w", "C:\\show.bat", 'a" & del b')
+        assert (done.returncode, "cannot be given" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["", ".3"])
+def test_a_quote_goes_to_a_program_and_to_no_batch_file_of_its_name(suffix: str) -> None:
+    assert vmrm.batch_command(f"tool{suffix}", ['a"b']).startswith(f'"tool{suffix}.exe" ')
+    assert vmrm.batch_command(f"tool{suffix}", ["a b"]).startswith(f'"tool{suffix}" ')
+    with pytest.raises(ValueError, match="cannot be given"):
+        vmrm.batch_command("tool.CMD", ['a"b'])
