@@ -10362,27 +10362,28 @@ def kvm_fault(program: str) -> str:
         return f"{device} cannot be opened" if device.exists() else f"there is no {device}"
     found = Path(program).stat()
     this = [boot_id(), os.path.realpath(program), found.st_mtime_ns, found.st_size]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmrm"
+    fault = None
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmrm"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "kvm.json").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # who comes meanwhile waits for the outcome
             file.seek(0)
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                kept = json.loads(file.read())
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                kept = json.loads(file.read(1 << 20))
                 if kept["for"] == this:
                     return str(kept["fault"])
             fault = _try_kvm(program)
             file.truncate(0)
             file.write(json.dumps({"for": this, "fault": fault}))
             return fault
-    except OSError:  # nothing can be kept there
-        return _try_kvm(program)
+    except (OSError, RuntimeError):  # nothing can be kept, or this user has no home
+        return _try_kvm(program) if fault is None else fault
 
 
 def _try_kvm(program: str) -> str:
     emulated, fault = _boot_trial(program, "tcg", TRIAL_S)
-    patience = TRIAL_S if fault else max(2.0, 5 * emulated)
+    patience = TRIAL_S if fault else max(5.0, 5 * emulated)  # the host may be busy
     return _boot_trial(program, "kvm", patience)[1]
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pexpect
 import pytest
@@ -374,6 +375,36 @@ def test_kvm_is_tried_once_and_told_if_it_is_broken(
     os.utime(fake, (1, 1))  # another QEMU
     assert bool(vmrm.kvm_fault(str(fake))) == bool(first)
     assert len(tried.read_text()) == 2
+
+
+@pytest.mark.parametrize("cache", ["deep", "other", "link to a full disk", "a file", "no home"])
+def test_whether_kvm_works_is_told_whatever_the_cache_is(
+    cli: Cli, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, fake = cli.folder / "tried", cli.folder / vmrm.QEMU
+    fake.write_text(
+        f'#!/bin/sh\ncase "$*" in *"-accel kvm"*) echo >> {tried}; echo broken >&2; exit 1;; esac\n'
+        f"exit {vmrm.TRIAL_EXIT_CODE}\n"
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    kept = cli.folder / "cache/vmrm/kvm.json"
+    if cache == "a file":
+        kept.parents[1].write_text("")
+    else:
+        kept.parent.mkdir(parents=True)
+    if cache == "link to a full disk":
+        kept.symlink_to("/dev/full")
+    elif cache in ("deep", "other"):
+        kept.write_text({"deep": "[" * 200_000, "other": '[{"for": 1}]'}[cache])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cli.folder / "cache"))
+    if cache == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    for looks in range(1, 3):
+        assert vmrm.kvm_fault(str(fake)) == "broken"
+        keeps = cache in ("deep", "other")
+        assert len(tried.read_text()) == (1 if keeps else looks)
 
 
 @pytest.mark.vm
