@@ -10824,9 +10824,10 @@ class _Supply:
         self.coming = sum(_is_coming(vm, group) and vm["vm_name"] not in kept for vm in mine)
         self.unbound = self.coming
         self.room = group["max_vm_total"] - len(mine)
+        # One that could not be ended is waited for once more: the hook may fail for the next, too.
         self.leaving = sum(
             vm["state"] == VmStates.TERMINATING
-            and (vm["hook"] == HookKind.TERMINATE or not vm["terminate_tries"])
+            and (vm["hook"] == HookKind.TERMINATE or vm["terminate_tries"] < 2)
             for vm in mine
         )
         idle = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import Counter
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from cli_lab import until
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from keepers import FAST, Provider, group, keep, reasons, served, states
 
@@ -118,6 +120,80 @@ def test_who_can_be_served_is_served_and_nobody_beyond_a_limit(
                 assert not (usable and (own or fresh))
 
 
+class Taken(Exception):
+    """Undoes a lease after it was seen what was leased."""
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[vmrm.Database, float]]:
+    """Yield a pool with VMs of every kind, and since when their checks count."""
+    with vmrm.Database(tmp_path_factory.mktemp("crowd") / "lab.db", timeouts=FAST) as db:
+        pool, now = vmrm.VmManager(db=db), time.time()
+        for name in GROUPS:
+            vmrm.put_group(db, name, {})
+        kinds = [("ann", "s"), ("ann", "s"), ("ann", "t"), ("bob", "s"), *5 * [None]]
+        tokens = {}
+        for number, (name, bound) in enumerate(itertools.product(GROUPS, kinds)):
+            vm = pool.add_vm_to_pool("", f"vm{number}", name)
+            vm.store_field(db, "state", "check_health")
+            vm.store_field(db, "spawned_at", now - 1000 * (number // 3 % 2))
+            vm.store_field(db, "builds_count", number % 3)
+            pool.mark_vm_checked(vm.vm_name)
+            if bound:
+                mine = pool.acquire_vm([name], *bound, ME)
+                tokens[mine.vm_name] = mine.token
+        for number, (vm_name, token) in enumerate(tokens.items()):
+            if number % 4:
+                pool.release_vm(vm_name, token=token)
+        pool.mark_server_start()
+        since = time.time()
+        for vm in pool.get_all_vm():
+            if vm.state == "ready" and int(vm.vm_name[2:]) % 5:
+                vm.store_field(db, "state", "check_health")
+                pool.mark_vm_checked(vm.vm_name)
+        yield db, since
+
+
+@given(
+    wants=st.lists(
+        st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2, unique=True),
+        min_size=1,
+        max_size=3,
+    ),
+    owner=st.sampled_from((*OWNERS, "eve")),
+    box=st.sampled_from(BOXES),
+    limits=limits,
+    reuse=st.fixed_dictionaries(
+        {"reuse_max_count": st.sampled_from([None, 1, 2]), "reuse_max_age": st.none() | st.just(9)}
+    ),
+)
+@settings(deadline=None)
+def test_who_comes_alone_gets_what_the_queue_would_give_him(
+    crowd: tuple[vmrm.Database, float],
+    wants: list[list[str]],
+    owner: str,
+    box: str,
+    limits: dict[str, int | None],
+    reuse: dict[str, int | None],
+) -> None:
+    db, since = crowd
+    for name in GROUPS:
+        vmrm.put_group(db, name, {"max_vm_per_user": limits[name], **reuse})
+
+    def within(rows: list[dict[str, Any]]) -> None:
+        raise Taken([row["vm_name"] for row in rows])
+
+    request = vmrm.Request(tuple(map(tuple, wants)), owner, box, vmrm.Holder.of(ME), within=within)
+    vms, groups = tables.pool_vms(db.path).values(), tables.pool_groups(db.path)
+    [share] = vmrm.allot([request], groups, vms, since, time.time())
+    try:
+        vmrm.VmManager(db=db).acquire(request)
+    except Taken as taken:
+        assert (share.vm_names, share.missing) == (taken.args[0], [])
+    except vmrm.NoVmAvailable:
+        assert share.missing
+
+
 # === a group with hooks never starves ============================================================
 
 
@@ -175,6 +251,24 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
         assert not place.try_again()
         keep(db)
         assert states(db) == {mine: "ready"}
+
+
+def test_a_machine_that_cannot_be_ended_does_not_cost_the_others(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    hooks = provider.hooks | {"terminate": "exit 1"}
+    group(db, hooks, max_vm_total=3, min_ready=3, vm_terminating_timeout=3600)
+    keep(db)
+    for owner in ("ann", "bob", "eve"):
+        pool.release_vm(pool.acquire_vm(["ci"], owner, "box", ME).vm_name)
+    request = vmrm.Request((("ci",),), "new", "box", vmrm.Holder.of(ME))
+    with vmrm.Waiting(pool, request) as place:
+        for _ in range(3):
+            assert not place.try_again()
+            keep(db)
+        assert Counter(states(db).values()) == {"terminating": 1, "ready": 2}
+        group(db, {}, vm_terminating_timeout=0.01)  # it has failed again: another one has to go
+        until(lambda: keep(db) or Counter(states(db).values())["terminating"] > 1)
 
 
 # === a waiter for several groups =================================================================
