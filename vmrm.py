@@ -4575,6 +4575,8 @@ class VmManager(_Rows):
         for row in dead:
             self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
             (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
+        if dead:
+            wake_pool(self.db)
         return len(dead)
 
     def _dead_waiters(self) -> list[dict[str, Any]]:
@@ -11076,6 +11078,7 @@ class Keeper:
             self._reap_at = CLOCK.monotonic() + self.timeouts.look
             for name in self.manager.reap():
                 self.log.info("%s was taken back: its lease was over", name)
+        self.manager.drop_dead_waiters()  # no machine is ended for them
         groups = self._groups()
         rows = PoolRows(
             list(groups.values()),

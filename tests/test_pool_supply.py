@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from cli_lab import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keepers import FAST, Provider, group, keep, reasons, served, states
+from lab import VMRM
 
 import vmrm
 
@@ -251,6 +253,21 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
         assert not place.try_again()
         keep(db)
         assert states(db) == {mine: "ready"}
+
+
+def test_no_machine_is_recycled_for_somebody_who_is_dead(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks, max_vm_total=1)
+    keep(db)
+    mine = pool.acquire_vm(["ci"], "me", "box", ME).vm_name
+    pool.release_vm(mine)
+    words = [*VMRM, "--db", str(db.path), "pool", "acquire", "ci", "--owner", "you", "--wait"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as waiter:
+        until(lambda: tables.pool_waiters(db.path))
+        waiter.kill()
+    keep(db)
+    assert states(db) == {mine: "ready"}
 
 
 def test_a_machine_that_cannot_be_ended_does_not_cost_the_others(
