@@ -11392,8 +11392,29 @@ class Keeper:
                     move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
         elif hook.fault:
             self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
+        elif twin := self._twin(hook.vm_name):
+            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {twin}")
         else:
             self.manager.mark_vm_checked(hook.vm_name)
+
+    def _twin(self, vm_name: str) -> str:
+        """Note where a VM's path leads to by now; return whose machine that is, '' if its own."""
+        row = _pool_vm(self.db, vm_name)
+        address = _address_or_path(row["path"]) if row["path"] else ""
+        if address == row["address"]:
+            return ""
+        others = self.manager._select("address = :address", address=address)
+        # Of those that have moved, too, the next check says where to.
+        moved = [(vm.vm_name, vm.path) for vm in others if _address_or_path(vm.path) != address]
+        sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ? AND path = ?"
+        with self.db.transaction(durable=True) as db:
+            db.connection.executemany(sql, [("", *other) for other in moved])
+            try:
+                _refuse_twin(db, vm_name, row | {"address": address})
+            except VmError as error:
+                return _one_line(error)
+            db.connection.execute(sql, (address, vm_name, row["path"]))
+        return ""
 
     def _may_boot(self, hook: Hook) -> bool:
         """Whether a check failed of a spawned VM that never answered, and has time to do so."""

@@ -292,6 +292,35 @@ def test_a_keeper_outlives_a_machine_that_cannot_be(
     assert "is none: " in vmrm.VmManager(db=db).spawn_failure("ci")
 
 
+def test_a_link_that_leads_elsewhere_makes_no_two_vms_of_one_machine(
+    db: vmrm.Database, agent: Path, tmp_path: Path
+) -> None:
+    def lead(link: str, name: str) -> None:
+        (tmp_path / "new").symlink_to(agent.with_name(name))
+        (tmp_path / "new").rename(tmp_path / link)
+
+    group(db, {"check": "true"}, vm_health_check_period=0.001, vm_max_check_fails=0)
+    pool, other = vmrm.VmManager(db=db), socket.socket(socket.AF_UNIX)
+    other.bind(f"{agent.with_name('b.sock')}")
+    other.close()
+    for vm in ("a", "b"):
+        lead(vm, f"{vm}.sock")
+        pool.add_vm_to_pool("", vm, "ci", path=f"{tmp_path / vm}")
+    keep(db)
+    assert states(db) == {"a": "ready", "b": "ready"}
+    lead("b", "a.sock")
+    keep(db)
+    assert states(db) == {"a": "ready", "b": "check_health_failed"}
+    assert "the machine that the pool has as 'a'" in pool.get_vm_by_name("b").reason
+    lead("a", "b.sock")  # so they have changed places
+    for _ in range(2):
+        keep(db)
+        time.sleep(0.01)
+    assert states(db) == {"a": "ready", "b": "ready"}
+    with pytest.raises(vmrm.VmError, match="that the pool has as 'b'"):
+        pool.add_vm_to_pool("", "c", "ci", path=str(agent))
+
+
 # === without a terminate hook nothing is forgotten ===============================================
 
 
