@@ -2873,7 +2873,8 @@ def retry_in(
         db: The database.
         server_name: Only of this VM.
         ordinal: Only this entry of it.
-        needed: Only those entries without which a failed VM cannot get to time 0.
+        needed: Only those entries without which a VM cannot get to time 0, be it failed or, for
+            it was stopped before it noticed, not yet.
     """
     again = db.connection.execute(
         """UPDATE attempts SET retried = 1
@@ -2882,7 +2883,8 @@ def retry_in(
                  AND (:name IS NULL OR server_name = :name COLLATE NOCASE)
                  AND (:ordinal IS NULL OR ordinal = :ordinal)
                  AND (NOT :needed OR start_time < 0 AND server_name IN (
-                     SELECT server_name FROM vms WHERE state = 'failed')))
+                     SELECT server_name FROM vms
+                     WHERE state IN ('uninitialized', 'configuring', 'failed'))))
              AND NOT retried
            RETURNING server_name, ordinal""",
         {"name": server_name, "ordinal": ordinal, "needed": needed},

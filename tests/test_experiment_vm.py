@@ -221,7 +221,7 @@ def test_failed_entries_are_retried_and_nothing_else(
 ) -> None:
     lab, _, machines = ran
     before = in_guest(machines[1], "cat", "/var/record")
-    done = lab.run("run", timeout=120, VMRM_TIMEOUT_SCALE="1")
+    done = lab.run("run", "--retry", timeout=120, VMRM_TIMEOUT_SCALE="1")
     assert done.returncode == 1, done.stderr
     again = [row for row in tables.attempts(lab.db) if row["attempt"] == 2]
     assert [
