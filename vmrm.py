@@ -4878,9 +4878,26 @@ class VmManager(_Rows):
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
             return f"its lease ended {_iso(end)}"
         holder = _holder(row)
-        if holder and holder.is_dead():
-            return f"its holder, process {holder.pid}, is dead"
-        return ""
+        return self._dead_holder(holder.pid) if holder and holder.is_dead() else ""
+
+    @staticmethod
+    def _dead_holder(pid: int) -> str:
+        return f"its holder, process {pid}, is dead"
+
+    def release_of(self, vm: VmDescriptor, pid: int) -> None:
+        """Release a VM whose holder has ended, unless somebody saw that first and took it back.
+
+        Raises:
+            VmError: the lease was lost before.
+        """
+        try:
+            self.release_vm(vm.vm_name, token=vm.token)
+        except VmError:
+            sql = """SELECT 1 FROM pool_history
+                     WHERE vm_name = :name AND reason = :reason AND at >= :since"""
+            reason = f"taken back: {self._dead_holder(pid)}"
+            if not self.db.value(sql, name=vm.vm_name, reason=reason, since=vm.acquired_at):
+                raise
 
 
 def _lease_end(seconds: float) -> float:
@@ -14268,7 +14285,7 @@ def run_leased(
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(process)
-    pool.release_vm(vm.vm_name, token=vm.token)
+    pool.release_of(vm, child)
     return code if code >= 0 else 128 - code
 
 

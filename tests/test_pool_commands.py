@@ -18,6 +18,7 @@ import pytest
 from cli_lab import until
 from conftest import Cli, unavailable
 from keepers import group, keep
+from lab import VMRM
 
 import vmrm
 from vmrm import NoVmAvailable, VmError, VmManager
@@ -89,6 +90,37 @@ def test_a_lease_of_a_command_that_is_killed_before_it_tells_is_taken_back(
     assert (vm.token, vm.holder_pid) == (told.out.strip(), None), "only its end decides now"
     assert pool.reap() == []
     assert cli("pool", "release", "a", "--token", told.out.strip()).code == 0
+
+
+@pytest.mark.parametrize("by", ["reap", "force"])
+def test_a_command_has_succeeded_although_its_vm_was_taken_back_at_its_end(
+    pool: VmManager, cli: Cli, by: str
+) -> None:
+    add(pool, "a")
+    words = [
+        *VMRM,
+        "--db",
+        str(cli.db),
+        "pool",
+        "acquire",
+        "g",
+        "--",
+        "sh",
+        "-c",
+        "echo; read _; true",
+    ]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as ours:
+        assert ours.stdin and ours.stdout
+        ours.stdout.readline()
+        assert states(pool) == {"a": "in_use"}
+        os.kill(ours.pid, signal.SIGSTOP)
+        if by == "force":
+            pool.release_vm("a", force=True)
+        ours.stdin.close()
+        if by == "reap":
+            until(lambda: pool.reap() == ["a"])
+        os.kill(ours.pid, signal.SIGCONT)
+        assert ours.wait(60) == (0 if by == "reap" else 2)
 
 
 def test_a_lease_for_another_process_is_its_own_once_it_was_told(pool: VmManager, cli: Cli) -> None:
