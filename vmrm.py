@@ -10851,6 +10851,8 @@ class _Supply:
             and (vm["hook"] == HookKind.TERMINATE or vm["terminate_tries"] < 2)
             for vm in mine
         )
+        # While spawns fail, room for one is enough to see whether they still do.
+        self.in_vain = bool(self.failed) and max(self.room, self.leaving, self.spawning) > 0
         idle = [
             vm
             for vm in mine
@@ -10882,12 +10884,13 @@ class _Supply:
         return True
 
     def _recycle(self, request: Request, *, own: bool) -> bool:
-        """End the VM that is idle, and somebody else's, for the longest time."""
-        if not (self.group["spawn"] and self.group["terminate"]):
+        """End the VM that is idle for the longest time: of all of them, or of the owner's own."""
+        if not (self.group["spawn"] and self.group["terminate"]) or (self.in_vain and not own):
             return False
         for vm in self.idle:
             if vm["bound_to_user"] == request.owner if own else True:
                 self.idle.remove(vm)
+                self.in_vain = bool(self.failed)
                 reason = f"{request.owner} waits for one, and there is no room"
                 name = self.group["name"]
                 self.recycled.append(PoolAction("end", name, vm["vm_name"], reason))

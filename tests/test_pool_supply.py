@@ -255,6 +255,25 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
         assert states(db) == {mine: "ready"}
 
 
+def test_no_more_machines_are_recycled_than_one_while_none_can_be_made(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks, max_vm_total=3, min_ready=3)
+    keep(db)
+    for owner in ("ann", "bob", "eve"):
+        pool.release_vm(pool.acquire_vm(["ci"], owner, "box", ME).vm_name)
+    group(db, {"spawn": "exit 1"}, max_vm_total=4, min_ready=1)
+    keep(db)
+    group(db, {}, max_vm_total=3)
+    with ExitStack() as stack:
+        for number in range(3):
+            request = vmrm.Request((("ci",),), f"new{number}", "box", vmrm.Holder.of(ME))
+            assert not stack.enter_context(vmrm.Waiting(pool, request)).try_again()
+        for _ in range(3):
+            keep(db)
+    assert list(states(db).values()) == ["ready", "ready"]
+
+
 def test_no_machine_is_recycled_for_somebody_who_is_dead(
     db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
 ) -> None:
