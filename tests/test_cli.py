@@ -631,7 +631,7 @@ def test_ls_la(either: Cli) -> None:
 
 def test_a_program_that_is_not_there(either: Cli) -> None:
     result = either("exec", "vm1", "nosuch-program")
-    refused(result, "VM 'vm1': guest-exec failed in the guest.*nosuch-program", 1)
+    refused(result, "VM 'vm1': guest-exec failed in the guest.*nosuch-program", 127)
     assert either("exec", "vm2", "echo", "still here").out == "still here\n"
 
 
@@ -787,10 +787,6 @@ def test_a_client_killed_while_it_waits_leaves_nothing_that_runs(live: Cli, tmp_
         os.kill(pid, signal.SIGCONT)
     assert live("exec", "vm1", "true").code == 0
     assert not (tmp_path / "mark").exists()
-    result = live("check")
-    assert result.code == 1
-    assert "its client is gone" in result.out
-    assert live("check", "--fix").code == 0
     assert live("check") == ("", "", 0)
 
 

@@ -221,7 +221,8 @@ def test_a_missing_socket_is_told_from_a_silent_one(tmp_path: Path) -> None:
 
 
 def test_two_databases_cannot_hold_one_agent(lab: Lab, tmp_path: Path) -> None:
-    two(lab, [sh(-1, "sleep 3")], [])
+    gate = tmp_path / "gate"
+    two(lab, [sh(-1, f"while [ ! -e {gate} ]; do sleep 0.1; done")], [])
     process = lab.start("run")
     until(lambda: states(lab).get("vm1") == "configuring")
     other = Lab(tmp_path / "other")
@@ -230,6 +231,7 @@ def test_two_databases_cannot_hold_one_agent(lab: Lab, tmp_path: Path) -> None:
     done = other.run("exec", "--timeout", "0.3", "vm1", "true")
     assert done.returncode == 255
     assert str(lab.db) in done.stderr
+    gate.touch()
     process.communicate(timeout=60)
     assert process.returncode == 0
 
