@@ -9059,7 +9059,8 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
     """Return the directories of requests that nobody works on any more, each with its VM's name."""
     found = []
     for folder in sorted(db.directory("requests").iterdir()):
-        working = db.value("SELECT claimed_by FROM requests WHERE id = :id", id=folder.name)
+        sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
+        working = db.value(sql, id=folder.name)
         if not _is_wanted(folder) and (working is None or process_started(working) is None):
             with contextlib.suppress(FileNotFoundError):  # it has just ended
                 found.append((folder, (folder / "vm").read_text()))

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 from conftest import HostAgent
-from lab import Lab, stand_ins
+from lab import Lab, crash_labels, stand_ins
 
 Agents = Callable[..., HostAgent]
+COPYING = [label for label in crash_labels() if label.startswith(("pull-", "push-"))]
 BIG = 400 << 20  # bytes, of which none are on a disk; it takes an agent many seconds
 
 
@@ -60,12 +61,12 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 @contextlib.contextmanager
-def handled(lab: Lab, by_handler: bool) -> Iterator[None]:
+def handled(lab: Lab, by_handler: bool, **environment: str) -> Iterator[None]:
     """Let a handler have the VM while the body runs, or nobody."""
     if not by_handler:
         yield
         return
-    with lab.start("run", "--stay") as run:
+    with lab.start("run", "--stay", **environment) as run:
         until(lab.handler_pids)
         try:
             yield
@@ -278,6 +279,30 @@ def test_a_handler_breaks_off_the_copy_of_a_client_that_has_gone(
         until(lambda: not [n for n in remains(lab) if re.search("vmrm-|requests/", n)])
         assert not (folder / "big").exists()
         assert lab.run("exec", "vm1", "echo", "well").stdout == "well\n"
+    assert lab.run("check").returncode == 0
+
+
+@pytest.mark.parametrize("by_handler", [False, True])
+@pytest.mark.parametrize("label", COPYING)
+def test_what_a_copy_leaves_that_was_killed_at_a_crash_point(
+    lab: Lab, label: str, by_handler: bool
+) -> None:
+    operation, crash = label.partition("-")[0], {"VMRM_CRASH": f"{label}:1"}
+    crash["VMRM_CRASH_ONCE"] = str(lab.folder / "killed")
+    source, target = lab.folder / "here" / "from", lab.guest(1) / "to"
+    if operation == "pull":
+        source, target = lab.guest(1) / "from", lab.folder / "here" / "to"
+    source.write_text("content")
+    with handled(lab, by_handler, **crash if by_handler else {}):
+        done = lab.run(operation, "vm1", str(source), str(target), **crash)
+        assert (lab.folder / "killed").exists()
+        assert done.returncode == (255 if by_handler and operation == "push" else -9), done
+        assert not target.exists()
+        again = lab.run(operation, "vm1", str(source), str(target))
+        assert (again.returncode, target.read_text()) == (0, "content"), again.stderr
+        assert lab.run("check", "--fix").returncode == 0
+    kept = {str(source), str(target)}
+    assert {p for p in remains(lab) if not p.startswith(f"{lab.guest(1)}/launch")} == kept
     assert lab.run("check").returncode == 0
 
 
