@@ -38,10 +38,8 @@ def run_once(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 REPEATED = {  # the command, and how many contents the store has in the end
     "load": (["load", "lab.json"], 1),
-    "add": (["store", "add", "more"], 1),
     "remove": (["store", "remove", "more"], 0),
     "entry": (["schedule", "add", "vm1", "more.json"], 2),
-    "destroy": (["destroy", "--yes"], 0),
     "purge": (["destroy", "--yes", "--purge"], 0),
 }
 
@@ -54,7 +52,7 @@ def prepared(run_once: Lab, folder: Path, what: str) -> Lab:
     item = {"location": "more", "filename": "more"}
     entry = {"start_time": 9, "executable": "true", "file": [item]}
     (folder / "more.json").write_text(json.dumps([entry]))
-    if what in ("load", "add", "remove"):
+    if what in ("load", "remove"):
         lab.db.unlink()
         shutil.rmtree(f"{lab.db}.d")
     if what == "remove":

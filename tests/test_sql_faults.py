@@ -37,13 +37,16 @@ def chosen(first: int, last: int, count: int) -> list[int]:
     return picked
 
 
-def fault(role: str, number: int, file: Path) -> dict[str, str]:
-    """Return the environment in which that statement of that role fails, once."""
-    words = f"{role}:{number}:{CODES[number % 3]}:{file}"
+def fault(role: str, number: int, file: Path, code: str = "") -> dict[str, str]:
+    """Return the environment in which that statement of that role fails, once.
+
+    With code KILL, it is killed after the COMMIT of that number.
+    """
+    words = f"{role}:{number}:{code or CODES[number % 3]}:{file}"
     return {"PYTHONPATH": SABOTAGE, "VMRM_FAULT": words}
 
 
-def failing(folder: Path, role: str, number: int) -> None:
+def failing(folder: Path, role: str, number: int, code: str = "") -> None:
     """Run an experiment to which an entry is added, while one statement of it fails."""
     lab, failed = Lab(folder / f"{role}{number}"), folder / f"{role}{number}.failed"
     launch, go = lab.guest(1) / "launch", folder / f"{role}{number}.go"
@@ -58,7 +61,7 @@ def failing(folder: Path, role: str, number: int) -> None:
     with stand_ins(lab.folder / "agents", 1):
         path = lab.folder / "agents" / "1.sock"
         load(lab, vm("vm1", path, launch, *schedule))
-        with lab.start("run", **fault(role, number, failed)) as run:
+        with lab.start("run", **fault(role, number, failed, code)) as run:
             try:
                 until((launch / "record").exists, 60)
                 added = folder / f"{role}{number}.added.json"
@@ -71,18 +74,31 @@ def failing(folder: Path, role: str, number: int) -> None:
                 lab.run("stop", "--kill")
                 raise
         sql = failed.read_text() if failed.exists() else "nothing"
-        assert run.returncode == 0, f"{sql}: {out}{err}\n{lab.logs()}"
+        if code == "KILL" and failed.exists() and role == "supervisor":
+            lab.run_to_the_end()
+        else:
+            assert run.returncode == 0, f"{sql}: {out}{err}\n{lab.logs()}"
     lab.audit()
     began = Counter(line for line in (launch / "record").read_text().split("\n") if "begin" in line)
     assert began == {f"{n} begin": 2 if n == 1 else 1 for n in (*range(1, 8), 9)}, (sql, began)
     assert list((lab.folder / "lab.db.d").glob("transfers.*/**/record")), sql
+    assert lab.run("check").returncode == 0, sql
 
 
-@pytest.mark.parametrize(("role", "last"), [("handler", 230), ("supervisor", 100)])
+@pytest.mark.parametrize(
+    ("role", "code", "last", "count"),
+    [
+        ("handler", "", 230, 4),
+        ("supervisor", "", 100, 4),
+        ("handler", "KILL", 40, 3),
+        ("supervisor", "KILL", 4, 2),
+    ],
+)
 def test_a_statement_that_fails_loses_nothing_and_repeats_nothing(
-    tmp_path: Path, role: str, last: int
+    tmp_path: Path, role: str, code: str, last: int, count: int
 ) -> None:
-    at_once(*(partial(failing, tmp_path, role, number) for number in chosen(1, last, 4)))
+    numbers = chosen(1, last, count)
+    at_once(*(partial(failing, tmp_path, role, number, code) for number in numbers))
 
 
 def keeping(folder: Path, number: int) -> None:

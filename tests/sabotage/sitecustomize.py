@@ -4,9 +4,12 @@ VMRM_SLOW_START=WORD:SECONDS     a process with this word in its command line be
 VMRM_FAULT=ROLE:N:CODE:FILE      the N-th SQL statement of the first handler, supervisor or keeper
                                  to come so far fails with that code of SQLite, once: then FILE,
                                  which must not exist yet, holds the statement
+VMRM_FAULT=ROLE:N:KILL:FILE      it dies as by kill -9 right after its N-th COMMIT, once; a command
+                                 is of the role "command", with all that it starts by itself
 """
 
 import os
+import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -23,7 +26,7 @@ def role_now() -> str:
     """Return what this process is: a handler is a fork of the supervisor."""
     if b"_supervise" in WORDS:
         return "supervisor" if os.getpid() == FIRST else "handler"
-    return "keeper" if b"serve" in WORDS else ""
+    return "keeper" if b"serve" in WORDS else "command"
 
 
 class Fault:
@@ -39,15 +42,18 @@ class Fault:
             return
         if self.pid != os.getpid():
             self.pid, self.count = os.getpid(), 0
-        self.count += not done
-        late = sql == "COMMIT" and self.number % 2 == 1
-        if self.count != self.number or done is not late:
+        kill, commit = self.code == "KILL", sql.endswith("COMMIT")
+        self.count += done and commit if kill else not done
+        late = kill or (commit and self.number % 2 == 1)
+        if self.count != self.number or done is not late or (kill and not commit):
             return
         try:
             with Path(self.file).open("x") as file:
                 file.write(sql)
         except FileExistsError:
             return
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
         error = sqlite3.OperationalError(f"injected: {self.code}")
         error.sqlite_errorcode = getattr(sqlite3, f"SQLITE_{self.code}")
         error.sqlite_errorname = f"SQLITE_{self.code}"
@@ -66,10 +72,15 @@ def sabotage(fault: Fault) -> None:
                 fault.check(sql, done=True)
                 return cursor
 
+            def executescript(self, sql):  # what makes a database
+                cursor = super().executescript(sql)
+                fault.check(sql.rstrip(" ;"), done=True)
+                return cursor
+
         return connect(*arguments, factory=Faulty, **more)
 
     sqlite3.connect = opened
 
 
-if "VMRM_FAULT" in os.environ and role_now():
+if "VMRM_FAULT" in os.environ:
     sabotage(Fault(os.environ["VMRM_FAULT"]))
