@@ -429,7 +429,7 @@ class Timeouts:
     poll_first: float = 0.02  # the first look at a running program; then ever more seldom …
     poll_last: float = 1.0  # … up to this
     look: float = 5.0  # the safety net: the VM's revision, with jitter
-    watch: float = 1.0  # between two looks of a supervisor that nobody wakes
+    watch: float = 1.0  # between two looks of a supervisor or keeper that nobody wakes
     reconnect: float = 5.0  # longest pause between two tries to reach a lost agent
     reboot_start: float = 60.0  # for a guest to be seen going down after an accepted reboot
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
@@ -779,6 +779,8 @@ class _Connection(sqlite3.Connection):
 
 
 SUPERVISOR = 0  # its place among the wake-up sockets; VMs use their ordinals
+KEEPER = "keeper"  # its place there
+POOL = "pool"  # the keeper, and those who wait for a VM and would be given one now
 
 # What changes, and the wake-up socket of whom that concerns. The schema's triggers raise the
 # revision of a VM with all that its handler must see.
@@ -794,6 +796,14 @@ _AWAITED = (
            AND EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)""",
         f"{SUPERVISOR}",
     ),
+    ("INSERT ON pool_vms", f"'{POOL}'"),
+    ("DELETE ON pool_vms", f"'{POOL}'"),
+    ("UPDATE ON pool_vms WHEN new.state <> 'in_use'", f"'{POOL}'"),
+    ("UPDATE OF state ON pool_vms WHEN new.state = 'in_use'", f"'{KEEPER}'"),
+    ("INSERT ON pool_groups", f"'{POOL}'"),
+    ("UPDATE ON pool_groups", f"'{POOL}'"),
+    ("INSERT ON pool_waiters", f"'{KEEPER}'"),
+    ("DELETE ON pool_waiters", f"'{POOL}'"),
 )
 
 
@@ -1314,6 +1324,10 @@ def _through_directory(path: Path, use: Callable[[str], object]) -> None:
 
 def wake(db: Database, *names: int | str) -> None:
     """Send a byte to each named wake-up socket; nobody listening is no error."""
+    if POOL in names:
+        names = (KEEPER, *names)
+        with contextlib.suppress(Unavailable):  # what we tell of is done
+            names += tuple(f"wait-{token}" for token in VmManager(db=db).next_in_queue())
     if not names:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
@@ -3532,7 +3546,7 @@ def move_pool_vm(
 ) -> dict[str, Any]:
     """Move one VM inside the caller's transaction; return the new row.
 
-    A lease ends where the state allows none. The caller calls `wake_pool` after the transaction.
+    A lease ends where the state allows none.
 
     Args:
         db: The database.
@@ -3614,19 +3628,6 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
                 raise WrongValue(
                     f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
                 ) from error
-    wake_pool(db)
-
-
-KEEPER = "keeper"  # its place among the wake-up sockets
-
-
-def wake_pool(db: Database) -> None:
-    """Wake the keeper, and those waiters who would be given a VM now; nobody depends on it."""
-    if os.path.exists(f"{db.state_dir}/wake/{KEEPER}"):  # noqa: PTH110 (asked at every release)
-        wake(db, KEEPER)
-    with contextlib.suppress(Unavailable):  # what we tell of is done
-        if db.value("SELECT EXISTS (SELECT 1 FROM pool_waiters)"):
-            wake(db, *(f"wait-{token}" for token in VmManager(db=db).next_in_queue()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3771,9 +3772,8 @@ class Waiting:
     def __exit__(self, *_: object) -> None:
         """Leave the queue; who came after may have what was kept for us."""
         self._socket.close()
-        sql = "DELETE FROM pool_waiters WHERE token = :token RETURNING id"
-        if self.pool.db.write(sql, token=self.request.token):
-            wake_pool(self.pool.db)
+        sql = "DELETE FROM pool_waiters WHERE token = :token"
+        self.pool.db.write(sql, token=self.request.token)
 
     def fileno(self) -> int:
         """Return the descriptor to wait on."""
@@ -4168,7 +4168,6 @@ class VmManager(_Rows):
                 raise VmError(f"the pool has a VM {vm_name!r} already")
             _refuse_twin(db, vm_name, columns)
             _insert_pool_vm(db, vm_name, columns)
-        wake_pool(self.db)
         return self.get_vm_by_name(vm_name)
 
     def _group(self, group: int | str) -> dict[str, Any]:
@@ -4201,7 +4200,6 @@ class VmManager(_Rows):
             kept = (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING)
             state = row["state"] if row["state"] in kept else VmStates.CHECK_HEALTH_FAILED
             self._checked(vm_name, state, reason, row["check_fails"] + 1)
-        wake_pool(self.db)
 
     def mark_vm_checked(self, vm_name: str) -> None:
         """Record that a VM's health check, which put it in state check_health, found it well.
@@ -4215,7 +4213,6 @@ class VmManager(_Rows):
             row = _pool_vm(db, vm_name)
             well = row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None
             self._checked(vm_name, VmStates.READY if well else row["state"], "", 0)
-        wake_pool(self.db)
 
     def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
         now = CLOCK.wall()
@@ -4256,7 +4253,6 @@ class VmManager(_Rows):
             if allowed_pre_state not in (None, NOTHING) and state != allowed_pre_state:
                 raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
             move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
-        wake_pool(self.db)
 
     def remove_vm_from_pool(self, vm_name: str) -> None:
         """Forget a VM.
@@ -4276,7 +4272,6 @@ class VmManager(_Rows):
                 (CLOCK.wall(), _who(os.getpid()), vm_name),
             )
             db.connection.execute("DELETE FROM pool_vms WHERE vm_name = ?", (vm_name,))
-        wake_pool(self.db)
 
     # --- leases ---
 
@@ -4532,8 +4527,10 @@ class VmManager(_Rows):
 
     def next_in_queue(self) -> list[str]:
         """Return the tokens of the waiters who would be given all they want now."""
+        if not (queue := self._queue()):
+            return []
         since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        shares = self._allot(self._queue(), since)
+        shares = self._allot(queue, since)
         return [share.request.token for share in shares if not share.missing]
 
     def _wait(
@@ -4654,7 +4651,6 @@ class VmManager(_Rows):
             _crash("pool-releasing")
         _crash("pool-released")
         self._tokens.pop(vm_name.lower(), None)
-        wake_pool(self.db)
         return True
 
     def _release(self, row: Mapping[str, Any], reason: str) -> None:
@@ -4699,7 +4695,6 @@ class VmManager(_Rows):
                 self._own(row, token)
             lease |= {"held_until": until, "releasing_at": None}
             move_pool_vm(db, vm_name, VmStates.HELD, words, **lease)
-        wake_pool(self.db)
 
     @contextlib.contextmanager
     def lease(
@@ -4827,7 +4822,6 @@ class VmManager(_Rows):
                 if group["release_cleans"]:
                     columns |= {"bound_to_user": None, "bound_sandbox": ""}
             move_pool_vm(db, vm_name, state, failure, **columns)
-        wake_pool(self.db)
 
     def _own(self, row: Mapping[str, Any], token: str | None) -> None:
         """Refuse whoever does not have the lease of a VM."""
@@ -4868,8 +4862,6 @@ class VmManager(_Rows):
                     names.append(row["vm_name"])
                 else:
                     move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
-        if names:
-            wake_pool(self.db)
         return names
 
     def _over(self, row: Mapping[str, Any]) -> str:
@@ -5176,7 +5168,6 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         if purge:
             run("UPDATE experiments SET purged = 1 WHERE id = ?", (old,))
     _crash("destroyed")
-    wake_pool(db)
     remove_unused(db)
 
 
@@ -9710,7 +9701,6 @@ class Loan:
         self.close()
         with self.db.transaction(durable=True):
             give_back(self.db)
-        wake_pool(self.db)
 
     def leave(self) -> None:
         """Keep the VMs for a while, for `run` again."""
@@ -11088,6 +11078,7 @@ class Keeper:
 
     def _step(self) -> bool:
         """Look at everything once and begin what is due; return whether something was."""
+        self.wake.drain()  # our own commits woke us, too
         began = CLOCK.monotonic()
         if self._stopping:
             for hook in self.hooks.values():
@@ -11139,7 +11130,8 @@ class Keeper:
             now = CLOCK.monotonic()
             dues = [hook.deadline - now for hook in self.hooks.values()]
             dues += [self._reap_at - now, self._again_at - CLOCK.wall()]
-            wait = max(0.0, self._rest_until - now if due else min([1.0, *dues]))
+            look = self.timeouts.watch
+            wait = max(0.0, self._rest_until - now if due else min([look, *dues]))
             ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
             self.wake.drain()
             with contextlib.suppress(BlockingIOError):
@@ -11339,7 +11331,6 @@ class Keeper:
                 getattr(self, f"_end_{hook.kind}")(hook)
         self._forget_hook(hook.vm_name, hook.pid)
         log_hook(pool_log(self.db, hook.vm_name), hook)
-        wake_pool(self.db)
 
     def _forget_hook(self, vm_name: str, pid: int, *, again: bool = False) -> None:
         """Take a hook off the record; `again` if what it was to do has to begin anew."""
@@ -11514,7 +11505,6 @@ class Keeper:
             else:
                 return
         self.log.warning("%s is terminated: %s", name, reason)
-        wake_pool(self.db)
 
 
 def _is_name(name: str) -> bool:
