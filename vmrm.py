@@ -4574,8 +4574,6 @@ class VmManager(_Rows):
         for row in dead:
             self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
             (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
-        if dead:
-            wake_pool(self.db)
         return len(dead)
 
     def _dead_waiters(self) -> list[dict[str, Any]]:
