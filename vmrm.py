@@ -4381,13 +4381,10 @@ class VmManager(_Rows):
             with self.db.transaction(durable=True) as db:
                 since, waiting = self._see_server(request)
                 names = [self._choose(groups, request, since) for groups in request.wants]
-                queue = self._queue() if waiting else []
-                if queue:
-                    names = self._left_by_queue(queue, request, since)
+                if waiting or len(names) > 1:
+                    names = self._left_by_queue(request, since)
                     sql = "DELETE FROM pool_waiters WHERE token = ?"
                     db.connection.execute(sql, (request.token,))
-                elif len(names) > 1:
-                    names = self._left_by_queue([], request, since)
                 rows = [self._lease(name, request) for name in names]
                 if request.within:
                     request.within(rows)
@@ -4509,13 +4506,13 @@ class VmManager(_Rows):
             alive=now - self.db.timeouts.heartbeat,
         )
 
-    def _left_by_queue(self, queue: list[Request], request: Request, since: float) -> list[str]:
+    def _left_by_queue(self, request: Request, since: float) -> list[str]:
         """Return the VMs for a request once those before it in the queue have theirs.
 
         Raises:
             NoVmAvailable: some are missing.
         """
-        before = itertools.takewhile(lambda other: other.token != request.token, queue)
+        before = itertools.takewhile(lambda other: other.token != request.token, self._queue())
         share = self._allot([*before, request], since)[-1]
         if share.missing:
             raise NoVmAvailable("no VM is available")
@@ -10733,7 +10730,7 @@ def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[Po
     supplies = _supplies(pool, now)
     for group in pool.groups:
         supply = supplies[group["name"].lower()]
-        actions += _plan_spawns(pool, supply, dues)
+        actions += _plan_spawns(supply, dues)
         actions += supply.recycled
         listed = pool.info.get((group["name"], "listed")) or {"at": 0}
         doubtful = listed.get("missing") or listed.get("strangers")
@@ -10914,12 +10911,11 @@ def _supplies(pool: PoolRows, now: float) -> dict[str, _Supply]:
     return supplies
 
 
-def _plan_spawns(pool: PoolRows, supply: _Supply, dues: _Dues) -> list[PoolAction]:
+def _plan_spawns(supply: _Supply, dues: _Dues) -> list[PoolAction]:
     """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
     group, failed = supply.group, supply.failed
-    count = sum(vm["group"].lower() == group["name"].lower() for vm in pool.vms)
     lacking = max(group["min_ready"] - supply.unbound, supply.spawns)
-    room = min(group["max_vm_total"] - count, group["max_spawn_processes"] - supply.spawning)
+    room = min(supply.room + supply.spawns, group["max_spawn_processes"] - supply.spawning)
     count = min(lacking, room)
     if count <= 0 or not group["spawn"]:
         return []
