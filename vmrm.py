@@ -9879,7 +9879,7 @@ def launch(
             )
         for row in rows:
             _refuse_pool_machine(connection, row)
-            sql = "UPDATE vms SET address = :address WHERE server_uuid = :server_uuid"
+            sql = "UPDATE vms SET address = :address WHERE ordinal = :ordinal"
             connection.execute(sql, row)
         _settle_late(db, late)
         connection.execute(
@@ -10847,11 +10847,18 @@ class _Supply:
         ]
         self.idle = sorted(idle, key=lambda vm: vm["last_release"] or vm["spawned_at"])
         self.bound = collections.Counter(map(_binding, mine))
+        self.returning = collections.Counter(
+            (vm["bound_to_user"], vm["bound_sandbox"]) for vm in mine if _is_returning(vm, group)
+        )
         self.spawns = 0
         self.recycled: list[PoolAction] = []
 
     def serves(self, request: Request) -> bool:
         """Whether it can come up with a VM for a request; then that is no one else's."""
+        own = (request.owner, request.sandbox)
+        if self.returning[own]:
+            self.returning[own] -= 1
+            return True
         limit, key = self.group["max_vm_per_user"], (self.group["name"].lower(), request.owner)
         if limit is not None and self.bound[key] >= limit:  # then one of its own has to go
             return self._recycle(request, own=True)
@@ -10890,6 +10897,15 @@ def _is_coming(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     unbinds = vm["releasing_at"] is not None and group["release_cleans"]
     return (
         vm["state"] in fresh and not vm["check_fails"] and bool(unbinds or not vm["bound_to_user"])
+    )
+
+
+def _is_returning(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether its owner may soon have a VM again, which is being checked or released now."""
+    busy = vm["hook"] or vm["releasing_at"] is not None
+    unbinds = vm["releasing_at"] is not None and group["release_cleans"]
+    return bool(
+        vm["state"] == VmStates.CHECK_HEALTH and busy and not unbinds and not vm["check_fails"]
     )
 
 

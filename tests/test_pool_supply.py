@@ -274,6 +274,23 @@ def test_no_more_machines_are_recycled_than_one_while_none_can_be_made(
     assert list(states(db).values()) == ["ready", "ready"]
 
 
+def test_no_machine_is_recycled_for_somebody_whose_own_is_about_to_be_clean(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks | {"release": "true"}, max_vm_total=2, min_ready=2)
+    keep(db)
+    bobs, anns = (pool.acquire_vm(["ci"], owner, "box", ME).vm_name for owner in ("bob", "ann"))
+    pool.release_vm(bobs)
+    keep(db)
+    pool.release_vm(anns)
+    request = vmrm.Request((("ci",),), "ann", "box", vmrm.Holder.of(ME))
+    with vmrm.Waiting(pool, request) as place:
+        assert not place.try_again()
+        keep(db)
+        assert [row["vm_name"] for row in place.try_again()] == [anns]
+    assert states(db) == {bobs: "ready", anns: "in_use"}
+
+
 def test_no_machine_is_recycled_for_somebody_who_is_dead(
     db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
 ) -> None:
