@@ -1005,9 +1005,12 @@ class Database:
         kept = self.path.with_name(f"{self.path.name}.v{found}")
         half = kept.with_name(f"{kept.name}.part")
         half.unlink(missing_ok=True)  # of an upgrade that was killed
-        with new_file(half):
+        try:
+            os.close(os.open(half, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             copy_database(connection, half)
             half.rename(kept)
+        finally:
+            half.unlink(missing_ok=True)
         _crash("upgrade-copied")
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -1221,24 +1224,6 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     connection.execute(f"PRAGMA user_version = {_wanted_identity()[1]}")
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Make a file for its user alone, to be filled by the caller; it goes again if that fails.
-
-    Raises:
-        UsageError: it exists already.
-    """
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        raise UsageError(f"{str(path)!r} exists already") from None
-    try:
-        yield path
-    except BaseException:
-        path.unlink()
-        raise
-
-
 def copy_database(source: sqlite3.Connection, copy: Path) -> None:
     """Copy a database, which may be in use, and read the copy back.
 
@@ -1312,6 +1297,35 @@ class WakeSocket:
         """Close the socket and remove its path."""
         self.socket.close()
         self._path.unlink(missing_ok=True)
+
+
+def dead_sockets(db: Database) -> list[Path]:
+    """Return the wake-up sockets of processes that were killed."""
+    found = []
+    for path in sorted(db.directory("wake").iterdir()):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+            try:
+                _through_directory(path, probe.connect)
+            except ConnectionRefusedError:
+                found.append(path)
+            except OSError:  # it has just been closed
+                continue
+    return found
+
+
+def remove_dead_sockets(db: Database) -> None:
+    """Remove them, but none that somebody is just binding anew: who may do so has its lock."""
+    owners = {str(SUPERVISOR): db.directory("locks") / "supervisor"}
+    owners[KEEPER] = db.directory("locks") / KEEPER
+    for path in dead_sockets(db):
+        lock = owners.get(path.name)
+        if path.name.isdigit() and lock is None:
+            lock = _handler_lock(db, int(path.name))
+        held = None if lock is None else try_lock(lock)
+        if lock is None or held is not None:
+            path.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
 
 
 def _through_directory(path: Path, use: Callable[[str], object]) -> None:
@@ -2925,6 +2939,14 @@ _COMPRESSED_HEAD = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"]
 _ARCHIVE_NAME = re.compile(r".*(\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2?|\.txz|\.zip)", re.IGNORECASE)
 
 
+_OUR_TEMPORARY = re.compile(r"\.vmrm-[0-9a-f]{16}")
+
+
+def temporary_name() -> str:
+    """Return a name for a file that is not complete yet, by which `check` knows it after a kill."""
+    return f".vmrm-{secrets.token_hex(8)}"
+
+
 def refuse_full(fd: int, size: int) -> None:
     """Raise an `OSError` if a file of this size would leave too little room on its disk."""
     free = os.fstatvfs(fd)
@@ -2955,7 +2977,7 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     without a row (`check` finds it), never a row without its file.
     """
     directory, digest, size = db.directory("store"), hashlib.sha256(), 0
-    temporary = directory / f".new-{secrets.token_hex(8)}"
+    temporary = directory / temporary_name()
     try:
         with temporary.open("xb") as target:
             while chunk := source.read(1 << 20):
@@ -2973,10 +2995,15 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def adding_contents(db: Database) -> Iterator[None]:
-    """Keep contents that no row names yet from being removed as unused; many may add at once."""
+def adding(db: Database, kind: str) -> Iterator[None]:
+    """Keep what nothing refers to yet from being taken for left-over; many may add at once.
+
+    Args:
+        db: The database.
+        kind: The directory that is added to, store or requests.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    fd = os.open(db.directory("locks") / "store", flags, 0o600)
+    fd = os.open(db.directory("locks") / kind, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         yield
@@ -2995,7 +3022,7 @@ def remove_unused(db: Database) -> None:
     if fd is None:
         return
     try:
-        for path in unused_contents(db):
+        for path in _unnamed_contents(db):
             path.unlink(missing_ok=True)
     finally:
         os.close(fd)
@@ -3058,7 +3085,7 @@ class VmResourceStore(_Rows):
         self._add_all([(filename, io.BytesIO(data))], force)
 
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
-        with adding_contents(self.db):
+        with adding(self.db, "store"):
             stored: dict[str, tuple[str, int]] = {}
             taken: set[str] = set()
             for name, stream in files:
@@ -3318,15 +3345,24 @@ def purged_directories(db: Database) -> list[Path]:
 
 
 def unused_contents(db: Database) -> list[Path]:
-    """Return each stored content that no file and no schedule names, half-written ones included."""
+    """Return each stored content that no file and no schedule names, half-written ones included.
+
+    While somebody adds contents, there are none.
+    """
+    if _is_locked(db.directory("locks") / "store"):
+        return []
+    return _unnamed_contents(db)
+
+
+def _unnamed_contents(db: Database) -> list[Path]:
     listed = sorted(db.directory("store").iterdir())
     named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
-    texts = [row["text"] for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL")]
-    return [
-        path
-        for path in listed
-        if path.name not in named and not any(path.name in text for text in texts)
-    ]
+    for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL"):
+        named.update(_SHA256.findall(row["text"]))
+    return [path for path in listed if path.name not in named]
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 # === pool ========================================================================================
@@ -4582,12 +4618,13 @@ class VmManager(_Rows):
         ]
 
     def dead_leases(self) -> list[str]:
-        """Return what the dead hold of the pool; `reap` and `drop_dead_waiters` put it right."""
+        """Return what the dead hold of the pool; `reap` puts it right."""
         leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
-        faults = [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
-        return faults + [
-            f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()
-        ]
+        return [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
+
+    def dead_waiters(self) -> list[str]:
+        """Return who in the queue is dead; `drop_dead_waiters` removes them."""
+        return [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
 
     def check(self) -> list[str]:
         """Return what is wrong with the pool's rows, which only a person can put right."""
@@ -5149,7 +5186,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         Conflict: handlers live.
     """
     _refuse_while_live(db, "destroying the experiment")
-    forget_abandoned(db)
+    tie_up(db)  # what lies where only the schedules say cannot be found afterwards
     old = current_experiment(db)["id"]
     with db.transaction(durable=True):
         run = db.connection.execute
@@ -5163,7 +5200,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
         if purge:
             run("UPDATE experiments SET purged = 1 WHERE id = ?", (old,))
     _crash("destroyed")
-    remove_unused(db)
+    tie_up(db)
 
 
 def get_vm_count_not_ready(
@@ -6689,9 +6726,6 @@ def safe_parts(path: str) -> list[str]:
     return parts
 
 
-_OUR_TEMPORARY = re.compile(r"\.vmrm-[0-9a-f]{16}")
-
-
 def broken_copies(top: Path) -> Iterator[Path | None]:
     """Yield each temporary file of a copy below a directory, and for each directory None."""
     for folder, _, names in os.walk(top):
@@ -7123,11 +7157,12 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
     import shutil
 
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    temporary = path.with_name(temporary_name())
     opened = source.open("rb") if isinstance(source, Path) else source
     with opened as stream, temporary.open("xb") as target:
         shutil.copyfileobj(stream, target)
     temporary.chmod(0o700)
+    _crash("program-before-rename")
     temporary.rename(path)
 
 
@@ -8758,7 +8793,7 @@ class VMResourceHandler:
         beginning of the file. It takes the guest's time, by which the next pass, also that of
         another handler, knows it.
         """
-        temporary = f".vmrm-{secrets.token_hex(8)}"
+        temporary = temporary_name()
         self._copying.add(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -9028,10 +9063,7 @@ def forget_request(db: Database, folder: Path) -> None:
     """Remove what a request has left on this host, but not the note of what it left in a guest."""
     import shutil
 
-    with contextlib.suppress(OSError):
-        sink = (folder / "sink").readlink()
-        if _OUR_TEMPORARY.fullmatch(sink.name):
-            sink.unlink()
+    _unlink(_sinks(folder))
     if not (folder / _BROKEN_OFF).exists():
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # a client that was killed leaves its socket, too
@@ -9041,15 +9073,37 @@ def forget_request(db: Database, folder: Path) -> None:
             db.write("DELETE FROM requests WHERE id = :id", id=folder.name)
 
 
+def _sinks(folder: Path) -> list[Path]:
+    """Return what a command has made elsewhere that is not complete, SQLite's files included."""
+    with contextlib.suppress(OSError):
+        sink = (folder / "sink").readlink()
+        if _OUR_TEMPORARY.fullmatch(sink.name):
+            return sorted(sink.parent.glob(f"{sink.name}*"))
+    return []
+
+
 def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
-    """Return the directories of requests that nobody works on any more, each with its VM's name."""
+    """Return the directories of commands that nobody works on any more, each with its VM's name.
+
+    The name is '' if the command did not come to write it, or has to do with no VM.
+    """
+    lock = take_lock(db.directory("locks") / "requests")  # while none is made, each has its lock
+    try:
+        paths = db.directory("requests").iterdir()
+        dead = [path for path in sorted(paths) if path.exists() and not _is_wanted(path)]
+    finally:
+        if lock is not None:
+            os.close(lock)
     found = []
-    for folder in sorted(db.directory("requests").iterdir()):
+    for folder in dead:
         sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
         working = db.value(sql, id=folder.name)
-        if not _is_wanted(folder) and (working is None or process_started(working) is None):
-            with contextlib.suppress(FileNotFoundError):  # it has just ended
+        if working is None or process_started(working) is None:
+            with contextlib.suppress(FileNotFoundError):
                 found.append((folder, (folder / "vm").read_text()))
+                continue
+            if lock is not None and folder.exists():
+                found.append((folder, ""))
     return found
 
 
@@ -9149,7 +9203,68 @@ class _Handled(Exception):
     """The VM has a handler by now."""
 
 
-class Remote:
+class Workplace:
+    """A command's directory `requests/<id>`, locked for as long as the command lives.
+
+    What the command makes elsewhere on this host has a link here, so that it is found after a kill.
+
+    Args:
+        db: The database.
+        vm_name: The VM that the command is for, or ''.
+    """
+
+    def __init__(self, db: Database, vm_name: str) -> None:
+        self.db, self.id = db, uuid.uuid4().hex
+        with adding(db, "requests"):
+            self.folder = db.directory("requests", self.id)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            (self.folder / "vm").write_text(vm_name)
+        except BaseException:
+            Workplace.__exit__(self)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+        forget_request(self.db, self.folder)
+
+    def sink(self, target: Path) -> Path:
+        """Make and return the file, beside `target`, that is to take its place once complete."""
+        temporary = target.absolute().with_name(temporary_name())
+        (self.folder / "sink").symlink_to(temporary)
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except OSError as error:  # told of the file that was named
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        return temporary
+
+
+@contextlib.contextmanager
+def new_file(db: Database, path: Path) -> Iterator[Path]:
+    """Make a file for its user alone, to be filled by the caller; it appears when it is complete.
+
+    Raises:
+        UsageError: it exists already.
+    """
+    exists = UsageError(f"{str(path)!r} exists already")
+    if os.path.lexists(path):
+        raise exists
+    with Workplace(db, "") as place:
+        temporary = place.sink(path)
+        yield temporary
+        _crash("file-before-rename")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:  # somebody was faster
+            raise exists from None
+        temporary.rename(path)
+
+
+class Remote(Workplace):
     """Does things on one VM at once: through its handler if one lives, else by itself.
 
     Args:
@@ -9163,18 +9278,11 @@ class Remote:
     """
 
     def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
-        self.db, self.timeout = db, timeout
+        self.timeout = timeout
         self.config = _pool_config(db, server_name) or handler_config(db, server_name)
         self.name: str = self.config["vm_name"]
         forget_abandoned(db)
-        self.id = uuid.uuid4().hex
-        self.folder = db.directory("requests", self.id)
-        self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        (self.folder / "vm").write_text(self.name)  # from here on it may be abandoned
-
-    def __enter__(self) -> Self:
-        return self
+        super().__init__(db, self.name)
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
@@ -9587,6 +9695,7 @@ class Supervisor:
     def _end(self) -> None:
         now, (began, since) = CLOCK.wall(), self._began
         unset = began + CLOCK.monotonic() - since  # what the clock would say had nobody set it
+        tie_up(self.db)  # handlers may have died that needed no successor
         end_experiment(self.db, now if abs(now - unset) < 1 else unset)
         over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
         self._loan.give_back() if over else self._loan.leave()
@@ -9866,6 +9975,7 @@ def launch(
         raise UsageError(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
+    tie_up(db)
     rows = with_addresses(rows)  # links may have been set anew
     refuse_others_locks(rows)
     _check_loan(db, rows)
@@ -10399,13 +10509,13 @@ def _boot_trial(program: str, accel: str, patience: float) -> tuple[float, str]:
     import subprocess
     import tempfile
 
-    with tempfile.NamedTemporaryFile(prefix="vmrm-") as disk:
+    with tempfile.TemporaryFile() as disk:  # which has no name that could stay behind
         disk.write(_TRIAL_GUEST.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
         disk.flush()
         words = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         words += ["-machine", "q35", "-cpu", "max", "-m", "32", "-accel", accel]
         words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
-        words += ["-drive", f"format=raw,file={disk.name}"]
+        words += ["-drive", f"format=raw,file=/proc/self/fd/{disk.fileno()}"]
         began = CLOCK.monotonic()
         try:
             done = subprocess.run(
@@ -10414,6 +10524,7 @@ def _boot_trial(program: str, accel: str, patience: float) -> tuple[float, str]:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 timeout=patience,
+                pass_fds=[disk.fileno()],
                 check=False,
             )
         except subprocess.TimeoutExpired:
@@ -11035,7 +11146,7 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
-        temporary = tool.with_name(f"vmrm.{os.getpid()}")
+        temporary = tool.with_name(temporary_name())
         temporary.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
         temporary.chmod(0o700)
         temporary.rename(tool)
@@ -11807,7 +11918,7 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     vms = with_addresses(experiment.vms)
     for vm in vms:  # once more when they are written, but then the files are here
         _refuse_pool_machine(db.connection, vm)
-    with adding_contents(db):
+    with adding(db, "store"):
         _store_files(db, experiment.files)
         return _write_experiment(db, experiment, vms)
 
@@ -12653,34 +12764,71 @@ def check(db: Database, fix: bool = False) -> list[str]:
     faults += VmManager(db=db).check()
     loose = loose_ends(db)
     if fix and loose:
+        VmManager(db=db).reap()
         tie_up(db)
     return faults + loose
 
 
 def loose_ends(db: Database) -> list[str]:
-    """Return what is left of processes that died: `tie_up` removes it."""
-    pool = VmManager(db=db)
-    return [
-        *(f"store: nothing names {path.name}" for path in unused_contents(db)),
-        *(f"{path.name}: its experiment was purged" for path in purged_directories(db)),
-        *(f"request {row['id']}: its client is gone" for row in _dead_requests(db)),
-        *(f"left-over of a command on VM {n!r}: {f}" for f, n in abandoned_requests(db)),
-        *(f"left-over of a transfer: {path}" for path in _broken_transfers(db)),
-        *pool.dead_leases(),
-    ]
+    """Return what is left of processes that died; `check --fix` puts it right."""
+    left = [name for names, _ in _left_overs(db) for name in names]
+    return left + VmManager(db=db).dead_leases()
 
 
 def tie_up(db: Database) -> None:
-    """Remove what nothing needs any more, and take VMs of the pool back from the dead."""
+    """Remove from this host what processes have left that were killed, as far as it lets us."""
+    for names, remove in _left_overs(db):
+        if names:
+            with contextlib.suppress(OSError):
+                remove()
+
+
+def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]]:
+    """Yield each kind of what killed processes leave on this host: names, and what removes it."""
+    commands = abandoned_requests(db)
+    yield (
+        [
+            f"left-over of a command{f' on VM {name!r}' if name else ''}: {path}"
+            for folder, name in commands
+            for path in (folder, *_sinks(folder))
+        ],
+        lambda: _forget_for_good(db, commands),
+    )
+    dead = _dead_requests(db)
+    yield (
+        [f"request {row['id']}: its client is gone" for row in dead],
+        lambda: [db.write("DELETE FROM requests WHERE id = :id", id=r["id"]) for r in dead],
+    )
     pool = VmManager(db=db)
-    pool.reap()
-    pool.drop_dead_waiters()
-    remove_unused(db)
-    forget_abandoned(db)
-    for path in _broken_transfers(db):
+    yield pool.dead_waiters(), pool.drop_dead_waiters
+    sockets = [f"socket of a process that died: {path}" for path in dead_sockets(db)]
+    yield sockets, lambda: remove_dead_sockets(db)
+    broken = _broken_files(db)
+    yield (
+        [f"left-over of a transfer: {path}" for path in broken],
+        lambda: _unlink(broken),
+    )
+    unused = [f"store: nothing names {path.name}" for path in unused_contents(db)]
+    purged = [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
+    yield unused + purged, lambda: remove_unused(db)
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
         path.unlink(missing_ok=True)
-    for row in _dead_requests(db):
-        db.write("DELETE FROM requests WHERE id = :id", id=row["id"])
+
+
+def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None:
+    """Forget abandoned commands, and what a push left in a VM that we do not know any more."""
+    for folder, name in commands:
+        known = """SELECT 1 FROM vms WHERE server_name = :name
+                   UNION SELECT 1 FROM pool_vms WHERE vm_name = :name"""
+        if not db.value(known, name=name):
+            with contextlib.suppress(OSError, ValueError):
+                remote, token = json.loads((folder / _BROKEN_OFF).read_text())
+                _log.warning("VM %s may have .vmrm-%s, of a push of %r", name, token, remote)
+            (folder / _BROKEN_OFF).unlink(missing_ok=True)
+        forget_request(db, folder)
 
 
 def _dead_requests(db: Database) -> list[dict[str, Any]]:
@@ -12691,15 +12839,18 @@ def _dead_requests(db: Database) -> list[dict[str, Any]]:
     ]
 
 
-def _broken_transfers(db: Database) -> list[Path]:
-    """Return what handlers that were killed have left of their copies."""
-    tops = set()
-    for vm in db.query("SELECT server_name, ordinal, text FROM vms NATURAL JOIN schedules"):
-        if vm["text"] is not None and not _is_locked(_handler_lock(db, vm["ordinal"])):
-            for entry in parse_schedule(vm["text"]):
-                for item in entry.items("transfer"):
-                    root = item["destination"] or db.state_dir / "transfers"
-                    tops.add(Path(root) / vm["server_name"])
+def _broken_files(db: Database) -> list[Path]:
+    """Return what handlers and keepers that were killed have left of files they were making."""
+    vms = db.query("SELECT server_name, ordinal, text FROM vms NATURAL LEFT JOIN schedules")
+    live = {v["server_name"] for v in vms if _is_locked(_handler_lock(db, v["ordinal"]))}
+    tops = {*db.state_dir.glob("transfers.*/*"), *db.state_dir.glob("host/*/*")}
+    for vm in vms:
+        for entry in parse_schedule(vm["text"]) if vm["text"] else ():
+            roots = (item["destination"] for item in entry.items("transfer"))
+            tops.update(Path(root) / vm["server_name"] for root in roots if root)
+    tops = {top for top in tops if top.name not in live}
+    if not _is_locked(db.directory("locks") / KEEPER):
+        tops.add(db.state_dir / "bin")
     return sorted(path for top in tops for path in broken_copies(top) if path is not None)
 
 
@@ -13789,12 +13940,11 @@ class Commands(_Public):
         self._write(file, report_page(self._db(), run))
         return _SHOWN
 
-    @staticmethod
-    def _write(file: str | None, text: str) -> None:
+    def _write(self, file: str | None, text: str) -> None:
         if file is None:
             print(text, end="")
             return
-        with new_file(Path(file)) as path:
+        with new_file(self._open(), Path(file)) as path:
             path.write_text(text, encoding="utf-8")
 
     def _launched(self, experiment: int | None) -> Run:
@@ -13920,10 +14070,8 @@ class Commands(_Public):
             raise UsageError(f"there is no directory {str(target.parent)!r}")
         if target.exists() and not target.is_file():
             raise UsageError(f"{str(target)!r} is not a file")
-        temporary = target.absolute().with_name(f".vmrm-{secrets.token_hex(8)}")
         with Remote(self._open(), self._any_vm(vm), timeout) as access:
-            (access.folder / "sink").symlink_to(temporary)
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            temporary = access.sink(target)
             try:
                 with self._progress(access.folder, None):
                     answer = access.do("pull", remote=remote)
@@ -14057,6 +14205,7 @@ class Commands(_Public):
                 raise TimedOut(f"not all handlers have left after {timeout:g} s")
             time_to_wait(0.05)
         end_experiment(db)  # which a handler without supervisor does not
+        tie_up(db)
         if kill and (left := vms_with_programs(db)):
             raise VmrmError(
                 f"programs of {counted(len(left), 'VM')} could not be ended: {', '.join(left[:3])}"
@@ -14159,9 +14308,9 @@ class Commands(_Public):
         Args:
             file: The copy, which must not exist.
         """
-        source = self._open().connection
-        with new_file(Path(file)) as copy:
-            copy_database(source, copy)
+        db = self._open()
+        with new_file(db, Path(file)) as copy:
+            copy_database(db.connection, copy)
         return None
 
 
@@ -14339,7 +14488,7 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
         raise UsageError(
             "\n  ".join([f"{file}: {counted(len(reader.faults), 'fault')}", *reader.faults])
         )
-    with adding_contents(db):
+    with adding(db, "store"):
         _store_files(db, reader.files)
         with db.transaction():
             sql = "SELECT text FROM schedules WHERE server_name = :name"

@@ -15,7 +15,8 @@ from lab import Lab, crash_labels, entry, kill, stand_ins
 
 # Where a label is passed only by another command, or is not a place in a handler's life: those of
 # the pool and of an upgrade are tested with these.
-OF_OTHERS = ("hook-", "pool-", "pull-", "push-", "qemu-", "store-", "upgrade-")
+OF_OTHERS = ("file-", "hook-", "pool-", "program-", "pull-", "push-", "qemu-")
+OF_OTHERS += ("store-", "upgrade-")
 ELSEWHERE = {"destroyed", "request-claimed", "vm-failed"}
 SEED = 20261121
 

@@ -577,7 +577,7 @@ def test_a_disk_is_not_filled_to_the_last_and_exit_code_75_says_so(
 def test_a_content_being_added_is_not_removed_as_unused(db: vmrm.Database) -> None:
     store = vmrm.VmResourceStore(db=db)
     store.add_file_from_content("old", "old")
-    with vmrm.adding_contents(db):
+    with vmrm.adding(db, "store"):
         sha256, _ = vmrm.put_content(db, io.BytesIO(b"new"))
         assert store.remove_file("old") == 1
         assert vmrm.check(db, fix=True)
