@@ -8415,7 +8415,10 @@ class VMResourceHandler:
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
-        if step is NextStep.RUN:
+        forbidden = self._killing and found.exit_code == CLAIM_FAILED and found.pid is None
+        if forbidden and attempt.outcome is Outcome.ARMED:
+            self._journal.withdraw([attempt])  # another run may begin it
+        elif step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
             if not self._killing:  # else it is not even laid out
                 self._again(entry, attempt)
