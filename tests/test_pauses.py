@@ -412,7 +412,7 @@ def test_programs_on_the_host_run_only_if_allowed(lab: Lab) -> None:
     until(lambda: any(row["ordinal"] == 2 and row["ended_at"] for row in attempts(lab)))
     assert attempts(lab)[-1]["error"] == "cannot be loaded: it runs on the host: run --allow-host"
     done(lab, "stop")
-    done(lab, "run", "--allow-host")
+    done(lab, "run", "--allow-host", "--retry")
     assert [row["outcome"] for row in attempts(lab)] == ["done", "failed", "done"]
 
 
@@ -482,7 +482,7 @@ def test_stop_kill_ends_programs_on_the_host_and_stop_does_not(lab: Lab) -> None
     until(lambda: not any(pid.exists() for pid in pids))
     for name in ("vm1", "vm2"):
         assert [row["outcome"] for row in attempts(lab, name)] == ["failed"]
-    done(lab, "run", "--detach", "--allow-host")  # which tries again what failed
+    done(lab, "run", "--detach", "--allow-host", "--retry")
     until(lambda: len(path.read_text().split()) == 4)
     until(lambda: [row["outcome"] for row in attempts(lab, "vm2")] == ["failed", "running"])
     pids = [Path("/proc") / pid for pid in path.read_text().split()]
