@@ -887,6 +887,8 @@ class Database:
         self._refuse_another_file()
         if not self._create and not (self.path.exists() and self.path.stat().st_size):
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
+        if self.path.exists() and not self.path.is_file():
+            raise UsageError(f"{str(self.path)!r} is not a file", "Name one with --db")
         try:
             if self.path.is_file() and not self.state_dir.exists():
                 self._refuse_foreign()  # before anything is made beside somebody else's file
@@ -907,12 +909,14 @@ class Database:
         return self._connect()
 
     def _refuse_foreign(self) -> None:
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            try:
+        try:
+            with contextlib.closing(sqlite3.connect(self.path)) as connection:
                 if self._identity(connection)[0] not in (0, _wanted_identity()[0]):
                     raise SchemaError(f"{str(self.path)!r} is another program's database")
-            except sqlite3.DatabaseError as error:
-                raise SchemaError(f"{str(self.path)!r} is not a database: {error}") from error
+        except sqlite3.OperationalError as error:
+            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise SchemaError(f"{str(self.path)!r} is not a database: {error}") from error
 
     def _make_private(self) -> None:
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
@@ -1136,7 +1140,7 @@ class Database:
 
 
 def _schema() -> str:
-    return Path(__file__).with_name("schema.sql").read_text()
+    return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -1950,7 +1954,9 @@ def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ())
         if key not in keys:
             faults.append(f"{where}: {unknown_key(key, [*keys, *more])}")
         elif not keys[key][0](value):
-            faults.append(f"{where}: {key} is {value!r}, but must be {keys[key][1]}")
+            told = repr(value)
+            told = told if len(told) <= 200 else f"{told[:200]}…"
+            faults.append(f"{where}: {key} is {told}, but must be {keys[key][1]}")
     return faults
 
 
@@ -11150,7 +11156,8 @@ class Keeper:
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
         temporary = tool.with_name(temporary_name())
-        temporary.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
+        script = f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'
+        temporary.write_bytes(os.fsencode(script))
         temporary.chmod(0o700)
         temporary.rename(tool)
         if not self.once or _booted_at() > self._server_started():
@@ -11711,18 +11718,30 @@ def read_experiment(path: str | os.PathLike[str]) -> Experiment:
     return experiment
 
 
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's items, refusing what TOML refuses, too: a key that comes twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [key for key, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise WrongValue(f"key {double!r} comes twice in one object")
+    return table
+
+
 def _parse_file(source: Path) -> Any:
     import tomllib
 
     try:
-        text = source.read_bytes().decode()
+        text = source.read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
     except OSError as error:
         raise UsageError(f"cannot read {str(source)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{str(source)!r} is not UTF-8 text (byte {error.start})") from error
     try:
         if source.suffix == ".json":
-            return json.loads(text, parse_constant=_refuse_constant)
+            return json.loads(
+                text, parse_constant=_refuse_constant, object_pairs_hook=_without_doubles
+            )
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         kind = "JSON" if source.suffix == ".json" else "TOML"
@@ -14579,7 +14598,7 @@ def demo(screen: Screen) -> object:
     folder = tempfile.TemporaryDirectory(prefix="vmrm-demo-")
     with folder, contextlib.ExitStack() as stack:
         root = Path(folder.name)
-        (root / "lab.toml").write_text(DEMO.format(root=root))
+        (root / "lab.toml").write_text(DEMO.format(root=root), encoding="utf-8")
         (root / "install.sh").write_text(DEMO_INSTALL)
         for name in ("1", "1c", "2c"):
             (root / "agents" / name).mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -299,3 +300,56 @@ runpy.run_path({str(SOURCES[0])!r}, run_name={name!r})
     assert done.returncode == 1
     assert "vmrm needs Python 3.11 or later, and this is 3.10.1" in done.stderr
     assert ("Traceback" in done.stderr) == (name == "vmrm")
+
+
+def test_a_file_is_read_as_it_is_meant_or_refused(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    text = '[[vm]]\nname = "vm1"\npath = "/x"\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert cli("plan", path).code == 0, "editors of Windows write so"
+    path.write_text(f"{text}agent_timeout = {'9' * 4000}\n")
+    done = cli("plan", path)
+    assert (done.code, "agent_timeout is 999" in done.err, len(done.err) < 600) == (2, True, True)
+    path = tmp_path / "lab.json"
+    path.write_text('{"vm": [{"name": "vm1", "path": "/x", "name": "vm2"}]}')
+    done = cli("load", path)
+    assert (done.code, "'name' comes twice" in done.err) == (2, True), done
+    assert not cli.db.exists()
+
+
+def test_what_is_no_database_is_told_as_such_and_left_alone(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        done = cli("status", "--db", tmp_path / name)
+        assert (done.code, "is not a file" in done.err) == (2, True), done
+    assert not list(tmp_path.glob("*.d"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_database_without_rights_is_told_as_such(cli: Cli, tmp_path: Path) -> None:
+    assert cli("pool", "group", "ci").code == 0
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:2]:
+        parent.chmod(0o755)
+    copy = tmp_path / "copy.db"
+    assert cli("backup", copy).code == 0
+    for mode in (0o600, 0o644):
+        copy.chmod(mode)
+        words = ["setpriv", "--reuid", "65534", "--clear-groups", *cli.command("status")]
+        done = subprocess.run(
+            [*words, "--db", str(copy)],
+            capture_output=True,
+            text=True,
+            env=cli.environment,
+            check=False,
+        )
+        assert (done.returncode, "cannot open" in done.stderr) == (2, True), done
+    assert not (tmp_path / "copy.db.d").exists()
+
+
+def test_the_locale_decides_nothing(cli: Cli) -> None:
+    other = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = cli("pool", "group", "ci", env=other)
+    assert done.code == 0, done
+    assert cli("pool", "group", env=other).code == 0

@@ -431,7 +431,7 @@ def test_a_path_where_nothing_can_be_made_is_one_clear_error(path: str) -> None:
 
 
 def test_a_directory_is_no_database(tmp_path: Path) -> None:
-    with pytest.raises(vmrm.UsageError, match="cannot open"):
+    with pytest.raises(vmrm.UsageError, match="is not a file"):
         vmrm.VMMapping(db=tmp_path).get_all()
 
 
