@@ -12854,10 +12854,14 @@ def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None
 
 
 def _dead_requests(db: Database) -> list[dict[str, Any]]:
+    """Return the requests of clients that are gone, unless a handler is carrying them out."""
     return [
         row
-        for row in db.query("SELECT id, client_pid, client_started FROM requests")
+        for row in db.query("SELECT * FROM requests")
         if process_started(row["client_pid"]) != row["client_started"]
+        and not (
+            row["answered_at"] is None and row["claimed_by"] and process_started(row["claimed_by"])
+        )
     ]
 
 

@@ -38,8 +38,8 @@ def left(cli: Cli) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_exec_leaves_nothing(vm: Cli, number: signal.Signals) -> None:
-    begun = vm.folder / f"begun-{number}"
-    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; sleep 2"]
+    begun, go = vm.folder / f"begun-{number}", vm.folder / f"go-{number}"
+    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; until [ -e {go} ]; do sleep 0.05; done"]
     with subprocess.Popen(
         vm.command(*words), env=vm.environment, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -49,20 +49,25 @@ def test_an_interrupted_exec_leaves_nothing(vm: Cli, number: signal.Signals) -> 
         assert process.wait(20) == 128 + number
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+    go.touch()
     until(lambda: not left(vm))  # a handler's part goes when it is done with it
     assert vm("exec", "vm1", "true").code == 0, "the VM is free again"
     assert vm("check").code == 0
 
 
 def test_what_a_killed_exec_leaves_is_named_and_removed(vm: Cli) -> None:
-    begun = vm.folder / "begun-9"
-    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; sleep 2"]
+    begun, go = vm.folder / "begun-9", vm.folder / "go-9"
+    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; until [ -e {go} ]; do sleep 0.05; done"]
     with subprocess.Popen(vm.command(*words), env=vm.environment) as process:
         until(begun.exists)
         process.kill()
     if not tables.vms(vm.db)["vm1"]["handler_pid"]:  # else its handler may be faster
         named = vm("check")
         assert (named.code, "vm1" in named.out) == (1, True), named
+    else:  # which goes on with what it has begun
+        assert vm("check", "--fix").code == 0
+        assert left(vm)
+    go.touch()
     until(lambda: vm("check", "--fix").code == 0 and not left(vm), 30)
     assert vm("check").code == 0
 

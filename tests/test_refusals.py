@@ -193,13 +193,20 @@ USERS = {
 
 
 @pytest.mark.parametrize("line", USERS)
-def test_a_wrong_request_is_one_line_and_no_traceback(cli: Cli, tmp_path: Path, line: str) -> None:
+def test_a_wrong_request_is_one_line_and_no_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with vmrm.Database(tmp_path / "lab.db") as db:
         vmrm.put_group(db, "ci", {})
-    done = cli(*line.split())
-    assert (done.code, done.out) == (2, ""), done
-    assert USERS[line] in done.err
-    assert "Traceback" not in done.err
+    code = vmrm.main(["--db", str(tmp_path / "lab.db"), *line.split()])
+    told = capsys.readouterr()
+    assert (code, told.out) == (2, ""), told
+    assert USERS[line] in told.err
+    assert "Traceback" not in told.err
 
 
 # --- a run that is going on
