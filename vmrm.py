@@ -14765,8 +14765,9 @@ def _takes_nothing(name: str) -> bool:
 
 def _usage_error(said: str, words: Sequence[str]) -> UsageError:
     """Return fire's complaint as one line of ours."""
-    line = next((line for line in said.splitlines() if line.startswith("ERROR: ")), "ERROR: usage")
-    text = re.sub(r"\x1b\[[0-9;]*m", "", line).removeprefix("ERROR: ").strip()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines()  # on a terminal it writes in colours
+    line = next((line for line in lines if line.startswith("ERROR: ")), "ERROR: usage")
+    text = line.removeprefix("ERROR: ").strip()
     text = text.replace("Could not consume arg:", "not understood:")
     text = text.replace("Cannot find key:", "no such command:")
     text = text.replace("The function received no value", "no value was given")

@@ -264,3 +264,14 @@ def test_the_live_view_keeps_to_its_width(seen: Cli) -> None:
     rows = re.split(r"[\r\n]+", plain)
     assert any(re.search(r"vm1 +configured +", row) for row in rows), rows
     assert not [row for row in rows if len(row.rstrip()) > 60 and "error" not in row]
+
+
+def test_a_wrong_word_is_named_on_a_terminal_too(cli: Cli, children: None) -> None:
+    with pexpect.spawn(
+        cli.command("status", "--nope")[0],
+        cli.command("status", "--nope")[1:],
+        env=cli.environment,
+        encoding="utf-8",
+        timeout=60,
+    ) as terminal:
+        assert "not understood: --nope" in terminal.read()
