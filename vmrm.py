@@ -2851,19 +2851,21 @@ class Journal:
         exit_code: int | None = None,
         reboot: bool = False,
         error: str = "",
+        retried: bool = False,
     ) -> None:
         """Record how an attempt ended; the first word about it stands."""
         with self.db.transaction():
             self._change(
                 attempt,
                 """UPDATE attempts SET outcome = :outcome, ended_at = :now, exit_code = :code,
-                       reboot = :reboot, error = :error""",
+                       reboot = :reboot, error = :error, retried = :retried""",
                 *OPEN_OUTCOMES,
                 outcome=outcome.value,
                 now=CLOCK.wall(),
                 code=exit_code,
                 reboot=reboot,
                 error=printable(error),
+                retried=retried,
             )
 
 
@@ -8422,8 +8424,11 @@ class VMResourceHandler:
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
         forbidden = self._killing and found.exit_code == CLAIM_FAILED and found.pid is None
-        if forbidden and attempt.outcome is Outcome.ARMED:
-            self._journal.withdraw([attempt])  # another run may begin it
+        if forbidden and attempt.outcome is Outcome.ARMED:  # another run may begin it
+            why = f"{KILLED}: it did not begin"
+            self._journal.ended(
+                attempt, Outcome.FAILED, exit_code=CLAIM_FAILED, error=why, retried=True
+            )
         elif step is NextStep.RUN:
             self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
             if not self._killing:  # else it is not even laid out

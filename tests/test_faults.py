@@ -379,7 +379,8 @@ def test_stop_kill_keeps_what_was_not_begun_from_beginning(lab: Lab) -> None:
     only(lab, entry(1, -1))
     assert lab.run("handle", "vm1", VMRM_CRASH="armed:1").returncode == -signal.SIGKILL
     assert lab.run("stop", "--kill").returncode == 0
-    assert outcomes(lab) == []
+    error = "killed by stop --kill: it did not begin"
+    assert [row[1:] for row in outcomes(lab)] == [("failed", 125, error)]
     script = lab.guest(1) / "launch" / "-1" / "sh" / "call_arguments.sh"
     token = re.search(r'"\$2" != (\S+) \]', script.read_text())
     assert token
