@@ -9315,9 +9315,11 @@ class Remote(Workplace):
             VmrmError: it failed in the VM (code 1), could not be begun, or may have been done
                 and nobody knows (255).
         """
-        answer = None if self._handled else self._directly(operation, arguments)
-        if answer is None:
-            answer = self._by_handler(operation, arguments)
+        for way in (self._directly, self._by_handler) * 2:  # handlers come and go
+            if (answer := way(operation, arguments)) is not None:
+                break
+        else:
+            raise Unavailable(f"VM {self.name!r}: its handlers come and go", "Try again later")
         if "unknown" in answer:
             raise VmrmError(f"VM {self.name!r}: {answer['unknown']}", code=255)
         if "error" in answer:
@@ -9335,7 +9337,9 @@ class Remote(Workplace):
             raise _Handled
 
     def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Do it here, waiting for the agent and for others that use it; None if a handler came."""
+        """Do it here, waiting for others that use the agent; None if a handler has it."""
+        if self._handled:
+            return None
         handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
         begun, deadline = False, drivers.Deadline(self.timeout)
         try:
@@ -9375,12 +9379,13 @@ class Remote(Workplace):
                 handler._connect(min(self.timeout, 5))
                 run_steps(_discard_steps(handler.driver, self.folder), time_to_wait)
 
-    def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Ask the handler; None if it has left without taking the request."""
         answered = WakeSocket(self.db, f"c-{self.id}")
         try:
             self.db.write(
-                """INSERT INTO requests (id, server_name, operation, arguments, client_pid,
-                       client_started, client_boot, created_at, deadline_at)
+                """INSERT OR REPLACE INTO requests (id, server_name, operation, arguments,
+                       client_pid, client_started, client_boot, created_at, deadline_at)
                    VALUES (:id, :name, :operation, :arguments, :pid, :started, :boot, :now,
                        :deadline)""",
                 id=self.id,
@@ -9397,7 +9402,7 @@ class Remote(Workplace):
         finally:
             answered.close()
 
-    def _await_answer(self, answered: WakeSocket) -> dict[str, Any]:
+    def _await_answer(self, answered: WakeSocket) -> dict[str, Any] | None:
         poll, deadline = select.poll(), CLOCK.monotonic() + self.timeout
         poll.register(answered.fileno(), select.POLLIN)
         while True:
@@ -9411,6 +9416,11 @@ class Remote(Workplace):
                     f"See what it does: vmrm logs {self.name}",
                     code=255,
                 )
+            if row["claimed_by"] is None and not self._handled and self._withdraw():
+                if self.db.value("SELECT halt FROM current_experiment") in (Halt.STOP, Halt.KILL):
+                    what = "its handler was stopped before it took the request"
+                    raise Unavailable(f"VM {self.name!r}: {what}", "Nothing was done: try again")
+                return None
             if row["claimed_by"] is not None and process_started(row["claimed_by"]) is None:
                 return {"unknown": "it may have run: the handler died"}
             poll.poll(500)
@@ -13122,10 +13132,10 @@ class Viewer:
             process.wait()
         if current_experiment(self.db)["ended_at"] is None:
             refuse_damaged(self.db.connection)
-            raise VmrmError(
-                "the supervisor died; nothing is lost",
-                f"Continue: vmrm run. Its log: {run_directory(self.db, 'logs') / 'supervisor.log'}",
-            )
+            hint = f"Continue: vmrm run. Its log: {run_directory(self.db, 'logs')}/supervisor.log"
+            if process is not None and process.returncode == Unavailable.code:
+                raise Unavailable("the supervisor could not use the database", hint)
+            raise VmrmError("the supervisor died; nothing is lost", hint)
 
     def _until_end(self, process: Any, update: Callable[[], None]) -> None:
         look_at = 0.0

@@ -19,6 +19,8 @@ from lab import ROOT, Lab, entry, kill, stand_ins
 from test_handler import load, outcomes, until, vm
 from test_review import only
 
+import vmrm
+
 SABOTAGE = str(ROOT / "tests" / "sabotage")
 IMPATIENT = {"VMRM_TIMEOUT_SCALE": "0.05"}  # a call to the agent ends after 1.5 s
 
@@ -187,3 +189,43 @@ def test_a_stop_kill_that_was_killed_can_be_repeated(lab: Lab) -> None:
     assert lab.run("stop", "--kill").returncode == 0
     assert lab.run("run").returncode == 1, "its entry has failed, and is not repeated"
     assert record.read_text().count("begin") == 1
+
+
+def suspended(lab: Lab) -> bool:
+    """Stop the handler; return whether that was not in the middle of a transaction."""
+    (handler,) = lab.handler_pids()
+    os.kill(handler, signal.SIGSTOP)
+    try:
+        with vmrm.Database(lab.db, timeouts=vmrm.Timeouts(writer=1)) as db, db.transaction():
+            return True
+    except vmrm.Busy:
+        os.kill(handler, signal.SIGCONT)
+        return False
+
+
+def pending(lab: Lab, end: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+    """Ask a handler that does not take it for an exec, and have that handler end meanwhile."""
+    only(lab, entry(1, 0.1, "sleep 4321", wait=False), entry(2, 600))
+    record = lab.guest(1) / "launch" / "record"
+    with running(lab):
+        until(record.exists)
+        until(lambda: suspended(lab))
+        note = f"echo exec >> {record}"
+        with lab.start("exec", "--timeout", "500", "vm1", "sh", "-c", note) as asked:
+            until(lambda: tables.requests(lab.db))
+            end()
+            out, err = asked.communicate(timeout=60)
+        assert ("exec" in record.read_text()) == (asked.returncode == 0)
+    return subprocess.CompletedProcess(asked.args, asked.returncode, out, err)
+
+
+def test_a_request_that_a_stopped_handler_did_not_take_is_answered(lab: Lab) -> None:
+    done = pending(lab, lambda: lab.run("stop"))
+    assert done.returncode == 75
+    assert "stopped before it took the request" in done.stderr
+
+
+def test_a_request_that_a_dead_handler_did_not_take_is_done_all_the_same(lab: Lab) -> None:
+    victims = lambda: filter(None, [lab.supervisor_pid(), *lab.handler_pids()])  # noqa: E731
+    done = pending(lab, lambda: [kill(pid) for pid in victims()])
+    assert done.returncode == 0, done.stderr
