@@ -24,7 +24,7 @@ import vmrm
 
 SEED = 20261125
 CODES = ("IOERR", "FULL", "BUSY")
-OPENING = 40  # a keeper that cannot open its database says so, and ends
+OPENING = 30  # statements: who cannot even open the database says so, and ends
 EVERY = "VMRM_EVERY_STATEMENT" in os.environ
 SABOTAGE = str(ROOT / "tests" / "sabotage")
 
@@ -73,8 +73,8 @@ def failing(folder: Path, role: str, number: int, code: str = "") -> None:
                 run.kill()
                 lab.run("stop", "--kill")
                 raise
-        sql = failed.read_text() if failed.exists() else "nothing"
-        if code == "KILL" and failed.exists() and role == "supervisor":
+        sql = failed.read_text()  # else there are not so many statements
+        if code == "KILL" and role == "supervisor":
             lab.run_to_the_end()
         else:
             assert run.returncode == 0, f"{sql}: {out}{err}\n{lab.logs()}"
@@ -86,18 +86,18 @@ def failing(folder: Path, role: str, number: int, code: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "code", "last", "count"),
+    ("role", "code", "first", "last", "count"),
     [
-        ("handler", "", 230, 4),
-        ("supervisor", "", 100, 4),
-        ("handler", "KILL", 40, 3),
-        ("supervisor", "KILL", 4, 2),
+        ("handler", "", 1, 200, 4),
+        ("supervisor", "", OPENING, 110, 3),
+        ("handler", "KILL", 1, 30, 3),
+        ("supervisor", "KILL", 1, 4, 2),
     ],
 )
 def test_a_statement_that_fails_loses_nothing_and_repeats_nothing(
-    tmp_path: Path, role: str, code: str, last: int, count: int
+    tmp_path: Path, role: str, code: str, first: int, last: int, count: int
 ) -> None:
-    numbers = chosen(1, last, count)
+    numbers = chosen(first, last, count)
     at_once(*(partial(failing, tmp_path, role, number, code) for number in numbers))
 
 
@@ -125,7 +125,7 @@ def keeping(folder: Path, number: int) -> None:
                 assert keeper.poll() is None
                 keeper.send_signal(signal.SIGTERM)
                 keeper.wait(30)
-            sql = failed.read_text() if failed.exists() else "nothing"
+            sql = failed.read_text()  # else there are not so many statements
             assert keeper.returncode == 0, sql
             assert provider.running() == set(states(db)), sql
         finally:
@@ -133,4 +133,32 @@ def keeping(folder: Path, number: int) -> None:
 
 
 def test_a_statement_of_the_keeper_that_fails_loses_no_machine(tmp_path: Path) -> None:
-    at_once(*(partial(keeping, tmp_path, number) for number in chosen(OPENING, 200, 4)))
+    at_once(*(partial(keeping, tmp_path, number) for number in chosen(OPENING, 180, 4)))
+
+
+@pytest.mark.parametrize("number", [1, 12])
+def test_a_supervisor_that_cannot_open_its_database_says_try_later(
+    tmp_path: Path, number: int
+) -> None:
+    lab = Lab(tmp_path)
+    with stand_ins(tmp_path / "agents", 1):
+        launch = lab.guest(1) / "launch"
+        load(lab, vm("vm1", tmp_path / "agents" / "1.sock", launch, entry(1, -1)))
+        done = lab.run("run", **fault("supervisor", number, tmp_path / "failed"))
+        assert done.returncode == 75, done.stderr
+        assert (tmp_path / "failed").exists()
+        assert "could not use the database" in done.stderr
+        assert lab.run("run").returncode == 0
+    lab.audit()
+
+
+@pytest.mark.parametrize("number", [1, 12])
+def test_a_keeper_that_cannot_open_its_database_says_try_later(tmp_path: Path, number: int) -> None:
+    lab = Lab(tmp_path)
+    with vmrm.Database(lab.db) as db:
+        group(db, {"check": "true"})
+    done = lab.run("pool", "serve", **fault("keeper", number, tmp_path / "failed"))
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "failed").exists()
+    assert len(done.stderr.splitlines()) == 2, "an error and a hint"
+    assert lab.run("pool", "serve", "--once").returncode == 0
