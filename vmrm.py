@@ -5273,40 +5273,69 @@ KILLED = "killed by stop --kill"
 # The agent makes files that everybody may open, and who has one open keeps it. So what is ours lies
 # where nobody else comes: below a directory that only root or the agent's user can change. A file
 # for a place where others may write is completed in a directory of our own there, seen from
-# inside; so nobody can open it before it has its mode, or lead it elsewhere by a link.
+# inside; so nobody can open it before it has its mode, or lead it elsewhere by a link. We go to a
+# place step by step: whatever another user swaps meanwhile, we stand where the path says, or stop.
 
 _TRUSTED_SH = """\
-trusted_path() {
+trusted() (
     at=$1 sticky=$2 me=$(id -u)
     while :; do
         loose=; set -f; set -- $(ls -ldn "${at:-/}"); set +f
         case $1 in
             l*) ;;
             ????????w[tT]* | ?????w???[tT]*) [ -n "$sticky" ] || loose=yes ;;
-            ????????w*) loose=yes ;;
-            ?????w*) [ "$4" = 0 ] || [ "$4" = "$(id -g)" ] || loose=yes ;;
+            ????????w* | ?????w????+*) loose=yes ;;
+            ?????w*)
+                [ "$4" = 0 ] || {
+                    [ "$4" = "$(id -g)" ] && [ "$(id -un)" = "$(id -gn)" ]
+                } || loose=yes ;;
         esac
-        [ "$3" = 0 ] || [ "$3" = "$me" ] || loose=yes
+        [ "$3" = 0 ] || [ "$3" = "${me:-0}" ] || loose=yes
         if [ -n "$loose" ]; then
-            echo "other users of the VM can change ${at:-/} ($1 $3 $4)" >&2; return 1
+            echo "other users of the VM can change ${at:-/} ($1 $3 $4)" >&2; exit 1
         fi
-        [ -n "$at" ] || return 0
+        [ -n "$at" ] || exit 0
         at=${at%/*} sticky=yes
     done
-}
-trusted() {
-    real=$(cd -P "$1" && pwd -P) || return 1
-    trusted_path "$1" "$2" && { [ "$real" = "$1" ] || trusted_path "$real" "$2"; }
+)
+enter() {  # a directory, made with umask $2; through no link that another user can change
+    at= left=$1/ links=
+    cd / || return 1
+    while [ -n "$left" ]; do
+        part=${left%%/*} left=${left#*/}
+        case $part in
+            '' | .) continue ;;
+            ..) at=${at%/*} ;;
+            *) at=$at/$part ;;
+        esac
+        if [ -L "./$part" ]; then
+            links=x$links
+            [ ${#links} -lt 40 ] && trusted "$at" sticky || return 1
+            left=$(readlink "./$part")/$left at=${at%/*}
+            case $left in /*) at=; cd / ;; esac
+            continue
+        fi
+        if [ ! -d "./$part" ] && ! (umask "$2"; mkdir -p "./$part"); then
+            echo "$at cannot be made" >&2; return 1
+        fi
+        cd -P "./$part" || return 1
+        if [ "$(pwd -P; echo .)" != "${at:-/}
+." ]; then
+            echo "other users of the VM can change $at" >&2; return 1
+        fi
+    done
 }
 """
 
-_PLACE_SH = """\
+_PLACE_SH = (
+    _TRUSTED_SH
+    + """\
 place() (
-    folder=${2%/*} name=${2##*/}
-    if [ -d "$2" ]; then echo "$2 is a directory" >&2; exit 1; fi
-    (umask 022; mkdir -p "${folder:-/}") && cd -P "${folder:-/}" || exit 1
+    name=${2##*/}
+    enter "${2%/*}" 022 || exit 1
+    if [ -d "./$name" ]; then echo "$2 is a directory" >&2; exit 1; fi
     umask 077
-    own=$(mktemp -d .vmrm-XXXXXX) && cd -P "$own" && [ -O . ] || exit 1
+    own=$(mktemp -d .vmrm-XXXXXX) && cd -P "./$own" && [ -O . ] || exit 1
     case $(pwd -P) in */"$own") ;; *) exit 1 ;; esac
     only=; case $(mv --help 2>&1) in *-T,* | *T]*) only=T ;; esac
     $4 "$1" file && chmod "$3" file &&
@@ -5316,9 +5345,9 @@ place() (
     exit $code
 )
 """
+)
 
-_CALL_SCRIPT = (
-    """\
+_CALL_SCRIPT = """\
 #!/bin/sh
 # vmrm: {title}
 umask 077
@@ -5343,9 +5372,6 @@ else
     exec > /dev/null 2>&1 < /dev/null
 fi
 {owning}
-"""
-    + _PLACE_SH.replace("{", "{{").replace("}", "}}")
-    + """\
 code=0
 {placing}
 if [ "$code" = 0 ]; then
@@ -5356,7 +5382,6 @@ reboot=0; [ -e {reboot} ] && reboot=1
 keep exit "$code $reboot"
 exit "$code"
 """
-)
 
 # A link is made with its content in one step: two VMs that share a directory cannot both own it.
 _PREPARE_SCRIPT = (
@@ -5364,11 +5389,10 @@ _PREPARE_SCRIPT = (
     + """\
 umask 077
 stage=$1 old=$2 fresh=$3 experiment=$4 vm=$5; shift 5
-launch=${stage%/*}
-[ -d "$launch" ] || (umask 066; mkdir -p "$launch") || exit 1
-trusted "$launch" || exit 1
-chmod a+x "$launch" 2>/dev/null  # for the users of entries
-mkdir "$stage" 2>/dev/null || case $(ls -ld "$stage") in
+enter "${stage%/*}" 066 && trusted "$(pwd -P)" || exit 1
+chmod a+x . 2>/dev/null  # for the users of entries
+[ -O "$stage" ] && mode=$(ls -ld "$stage") || mode=
+case $mode in
     drwx------*) ;;
     *) rm -rf "$stage"; mkdir "$stage" || exit 1 ;;  # what lay in an open one may still be open
 esac
@@ -5376,7 +5400,6 @@ ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
 if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
     echo "this launch directory is used by another VM of this experiment" >&2; exit 1
 fi
-cd "$stage/.." || exit 1
 if [ "$fresh" = fresh ]; then
     for folder; do
         [ -e "./$folder" ] || continue
@@ -5407,12 +5430,13 @@ keep() {{
 }}
 text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
+    folder=${{2%/*}} new=$2.new-$$ mask=066
+    for made in "${{folder%/*}}" "$folder"; do
+        [ -d "$made" ] || (umask $mask; mkdir "$made") || exit 1
+        if [ ! -O "$made" ] || [ -L "$made" ]; then echo "$made is another user's" >&2; exit 1; fi
+        mask=022
+    done
     cmp -s "$1" "$2" && return
-    folder=${{2%/*}} new=$2.new-$$
-    if [ ! -d "$folder" ]; then
-        (umask 066; mkdir -p "${{folder%/*}}") && (umask 022; mkdir "$folder") || exit 1
-    fi
-    if [ ! -O "$folder" ]; then echo "$folder is another user's" >&2; exit 1; fi
     cp "$1" "$new" && chmod 500 "$new" || exit 1
     if [ -n "$3" ]; then
         [ -d "$4" ] || (umask 022; mkdir "$4") || exit 1
@@ -5463,9 +5487,8 @@ _FOUND_SCRIPT = (
 _RECEIVE_SCRIPT = (
     _TRUSTED_SH
     + """\
-folder=${1%/*}; folder=${folder:-/}
 if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
-(umask 022; mkdir -p "$folder") || exit 1
+folder=$(enter "${1%/*}" 022 && pwd -P) || exit 1
 full() {
     set -f; set -- "$2" "$1" $(df -Pk "$1" 2>/dev/null | tail -n 1)
     case $6 in '' | *[!0-9]*) return 1 ;; esac
@@ -5473,7 +5496,8 @@ full() {
 }
 full "$folder" "$2" && exit 1
 for place in "$folder" /var/tmp /tmp /run; do
-    [ -d "$place" ] && trusted "$place" sticky 2>/dev/null || continue
+    [ -d "$place" ] && place=$(enter "$place" 022 && pwd -P) || continue
+    trusted "$place" sticky 2>/dev/null || continue
     full "$place" "$2" && exit 1
     place=${place%/}/.vmrm-$3
     umask 077; mkdir "$place" && echo "$place/data"
@@ -5546,7 +5570,8 @@ def call_script(
     """
     locations = [item["location"] for item in entry_files(entry)]
     placing = [
-        f"place {shlex.quote(stage)}/{sha256} {shlex.quote(guest_path(entry, location))} {mode} cp"
+        f"[ $code = 0 ] && {{ place {shlex.quote(stage)}/{sha256} "
+        f"{shlex.quote(guest_path(entry, location))} {mode} cp || code={PLACE_FAILED}; }}"
         for location, (sha256, mode) in zip(locations, placed, strict=True)
     ]
     user = entry.options.get("user")
@@ -5558,9 +5583,7 @@ def call_script(
         folder=shlex.quote(str(_folder(entry))),
         # Else the user's program could not open /dev/stdout.
         owning=f'chown {shlex.quote(user)} "$here/out" "$here/err" 2>/dev/null' if user else ":",
-        placing="\n".join(
-            f"[ $code = 0 ] && {{ {line} || code={PLACE_FAILED}; }}" for line in placing
-        ),
+        placing="\n".join([_PLACE_SH, *placing] if placing else placing),
         running=_running(entry),
         reboot=PurePosixPath(entry.reboot_filepath).relative_to(_folder(entry)),
     )

@@ -13,6 +13,7 @@ import os
 import pwd
 import select
 import stat
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,13 +236,13 @@ def test_another_user_of_the_guest_gets_nothing(
 
 
 @pytest.mark.qga
-@pytest.mark.parametrize("place", ["theirs", "link", "below", "open"])
+@pytest.mark.parametrize("place", ["theirs", "link", "below", "open", "chain", "acl"])
 def test_a_launch_directory_that_others_can_change_is_refused(
     qemu_ga: Agents, tmp_path: Path, base: Path, place: str
 ) -> None:
     agent, launch = qemu_ga(), base / "open" / "launch"
     (base / "open").mkdir()
-    (base / "open").chmod(0o777 if place in ("below", "open") else 0o1777)
+    (base / "open").chmod(0o777 if place in ("below", "open", "chain") else 0o1777)
     if place == "theirs":
         launch.mkdir()
         os.chown(launch, OTHER, OTHER)
@@ -249,6 +250,19 @@ def test_a_launch_directory_that_others_can_change_is_refused(
         (base / "target").mkdir()
         launch.symlink_to(base / "target")
         os.lchown(launch, OTHER, OTHER)
+    if place == "chain":  # root's link leads through what others can change
+        (base / "target").mkdir()
+        (base / "open" / "next").symlink_to(base / "target")
+        (base / "way").symlink_to(base / "open" / "next")
+        launch = base / "way" / "launch"
+    if place == "acl":
+        (base / "open").chmod(0o755)
+        entries = [(1, 7, -1), (2, 7, OTHER), (4, 5, -1), (16, 7, -1), (32, 5, -1)]
+        packed = b"".join(struct.pack("<HHi", *entry) for entry in entries)
+        try:
+            os.setxattr(base / "open", "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        except OSError as error:
+            unavailable(f"no access control lists here: {error}")
     if place == "open":
         launch = base / "open"
     lab = Lab(tmp_path)
@@ -259,6 +273,62 @@ def test_a_launch_directory_that_others_can_change_is_refused(
     assert str(base / "open") in done.stderr
     assert not (base / "ran").exists()
     assert not list(base.rglob(".stage"))
+
+
+@pytest.mark.qga
+def test_what_others_planted_while_a_launch_directory_was_open_is_not_used(
+    qemu_ga: Agents, tmp_path: Path, base: Path
+) -> None:
+    agent, launch, lab = qemu_ga(), base / "launch", Lab(tmp_path)
+    (base / "target").mkdir()
+    for folder in (launch / ".stage", launch / "1", launch / "2"):
+        folder.mkdir(parents=True, mode=0o700)
+        os.chown(folder, OTHER, OTHER)
+    (launch / "2" / "sh").symlink_to(base / "target")
+    load(lab, vm(agent.path, launch, sh(-1, f"echo {MARK}")))
+    assert lab.run("run").returncode == 0
+    assert (launch / ".stage").stat().st_uid == 0
+    for at in (1, 2):
+        later = tmp_path / "later.json"
+        later.write_text(json.dumps({"schedule": [sh(at, f"touch {base}/ran")]}))
+        assert lab.run("schedule", "add", "vm1", str(later)).returncode == 0
+        lab.run("run")
+    assert not (base / "ran").exists()
+    assert not list((base / "target").iterdir())
+    assert f"{launch}/1 is another user's" in lab.logs()
+
+
+@pytest.mark.qga
+def test_root_follows_no_link_of_another_user_to_put_a_file(
+    qemu_ga: Agents, tmp_path: Path, base: Path
+) -> None:
+    agent, launch, lab = qemu_ga(), base / "launch", Lab(tmp_path)
+    target, theirs = base / "target", base / "theirs"
+    for folder in (target, theirs):
+        folder.mkdir()
+    os.chown(theirs, OTHER, OTHER)
+    (theirs / "way").symlink_to(target)
+    (base / "way").symlink_to(theirs)  # root's, to where somebody else may put links
+    (base / "good").symlink_to("real")
+    (base / "real").mkdir()
+    swap = f"mv sub old; ln -s {target} sub; exit 3"
+    placed = [{"location": f"sub/{name}", "content": "x"} for name in ("data", "new/data")]
+    load(lab, vm(agent.path, launch, sh(-1, swap, user=USER, content=placed)))
+    lab.run("run")
+    assert (launch / "-1" / "sh" / "work" / "sub").is_symlink()
+    lab.run("retry", "vm1", "1")
+    lab.run("run")
+    assert "other users of the VM can change" in lab.logs()
+    (tmp_path / "f").write_text("f")
+    for way in (theirs / "way", base / "way" / "way", theirs / "way" / "new"):
+        done = lab.run("push", "vm1", str(tmp_path / "f"), f"{way}/f")
+        assert done.returncode == 1, way
+        assert "other users of the VM can change" in done.stderr
+    assert not list(target.iterdir())
+    assert not list(base.rglob(".vmrm-*"))
+    for place in (theirs / "new" / "f", base / "good" / "new" / ".." / "f", base / "real" / "g"):
+        done = lab.run("push", "vm1", str(tmp_path / "f"), str(place))
+        assert (done.returncode, place.read_text()) == (0, "f"), done.stderr
 
 
 @pytest.mark.qga
