@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,8 +124,11 @@ def kill_meanwhile(lab: Lab, *meanwhile: Callable[[], object]) -> list[str]:
 def test_after_stop_kill_no_entry_starts_that_falls_due_in_the_grace(lab: Lab) -> None:
     path, launch = lab.folder / "agents" / "1.sock", lab.guest(1) / "launch"
     note = {"arguments": ["-c", f"echo host begin >> {launch}/record"], "on_host": True}
-    host = [{"start_time": 3 + n, "executable": "/bin/sh", **note} for n in range(4)]
-    due = [entry(n, 3 + 0.1 * n) for n in range(2, 34)]
+    began = time.monotonic()
+    assert lab.run("pool", "group", "any").returncode == 0
+    soon = 2 + 2 * (time.monotonic() - began)  # about when a `stop` has come, on this host
+    host = [{"start_time": soon + n, "executable": "/bin/sh", **note} for n in range(4)]
+    due = [entry(n, soon + 0.1 * n) for n in range(2, 34)]
     load(lab, vm("vm1", path, launch, entry(1, 0.1, STUBBORN), *due, *host))
     after = kill_meanwhile(lab)
     assert not [line for line in after if line.endswith("begin")], lab.logs()
