@@ -30,6 +30,7 @@ def functions(file: str) -> set[str]:
 def test_promises_name_tests_that_exist() -> None:
     assert len(rows()) > 40
     for point, tests in rows():
+        assert tests, f"point {point} names no test"
         for name in tests:
             file, _, function = name.partition("::")
             assert function in functions(file), f"point {point} names {name}: there is none"
