@@ -39,13 +39,14 @@ def handler(cli: Cli) -> int:
 def test_a_command_that_was_begun_is_answered_when_the_link_breaks(
     cli: Cli, tmp_path: Path, qemu_ga: Callable[..., HostAgent]
 ) -> None:
-    agent, begun = qemu_ga(), tmp_path / "begun"
+    agent, begun, over = qemu_ga(), tmp_path / "begun", tmp_path / "over"
     path = lab(tmp_path, entry(-1, "true"))
     path.write_text(path.read_text().replace("agents/1.sock", str(agent.path)))
     assert cli("run", path, "--stay", "--detach").code == 0
     assert cli("wait", "--timeout", "60").code == 0
     watcher = handler(cli)
-    words = ["exec", "vm1", "sh", "-c", f"touch {begun}; sleep 60"]
+    script = f"touch {begun}; until [ -e {over} ]; do sleep 0.1; done"
+    words = ["exec", "vm1", "sh", "-c", script]
     with subprocess.Popen(
         cli.command(*words), env=cli.environment, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -55,6 +56,7 @@ def test_a_command_that_was_begun_is_answered_when_the_link_breaks(
             assert process.wait(60) == 255
         finally:
             process.kill()
+            over.touch()
         assert process.stderr is not None
         assert "it may have run" in process.stderr.read()
     assert handler(cli) == watcher, "the same handler goes on"
