@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import grp
 import json
 import os
 import pwd
@@ -490,6 +491,34 @@ def test_preparing_lists_the_stage_and_moves_an_older_experiment_aside(guest: Gu
     assert (done.returncode, listed) == (0, [("5", "a" * 64)])
     left = {str(path.relative_to(guest.launch)) for path in guest.launch.rglob("old")}
     assert left == {".previous/then/-5/old", ".previous/then/10/old", "other/old"}
+
+
+def test_an_agents_user_has_its_home_for_itself_if_its_group_is_its_own(guest: Guest) -> None:
+    if os.getuid():
+        unavailable("only root can become somebody else")
+    home = guest.launch / "home"
+    home.mkdir()
+    own, shared = pwd.getpwnam("daemon").pw_gid, grp.getgrnam("users").gr_gid
+    for group, mode, code in ((own, 0o775, 0), (shared, 0o755, 0), (shared, 0o775, 1)):
+        os.chown(home, pwd.getpwnam("daemon").pw_uid, group)
+        home.chmod(mode)
+        become = [
+            str(shutil.which("setpriv")),
+            "--reuid",
+            "daemon",
+            "--regid",
+            str(group),
+            "--clear-groups",
+        ]
+        agent = Guest(guest.launch, [*guest.shell, *become], guest.path)
+        stage = home / "launch" / ".stage"
+        done = agent.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "keep", "1-1.0", "uuid")
+        assert (done.returncode, stage.exists()) == (code, code == 0), (group, mode, done.stderr)
+        if stage.exists():
+            shutil.rmtree(stage.parent)
+        else:
+            assert f"{home} " in done.stderr.decode()
+            (home / "launch").rmdir()
 
 
 def test_a_launch_directory_belongs_to_one_vm_of_an_experiment(guest: Guest) -> None:
