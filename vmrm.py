@@ -6758,10 +6758,21 @@ def safe_parts(path: str) -> list[str]:
 
 
 def broken_copies(top: Path) -> Iterator[Path | None]:
-    """Yield each temporary file of a copy below a directory, and for each directory None."""
-    for folder, _, names in os.walk(top):
+    """Yield each temporary file of a copy below a directory, and for each directory None.
+
+    No copy lies deeper than `MAX_PATH_PARTS`; whatever is there is not looked at.
+    """
+    folders = [(os.fspath(top), 0)]
+    while folders:
+        folder, depth = folders.pop()
         yield None
-        yield from (Path(folder, name) for name in names if _OUR_TEMPORARY.fullmatch(name))
+        with contextlib.suppress(OSError), os.scandir(folder) as listed:
+            for item in listed:
+                if item.is_dir(follow_symlinks=False):
+                    if depth < MAX_PATH_PARTS:
+                        folders.append((item.path, depth + 1))
+                elif _OUR_TEMPORARY.fullmatch(item.name):
+                    yield Path(item.path)
 
 
 @contextlib.contextmanager
