@@ -8175,7 +8175,8 @@ class VMResourceHandler:
                     found = yield from self._send_steps(entry, attempt)
                 exit_code, reboot = yield from self._watch_steps(entry, attempt, found, limit)
             else:
-                self._record_start(entry, attempt, CLOCK.wall(), None)
+                planned = self._planned(entry, attempt)
+                self._journal.started(attempt, CLOCK.wall(), None, entry.start_time, planned)
             yield from self._within(limit, self._transfer_once_steps(entry))
             if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
                 yield repeating
@@ -8222,25 +8223,23 @@ class VMResourceHandler:
         script, guest = str(entry.call_arguments_filename), self._place(entry)
         argv = guest.argv(script, attempt.claim, guest.token(self._token))
         self._journal.check()  # a read: whatever kept the word from us, nothing starts after it
-        sent = CLOCK.wall()
+        sent, planned = CLOCK.wall(), self._planned(entry, attempt)  # a pause may come meanwhile
         pid = guest.driver.start(argv, capture=guest.captures)
         _crash("exec-answered")
         yield 0  # what else is due goes first
-        self._record_start(entry, attempt, sent, pid)
+        self._journal.started(attempt, sent, pid, entry.start_time, planned)
         _crash("running-recorded")
         self.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
         self._progress("sent", attempt.id)
         return Found(claimed=True, pid=pid)
 
-    def _record_start(
-        self, entry: ScheduleEntry, attempt: Attempt, sent: float, pid: int | None
-    ) -> None:
-        """Record a start; where the host's clock was set since the arming, so is the plan."""
+    def _planned(self, entry: ScheduleEntry, attempt: Attempt) -> float | None:
+        """Return an attempt's plan; where the host's clock was set since the arming, so is it."""
         planned = attempt.planned_at
         if planned is not None:
             by_plan = CLOCK.wall() - (CLOCK.monotonic() - self._due(entry))
             planned = planned if abs(by_plan - planned) < 1 else by_plan
-        self._journal.started(attempt, sent, pid, entry.start_time, planned)
+        return planned
 
     def _limit(self, entry: ScheduleEntry, attempt: Attempt) -> tuple[float, str]:
         """Return until when an attempt may last, whatever its parts take, and what is said then."""
