@@ -12969,6 +12969,7 @@ class Screen:
                 print(f"{key}\t{_cell(value)}")
         elif result is not None:
             print(result)
+        sys.stdout.flush()  # here, where a reader that has left is noticed
 
     def _rows(self, rows: Sequence[Mapping[str, Any] | str]) -> None:
         if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
@@ -12989,7 +12990,6 @@ class Screen:
             if sys.stdout is None:
                 raise OSError(errno.EBADF, "there is no standard output")
             self.show(result)
-            sys.stdout.flush()
         except OSError as error:
             undo()
             if sys.stdout is not None:  # what it still holds would fail again at our end
