@@ -233,7 +233,10 @@ def guest_disk_full(row: Row) -> None:
     fill = (
         "full=0; : > ../../fill; while [ $full -lt 3 ]; do had=$(wc -c < ../../fill); "
         "cat /dev/zero >> ../../fill 2>/dev/null; sync; "
-        '[ "$(wc -c < ../../fill)" = "$had" ] && full=$((full + 1)); done; echo lost; exit 0'
+        '[ "$(wc -c < ../../fill)" = "$had" ] && full=$((full + 1)); done; echo lost; '
+        # What is given back later is taken again, as long as the file is there.
+        "{ while [ -e ../../fill ]; do cat /dev/zero >&3; sync; sleep 0.2; done; } "
+        "3>> ../../fill > /dev/null 2>&1 & exit 0"
     )
     row.load(
         entry(1, -2, f'printf "1 end\\n" >> ../../record; {fill}'), entry(2, -1), entry(3, 0.3)

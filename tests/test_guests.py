@@ -12,6 +12,7 @@ from pathlib import Path
 
 import guests
 import pytest
+from cli_lab import until
 from conftest import await_exit, processes
 from guests import Guest, GuestError, RawAgent
 
@@ -164,11 +165,10 @@ def test_four_guests_run_at_once_each_with_a_disk_of_its_own(tmp_path: Path) -> 
 
 def test_a_guest_that_never_answers_shows_its_console(tmp_path: Path) -> None:
     guests.require_guests()
-    with (
-        Guest("mute", tmp_path, agent_words=["--no-such-option"]) as guest,
-        pytest.raises(GuestError, match=r"(?s)not ready within .* console:.*no-such-option"),
-    ):
-        guest.wait_agent(timeout=8)
+    with Guest("mute", tmp_path, agent_words=["--no-such-option"]) as guest:
+        until(lambda: "no-such-option" in guest.console.read_text(errors="replace"), 90)
+        with pytest.raises(GuestError, match=r"(?s)not ready within .* console:.*no-such-option"):
+            guest.wait_agent(timeout=1)
 
 
 def test_qemu_dies_with_the_thread_that_started_it(tmp_path: Path) -> None:

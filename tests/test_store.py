@@ -505,8 +505,12 @@ def long_name(kind: bytes, size: int, tail: bytes = b"") -> bytes:
 
 def measured(*words: str | Path) -> tuple[int, str, float]:
     """Run vmrm; return its exit code, what it printed, and the MiB that it needed."""
-    call = "import resource, sys, vmrm; code = vmrm.main(sys.argv[1:]); print('peak', "
-    call += "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(code)"
+    # Not by getrusage, whose peak counts that of the process that started this one.
+    call = r"""import re, sys, vmrm
+code = vmrm.main(sys.argv[1:])
+kib = re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]
+print("peak", int(kib) >> 10)
+sys.exit(code)"""
     command = [sys.executable, "-c", call, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     told, _, peak = done.stdout.rpartition("peak ")

@@ -252,7 +252,7 @@ def test_a_pause_that_meets_an_entry_just_sent_leaves_its_attempt(tmp_path: Path
     lab = Lab(tmp_path)
     with stand_ins(tmp_path / "agents", 1) as agent:
         loaded(lab, [sh(2, "date +%s.%N >> ../../record")])
-        with lab.start("run") as run:
+        with lab.start("run", VMRM_TIMEOUT_SCALE="1") as run:  # the agent is waited for
             until(lambda: tables.attempts(lab.db))
             planned = tables.attempts(lab.db)[0]["planned_at"]
             os.kill(agent.pid, signal.SIGSTOP)
