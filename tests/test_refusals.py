@@ -342,7 +342,7 @@ def test_a_database_without_rights_is_told_as_such(cli: Cli, tmp_path: Path) -> 
     copy = tmp_path / "copy.db"
     assert cli("backup", copy).code == 0
     # Whoever it is may not be able to read this Python: what is imported late is imported before.
-    call = """import os, sys, vmrm
+    call = """import os, sys, fire, rich, sqlite_utils, vmrm
 database, uid = sys.argv[1:]
 vmrm.main(["--db", database, "status"])
 os.setgroups([])
