@@ -822,8 +822,8 @@ PROBE_PS = (
     "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() "
     "-replace '\\s+', ' ' }; "
     "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
-    "$number = $here.Substring($here.LastIndexOf('.') + 1); "
-    "$pattern = [regex]::Escape($script) + '\"? ' + $number + ' '; "
+    "$number = (Split-Path -Leaf $here).Substring('attempt.'.Length); "
+    "$pattern = [regex]::Escape($script) + '\"? (attempt[.])?' + [regex]::Escape($number) + ' '; "
     "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
     "$life = if ($p) { 'alive' } else { 'gone' }; "
     "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
@@ -2930,7 +2930,8 @@ class _Windows:
             folder = Path(self.host(here))
             code = folder / "exit"
             script = re.escape(str(here.parent / "call_arguments.bat"))
-            pattern = f'{script}"? {here.suffix[1:]} '
+            number = re.escape(here.name.removeprefix("attempt."))
+            pattern = f'{script}"? (attempt[.])?{number} '
             pids = [pid for pid, line in running.items() if re.search(pattern, line)]
             told = [
                 "claim",
