@@ -231,12 +231,14 @@ def guest_frozen(row: Row) -> None:
 def guest_disk_full(row: Row) -> None:
     # A sync gives back what was set aside for writing; then that is filled, too, to the last.
     fill = (
-        "full=0; : > ../../fill; while [ $full -lt 3 ]; do had=$(wc -c < ../../fill); "
+        "full=0; mkdir ../../dirs; : > ../../fill; "
+        "while [ $full -lt 3 ]; do had=$(wc -c < ../../fill); "
         "cat /dev/zero >> ../../fill 2>/dev/null; sync; "
         '[ "$(wc -c < ../../fill)" = "$had" ] && full=$((full + 1)); done; echo lost; '
-        # What is given back later is taken again, as long as the file is there.
-        "{ while [ -e ../../fill ]; do cat /dev/zero >&3; sync; sleep 0.2; done; } "
-        "3>> ../../fill > /dev/null 2>&1 & exit 0"
+        # A directory may find room where a file does not; what is given back later is taken again.
+        "exec 3>> ../../fill 2> /dev/null; n=0; "
+        "more() { while mkdir ../../dirs/$n; do n=$((n + 1)); done; cat /dev/zero >&3; sync; }; "
+        "more; { while [ -e ../../fill ]; do sleep 0.2; more; done; } > /dev/null & exit 0"
     )
     row.load(
         entry(1, -2, f'printf "1 end\\n" >> ../../record; {fill}'), entry(2, -1), entry(3, 0.3)
@@ -244,7 +246,7 @@ def guest_disk_full(row: Row) -> None:
     try:
         row.run(1)
     finally:
-        row.sh(f"rm {row.launch}/fill")
+        row.sh(f"rm {row.launch}/fill; sleep 1; rm -r {row.launch}/dirs")
     assert row.outcomes() == [(1, "done"), (2, "failed")]
     assert "No space" in tables.vms(row.lab.db)["vm1"]["reason"]
     row.run(0)
