@@ -14319,7 +14319,6 @@ class Commands(_Public):
         """
         db = self._open()
         name = self._vm(vm)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if supervisor_pid(db) is None:
             launch(db, allow_host=allow_host)
         elif allow_host and not current_experiment(db)["allow_host"]:
@@ -14965,8 +14964,23 @@ def _end(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def _end_after_all(lost: sys.UnraisableHookArgs) -> None:
+    """End a little later if a signal's exception ended nothing but the destructor it met."""
+
+    def end(*_: object) -> NoReturn:
+        assert lost.exc_value is not None
+        raise lost.exc_value
+
+    if isinstance(lost.exc_value, SystemExit | KeyboardInterrupt):
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def console() -> NoReturn:
     """Be the `vmrm` console command. What ends it lets it clean up first, if it can be caught."""
+    sys.unraisablehook = _end_after_all
     for number in (signal.SIGTERM, signal.SIGHUP) if sys.argv[1:2] != ["_supervise"] else ():
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _end)

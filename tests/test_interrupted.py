@@ -87,3 +87,43 @@ def test_who_is_ended_while_waiting_for_a_vm_of_the_pool_leaves_the_queue(
         assert process.wait(20) == 128 + number
     assert "waiting" not in cli("pool", "info").out
     assert left(cli) == []
+
+
+DOOMED = """
+import os, signal, time
+import drivers
+
+class Doomed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGNAL)
+
+class Slow(drivers.QemuGuestAgentDriver):
+    @staticmethod
+    def get_engine():
+        return "SlowVM"
+
+    def connect(self):
+        Doomed()
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_in_a_destructor_is_not_lost(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = Cli(tmp_path / "lab.db", tmp_path)
+    driver = tmp_path / "slow.py"
+    driver.write_text(DOOMED.replace("SIGNAL", number.name))
+    driver.chmod(0o644)
+    monkeypatch.setenv("VMRM_DRIVERS", str(driver))
+    (tmp_path / "lab.toml").write_text(
+        '[[vm]]\nname = "vm1"\npath = "/nowhere"\nengine = "SlowVM"\n'
+    )
+    assert cli("load", "lab.toml").code == 0
+    for words in (["info", "vm1"], ["handle", "vm1"]):
+        with subprocess.Popen(cli.command(*words), env=cli.environment) as process:
+            try:
+                assert process.wait(20) == 128 + number, words
+            finally:
+                process.kill()
