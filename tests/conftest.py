@@ -30,6 +30,10 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Every command that a test starts would compile the module anew, which takes a quarter of a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # The path comes first.
 import agents  # noqa: E402
 import guests  # noqa: E402
