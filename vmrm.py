@@ -5836,7 +5836,8 @@ class PosixGuest:
     Args:
         driver: Connected.
         launch_dir: That of the VM, '' for the system's own.
-        seconds: For one of our scripts.
+        seconds: For one of our scripts that everything waits for.
+        patience: For one that holds up nothing else.
     """
 
     launch = "/var/launch"
@@ -5845,9 +5846,13 @@ class PosixGuest:
     flavour: type[PurePath] = PurePosixPath
 
     def __init__(
-        self, driver: drivers.AbstractDriver, launch_dir: str = "", seconds: float = 30
+        self,
+        driver: drivers.AbstractDriver,
+        launch_dir: str = "",
+        seconds: float = 30,
+        patience: float = 300,
     ) -> None:
-        self.driver, self.seconds = driver, seconds
+        self.driver, self.seconds, self.patience = driver, seconds, max(seconds, patience)
         self.launch = launch_dir or self.launch
         self.stage = self.join(self.launch, ".stage")
 
@@ -5886,9 +5891,29 @@ class PosixGuest:
         except drivers.AgentError as error:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
+    def finish(self, argv: Sequence[str], more: float = 0.0) -> Steps:
+        """Run a program of ours, holding up nothing else; return its status.
+
+        Raises:
+            VMFailed: it did not end within our patience and `more` seconds.
+        """
+        pid, interval = self.driver.start(argv, capture=True), 0.002
+        deadline = CLOCK.monotonic() + self.patience + more
+        try:
+            while not (status := self.driver.status(pid)).exited:
+                if CLOCK.monotonic() >= deadline:
+                    what = printable(" ".join(argv[3:] or argv[1:])[:200])  # without a script
+                    raise VMFailed(f"a program of ours does not end in the guest: {what}")
+                yield interval
+                interval = min(interval * 1.5, 0.5)
+        except (_EntryFailed, VMFailed):
+            with contextlib.suppress(drivers.DriverError):
+                self.signal("KILL", pid)
+            raise
+        return status
+
     def prepare(
         self,
-        finish: Callable[[Sequence[str]], Steps],
         old: str,
         fresh: bool,
         experiment: str,
@@ -5897,11 +5922,11 @@ class PosixGuest:
     ) -> Steps:
         """Make the stage and list it; let a fresh experiment move older folders aside.
 
-        Returns the status of what did so; `finish` runs a program of the guest to its end.
+        Returns the status of what did so.
         """
         words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
         argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
-        return (yield from finish(argv))
+        return (yield from self.finish(argv))
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
@@ -6015,7 +6040,6 @@ class WindowsGuest(PosixGuest):
 
     def prepare(
         self,
-        finish: Callable[[Sequence[str]], Steps],
         old: str,
         fresh: bool,
         experiment: str,
@@ -6049,7 +6073,7 @@ class WindowsGuest(PosixGuest):
         path = self.join(self.stage, f"prepare.{old}.bat")
         for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
             yield 0
-        status = yield from finish(self.argv(path))
+        status = yield from self.finish(self.argv(path))
         self.driver.delete_file(path)
         return status
 
@@ -6222,11 +6246,14 @@ def _digest(text: str) -> str:
 
 
 def guest_of(
-    driver: drivers.AbstractDriver, launch_dir: str = "", seconds: float = 30
+    driver: drivers.AbstractDriver,
+    launch_dir: str = "",
+    seconds: float = 30,
+    patience: float = 300,
 ) -> PosixGuest:
     """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
     kind = WindowsGuest if driver.is_windows else PosixGuest
-    return kind(driver, launch_dir, seconds)
+    return kind(driver, launch_dir, seconds, patience)
 
 
 # === agenda ======================================================================================
@@ -7721,7 +7748,7 @@ class VMResourceHandler:
     @functools.cached_property
     def _guest(self) -> PosixGuest:
         launch_dir = str(self.config.get("launch_dir") or "")
-        return guest_of(self.driver, launch_dir, self.timeouts.call)
+        return guest_of(self.driver, launch_dir, self.timeouts.call, self._agent_timeout)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -7814,7 +7841,7 @@ class VMResourceHandler:
         folders = sorted({script.parent.parent.name for script in scripts})
         old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         owner = self._journal.experiment, self.config["vm_uuid"]
-        status = yield from guest.prepare(self._finish_steps, old, fresh, *owner, folders)
+        status = yield from guest.prepare(old, fresh, *owner, folders)
         if status.exitcode != 0:
             raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
         listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
@@ -7909,7 +7936,7 @@ class VMResourceHandler:
     def _lay_out(self, layout: Sequence[str]) -> Steps:
         script = text_content(self._guest.layout(layout))
         path = yield from self._push_steps(script, self._guest.script_suffix)
-        status = yield from self._finish_steps(self._guest.argv(path))
+        status = yield from self._guest.finish(self._guest.argv(path))
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
 
@@ -8114,7 +8141,7 @@ class VMResourceHandler:
                 at = round(CLOCK.wall() + pause)
                 yield pause
                 with contextlib.suppress(drivers.AgentError):
-                    yield from self._finish_steps(["date", "-u", "-s", f"@{at}"])
+                    yield from self._guest.finish(["date", "-u", "-s", f"@{at}"])
                 skew = self._skew()
         except drivers.AgentError as error:
             self.log.warning("the guest's clock cannot be read: %s", error)
@@ -8765,39 +8792,13 @@ class VMResourceHandler:
                 yield 0
                 pause_at = CLOCK.monotonic() + SLICE_S
 
-    def _finish_steps(self, argv: Sequence[str], more: float = 0.0) -> Steps:
-        """Run a program of ours in the guest, holding up nothing else; return its status.
-
-        Args:
-            argv: Program and arguments.
-            more: Seconds that it may take beyond the agent's time-out.
-
-        Raises:
-            VMFailed: it did not end in that time.
-        """
-        limit = max(self._agent_timeout, self.timeouts.call) + more
-        pid, interval = self.driver.start(argv, capture=True), 0.002
-        deadline = CLOCK.monotonic() + limit
-        try:
-            while not (status := self.driver.status(pid)).exited:
-                if CLOCK.monotonic() >= deadline:
-                    what = printable(" ".join(argv[3:] or argv[1:])[:200])  # without a script
-                    raise VMFailed(f"a program of ours does not end in the guest: {what}")
-                yield interval
-                interval = min(interval * 1.5, self.timeouts.poll_last)
-        except (_EntryFailed, VMFailed):
-            with contextlib.suppress(drivers.DriverError):
-                self._guest.signal("KILL", pid)
-            raise
-        return status
-
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob.
 
         Raises:
             RuntimeError: there are none, or too many to list.
         """
-        status = yield from self._finish_steps(self._guest.list_argv(location))
+        status = yield from self._guest.finish(self._guest.list_argv(location))
         records = status.out.split(b"\0", MAX_LISTED)
         if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
             raise RuntimeError(f"too many files at {location!r} to list")
@@ -8875,7 +8876,7 @@ class VMResourceHandler:
                 digest.update(data)
                 sink.write(data)
                 yield 0
-        status = yield from self._finish_steps(self._guest.hash_argv(listed.path, size), size / 1e7)
+        status = yield from self._guest.finish(self._guest.hash_argv(listed.path, size), size / 1e7)
         if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
             return size
         sink.seek(0)

@@ -84,6 +84,14 @@ TOKEN = "u-1.1.1"  # noqa: S105 (a word, no secret)
 # === a guest without an agent ====================================================================
 
 
+class PlayedGuest(vmrm.WindowsGuest):
+    """A guest with nothing else to do while a program of ours runs."""
+
+    def finish(self, argv: Sequence[str], more: float = 0.0) -> vmrm.Steps:
+        yield 0
+        return self.driver.run(argv)
+
+
 class Player:
     """cmd.exe on a folder that holds the drive X: the stand-in's, or wine's."""
 
@@ -98,7 +106,7 @@ class Player:
             drive = wine / "dosdevices" / "x:"
             drive.unlink(missing_ok=True)
             drive.symlink_to(root / "X")
-        self.guest = vmrm.WindowsGuest(cast(Any, self), "X:\\a launch")
+        self.guest = PlayedGuest(cast(Any, self), "X:\\a launch")
 
     def place(self, path: str) -> Path:
         """Return the host's path of a guest's."""
@@ -106,16 +114,12 @@ class Player:
 
     # --- what of a driver a WindowsGuest uses
 
-    def run(self, argv: list[str], timeout: float = 0) -> drivers.ExecStatus:
+    def run(self, argv: Sequence[str], timeout: float = 0) -> drivers.ExecStatus:
         command = ["wine", *argv]
         if not self.wine:
             command = drivers._Windows(self.root).argv("boot", *argv)
         done = subprocess.run(command, capture_output=True, cwd=self.root, env=self.environment)
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
-
-    def finish(self, argv: Sequence[str]) -> vmrm.Steps:
-        yield 0
-        return self.run(list(argv))
 
     def push(self, source: BinaryIO, path: str) -> Generator[int, None, None]:
         yield self.place(path).write_bytes(source.read())
@@ -353,7 +357,7 @@ def test_a_content_that_arrived_damaged_is_refused(player: Player) -> None:
 
 def prepared(player: Player, *words: Any) -> drivers.ExecStatus:
     """Prepare a guest's stage, with nothing else to do meanwhile."""
-    steps = player.guest.prepare(player.finish, *words)
+    steps = player.guest.prepare(*words)
     return cast(drivers.ExecStatus, vmrm.run_steps(steps, time.sleep))
 
 
@@ -376,7 +380,7 @@ def test_a_launch_directory_that_needs_quotes_of_another_kind_is_refused() -> No
     for launch in ("C:\\a&b", "launch", "C:", "C:x", "\\\\host\\share", "C:\\%x%"):
         with pytest.raises(vmrm.VMFailed, match="launch_dir"):
             guest = vmrm.WindowsGuest(cast(Any, None), launch)
-            next(guest.prepare(cast(Any, None), "", True, "1", "", []))
+            next(guest.prepare("", True, "1", "", []))
 
 
 # === experiments on a played Windows =============================================================
