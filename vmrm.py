@@ -1861,44 +1861,6 @@ class ExperimentStart(_Served):
 # === schedule entries ============================================================================
 
 
-class ScheduleEventType(Enum):
-    """What `ScheduleUpdater` can tell the handler."""
-
-    EXPERIMENT_START_TIME_SET = 0
-    EMPTY_SCHEDULE = 1
-    NEW_ITEM = 2
-    TRANSFER = 3
-    EXIT = 4
-    PAUSE = 5
-    RESUME = 6
-    UNKNOWN = 7
-
-
-class ScheduleEvent:
-    """One piece of news for the handler.
-
-    Args:
-        event_type: What kind of news.
-        data: What it is about: an entry, or the start time.
-    """
-
-    def __init__(self, event_type: ScheduleEventType, data: object) -> None:
-        self.event_type = event_type
-        self.data = data
-
-    def __lt__(self, other: object) -> bool:
-        """Return True: events of one priority may come in any order."""
-        return True
-
-    def get_data(self) -> Any:
-        """Return what the event is about."""
-        return self.data
-
-    def get_type(self) -> ScheduleEventType:
-        """Return the kind of event."""
-        return self.event_type
-
-
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
     "start_time": (_is_time, "a number of seconds"),
@@ -5014,6 +4976,19 @@ FROM pool_vms WHERE "group" = :group"""
 # === the reference's functions ===================================================================
 
 _log = logging.getLogger("vmrm")
+_Opened = TypeVar("_Opened", bound=_Rows)
+_Answer = TypeVar("_Answer")
+
+
+@contextlib.contextmanager
+def _default(given: _Opened | None, cls: Callable[[], _Opened]) -> Iterator[_Opened]:
+    """Yield what the caller gave, or a fresh one on the default database, closed afterwards."""
+    opened = cls() if given is None else given
+    try:
+        yield opened
+    finally:
+        if given is None:
+            opened.close()
 
 
 def add_vm(
@@ -5042,39 +5017,16 @@ def add_vm(
         launch_dir: Where in the guest our files go; '' for the driver's default.
     """
     state = VMState.UNINITIALIZED if use_vm_manager else VMState.NOT_APPLICABLE
+    more = {"path": path, "engine": engine, "launch_dir": launch_dir}
     with _default(mapping, VMMapping) as target:
-        target.put(
-            server_uuid,
-            server_name,
-            state=state.value,
-            server_address=control_ip,
-            path=path,
-            engine=engine,
-            launch_dir=launch_dir,
-        )
+        target.put(server_uuid, server_name, state, server_address=control_ip, **more)
     (log or _log).debug("added VM %s (%s)", server_name, state)
-
-
-@contextlib.contextmanager
-def _default(given: Any, cls: Callable[[], Any]) -> Iterator[Any]:
-    """Yield what the caller gave, or a fresh one on the default database, closed afterwards."""
-    if given is not None:
-        yield given
-        return
-    with cls() as fresh:
-        yield fresh
 
 
 def add_vm_resource_file(
     filename: str, store: VmResourceStore | None = None, log: logging.Logger | None = None
 ) -> None:
-    """Add a file of this host to the file store.
-
-    Args:
-        filename: The file's path.
-        store: Use this store instead of the default database's.
-        log: Where to report.
-    """
+    """Add a file of this host to the file store."""
     with _default(store, VmResourceStore) as target:
         target.add_file(filename)
     (log or _log).debug("stored %s", filename)
@@ -5085,7 +5037,7 @@ def vm_resource_list(
 ) -> list[str]:
     """Return the names in the file store, each once."""
     with _default(store, VmResourceStore) as target:
-        return cast("list[str]", target.list_distinct_contents())
+        return target.list_distinct_contents()
 
 
 def get_vm_states(
@@ -5095,7 +5047,7 @@ def get_vm_states(
 ) -> dict[str, str]:
     """Return the state of each VM by name; with `filter_state`, of those in that state."""
     with _default(mapping, VMMapping) as source:
-        rows = source.get_all(filter_state=filter_state)
+        rows: Any = source.get_all(filter_state=filter_state)
     return {row["server_name"]: row["state"] for row in rows}
 
 
@@ -5106,44 +5058,65 @@ def get_vm_times(
 ) -> dict[str, str]:
     """Return the schedule time of each VM by name; with `filter_time`, of those at that time."""
     with _default(mapping, VMMapping) as source:
-        rows = source.get_all(filter_time=filter_time)
+        rows: Any = source.get_all(filter_time=filter_time)
     return {row["server_name"]: row["current_time"] for row in rows}
 
 
-def add_experiment_start_time(start: ExperimentStart | None = None) -> datetime:
-    """Set the experiment's start time unless it stands already; return it, UTC."""
-    with _default(start, ExperimentStart) as times:
-        return cast(datetime, times.add_start_time())
+def get_vm_count_not_ready(
+    mapping: VMMapping | None = None, log: logging.Logger | None = None
+) -> int:
+    """Return how many VMs are neither configured nor n/a."""
+    with _default(mapping, VMMapping) as source:
+        return source.get_count_vm_not_ready()
 
 
-def get_experiment_start_time(start: ExperimentStart | None = None) -> datetime | None:
-    """Return the experiment's start time in UTC, or None if it is not set yet."""
-    with _default(start, ExperimentStart) as times:
-        return cast("datetime | None", times.get_start_time())
+def set_vm_state(
+    vm_uuid: str,
+    new_state: str,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> None:
+    """Move a VM to a state; RuntimeError if the database cannot be opened."""
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_state_by_uuid(vm_uuid, new_state)
 
 
-def set_experiment_launch_time(start: ExperimentStart | None = None) -> datetime:
-    """Set the experiment's launch time to now; return it, UTC."""
-    with _default(start, ExperimentStart) as times:
-        return cast(datetime, times.set_launch_time())
+def set_vm_time(
+    vm_uuid: str,
+    new_time: str,
+    mapping: VMMapping | None = None,
+    log: logging.Logger | None = None,
+) -> None:
+    """Record the schedule time a VM has reached; RuntimeError if the database cannot be opened."""
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_time_by_uuid(vm_uuid, new_time)
 
 
-def get_experiment_launch_time(start: ExperimentStart | None = None) -> datetime | None:
-    """Return the experiment's launch time in UTC, or None if it was not launched."""
-    with _default(start, ExperimentStart) as times:
-        return cast("datetime | None", times.get_launch_time())
+@contextlib.contextmanager
+def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
+    with _default(mapping, VMMapping) as target:
+        try:
+            _ = target.db.connection
+        except VmrmError as error:
+            raise RuntimeError(str(error)) from error
+        yield target
 
 
-def get_experiment_time_since_start(start: ExperimentStart | None = None) -> int | None:
-    """Return whole seconds since time 0, or None if it has not come yet."""
-    with _default(start, ExperimentStart) as times:
-        return cast("int | None", times.get_time_since_start())
+def _of_times(method: Callable[[ExperimentStart], _Answer]) -> Callable[..., _Answer]:
+    def function(start: ExperimentStart | None = None) -> _Answer:
+        with _default(start, ExperimentStart) as times:
+            return method(times)
+
+    function.__doc__ = method.__doc__
+    return function
 
 
-def get_experiment_time_to_start(start: ExperimentStart | None = None) -> int | None:
-    """Return whole seconds from launch to time 0, or None if time 0 is not set yet."""
-    with _default(start, ExperimentStart) as times:
-        return cast("int | None", times.get_time_to_start())
+add_experiment_start_time = _of_times(ExperimentStart.add_start_time)
+get_experiment_start_time = _of_times(ExperimentStart.get_start_time)
+set_experiment_launch_time = _of_times(ExperimentStart.set_launch_time)
+get_experiment_launch_time = _of_times(ExperimentStart.get_launch_time)
+get_experiment_time_since_start = _of_times(ExperimentStart.get_time_since_start)
+get_experiment_time_to_start = _of_times(ExperimentStart.get_time_to_start)
 
 
 def destroy_all(
@@ -5153,24 +5126,15 @@ def destroy_all(
     log: logging.Logger | None = None,
     ignore_grpc_connection_errors: bool = False,
 ) -> None:
-    """Clear the experiment's VMs, schedules and times.
-
-    Args:
-        mapping: Clear this mapping instead of the default database's.
-        schedule: Clear these schedules.
-        start: Clear these times.
-        log: Where to report.
-        ignore_grpc_connection_errors: Whether a database that cannot be opened is no error.
+    """Clear the VMs, schedules and times of the default database, or of that of a given object.
 
     Raises:
-        ConnectionError: the database cannot be opened, and that is not to be ignored.
-        Conflict: handlers live.
+        ConnectionError: it cannot be opened, and `ignore_grpc_connection_errors` is false.
     """
-    given = next((item for item in (mapping, schedule, start) if item is not None), None)
-    with contextlib.ExitStack() as stack:
-        db = given.db if given is not None else stack.enter_context(Database())
+    given: _Rows | None = next(filter(None, (mapping, schedule, start)), None)
+    with _default(given, lambda: _Rows(None)) as target:
         try:
-            destroy_experiment(db)
+            destroy_experiment(target.db)
         except Conflict:
             raise
         except VmrmError as error:
@@ -5182,16 +5146,9 @@ def destroy_all(
 def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     """End the current experiment: VMs, schedules, times and requests go.
 
-    The journal stays under the old experiment's number, as do logs and transfers. The pool gets its
-    VMs back, and is not touched otherwise. Files go once no row names them, so that whatever a
-    kill leaves is found by `check`.
-
-    Args:
-        db: The database.
-        purge: Whether journal, logs and transfers go too.
-
-    Raises:
-        Conflict: handlers live.
+    The journal, logs and transfers stay under the old experiment's number, unless they are purged.
+    The pool gets its VMs back. Files go once no row names them, so that `check` finds whatever a
+    kill leaves.
     """
     _refuse_while_live(db, "destroying the experiment")
     tie_up(db)  # what lies where only the schedules say cannot be found afterwards
@@ -5209,55 +5166,6 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
             run("UPDATE experiments SET purged = 1 WHERE id = ?", (old,))
     _crash("destroyed")
     tie_up(db)
-
-
-def get_vm_count_not_ready(
-    mapping: VMMapping | None = None, log: logging.Logger | None = None
-) -> int:
-    """Return how many VMs are neither configured nor n/a."""
-    with _default(mapping, VMMapping) as source:
-        return cast(int, source.get_count_vm_not_ready())
-
-
-def set_vm_state(
-    vm_uuid: str,
-    new_state: str,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
-) -> None:
-    """Move a VM to a state, as `VMMapping.set_vm_state_by_uuid`.
-
-    Raises:
-        RuntimeError: the database cannot be opened.
-        ValueError: the state is unknown or the move is not allowed.
-    """
-    with _mapping_or_runtime_error(mapping) as target:
-        target.set_vm_state_by_uuid(vm_uuid, new_state)
-
-
-def set_vm_time(
-    vm_uuid: str,
-    new_time: str,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
-) -> None:
-    """Record the schedule time that a VM has reached.
-
-    Raises:
-        RuntimeError: the database cannot be opened.
-    """
-    with _mapping_or_runtime_error(mapping) as target:
-        target.set_vm_time_by_uuid(vm_uuid, new_time)
-
-
-@contextlib.contextmanager
-def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
-    with _default(mapping, VMMapping) as target:
-        try:
-            _ = target.db.connection
-        except VmrmError as error:
-            raise RuntimeError(str(error)) from error
-        yield target
 
 
 # === the scripts that run in the guest ===========================================================
@@ -6362,23 +6270,48 @@ class Agenda:
 
 
 # === schedule updater ============================================================================
+#
+# The reference's way for a script to hear of changes. Our handler reads rows and needs none of it.
+
+
+ScheduleEventType = Enum(
+    "ScheduleEventType",
+    "EXPERIMENT_START_TIME_SET EMPTY_SCHEDULE NEW_ITEM TRANSFER EXIT PAUSE RESUME UNKNOWN",
+    start=0,
+)
+
+
+class ScheduleEvent:
+    """One piece of news: its type, and the entry, hold or start time that it is about."""
+
+    def __init__(self, event_type: ScheduleEventType, data: object) -> None:
+        self.event_type, self.data = event_type, data
+
+    def __lt__(self, other: object) -> bool:
+        """Return True: events of one priority may come in any order."""
+        return True
+
+    def get_data(self) -> Any:
+        """Return what the event is about."""
+        return self.data
+
+    def get_type(self) -> ScheduleEventType:
+        """Return the kind of event."""
+        return self.event_type
 
 
 class ScheduleUpdater(threading.Thread):
     """Looks for changes of one VM's schedule and puts them on a queue as `ScheduleEvent`s.
 
-    A script may `start` it as a thread; a handler calls `check` itself and needs no thread.
-
     Args:
-        config: The VM: `vm_name`, and `db` unless schedule_db brings its own.
-        priority_queue: Where events go, as (time, event).
+        config: The VM: `vm_name`.
+        priority_queue: Where events go, as (schedule time, event).
         condition: Guards the queue and is notified of every event.
-        vm_resource_store: Kept for the reference's sake; files are read by the handler.
         schedule_db: Where the schedule is.
-        repository_db: Accepted and ignored, as is load_balance_factor.
         log: Where to report.
-        log_filename: Kept for the reference's sake; `log` decides where reports go.
         interval_time: Seconds between two looks of the thread.
+
+    vm_resource_store, repository_db, log_filename and load_balance_factor have no effect.
     """
 
     def __init__(
@@ -6395,16 +6328,11 @@ class ScheduleUpdater(threading.Thread):
         interval_time: float = 5,
     ) -> None:
         super().__init__(daemon=True, name=f"updater-{config['vm_name']}")
-        self.config = dict(config)
+        self.config, self.schedule_db, self.log = dict(config), schedule_db, log
         self.priority_queue, self.condition = priority_queue, condition
-        self.vm_resource_store, self.schedule_db = vm_resource_store, schedule_db
-        self.log, self.log_filename = log, log_filename
         self.interval_time = interval_time
         self._stop_asked = threading.Event()
-        self._seen = 0  # entries told so far
-        self._holds_seen = 0
-        self._start_told = False
-        self._empty_told = False
+        self._told = collections.Counter[str]()  # how much of each source
 
     def run(self) -> None:
         """Look for changes until `stop_thread`; an error is logged and the next look comes."""
@@ -6420,66 +6348,38 @@ class ScheduleUpdater(threading.Thread):
                 self._stop_asked.wait(self.interval_time)
 
     def _run(self) -> None:
-        """Look once; the thread's loop is in `run`."""
-        self.check()
-
-    def check(self) -> int:
-        """Look once for what is new and enqueue it; return how many events that made."""
-        name = self.config["vm_name"]
-        events = [*self._new_entries(self.get_schedule(name)), *self._new_times()]
-        for priority, event in events:
-            self.enqueue_event(priority, event)
-        return len(events)
-
-    def _new_entries(self, schedule: Sequence[ScheduleEntry]) -> list[tuple[float, ScheduleEvent]]:
-        if not schedule and not self._empty_told:
-            self._empty_told = True
-            return [(-math.inf, ScheduleEvent(ScheduleEventType.EMPTY_SCHEDULE, None))]
-        new, self._seen = schedule[self._seen :], max(self._seen, len(schedule))
-        return [(entry.start_time, ScheduleEvent(_event_type(entry), entry)) for entry in new]
-
-    def _new_times(self) -> list[tuple[float, ScheduleEvent]]:
-        events: list[tuple[float, ScheduleEvent]] = []
-        start = self.get_start_time()
-        if start is not None and not self._start_told:
-            self._start_told = True
-            kind = ScheduleEventType.EXPERIMENT_START_TIME_SET
-            events.append((0, ScheduleEvent(kind, start)))
-        holds = read_holds(self.schedule_db.db, self.config["vm_name"])
-        for hold in holds[self._holds_seen :]:
-            resume = hold.duration is None
-            kind = ScheduleEventType.RESUME if resume else ScheduleEventType.PAUSE
-            events.append((hold.time, ScheduleEvent(kind, hold)))
-        self._holds_seen = len(holds)
-        return events
+        """Look once, and enqueue what is new."""
+        kind, name = ScheduleEventType, self.config["vm_name"]
+        entries, start = self.get_schedule(name), self.get_start_time()
+        holds = read_holds(self.schedule_db.db, name)
+        sources: dict[str, list[tuple[float, ScheduleEventType, object]]] = {
+            "empty": [] if entries else [(-math.inf, kind.EMPTY_SCHEDULE, None)],
+            "entries": [(entry.start_time, _event_type(entry), entry) for entry in entries],
+            "start": [] if start is None else [(0, kind.EXPERIMENT_START_TIME_SET, start)],
+            "holds": [(h.time, kind.PAUSE if h.duration else kind.RESUME, h) for h in holds],
+        }
+        for source, news in sources.items():
+            for priority, event_type, data in news[self._told[source] :]:
+                self.enqueue_event(priority, ScheduleEvent(event_type, data))
+            self._told[source] = max(self._told[source], len(news))
 
     def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
-        """Put one event on the queue and notify who waits for it.
-
-        Args:
-            priority: Its schedule time, in seconds.
-            event: The event.
-        """
+        """Put an event on the queue, ordered by its schedule time, and notify who waits for it."""
         with self.condition:
             self.priority_queue.put((priority, event))
             self.condition.notify_all()
 
     def get_schedule(self, name: str) -> list[ScheduleEntry]:
-        """Return a VM's entries, an empty list if it has none.
-
-        Raises:
-            RuntimeError: the stored schedule cannot be read.
-        """
+        """Return a VM's entries, if it has any; RuntimeError if they cannot be read."""
         try:
-            text = self.schedule_db.get(name)
-            return [] if text is None else parse_schedule(text)
+            return parse_schedule(self.schedule_db.get(name) or "[]")
         except (ValueError, sqlite3.Error) as error:
             raise RuntimeError(f"the schedule of VM {name!r} cannot be read: {error}") from error
 
     def get_start_time(self) -> int | None:
         """Return time 0 in whole seconds since the epoch, or None if it is not set yet."""
-        start = self.schedule_db.db.value("SELECT start_at FROM current_experiment")
-        return None if start is None else int(start)
+        start = ExperimentStart(db=self.schedule_db.db).get_start_time()
+        return None if start is None else int(start.timestamp())
 
     def stop_thread(self) -> None:
         """Make the thread end at once."""

@@ -485,7 +485,7 @@ def updater(schedules: vmrm.ScheduleDb) -> vmrm.ScheduleUpdater:
 
 def news(updater: vmrm.ScheduleUpdater) -> list[tuple[float, str]]:
     """Look once; return what that put on the queue: priority and type."""
-    updater.check()
+    updater._run()
     found = []
     while not updater.priority_queue.empty():
         priority, event = updater.priority_queue.get_nowait()
@@ -631,7 +631,7 @@ def test_a_transfer_of_a_path_that_is_not_absolute_is_a_runtime_error(
     handler: vmrm.VMResourceHandler, location: str
 ) -> None:
     with pytest.raises(RuntimeError, match="absolute"):
-        handler._drain(handler._transfer_data("x", location))
+        handler.transfer_data("x", location)
 
 
 def test_a_pool_does_what_the_reference_says(default: Path) -> None:

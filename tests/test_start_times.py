@@ -62,8 +62,9 @@ def halt(db: Database) -> str | None:
 
 
 def set_policy(db: Database, policy: str) -> None:
-    with vmrm._changing_vms(db) as connection:
-        connection.execute("UPDATE experiments SET on_failure = ?", (policy,))
+    """Change what a failed VM means, and then the VMs, by one that nobody waits for."""
+    tables.put(db.path, "experiments", {"on_failure": policy})
+    VMMapping(db=db).put("bystander", "bystander", state="n/a")
 
 
 # === The times ===================================================================================
