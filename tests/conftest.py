@@ -6,6 +6,7 @@
 `qemu_ga`                starts the real guest agent on a socket of this host
 `micro_vm`               one real micro VM for the whole run; `guests` has the means for more
 `cli`                    runs vmrm as a user does
+`db`, `provider`         of keepers.py: a pool's database, and machines for it
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 # Every command that a test starts would compile the module anew, which takes a quarter of a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+pytest_plugins = ["keepers"]
 
 # The path comes first.
 import agents  # noqa: E402

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tables
 from cli_lab import until
 from lab import VMRM
@@ -66,6 +67,21 @@ class Provider:
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGKILL)
         return self.running()
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[vmrm.Database]:
+    """Yield an empty database with short time-outs."""
+    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
+        yield database
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[Provider]:
+    """Yield a provider whose machines end with the test."""
+    machines = Provider(tmp_path / "machines")
+    yield machines
+    machines.end()
 
 
 def group(db: vmrm.Database, hooks: Mapping[str, str], **settings: Any) -> None:

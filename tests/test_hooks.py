@@ -6,22 +6,16 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tables
 from cli_lab import until
 from conftest import ROOT, HostAgent
-from keepers import FAST, group, keep, log, reasons, states
+from keepers import group, keep, log, reasons, states
 
 import vmrm
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[vmrm.Database]:
-    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
-        yield database
 
 
 def alive(pid: int) -> bool:

@@ -20,24 +20,11 @@ import pytest
 import tables
 from cli_lab import until
 from conftest import Cli, unavailable
-from keepers import FAST, Provider, group, keep, log, reasons, served, states
+from keepers import Provider, group, keep, log, reasons, served, states
 
 import vmrm
 
 NOW = 1_000_000.0
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[vmrm.Database]:
-    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
-        yield database
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[Provider]:
-    machines = Provider(tmp_path / "machines")
-    yield machines
-    machines.end()
 
 
 # === what is planned =============================================================================

@@ -19,12 +19,6 @@ import vmrm
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[vmrm.Database]:
-    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
-        yield database
-
-
-@pytest.fixture
 def agent(tmp_path: Path) -> Iterator[Path]:
     """Yield the path of a socket, to which there are other ways."""
     path = tmp_path / "vms" / "a.sock"

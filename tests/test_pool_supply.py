@@ -26,19 +26,6 @@ ME = os.getpid()
 
 
 @pytest.fixture
-def db(tmp_path: Path) -> Iterator[vmrm.Database]:
-    with vmrm.Database(tmp_path / "lab.db", timeouts=FAST) as database:
-        yield database
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[Provider]:
-    machines = Provider(tmp_path / "machines")
-    yield machines
-    machines.end()
-
-
-@pytest.fixture
 def pool(db: vmrm.Database) -> vmrm.VmManager:
     return vmrm.VmManager(db=db)
 
