@@ -387,6 +387,70 @@ CREATE TRIGGER pool_vm_removed AFTER DELETE ON pool_vms BEGIN
             old.reason);
 END;
 
+-- What a VM of the pool has used up of what its group allows: from due_at on it is lent no more.
+CREATE VIEW pool_worn AS
+SELECT vm_name, 0.0 AS due_at,
+       printf('it was used %d time%s', builds_count, iif(builds_count = 1, '', 's')) AS reason
+FROM pool_vms JOIN pool_groups AS g ON g.name = "group"
+WHERE state = 'ready' AND builds_count >= reuse_max_count
+UNION ALL
+SELECT vm_name, spawned_at + reuse_max_age_s, printf('it is over %g s old', reuse_max_age_s)
+FROM pool_vms JOIN pool_groups AS g ON g.name = "group"
+WHERE state = 'ready' AND reuse_max_age_s IS NOT NULL;
+
+-- The keeper's rules: what has to be done about a VM, when and why. Of what is due, the first of
+-- kill, end, terminate, release, check is done. Due is what due_at has passed of, and also what
+-- counts `since` a time still to come: the clock was set back.
+CREATE VIEW pool_dues AS
+WITH idle AS (
+    SELECT p.*, g.*, coalesce(last_release, spawned_at) AS used_at
+    FROM pool_vms AS p JOIN pool_groups AS g ON g.name = p."group" WHERE hook = '')
+SELECT vm_name, 'kill' AS what, NULL AS since, 0.0 AS due_at, 'its VM is to be terminated' AS reason
+FROM pool_vms WHERE state = 'terminating' AND hook NOT IN ('', 'terminate')
+UNION ALL
+SELECT vm_name, 'terminate', terminating_at,
+       coalesce(terminating_at + iif(terminate_tries, vm_terminating_timeout_s, 0), 0), ''
+FROM idle WHERE state = 'terminating'
+UNION ALL
+SELECT vm_name, 'end', NULL, 0, 'its spawn hook was lost' FROM idle WHERE state = 'spawning'
+UNION ALL  -- from here on only if somebody would end its machine, which is kept otherwise
+SELECT vm_name, 'end', NULL, held_until, 'it was held until now'
+FROM idle WHERE state = 'held' AND "terminate" <> ''
+UNION ALL
+SELECT vm_name, 'end', NULL, 0,
+       printf('it failed %d check%s in a row', check_fails, iif(check_fails = 1, '', 's'))
+FROM idle
+WHERE state = 'check_health_failed' AND check_fails > vm_max_check_fails AND "terminate" <> ''
+UNION ALL
+SELECT vm_name, 'end', NULL, w.due_at, w.reason
+FROM idle JOIN pool_worn AS w USING (vm_name) WHERE "terminate" <> ''
+UNION ALL
+SELECT vm_name, 'end', NULL, used_at + reuse_max_idle_s,
+       printf('nobody acquired it for %g s', reuse_max_idle_s)
+FROM idle WHERE state = 'ready' AND reuse_max_idle_s IS NOT NULL AND "terminate" <> ''
+UNION ALL
+SELECT vm_name, 'end', NULL, used_at + vm_dirty_terminating_timeout_s,
+       printf('%s did not acquire it again for %g s', bound_to_user, vm_dirty_terminating_timeout_s)
+FROM idle
+WHERE state = 'ready' AND bound_to_user IS NOT NULL
+  AND vm_dirty_terminating_timeout_s IS NOT NULL AND "terminate" <> ''
+UNION ALL  -- until here
+SELECT vm_name, 'release', releasing_at,
+       releasing_at + iif(state = 'check_health_failed' AND "terminate" = '',
+                          vm_health_check_period_s, 0), ''
+FROM idle WHERE releasing_at IS NOT NULL AND state <> 'terminating'
+UNION ALL
+SELECT vm_name, 'check', NULL, 0, '' FROM idle
+WHERE state IN ('got_ip', 'check_health') AND releasing_at IS NULL
+UNION ALL
+SELECT vm_name, 'check', state_at, state_at + vm_health_check_period_s, '' FROM idle
+WHERE state = 'check_health_failed' AND releasing_at IS NULL
+UNION ALL  -- the agent of a VM in use is its holder's: only a check hook of the group's looks there
+SELECT vm_name, 'check', last_health_check,
+       iif(coalesce(last_health_check, 0) > coalesce((SELECT started_at FROM pool_server), 0),
+           last_health_check + vm_health_check_period_s, 0), ''
+FROM idle WHERE state = 'ready' OR (state = 'in_use' AND "check" <> '');
+
 CREATE VIEW current_experiment AS SELECT * FROM experiments WHERE destroyed_at IS NULL;
 
 -- The experiment's start condition in one row: launched, nobody missing, somebody configured.

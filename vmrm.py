@@ -4941,19 +4941,19 @@ _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM t
 _BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
     WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
 
-# What is over these limits is the keeper's to end, and nobody's until then.
-_REUSABLE = """(g.reuse_max_count IS NULL OR builds_count < g.reuse_max_count)
-          AND (g.reuse_max_age_s IS NULL OR spawned_at > :now - g.reuse_max_age_s)"""
+# What its group allows it is not used up; else it is the keeper's to end, and nobody's until then.
+_UNWORN = """NOT EXISTS (SELECT 1 FROM pool_worn AS w
+              WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= :now)"""
 
 # One row: the group's choice for an owner and sandbox. Every part is one search of an index.
 _CHOOSE = f"""
 SELECT (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
-          AND bound_sandbox = :sandbox AND last_health_check > :since AND {_REUSABLE}
+          AND bound_sandbox = :sandbox AND last_health_check > :since AND {_UNWORN}
         ORDER BY last_health_check DESC LIMIT 1) AS own,
        (SELECT vm_name FROM pool_vms
         WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
-          AND bound_sandbox = '' AND last_health_check > :since AND {_REUSABLE}
+          AND bound_sandbox = '' AND last_health_check > :since AND {_UNWORN}
         ORDER BY last_health_check DESC LIMIT 1) AS fresh,
        g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
 FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)
