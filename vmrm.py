@@ -53,6 +53,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
 import threading
 import time
 import types
@@ -70,7 +71,18 @@ from collections.abc import (
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, TypeVar, cast
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Self,
+    TypeVar,
+    cast,
+)
 
 import drivers
 from drivers import printable
@@ -10105,8 +10117,6 @@ def _supervise(words: Sequence[str]) -> int:
 HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
 HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
 EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
-# A hook waits behind its gate until its pid is on record; if the keeper dies first, it never runs.
-_GATE = 'read -r _ && exec /bin/sh -c "$1" </dev/null'
 
 
 class HookKind(StrEnum):
@@ -10119,51 +10129,65 @@ class HookKind(StrEnum):
     LIST = "list"
 
 
-class _Kept:
-    """The last `HOOK_KEPT_BYTES` of what a stream gave, and how much that was in all."""
+def gated(words: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program, in a session of its own, that runs only once `open_gate` lets it.
 
-    def __init__(self) -> None:
-        self.data, self.total = bytearray(), 0
+    So its pid is on record before it does anything; if we die before, it never runs.
+    """
+    gate = ["/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh"]
+    return subprocess.Popen(
+        [*gate, *words], stdin=subprocess.PIPE, bufsize=0, start_new_session=True, **how
+    )
 
-    def add(self, data: bytes) -> None:
-        self.data += data
-        self.total += len(data)
-        if len(self.data) > 2 * HOOK_KEPT_BYTES:
-            del self.data[:-HOOK_KEPT_BYTES]
 
-    def text(self) -> str:
-        return self.data[-HOOK_KEPT_BYTES:].decode(errors="replace")
+def open_gate(process: subprocess.Popen[bytes]) -> None:
+    """Let a program run that waits behind its gate."""
+    assert process.stdin
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(b"\n")
 
-    @property
-    def dropped(self) -> int:
-        return max(0, self.total - HOOK_KEPT_BYTES)
+
+class _Output:
+    """What a hook prints: its last `HOOK_KEPT_BYTES`, and how many there were before.
+
+    A pipe, for to a file a VM's process that is left behind could write until the disk is full.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.data, self.dropped = pipe, bytearray(), 0
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> None:
+        """Take what is there, at most 1 MiB; close the pipe at its end."""
+        for _ in range(16):
+            if not (data := self.pipe.read(1 << 16)):
+                if data is not None:
+                    self.pipe.close()
+                break
+            self.data += data
+        excess = max(0, len(self.data) - HOOK_KEPT_BYTES)
+        del self.data[:excess]
+        self.dropped += excess
+
+    def lines(self) -> list[str]:
+        return self.data.decode(errors="replace").split("\n")
 
 
 class Hook:
     """One running hook: a command line in a session of its own, killed with all that is in it.
 
     It has ended when its main process has, whoever else keeps its pipes open.
-
-    Args:
-        kind: What it is for.
-        group: The group whose hook it is.
-        vm_name: The VM it is for; '' for `list`.
-        command: What /bin/sh -c gets.
-        environment: All of it.
-        timeout_s: Seconds until it is killed.
     """
 
     def __init__(
         self,
         kind: HookKind,
         group: str,
-        vm_name: str,
+        vm_name: str,  # '' for `list`
         command: str,
         environment: Mapping[str, str],
         timeout_s: float,
     ) -> None:
-        import subprocess
-
         self.kind, self.group, self.vm_name = kind, group, vm_name
         self.began_at, self.timeout_s = CLOCK.monotonic(), timeout_s
         self.deadline = self.began_at + timeout_s
@@ -10173,76 +10197,50 @@ class Hook:
         self.exit_code: int | None = None  # negative for a signal; None until `end`
         self.seconds = 0.0
         self.spawned: Spawned | None = None  # by a spawn hook that succeeded
-        self.process = subprocess.Popen(
-            ["/bin/sh", "-c", _GATE, "sh", command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=dict(environment),
-            start_new_session=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.process = gated(["/bin/sh", "-c", command], env=environment, **pipes)
         self.pid = self.process.pid
         self.started = process_started(self.pid) or 0
         self.pidfd = os.pidfd_open(self.pid)
-        out, err = (cast(IO[bytes], pipe) for pipe in (self.process.stdout, self.process.stderr))
-        self.pipes = {out.fileno(): out, err.fileno(): err}
-        self.kept = {out.fileno(): _Kept(), err.fileno(): _Kept()}
-        self.out, self.err = self.kept.values()
-        for fd in self.pipes:
-            os.set_blocking(fd, False)
+        self.out, self.err = _Output(self.process.stdout), _Output(self.process.stderr)
 
-    def open_gate(self) -> None:
-        """Let it run."""
-        with contextlib.suppress(BrokenPipeError), cast(IO[bytes], self.process.stdin) as gate:
-            gate.write(b"\n")
-
-    def read(self, fd: int) -> bool:
-        """Take what a pipe holds, at most 1 MiB; return whether there is more to come."""
-        for _ in range(16):
-            try:
-                data = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return True
-            if not data:
-                self.pipes.pop(fd).close()
-                return False
-            self.kept[fd].add(data)
-        return True
+    def descriptors(self) -> dict[int, _Output | None]:
+        """Return what to wait on: its end, and what it prints."""
+        outputs = [output for output in (self.out, self.err) if not output.pipe.closed]
+        return {self.pidfd: None} | {output.pipe.fileno(): output for output in outputs}
 
     def abandon(self) -> None:
         """Leave it behind its gate, where it ends without having run."""
-        for pipe in [cast(IO[bytes], self.process.stdin), *self.pipes.values()]:
-            pipe.close()
+        self._close()
         self.process.wait()
+
+    def _close(self) -> None:
+        for pipe in (cast(IO[bytes], self.process.stdin), self.out.pipe, self.err.pipe):
+            pipe.close()
         os.close(self.pidfd)
 
-    def kill(self, verdict: str, grace_s: float) -> None:
-        """Begin to kill it for no fault of its own, politely first; the first reason stands."""
+    def kill(self, verdict: str) -> None:
+        """Have `enforce` kill it for no fault of its own; the first reason stands."""
         if not self.verdict:
             self.verdict, self.killed, self.deadline = verdict, True, -math.inf
-            self.enforce(grace_s)
 
     def enforce(self, grace_s: float) -> bool:
-        """Do what is due if its deadline has passed; return whether there is nothing left to do."""
+        """Kill it if its deadline has passed, politely first; return whether that was in vain."""
         now = CLOCK.monotonic()
         if now < self.deadline:
             return False
+        self.verdict = self.verdict or f"took longer than {self.timeout_s:g} s"
         if not self._signals:
             self.verdict += " and could not be killed"
             return True
-        self.verdict = self.verdict or f"took longer than {self.timeout_s:g} s"
         signal_session(self.pid, self.started, self._signals.pop(0))
         self.deadline = now + grace_s
         return False
 
     def end(self) -> None:
         """Take in the rest of its output and how it ended; end what it may not leave behind."""
-        for fd in list(self.pipes):
-            self.read(fd)
-        for pipe in [*self.pipes.values(), cast(IO[bytes], self.process.stdin)]:
-            pipe.close()
-        self.pipes.clear()
+        for output in filter(None, self.descriptors().values()):
+            output.read()
         status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if status is not None:
             exited = status.si_code == os.CLD_EXITED
@@ -10250,14 +10248,14 @@ class Hook:
         self.seconds = CLOCK.monotonic() - self.began_at
         if self.kind == HookKind.SPAWN and not self.fault:
             try:
-                self.spawned = parse_spawned(self.out.text(), self.vm_name)
+                self.spawned = parse_spawned("\n".join(self.out.lines()), self.vm_name)
             except ValueError as error:
                 self.verdict = _one_line(error)
         if self.spawned is None:
             signal_session(self.pid, self.started, signal.SIGKILL)
+        self._close()
         # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
         self.process.poll()
-        os.close(self.pidfd)
 
     @property
     def fault(self) -> str:
@@ -10268,10 +10266,9 @@ class Hook:
         ended = "did not end" if code is None else f"exit code {code}"
         if code is not None and code < 0:
             ended = f"killed by {_signal_name(-code)}"
-        lines = self.err.text().split("\n") + self.out.text().split("\n")
-        told = (line for line in reversed(lines) if line.strip() and not line.startswith("hint: "))
-        last = next(told, "")
-        return f"{ended}: {printable(last)}" if last else ended
+        told = [*self.err.lines(), *self.out.lines()]
+        told = [line for line in told if line.strip() and not line.startswith("hint: ")]
+        return f"{ended}: {printable(told[-1])}" if told else ended
 
 
 def session_members(session: int, started: int) -> list[int]:
@@ -10301,8 +10298,7 @@ def signal_session(session: int, started: int, number: signal.Signals) -> None:
         told |= new
 
 
-@dataclasses.dataclass(frozen=True)
-class Spawned:
+class Spawned(NamedTuple):
     """What a spawn hook says it has made."""
 
     name: str
@@ -10311,17 +10307,10 @@ class Spawned:
 
 
 def parse_spawned(text: str, name: str) -> Spawned:
-    """Return what a spawn hook has printed about its VM.
+    """Return what a spawn hook has printed about its VM; `name` is its name if none is printed.
 
     That is one JSON object with any of ip, name and path: the whole text, or its last line that
-    is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it.
-
-    Args:
-        text: What it printed.
-        name: The VM's name if none is printed.
-
-    Raises:
-        ValueError: what is wrong with it.
+    is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it. Else `ValueError`.
     """
     import ipaddress
 
@@ -10330,9 +10319,9 @@ def parse_spawned(text: str, name: str) -> Spawned:
         words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
         said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
     known = {key: said.get(key) or "" for key in ("name", "ip", "path")}
-    texts = [key for key, value in known.items() if isinstance(value, str) and value.isprintable()]
-    if wrong := [key for key in known if key not in texts]:
-        raise ValueError(f"it printed a {wrong[0]} that is no text: {known[wrong[0]]!r:.80}")
+    for key, value in known.items():
+        if not (isinstance(value, str) and value.isprintable()):
+            raise ValueError(f"it printed a {key} that is no text: {value!r:.80}")
     if not known["ip"] and not known["path"]:
         raise ValueError("it printed neither IP=… nor a JSON object with ip or path")
     if known["ip"]:
@@ -10355,30 +10344,25 @@ def _last_object(text: str) -> dict[str, Any] | None:
 
 def log_hook(path: Path, hook: Hook) -> None:
     """Append what a hook did and printed to a log; a full disk loses the log, nothing else."""
+    head, lines = f"{_iso(CLOCK.wall())} {{}} {hook.kind}", []
+    for name, output in (("out", hook.out), ("err", hook.err)):
+        if output.dropped:
+            lines.append(f" [{name}] … {output.dropped} bytes before this are dropped")
+        lines += [f" [{name}] {_as_logged(line)}" for line in output.lines() if line]
+    lines = [head.format("info   ") + line for line in lines]
+    how = f": {hook.fault or 'done'}, {hook.seconds:.1f} s"
+    lines.append(head.format("warning" if hook.fault else "info   ") + how)
     with contextlib.suppress(OSError):
-        if path.stat().st_size > HOOK_LOG_BYTES:
+        if path.exists() and path.stat().st_size > HOOK_LOG_BYTES:
             path.rename(path.with_name(path.name + ".1"))
-    head = f"{_iso(CLOCK.wall())} {{}} {hook.kind}"
-    lines = []
-    for name, kept in (("out", hook.out), ("err", hook.err)):
-        if kept.dropped:
-            lines.append(f"[{name}] … {kept.dropped} bytes before this are dropped")
-        text = kept.text()
-        lines += [f"[{name}] {_as_logged(line)}" for line in text.split("\n") if text and line]
-    level, end = ("warning", hook.fault) if hook.fault else ("info   ", "done")
-    with contextlib.suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as log:
-        for line in lines:
-            log.write(f"{head.format('info   ')} {line}\n")
-        log.write(f"{head.format(level)}: {end}, {hook.seconds:.1f} s\n")
+        with path.open("a", encoding="utf-8", errors="replace") as log:
+            log.writelines(f"{line}\n" for line in lines)
 
 
 def check_agent(path: str, database: Path, timeout: float) -> str:
     """Return how a VM's guest agent is: ok, frozen, no-exec, no-answer; in-use if others have it.
 
-    Args:
-        path: The agent's address.
-        database: Named to whoever comes second.
-        timeout: Seconds within which it must begin to answer.
+    It must begin to answer within the time-out; the database is named to whoever comes second.
     """
     driver = drivers.QemuGuestAgentDriver({"path": path, "name": "vm"}, logging.getLogger("vmrm"))
     try:
@@ -11162,7 +11146,7 @@ class Keeper:
         began = CLOCK.monotonic()
         if self._stopping:
             for hook in self.hooks.values():
-                hook.kill("the keeper was stopped", self.timeouts.term_grace)
+                hook.kill("the keeper was stopped")
             self._again_at = self._reap_at = math.inf
             return False
         if CLOCK.monotonic() >= self._sweep_at:
@@ -11203,7 +11187,7 @@ class Keeper:
         due = False
         while not begun:
             poll = select.poll()
-            fds = {fd for hook in self.hooks.values() for fd in (hook.pidfd, *hook.pipes)}
+            fds = {fd for hook in self.hooks.values() for fd in hook.descriptors()}
             mine = {self.wake.fileno(), self._signals.fileno()}
             for fd in fds | mine:
                 poll.register(fd, select.POLLIN)
@@ -11230,8 +11214,9 @@ class Keeper:
         """Read what hooks print and hold them to their deadlines; return whether one has ended."""
         ended = []
         for hook in self.hooks.values():
-            for fd in ready.intersection(hook.pipes):
-                hook.read(fd)
+            for fd, output in hook.descriptors().items():
+                if output and fd in ready:
+                    output.read()
             if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
                 ended.append(hook)
         for hook in ended:
@@ -11267,7 +11252,7 @@ class Keeper:
         if action.what == "kill":
             for hook in self.hooks.values():
                 if hook.vm_name == action.vm_name:
-                    hook.kill(action.reason, self.timeouts.term_grace)
+                    hook.kill(action.reason)
             return False
         if action.what == "end":
             return self._end_vm(action, seen)
@@ -11299,7 +11284,7 @@ class Keeper:
         if self.once and action.what != HookKind.SPAWN:
             self._done.add(action)
         _crash("hook-claimed")
-        hook.open_gate()
+        open_gate(hook.process)
         _crash("hook-begun")
         return True
 
@@ -11542,7 +11527,7 @@ class Keeper:
         """
         found, now = self._info(hook.group, "listed"), CLOCK.wall()
         found.pop("hook", None)
-        names = hook.out.text().split()
+        names = " ".join(hook.out.lines()).split()
         wrong = hook.fault or next(
             (f"it printed {n!r:.80}, which is no VM's name" for n in names if not _is_name(n)), ""
         )
