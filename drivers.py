@@ -41,7 +41,6 @@ import binascii
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import itertools
 import json
@@ -60,7 +59,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -2372,31 +2370,25 @@ class StandInAgent:
     host's and from *socket_path*; after a reboot it is a new one, kept in `<socket_path>.boot`, so
     that an agent that is killed and started again is on the same boot.
 
-    With *windows* it answers as the agent of Windows does: drive X: is the folder X of *root*
-    (C: is made), and of programs it knows what `_Windows` plays.
+    The public methods are where another system may differ, in a subclass.
     """
+
+    modes = r"[rwa](b?\+?|\+b)"  # that a file can be opened with
 
     def __init__(
         self,
         socket_path: str | Path,
         loop: AbstractEventLoop,
         root: str | Path | None = None,
-        windows: bool = False,
     ) -> None:
         # The folder's links are resolved, the socket itself may not exist yet.
         self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
         self.root = None if root is None else Path(os.path.realpath(root))
-        self.windows = None
-        if windows:
-            if self.root is None:
-                raise ValueError("a stand-in for Windows needs a root for its drives")
-            self.windows = _Windows(self.root)
-            (self.root / "C").mkdir(parents=True, exist_ok=True)
         self.halted = False  # it was told to power down
         self.rebooted = False  # it was told to reboot; the server resets this
         self._loop = loop
         self._boot_file = Path(f"{self.socket_path}.boot")
-        self._boot = self._load_boot()
+        self.boot = self._load_boot()
         self._clock_offset = 0
         self._files: dict[int, _GuestFile] = {}
         self._programs: dict[int, _Program] = {}  # those whose end was not told yet
@@ -2424,10 +2416,10 @@ class StandInAgent:
         self._programs.clear()
         self._groups.clear()
         self._next_handle = _FIRST_HANDLE
-        self._boot = str(uuid.uuid4())
+        self.boot = str(uuid.uuid4())
         host = Path(_BOOT_ID_PATH).read_text().strip()
         temporary = self._boot_file.with_name(f"{self._boot_file.name}.new")
-        temporary.write_text(f"{host} {self._boot}\n")
+        temporary.write_text(f"{host} {self.boot}\n")
         temporary.replace(self._boot_file)
 
     # --- requests ---
@@ -2515,9 +2507,8 @@ class StandInAgent:
         ]
         return {"version": "7.2.0", "supported_commands": commands}
 
-    def _osinfo(self) -> dict[str, Any]:
-        if self.windows:
-            return {"id": "mswindows", "pretty-name": "Windows, played", "version-id": "10"}
+    def osinfo(self) -> dict[str, Any]:
+        """Return what guest-get-osinfo tells."""
         try:
             release = platform.freedesktop_os_release()
         except OSError:
@@ -2564,9 +2555,9 @@ class StandInAgent:
         words = None if env is None else dict(word.partition("=")[::2] for word in env)
         argv = [path, *(arg or [])]
         try:
-            if self.windows:
-                argv = self.windows.argv(self._boot, *argv)
-            program = _Program(self._loop, argv, words, capture=capture_output, input_data=content)
+            program = _Program(
+                self._loop, self.host_argv(argv), words, capture=capture_output, input_data=content
+            )
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             failure = f"Failed to execute child process \u201c{path}\u201d ({reason})"
@@ -2586,22 +2577,26 @@ class StandInAgent:
                 self._groups.remove(program)
         return program.report()
 
+    def host_argv(self, argv: list[str]) -> list[str]:
+        """Return the host's words for a program of the guest."""
+        return argv
+
     # --- commands: files ---
 
-    def _host_path(self, path: str) -> str:
-        place = self.windows.host(path) if self.windows else os.path.join("/", path)  # noqa: PTH118 - an absolute path wins
-        real = os.path.realpath(place)
+    def host_path(self, path: str) -> str:
+        """Return the host's path of a guest's. Raises RequestRefused outside of the root."""
+        real = os.path.realpath(os.path.join("/", path))  # noqa: PTH118 - an absolute path wins
         if self.root is not None and not Path(real).is_relative_to(self.root):
             raise RequestRefused(f"failed to open file '{path}': outside of the agent's root")
         return real
 
     def _open(self, path: str, mode: str = "r") -> int:
-        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode) or (self.windows and mode == "ab"):
+        if not re.fullmatch(self.modes, mode):
             raise RequestRefused(f"invalid file open mode '{mode}'")
         if "\0" in path:
             raise RequestRefused("failed to open file: it has a null character")
         try:
-            file = self._open_file(path, mode)
+            file = self.open_file(path, mode)
         except OSError as error:
             reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
             raise RequestRefused(reason) from error
@@ -2609,12 +2604,11 @@ class StandInAgent:
         self._files[handle] = file
         return handle
 
-    def _open_file(self, path: str, mode: str) -> _GuestFile:
-        if path == _BOOT_ID_PATH and not self.windows:
-            return _memory_file(f"{self._boot}\n".encode())
-        real = self._host_path(path)
-        if self.windows and _is_being_written(real):
-            raise OSError(errno.EACCES, "The process cannot access the file: sharing violation")
+    def open_file(self, path: str, mode: str) -> _GuestFile:
+        """Return an open file of the guest."""
+        if path == _BOOT_ID_PATH:
+            return _memory_file(f"{self.boot}\n".encode())
+        real = self.host_path(path)
         created = mode[0] != "r" and not Path(real).exists()
         mode = mode.replace("b", "") + "b"
         # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
@@ -2633,8 +2627,11 @@ class StandInAgent:
         if not 0 <= count <= _READ_LIMIT:
             raise RequestRefused(f"value '{count}' is invalid for argument count")
         data = file.read(count) or b""
-        eof = not data if self.windows else len(data) < count
-        return {"count": len(data), "buf-b64": _encoded(data), "eof": eof}
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": self.is_end(data, count)}
+
+    def is_end(self, data: bytes, count: int) -> bool:
+        """Whether a read of *count* bytes that gave *data* has met the end of the file."""
+        return len(data) < count
 
     def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
         file = self._file(handle)
@@ -2697,7 +2694,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "guest-sync": ("_sync", {"id": "integer"}),
     "guest-sync-delimited": ("_sync", {"id": "integer"}),
     "guest-info": ("_describe", {}),
-    "guest-get-osinfo": ("_osinfo", {}),
+    "guest-get-osinfo": ("osinfo", {}),
     "guest-get-time": ("_get_time", {}),
     "guest-set-time": ("_set_time", {"time": "integer?"}),
     "guest-get-host-name": ("_host_name", {}),
@@ -2735,488 +2732,6 @@ def _describe_interface(name: str) -> dict[str, Any]:
         found = {"ip-address": socket.inet_ntop(socket.AF_INET, address), "prefix": prefix}
         info["ip-addresses"] = [{"ip-address-type": "ipv4", **found}]
     return info
-
-
-# === stand-in for Windows =========================================================================
-#
-# Just enough to run vmrm's own scripts and a test's: cmd.exe with batch files of plain lines (no
-# blocks, no pipes, no && and ||, no call, no delayed expansion, one form of `for`), taskkill, and
-# of PowerShell the scripts of this module, known by their text. Names are not case-blind. X.exe is
-# the host's program X. What it does not play is an error that says so, never a guess.
-
-
-def _is_being_written(path: str) -> bool:
-    """Whether a process has a file open for writing: Windows then lets the agent not read it."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if str(link.readlink()) == path and int(link.parent.parent.name) != os.getpid():
-                flags = Path(link.parent.parent, "fdinfo", link.name).read_text().split()[3]
-                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
-                    return True
-    return False
-
-
-def words_of_windows(text: str) -> list[str]:
-    """Return the words of a Windows command line, as CommandLineToArgvW takes it apart."""
-    words: list[str] = []
-    word, quoted, begun = "", False, False
-    for match in re.finditer(r'(\\*)"|\\+|[ \t]|[^\\" \t]+', text):
-        part = match[0]
-        if part.endswith('"'):
-            word += "\\" * (len(match[1]) // 2)
-            begun = True
-            if len(match[1]) % 2:
-                word += '"'
-            else:
-                quoted = not quoted
-        elif part in (" ", "\t") and not quoted:
-            if begun:
-                words.append(word)
-            word, begun = "", False
-        else:
-            word, begun = word + part, True
-    return [*words, word] if begun else words
-
-
-class _NotPlayed(Exception):
-    """Something that the stand-in does not play."""
-
-
-class _BatchEnd(Exception):
-    """The end of a batch file, or of cmd.exe itself."""
-
-    def __init__(self, code: int, of_all: bool = False) -> None:
-        super().__init__(code)
-        self.code, self.of_all = code, of_all
-
-
-# Imported, not run as a script, so that it is compiled once.
-_PLAY = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-    "import drivers; sys.exit(drivers._play_windows(*sys.argv[1:]))"
-)
-
-
-class _Windows:
-    """A Windows guest's programs, played below a folder of this host."""
-
-    def __init__(self, root: Path, boot: str = "") -> None:
-        self.root, self.boot = root, boot
-
-    def host(self, path: str | PurePath, cwd: str | PurePath = "") -> str:
-        """Return the host's path of a guest's. Raises OSError for one without a drive."""
-        place = PureWindowsPath(cwd, path)
-        if not place.is_absolute() or len(place.drive) != 2:
-            raise OSError(errno.ENOENT, "The system cannot find the path specified")
-        return str(self.root.joinpath(place.drive[0].upper(), *place.parts[1:]))
-
-    def argv(self, boot: str, path: str, *words: str) -> list[str]:
-        """Return the host's words that play a guest's program."""
-        name = PureWindowsPath(path).name.lower().removesuffix(".exe")
-        if name in ("cmd", "icacls", "powershell", "taskkill"):
-            # The agent joins what it is given to one string, by the rules of the C run time.
-            tail = subprocess.list2cmdline(words)
-            return [sys.executable, "-IS", "-c", _PLAY, str(self.root), boot, name, tail]
-        return [self.program(path, "C:\\"), *words]
-
-    def program(self, name: str, cwd: str | PurePath) -> str:
-        """Return the host's path of a program, for a batch file that of the file itself."""
-        place = PureWindowsPath(name)
-        for suffix in ("", ".exe", ".bat", ".cmd"):
-            with contextlib.suppress(OSError):
-                found = self.host(f"{name}{suffix}", cwd)
-                if Path(found).is_file():
-                    return found
-        on_host = None if len(place.parts) > 1 else shutil.which(name.removesuffix(".exe"))
-        if on_host is None:
-            raise OSError(errno.ENOENT, "The system cannot find the file specified")
-        return on_host
-
-    def play(self, name: str, tail: str) -> int:
-        """Play cmd, icacls, powershell or taskkill with its command line; return the exit code."""
-        if name == "cmd":
-            return _Cmd(self).run(tail)
-        words = words_of_windows(tail)
-        if name == "icacls":  # it is used for one thing
-            Path(self.host(words[0])).chmod(0o700)
-            return 0
-        if name == "taskkill":
-            pids = [int(word) for word in words if word.isdigit()]
-            return 128 * sum(not _signal(os.killpg, pid, signal.SIGKILL) for pid in pids)
-        script = base64.b64decode(words[-1]).decode("utf-16-le").removeprefix("$w = @(")
-        found: list[str] = []
-        one = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
-        while match := one.match(script):
-            found.append(re.sub("(['\u2018-\u201b])\\1", r"\1", match[1]))
-            script = script[match.end() :]
-        script = script.removeprefix("); ")
-        if script not in _PLAYED:
-            raise _NotPlayed(f"PowerShell: {script[:200]}")
-        return int(_PLAYED[script](self, *found) or 0)
-
-    def _matches(self, path: str) -> Sequence[Path]:
-        place = Path(self.host(path))
-        pattern = str(place.relative_to(self.root))
-        return [place] if place.exists() else sorted(self.root.glob(pattern))
-
-    def exists(self, path: str) -> int:
-        """Play _EXISTS_PS."""
-        return int(not self._matches(path))
-
-    def mkdir(self, path: str) -> None:
-        """Play MKDIR_PS."""
-        Path(self.host(path)).mkdir(parents=True, exist_ok=True)
-
-    def delete(self, path: str) -> None:
-        """Play DELETE_PS."""
-        Path(self.host(path)).unlink()
-
-    def tell_boot(self) -> None:
-        """Play _BOOT_PS."""
-        print(self.boot)  # noqa: T201 - it is a program's output
-
-    def list(self, path: str) -> None:
-        """Play LIST_PS."""
-        for top in self._matches(path):
-            for place in [top, *(item for item in top.rglob("*") if not item.is_symlink())]:
-                drive, *parts = place.relative_to(self.root).parts
-                kind, facts = "d" if place.is_dir() else "f", place.stat()
-                times = f"{facts.st_mtime // 1:.0f} {time.time() // 1:.0f}"
-                shown = PureWindowsPath(f"{drive}:\\", *parts)
-                line = f"{kind} 600 {facts.st_size * (kind == 'f')} {times} {shown}\0"
-                sys.stdout.buffer.write(os.fsencode(line))
-
-    def facts(self, path: str) -> int:
-        """Play FACTS_PS."""
-        found = Path(self.host(path))
-        if found.exists():
-            kind = "d" if found.is_dir() else "-"
-            print(f"{kind}rw------- 1 0 0 {found.stat().st_size} ")  # noqa: T201 - its output
-        return int(not found.exists())
-
-    def receive(self, folder: str, path: str, _size: str) -> None:
-        """Play RECEIVE_PS."""
-        self.mkdir(folder)
-        print(path)  # noqa: T201 - it is a program's output
-
-    def hash(self, path: str, size: str) -> int:
-        """Play HASH_PS."""
-        data = Path(self.host(path)).read_bytes()[: int(size)]
-        print(hashlib.sha256(data).hexdigest())  # noqa: T201 - it is a program's output
-        return int(len(data) < int(size))
-
-    def move(self, source: str, target: str) -> int:
-        """Play MOVE_PS."""
-        if Path(self.host(target)).is_dir():
-            Path(self.host(source)).unlink()
-            print("it is a directory", file=sys.stderr)  # noqa: T201 - it is a program's output
-            return 1
-        Path(self.host(source)).replace(self.host(target))
-        return 0
-
-    def copy(self, source: str, target: str) -> None:
-        """Play COPY_PS."""
-        shutil.copyfile(self.host(source), self.host(target))
-
-    def probe(self, *directories: str) -> None:
-        """Play PROBE_PS."""
-        running: dict[int, str] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError):
-                words = (folder / "cmdline").read_text().rstrip("\0").split("\0")
-                if words[3:5] == [_PLAY, str(self.root)] and words[6] == "cmd":
-                    running[int(folder.name)] = words[7]
-        for here in map(PureWindowsPath, directories):
-            folder = Path(self.host(here))
-            code = folder / "exit"
-            script = re.escape(str(here.parent / "call_arguments.bat"))
-            number = re.escape(here.name.removeprefix("attempt."))
-            pattern = f'{script}"? (attempt[.])?{number} '
-            pids = [pid for pid, line in running.items() if re.search(pattern, line)]
-            told = [
-                "claim",
-                code.read_text().strip() if code.exists() else "",
-                str(pids[0]) if pids else "",
-                "alive" if pids else "gone",
-            ]
-            print(":".join(told) if folder.is_dir() else "none")  # noqa: T201 - a program's output
-
-
-_PLAYED: dict[str, Callable[..., int | None]] = {
-    _EXISTS_PS: _Windows.exists,
-    MKDIR_PS: _Windows.mkdir,
-    DELETE_PS: _Windows.delete,
-    _BOOT_PS: _Windows.tell_boot,
-    LIST_PS: _Windows.list,
-    HASH_PS: _Windows.hash,
-    FACTS_PS: _Windows.facts,
-    RECEIVE_PS: _Windows.receive,
-    MOVE_PS: _Windows.move,
-    COPY_PS: _Windows.copy,
-    PROBE_PS: _Windows.probe,
-}
-
-
-class _Cmd:
-    """cmd.exe, as far as the comment of this section says."""
-
-    _WORD = r'(?:"[^"]*"|[^\s"]+)'
-    _IF = re.compile(
-        rf"if\s+(not\s+)?(?:exist\s+({_WORD})|errorlevel\s+(\d+)|({_WORD}?)==({_WORD}))\s+(.*)",
-        re.IGNORECASE | re.DOTALL,
-    )
-    _FOR = re.compile(r'for %([A-Z]) in \((?:"([^"]+)"|\*)\) do (.*)', re.DOTALL)
-    _REDIRECT = re.compile(r'(>>|>|<)[ ]*(?:&([12])|"([^"]*)"|([^\s&|<>"]+))')
-
-    def __init__(self, windows: _Windows) -> None:
-        self.windows = windows
-        self.code = 0  # ERRORLEVEL
-        self.cwd = PureWindowsPath("C:\\")
-        with contextlib.suppress(ValueError):  # the agent's own is outside of all drives
-            drive, *parts = Path.cwd().relative_to(windows.root).parts
-            self.cwd = PureWindowsPath(f"{drive}:\\", *parts)
-
-    def run(self, tail: str) -> int:
-        """Do what the words after `cmd.exe` say; return the exit code."""
-        match = re.fullmatch(r"(?:/d |/e:on |/v:off )*/c (.*)", tail, re.DOTALL | re.IGNORECASE)
-        if match is None:
-            raise _NotPlayed(f"cmd.exe {tail}")
-        line = match[1]
-        if line.startswith('"') and not self._is_program(line):
-            head, _, rest = line[1:].rpartition('"')
-            line = head + rest
-        try:
-            self._line(self._expanded(line, None))
-        except _BatchEnd as end:
-            return end.code
-        return self.code
-
-    def _is_program(self, line: str) -> bool:
-        """Whether the quotes of a line are those of its program's name, and so to be kept."""
-        name = line.split('"')[1]
-        if line.count('"') != 2 or " " not in name or re.search(r"[&<>()@^|]", name):
-            return False
-        with contextlib.suppress(OSError):
-            return bool(self.windows.program(name, self.cwd))
-        return False
-
-    def _file(self, path: str, tail: str) -> None:
-        """Run a batch file; set the exit code."""
-        words = [path, *re.findall(self._WORD, tail)]
-        lines = Path(path).read_bytes().decode().replace("\r\n", "\n").split("\n")
-        labels = {line[1:].split()[0].lower(): n for n, line in enumerate(lines) if line[:1] == ":"}
-        at = 0
-        while at < len(lines):
-            line, at = lines[at], at + 1
-            try:
-                if line[:1] != ":":
-                    self._line(self._expanded(line, words))
-            except _BatchEnd as end:
-                if end.of_all:
-                    raise
-                self.code = end.code
-                return
-            except KeyError as label:  # goto
-                at = labels[str(label.args[0])]
-
-    def _expanded(self, line: str, words: Sequence[str] | None) -> str:
-        """Return a line with its variables replaced; *words* are a batch file's."""
-
-        def value(match: re.Match[str]) -> str:
-            double, strip, number, name = match.groups()
-            if number and words is not None:
-                word = words[int(number)] if int(number) < len(words) else ""
-                return word.strip('"') if strip else word
-            if double and words is not None:
-                return "%"
-            if name and ":" in name:
-                raise _NotPlayed(f"%{name}%")
-            known = {key.lower(): text for key, text in os.environ.items()}
-            known["errorlevel"] = str(self.code)
-            if name:
-                return known.get(name.lower(), "" if words is not None else match[0])
-            return "" if words is not None else match[0]
-
-        return re.sub(r"%(?:(%)|(~?)([0-9])|([^%]+)%)?", value, line)
-
-    def _line(self, line: str) -> None:
-        line = line.lstrip(" \t@")
-        if match := self._IF.fullmatch(line):
-            negated, path, level, left, right, rest = match.groups()
-            if path:
-                holds = self._exists(path.strip('"'))
-            else:
-                holds = self.code >= int(level) if level else left == right
-            if holds != bool(negated):
-                self._line(rest)
-        elif match := self._FOR.fullmatch(line):
-            letter, name, rest = match.groups()
-            folder = Path(self.windows.host(self.cwd))
-            for place in (
-                [folder / name] if name else filter(Path.is_file, sorted(folder.iterdir()))
-            ):
-                line = rest.replace(f"%~z{letter}", str(place.stat().st_size))
-                self._line(line.replace(f"%{letter}", place.name))
-        else:
-            for text, redirects in self._commands(line):
-                with self._redirected(redirects):
-                    self._command(text)
-
-    def _exists(self, path: str) -> bool:
-        place = Path(self.windows.host(path.removesuffix("*"), self.cwd))
-        return place.is_dir() if path.endswith("*") else place.exists()
-
-    def _commands(self, line: str) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
-        """Yield the commands of a line, each with its redirections (descriptor, how, where)."""
-        text, quoted, at = "", False, 0
-        redirects: list[tuple[int, str, str]] = []
-        while at < len(line):
-            char = line[at]
-            if char == '"':
-                quoted = not quoted
-            elif char == "^" and not quoted:
-                at += 1
-                char = line[at : at + 1]
-            elif char in "<>" and not quoted:
-                match = self._REDIRECT.match(line, at)
-                if match is None:
-                    raise _NotPlayed(line)
-                how, copied, *named = match.groups()
-                fd = 0 if how == "<" else 1
-                if re.search(r"(^|\s)[0-9]$", text):
-                    text, fd = text[:-1], int(text[-1])
-                redirects.append((fd, how, f"&{copied}" if copied else named[0] or named[1]))
-                at = match.end()
-                continue
-            elif char in "&|" and not quoted:
-                if char == "|" or line[at : at + 2] == "&&":
-                    raise _NotPlayed(line)
-                yield text, redirects
-                text, redirects, char = "", [], ""
-            text, at = text + char, at + 1
-        yield text, redirects
-
-    @contextlib.contextmanager
-    def _redirected(self, redirects: Sequence[tuple[int, str, str]]) -> Iterator[None]:
-        saved = {fd: os.dup(fd) for fd, _, _ in redirects}
-        flags = {"<": os.O_RDONLY, ">": os.O_WRONLY | os.O_CREAT | os.O_TRUNC}
-        flags[">>"] = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        try:
-            for fd, how, target in redirects:
-                if target[0] == "&":
-                    os.dup2(int(target[1]), fd)
-                    continue
-                null = target.lower() == "nul"
-                path = os.devnull if null else self.windows.host(target, self.cwd)
-                opened = os.open(path, flags[how], 0o666)
-                os.dup2(opened, fd)
-                os.close(opened)
-            yield
-        finally:
-            for fd, old in saved.items():
-                os.dup2(old, fd)
-                os.close(old)
-
-    def _command(self, text: str) -> None:
-        match = re.match(r'\s*(?:"([^"]*)"|([^\s"=,;]+))(.*)', text, re.DOTALL)
-        if match is None:
-            return
-        name, tail = match[1] or match[2], match[3]
-        builtin = getattr(self, f"_do_{name.lower()}", None) if match[1] is None else None
-        if builtin is None:
-            self._start(name, tail)
-            return
-        words = [word.strip('"') for word in re.findall(self._WORD, tail)]
-        try:
-            builtin(tail, *(word for word in words if word.lower() not in ("/y", "/b", "/d")))
-        except OSError as error:
-            self.code = 1
-            os.write(2, f"{error.strerror}\r\n".encode())
-
-    def _start(self, name: str, tail: str) -> None:
-        if name.lower() in ("cmd", "cmd.exe"):
-            words = self.windows.argv(self.windows.boot, "cmd.exe")
-            argv = [*words[:-1], tail.strip()]
-        else:
-            try:
-                found = self.windows.program(name, self.cwd)
-            except OSError:
-                os.write(2, f"'{name}' is not recognized as a program or batch file\r\n".encode())
-                self.code = 9009
-                return
-            if found.lower().endswith((".bat", ".cmd")):  # which never returns
-                self._file(found, tail)
-                raise _BatchEnd(self.code)
-            argv = [found, *words_of_windows(tail)]
-        code = subprocess.run(argv, cwd=self.windows.host(self.cwd), check=False).returncode
-        self.code = code if code >= 0 else 1
-
-    def _do_echo(self, tail: str, *_: str) -> None:
-        if tail.strip().lower() not in ("off", "on"):
-            os.write(1, f"{tail[1:]}\r\n".encode())
-
-    def _do_rem(self, tail: str, *_: str) -> None:
-        pass
-
-    _do_setlocal = _do_chcp = _do_rem
-
-    def _do_set(self, tail: str, *words: str) -> None:
-        tail = tail[1:]
-        reads = tail.lower().startswith("/p ")
-        tail = tail[3:] if reads else tail
-        if tail.startswith('"'):
-            tail = tail[1:].rpartition('"')[0]
-        name, _, value = tail.partition("=")
-        if reads:
-            value = os.read(0, 1024).decode().splitlines()[0]
-        os.environ.pop(name, None)
-        if value:
-            os.environ[name] = value
-
-    def _do_cd(self, tail: str, path: str) -> None:
-        place = self.cwd.parent if path == ".." else PureWindowsPath(self.cwd, path)
-        if not Path(self.windows.host(place)).is_dir():
-            raise FileNotFoundError(errno.ENOENT, "The system cannot find the path specified")
-        self.cwd = place
-
-    def _do_mkdir(self, tail: str, path: str) -> None:
-        Path(self.windows.host(path, self.cwd)).mkdir(parents=True)
-
-    def _do_goto(self, tail: str, label: str) -> None:
-        raise KeyError(label.lower().lstrip(":"))
-
-    def _do_exit(self, tail: str, code: str = "") -> None:
-        raise _BatchEnd(int(code or self.code), "/b" not in tail.lower())
-
-    def _do_copy(self, tail: str, source: str, target: str) -> None:
-        shutil.copyfile(*(self.windows.host(path, self.cwd) for path in (source, target)))
-        self.code = 0
-
-    def _do_move(self, tail: str, source: str, target: str) -> None:
-        old, new = (Path(self.windows.host(path, self.cwd)) for path in (source, target))
-        old.replace(new / old.name if new.is_dir() else new)
-        self.code = 0
-
-    def _do_ren(self, tail: str, source: str, target: str) -> None:
-        old = Path(self.windows.host(source, self.cwd))
-        os.link(old, old.with_name(target))  # which replaces nothing
-        old.unlink()
-
-    def _do_del(self, tail: str, path: str) -> None:
-        Path(self.windows.host(path, self.cwd)).unlink()
-
-    def _do_type(self, tail: str, path: str) -> None:
-        os.write(1, b"" if path == "nul" else Path(self.windows.host(path, self.cwd)).read_bytes())
-
-
-def _play_windows(root: str, boot: str, name: str, tail: str) -> int:
-    """Be a program of a Windows guest; return its exit code."""
-    try:
-        return _Windows(Path(root), boot).play(name, tail)
-    except (OSError, _NotPlayed) as error:
-        kind = "the stand-in does not play" if isinstance(error, _NotPlayed) else "error"
-        print(f"{kind}: {error}", file=sys.stderr)  # noqa: T201 - it is a program's output
-        return 1
 
 
 # === stand-in server ==============================================================================
@@ -3278,7 +2793,7 @@ def _listen(path: Path) -> socket.socket:
 
 def _serve(
     places: Sequence[tuple[Path, Path | None]],
-    windows: bool,
+    kind: type[StandInAgent],
     boot_s: float,
     ready: Callable[[], None] | None,
 ) -> None:
@@ -3290,7 +2805,7 @@ def _serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asyncio.current_task(loop).cancel)  # type: ignore[union-attr]
         for path, root in places:
-            agent = StandInAgent(path, loop, root, windows)
+            agent = kind(path, loop, root)
             listener = _listen(agent.socket_path)
             serving.append(loop.create_task(_serve_agent(loop, listener, agent, boot_s)))
             await asyncio.sleep(0)  # what has begun tidies up when it is cancelled
@@ -3308,28 +2823,27 @@ def serve_agent(
     socket_path: str | Path,
     root: str | Path | None = None,
     *,
-    windows: bool = False,
+    kind: type[StandInAgent] = StandInAgent,
     boot_s: float = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Play a guest agent at *socket_path* until SIGTERM or SIGINT; call from the main thread.
 
-    With *root*, file commands outside of that directory are refused. With *windows* it answers as
-    the agent of Windows does; drive C: is the folder C of *root*. A reboot takes *boot_s*
+    With *root*, file commands outside of that directory are refused. A reboot takes *boot_s*
     seconds. *ready* is called once the socket listens. In the end the socket is removed and the
     programs are killed, so the next start is another boot; after a kill -9 it is the same one.
 
     Raises FileExistsError if something is at *socket_path* already, another OSError for a
-    missing directory; ValueError for *windows* without *root*.
+    missing directory.
     """
-    _serve([(Path(socket_path), None if root is None else Path(root))], windows, boot_s, ready)
+    _serve([(Path(socket_path), None if root is None else Path(root))], kind, boot_s, ready)
 
 
 def serve_agents(
     directory: str | Path,
     count: int,
     *,
-    windows: bool = False,
+    kind: type[StandInAgent] = StandInAgent,
     boot_s: float = 0,
     ready: Callable[[], None] | None = None,
 ) -> None:
@@ -3344,4 +2858,4 @@ def serve_agents(
         root = folder / str(number)
         root.mkdir(parents=True, exist_ok=True)
         places.append((folder / f"{number}.sock", root))
-    _serve(places, windows, boot_s, ready)
+    _serve(places, kind, boot_s, ready)

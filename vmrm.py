@@ -14219,7 +14219,6 @@ class Commands(_Public):
         *,
         root: str | None = None,
         count: int | None = None,
-        windows: bool = False,
     ) -> object:
         """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
 
@@ -14230,16 +14229,13 @@ class Commands(_Public):
             socket: The socket's path; with --count, a directory for N of them.
             root: File commands outside this directory are refused.
             count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
-            windows: Answer as the agent of Windows does; drive C: is the root's folder C.
         """
-        if windows and root is None and count is None:
-            raise UsageError("--windows needs --root: its drives are folders there")
         say = functools.partial(print, "listening", flush=True)
         try:
             if count is None:
-                drivers.serve_agent(socket, root, windows=windows, ready=say)
+                drivers.serve_agent(socket, root, ready=say)
             else:
-                drivers.serve_agents(socket, count, windows=windows, ready=say)
+                drivers.serve_agents(socket, count, ready=say)
         except OSError as error:
             raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
         return _SHOWN

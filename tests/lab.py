@@ -33,17 +33,18 @@ FAST = {"VMRM_TIMEOUT_SCALE": "0.2"}
 def stand_ins(folder: Path, count: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Play `count` agents: sockets <folder>/<n>.sock, their file systems below <folder>/<n>/."""
     folder.mkdir(parents=True, exist_ok=True)
-    return _agent(str(folder), "--count", str(count))
+    return announced(*VMRM, "agent", str(folder), "--count", str(count))
 
 
 def lone_agent(path: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Play one agent that may touch every file."""
-    return _agent(str(path))
+    return announced(*VMRM, "agent", str(path))
 
 
 @contextmanager
-def _agent(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = ["setpriv", "--pdeathsig", "KILL", *VMRM, "agent", *words]
+def announced(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run an agent that says when it listens, and end it."""
+    command = ["setpriv", "--pdeathsig", "KILL", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None

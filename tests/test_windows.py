@@ -1,7 +1,7 @@
 """Windows guests: what our batch files say to cmd.exe, and whole experiments on a played guest.
 
-The stand-in plays cmd.exe by its documented rules; where wine is installed, its cmd.exe, written by
-other people, runs the very same files.
+`windows_player` plays cmd.exe by its documented rules; where wine is installed, its cmd.exe,
+written by other people, runs the very same files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any, BinaryIO, cast
 
 import pytest
 import tables
+import windows_agent
+import windows_player
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import Lab, _agent
+from lab import Lab, announced
 
 import drivers
 import vmrm
@@ -93,7 +95,7 @@ class PlayedGuest(vmrm.WindowsGuest):
 
 
 class Player:
-    """cmd.exe on a folder that holds the drive X: the stand-in's, or wine's."""
+    """cmd.exe on a folder that holds the drive X: the player's, or wine's."""
 
     is_windows = True
 
@@ -117,7 +119,7 @@ class Player:
     def run(self, argv: Sequence[str], timeout: float = 0) -> drivers.ExecStatus:
         command = ["wine", *argv]
         if not self.wine:
-            command = drivers._Windows(self.root).argv("boot", *argv)
+            command = windows_agent.played(self.root, "boot", argv)
         done = subprocess.run(command, capture_output=True, cwd=self.root, env=self.environment)
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
 
@@ -190,7 +192,7 @@ def wine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run(["wineserver", "-k"], env=environment)
 
 
-@pytest.fixture(params=["stand-in", "wine"])
+@pytest.fixture(params=["player", "wine"])
 def player(request: pytest.FixtureRequest, tmp_path: Path) -> Player:
     """The same test with both."""
     return Player(tmp_path, request.getfixturevalue("wine") if request.param == "wine" else None)
@@ -246,7 +248,7 @@ WORDS = st.text(st.sampled_from("ab \\\"%^&|<>()!,;=*?\t'/ä") | st.characters(c
 @given(st.lists(WORDS, max_size=5), WORDS)
 def test_any_list_of_arguments_is_taken_apart_as_it_was(words: list[str], value: str) -> None:
     """By the rules of cmd.exe and CommandLineToArgvW, or is refused as a whole."""
-    cmd = drivers._Cmd(drivers._Windows(Path("/nowhere")))
+    cmd = windows_player.Cmd(windows_player.Windows(Path("/nowhere")))
     carried = all(ord(char) >= 32 or char == "\t" for word in words for char in word)
     try:
         line = vmrm.batch_command("prog.exe", words)
@@ -256,7 +258,7 @@ def test_any_list_of_arguments_is_taken_apart_as_it_was(words: list[str], value:
     assert carried
     ((text, redirects),) = cmd._commands(cmd._expanded(line, ["x.bat"]))
     assert (text.partition('"prog.exe"')[0], redirects) == ("", [])
-    assert drivers.words_of_windows(text.removeprefix('"prog.exe"')) == words
+    assert windows_player.words_of_windows(text.removeprefix('"prog.exe"')) == words
     if "\n" not in value and "\r" not in value:
         line = cmd._expanded(f"set A={vmrm.batch_text(value)}", ["x.bat"])
         assert list(cmd._commands(line)) == [(f"set A={value}", [])]
@@ -393,7 +395,8 @@ def windows(lab: Lab, *schedule: dict[str, Any]) -> Iterator[Path]:
     path = lab.folder / "lab.json"
     path.write_text(json.dumps({"experiment": {"start_buffer": 0}, "vm": vms}))
     (lab.folder / "agents").mkdir()
-    with _agent(str(lab.folder / "agents"), "--count", "1", "--windows"):
+    command = [sys.executable, str(Path(windows_agent.__file__)), str(lab.folder / "agents")]
+    with announced(*command):
         done = lab.run("load", str(path))
         assert done.returncode == 0, done.stderr
         yield lab.guest(1) / "C"
@@ -402,11 +405,6 @@ def windows(lab: Lab, *schedule: dict[str, Any]) -> Iterator[Path]:
 def outcomes(lab: Lab) -> list[tuple[int, str, int | None]]:
     attempts = sorted(tables.attempts(lab.db), key=lambda row: (row["ordinal"], row["attempt"]))
     return [(row["ordinal"], row["outcome"], row["exit_code"]) for row in attempts]
-
-
-def test_a_played_windows_needs_a_place_for_its_drives(tmp_path: Path) -> None:
-    done = Lab(tmp_path).run("agent", str(tmp_path / "a.sock"), "--windows")
-    assert (done.returncode, "--root" in done.stderr) == (2, True)
 
 
 def test_an_experiment_on_windows(tmp_path: Path) -> None:

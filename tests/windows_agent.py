@@ -1,0 +1,103 @@
+"""The stand-in agent as that of a Windows guest: `python tests/windows_agent.py DIR`.
+
+It listens at DIR/1.sock; drive X: is the folder DIR/1/X. Its programs are those that
+`windows_player` plays. What vmrm asks of PowerShell is known by its text, and played by a name.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import functools
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import windows_player
+
+import drivers
+
+NAMES = {
+    drivers._EXISTS_PS: "exists",
+    drivers.MKDIR_PS: "mkdir",
+    drivers.DELETE_PS: "delete",
+    drivers._BOOT_PS: "boot",
+    drivers.LIST_PS: "list",
+    drivers.HASH_PS: "hash",
+    drivers.FACTS_PS: "facts",
+    drivers.RECEIVE_PS: "receive",
+    drivers.MOVE_PS: "move",
+    drivers.COPY_PS: "copy",
+    drivers.PROBE_PS: "probe",
+}
+ONE_WORD = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
+
+
+def played_script(encoded: str) -> list[str]:
+    """Return the name and the words of an encoded PowerShell command."""
+    script = base64.b64decode(encoded).decode("utf-16-le").removeprefix("$w = @(")
+    words: list[str] = []
+    while match := ONE_WORD.match(script):
+        words.append(re.sub("(['\u2018-\u201b])\\1", r"\1", match[1]))
+        script = script[match.end() :]
+    name = NAMES.get(script.removeprefix("); "), f"not played: {script[:200]}")
+    return [name, *words]
+
+
+def played(root: Path, boot: str, argv: Sequence[str]) -> list[str]:
+    """Return the host's words that play a program of the guest. Raises OSError if it is not there.
+
+    The agent itself joins what it is given to one string, by the rules of the C run time.
+    """
+    program, *words = argv
+    if program == "powershell.exe":
+        words = played_script(words[-1])
+    return windows_player.Windows(root, boot).argv(boot, program, *words)
+
+
+def is_being_written(path: str) -> bool:
+    """Whether a process has a file open for writing: Windows then lets the agent not read it."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if str(link.readlink()) == path and int(link.parent.parent.name) != os.getpid():
+                flags = Path(link.parent.parent, "fdinfo", link.name).read_text().split()[3]
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
+
+
+class WindowsAgent(drivers.StandInAgent):
+    """An agent for Windows: its paths, its programs, its rules for open files."""
+
+    modes = r"[rwa](b?\+?|\+b)(?<!^ab)"
+    root: Path
+
+    def osinfo(self) -> dict[str, Any]:
+        return {"id": "mswindows", "pretty-name": "Windows, played", "version-id": "10"}
+
+    def host_argv(self, argv: list[str]) -> list[str]:
+        return played(self.root, self.boot, argv)
+
+    def host_path(self, path: str) -> str:
+        return super().host_path(windows_player.Windows(self.root).host(path))
+
+    def open_file(self, path: str, mode: str) -> io.BufferedIOBase:
+        if is_being_written(self.host_path(path)):
+            raise OSError(errno.EACCES, "The process cannot access the file: sharing violation")
+        return super().open_file(path, mode)
+
+    def is_end(self, data: bytes, count: int) -> bool:
+        return not data
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) / "1" / "C").mkdir(parents=True)
+    say = functools.partial(print, "listening", flush=True)
+    drivers.serve_agents(sys.argv[1], 1, kind=WindowsAgent, ready=say)
