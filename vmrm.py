@@ -6190,6 +6190,7 @@ class Task:
         self.waiting: list[Task] = []  # who awaits this one
         self.when = math.inf
         self.awaited = 0  # how many others this one awaits
+        self.result: Any = None  # what its generator returned
 
     def __repr__(self) -> str:
         return f"<task {self.steps}{' done' if self.done else ''}>"
@@ -6247,10 +6248,19 @@ class Agenda:
         task.begun = True
         try:
             wish = next(task.steps)
-        except StopIteration:
+        except StopIteration as end:
+            task.result = end.value
             self._finish(task)
         else:
             self._obey(task, wish)
+
+    def finish(self, task: Task, wait: Callable[[float], object]) -> Any:
+        """Run what is due, waiting in between, until a task is done; return what it returns."""
+        while not task.done:
+            if (pause := self.next_due() - self.clock.monotonic()) > 0:
+                wait(pause)
+            self.run_next()
+        return task.result
 
     def _obey(self, task: Task, wish: float | Sequence[Task]) -> None:
         if isinstance(wish, int | float):
@@ -7211,6 +7221,236 @@ class Plan:
         return cls(**row, halt=halt, holds=read_holds(db, server_name))
 
 
+class Transfers:
+    """Copies files of a guest to this host. Names, sizes and contents are what the guest says.
+
+    Args:
+        guest: Connected.
+        vm_name: Names the directory below a destination.
+        default: The destination where none is given.
+        log: The VM's.
+    """
+
+    def __init__(self, guest: PosixGuest, vm_name: str, default: Path, log: logging.Logger) -> None:
+        self.guest, self.vm_name, self.default, self.log = guest, vm_name, default, log
+        self.ending = False  # repeating transfers make their last pass
+        self._copying: set[str] = set()  # temporary names of copies under way
+        self._swept: set[Path] = set()  # destinations without those of a handler that was killed
+
+    def steps(
+        self,
+        name: str,
+        location: str,
+        interval: float | None = None,
+        destination: str | None = None,
+    ) -> Steps:
+        """Pull a path or glob once, or every `interval` seconds until the transfers are ending.
+
+        What fails once is an error. What fails in a repeated transfer is logged when it is new, and
+        tried again; returned is what the last pass found and could not bring.
+        """
+        root = Path(destination) if destination else self.default
+        told: set[str] = set()
+        left = MAX_FAULTS  # a guest can make up new ones at every pass
+        while True:
+            last = self.ending or not interval
+            faults = yield from self.pass_steps(location, root)
+            if faults and not interval:
+                raise RuntimeError("; ".join(faults[:5]))
+            for fault in (news := [fault for fault in faults if fault not in told])[:left]:
+                self.log.warning("transfer of %s: %s", name, fault)
+            if len(news) >= left > 0:
+                self.log.warning("transfer of %s: no more faults of it are told", name)
+            told, left = set(faults), max(0, left - len(news))
+            if last:  # to look for what never came is no failure
+                return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
+            if not self.ending:
+                yield cast(float, interval)
+
+    def pass_steps(self, location: str, root: Path) -> Steps:
+        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
+        faults: list[str] = []
+        gone, pause_at = 0, 0.0
+        yield from self._sweep_steps(root)
+        try:
+            records = yield from self._list_steps(location)
+        except (RuntimeError, drivers.AgentError) as error:
+            return [printable(str(error))]
+        for record in records:
+            if CLOCK.monotonic() >= pause_at:
+                yield 0
+                pause_at = CLOCK.monotonic() + SLICE_S
+            try:
+                gone += not (yield from self._pull_steps(parse_listed(record), root, location))
+            except (OSError, ValueError) as error:
+                if _is_link_trouble(error):
+                    raise
+                path = record.split(b" ", 5)[-1]  # without the time, which makes every fault new
+                told = printable(repr(os.fsdecode(path)), 300)
+                if len(faults) < MAX_FAULTS:
+                    faults.append(printable(f"{told}: {error}"))
+        if gone:
+            self.log.info("transfer of %s: gone again: %d files", location, gone)
+        return faults
+
+    def _sweep_steps(self, root: Path) -> Steps:
+        """Remove, before the first pass, what a handler that was killed left of its copies."""
+        if root in self._swept:
+            return
+        self._swept.add(root)
+        pause_at = CLOCK.monotonic() + SLICE_S
+        for path in broken_copies(root / self.vm_name):
+            if path is not None and path.name not in self._copying:
+                path.unlink(missing_ok=True)
+            if CLOCK.monotonic() >= pause_at:
+                yield 0
+                pause_at = CLOCK.monotonic() + SLICE_S
+
+    def _list_steps(self, location: str) -> Steps:
+        """Return a record for each file and directory at a guest's path or glob."""
+        status = yield from self.guest.finish(self.guest.list_argv(location))
+        records = status.out.split(b"\0", MAX_LISTED)
+        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
+            raise RuntimeError(f"too many files at {location!r} to list")
+        if not (records := [record for record in records if record]):
+            raise RuntimeError(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())
+        return records
+
+    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
+
+        Returns whether the guest still had it: only at `location` itself must it be there.
+        """
+        parts = (self.vm_name, *safe_parts(listed.path))
+        with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
+            if listed.is_dir:
+                os.fchmod(folder, listed.mode | 0o700)
+                return True
+            old = _copy_of(folder, parts[-1])
+            known = (listed.size, listed.copy_mtime_ns)
+            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                if old.st_mode & 0o777 & ~listed.mode:
+                    os.chmod(parts[-1], old.st_mode & listed.mode, dir_fd=folder)
+                return True
+            try:
+                yield from self._copy_steps(listed, folder, parts[-1], old)
+            except drivers.AgentError:
+                if listed.path == location or self.guest.driver.file_exists(listed.path):
+                    raise
+                return False
+            return True
+
+    def _copy_steps(
+        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
+    ) -> Steps:
+        """Make the host's copy of a file; of one that has only grown, fetch what is new.
+
+        What was written while it was read comes with the next pass: until then the copy is a
+        beginning of the file. It takes the guest's time, by which the next pass, also that of
+        another handler, knows it.
+        """
+        temporary = temporary_name()
+        self._copying.add(temporary)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w+b") as sink:
+                kept = 0
+                if old and SMALL_BYTES < old.st_size <= listed.size:
+                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
+                left = listed.size - kept
+                refuse_full(folder, left)
+                for _ in self.guest.pull(listed.path, sink, offset=kept, limit=left):
+                    yield 0
+                os.fchmod(sink.fileno(), listed.mode)
+            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
+            os.utime(temporary, ns=times, dir_fd=folder)
+            _crash("transfer-before-rename")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        finally:
+            self._copying.discard(temporary)
+
+    def _keep_steps(
+        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
+    ) -> Steps:
+        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
+        digest = hashlib.sha256()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
+            while data := present.read(1 << 20):
+                digest.update(data)
+                sink.write(data)
+                yield 0
+        status = yield from self.guest.finish(self.guest.hash_argv(listed.path, size), size / 1e7)
+        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
+            return size
+        sink.seek(0)
+        sink.truncate()
+        return 0
+
+
+class Requests:
+    """What commands ask of a VM's handler: each is claimed once, done and answered."""
+
+    def __init__(self, db: Database, vm_name: str) -> None:
+        self.db, self.vm_name = db, vm_name
+
+    def claim(self) -> Iterator[sqlite3.Row]:
+        """Claim the requests still wanted, each by one UPDATE that checks client and time.
+
+        It checks, too, that nobody was told to stop: afterwards nothing begins any more.
+        """
+        rows = self.db.query(
+            """SELECT id, client_pid FROM requests WHERE server_name = :name AND NOT withdrawn
+               AND answered_at IS NULL AND claimed_by IS NULL AND client_boot = :boot""",
+            name=self.vm_name,
+            boot=boot_id(),
+        )
+        for row in rows:
+            yield from self.db.write(
+                """UPDATE requests SET claimed_by = :pid WHERE id = :id AND claimed_by IS NULL
+                   AND NOT withdrawn AND deadline_at > :now AND client_started = :started
+                   AND NOT EXISTS (SELECT 1 FROM current_experiment
+                                   WHERE halt IN ('stop', 'kill'))
+                   RETURNING *""",
+                pid=os.getpid(),
+                id=row["id"],
+                now=CLOCK.wall(),
+                started=process_started(row["client_pid"]) or -1,
+            )
+
+    def steps(self, row: sqlite3.Row, perform: Callable[..., Steps]) -> Steps:
+        """Do what a claimed request asks for, by `perform(operation, arguments, folder)`."""
+        _crash("request-claimed")
+        folder = self.db.directory("requests", row["id"])
+        try:
+            answer = yield from perform(row["operation"], json.loads(row["arguments"]), folder)
+        except (drivers.AgentError, VmrmError, OSError) as error:
+            if _is_link_trouble(error):
+                raise
+            answer = {"error": _one_line(error)}
+        with self.db.transaction():
+            self._answer(row["id"], answer)
+        if not _is_wanted(folder):
+            forget_request(self.db, folder)
+
+    def answer_lost(self) -> None:
+        """Answer, in the caller's transaction, what a dead handler or a lost link left claimed."""
+        self._answer(None, {"unknown": "it may have run: the connection was lost"})
+
+    def _answer(self, request: str | None, answer: Mapping[str, Any]) -> None:
+        self.db.connection.execute(
+            """UPDATE requests SET answered_at = :now, answer = :answer
+               WHERE answered_at IS NULL AND (id = :id
+                   OR :id IS NULL AND server_name = :name AND claimed_by IS NOT NULL)""",
+            {"id": request, "name": self.vm_name, "now": CLOCK.wall()}
+            | {"answer": json.dumps(answer)},
+        )
+
+
 class VMResourceHandler:
     """Takes one VM through its schedule: one process, one thread, one wait.
 
@@ -7236,6 +7476,7 @@ class VMResourceHandler:
         self.mapping = VMMapping(db=self.db)
         self.store = VmResourceStore(db=self.db)
         self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
+        self.requests = Requests(self.db, self.vm_name)
         self.agenda = Agenda()
         self.driver: drivers.AbstractDriver = cast(Any, None)
         self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
@@ -7255,9 +7496,6 @@ class VMResourceHandler:
         self._armed: dict[int, tuple[Attempt, float]] = {}  # by ordinal: and for which time
         self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
         self._missed: dict[int, list[str]] = {}  # by ordinal: what their last pass did not bring
-        self._ending = False  # they make their last pass
-        self._copying: set[str] = set()  # temporary names of copies under way
-        self._swept: set[Path] = set()  # destinations without those of a handler that was killed
         self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
         self._life: Task | None = None
         self._wake: WakeSocket | None = None
@@ -7357,7 +7595,6 @@ class VMResourceHandler:
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
             self._check_in()
-            self._answer_lost_requests()
             forget_abandoned(self.db)
             nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
             with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
@@ -7372,13 +7609,14 @@ class VMResourceHandler:
         return 0
 
     def _check_in(self) -> None:
-        self.db.write(
-            """UPDATE vms SET handler_pid = :pid,
-                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
-               WHERE server_name = :name""",
-            pid=os.getpid(),
-            name=self.vm_name,
-        )
+        with self.db.transaction() as db:
+            db.connection.execute(
+                """UPDATE vms SET handler_pid = :pid,
+                       reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+                   WHERE server_name = :name""",
+                {"pid": os.getpid(), "name": self.vm_name},
+            )
+            self.requests.answer_lost()
         self._told_trouble = ""
 
     def _run_until_told(self) -> None:
@@ -7405,7 +7643,6 @@ class VMResourceHandler:
             with contextlib.suppress(Unavailable):
                 self._wait(-1, 0, self.timeouts.reconnect)
                 self._check_in()
-                self._answer_lost_requests()
                 break
         # Where there may be room again.
         self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
@@ -7448,7 +7685,8 @@ class VMResourceHandler:
         self._calm = 0.0
         self.log.warning("trouble with the agent, connecting anew: %s", error)
         self.driver.close()
-        self._answer_lost_requests()
+        with self.db.transaction():
+            self.requests.answer_lost()
         self._tell_trouble(f"{WAITS}{error}")
         if now - self._trouble_at > self._agent_timeout:
             raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
@@ -7500,8 +7738,8 @@ class VMResourceHandler:
         finally:
             self._life = None
             self._tasks, self._armed, self._repeating, self._missed = {}, {}, {}, {}
-            self._ending = False
             self.agenda.close()
+            self.__dict__.pop("_transfers", None)
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
@@ -7566,7 +7804,8 @@ class VMResourceHandler:
             self._leave_if_told()
             plan = Plan.read(self.db, self.vm_name)
             self._take(plan)
-            self._claim_requests()
+            for request in self.requests.claim():
+                self.agenda.spawn(self.requests.steps(request, self._perform))
             self._withdraw_moved()
             if self._life:  # and nobody else: an armed entry sleeps until it is due
                 self.agenda.wake(self._life)
@@ -7661,6 +7900,11 @@ class VMResourceHandler:
     def _guest(self) -> PosixGuest:
         launch_dir = str(self.config.get("launch_dir") or "")
         return guest_of(self.driver, launch_dir, self.timeouts.call, self._agent_timeout)
+
+    @functools.cached_property
+    def _transfers(self) -> Transfers:
+        default = run_directory(self.db, "transfers")
+        return Transfers(self._guest, self.vm_name, default, self.log)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -7887,12 +8131,7 @@ class VMResourceHandler:
         """Run steps to their end, here and now: for scripts, which have no agenda of their own."""
         agenda, self.agenda = self.agenda, Agenda()
         try:
-            task = self.agenda.spawn(steps)
-            while not task.done:
-                pause = self.agenda.next_due() - CLOCK.monotonic()
-                if pause > 0:
-                    self._wait(-1, 0, pause)
-                self.agenda.run_next()
+            self.agenda.finish(self.agenda.spawn(steps), lambda s: self._wait(-1, 0, s))
         finally:
             self.agenda.close()
             self.agenda = agenda
@@ -8008,6 +8247,13 @@ class VMResourceHandler:
             VMFailed: it did not come back, or did not go down, within the agent time-out.
         """
         self._drain(self._reboot_steps())
+
+    def _perform(self, operation: str, arguments: Mapping[str, Any], folder: Path) -> Steps:
+        """Do what a command asks for; return the answer."""
+        if operation == "reboot":
+            yield from self._reboot_steps()
+            return {"boot": self._boot}
+        return (yield from operation_steps(self.driver, operation, arguments, folder))
 
     def _reboot_steps(self) -> Steps:
         old, limit = self._boot, self._agent_timeout
@@ -8531,7 +8777,7 @@ class VMResourceHandler:
             yield math.inf
         if not (self._halt is Halt.END or self.config.get("alone")):
             return False
-        self._ending = True
+        self._transfers.ending = True
         repeating = [task for tasks in self._repeating.values() for task in tasks]
         for task in repeating:
             self.agenda.wake(task)
@@ -8639,229 +8885,10 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> Steps:
-        """The steps of `transfer_data`; the same parameters and errors.
-
-        What fails once is an error; what fails in a repeated transfer is told when it is new, and
-        tried again. The last pass begins after everybody's work is done; what it found and could
-        not bring is returned.
-        """
+        """Return the steps of `transfer_data`."""
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
-        root = Path(destination) if destination else run_directory(self.db, "transfers")
-        told: set[str] = set()
-        left = MAX_FAULTS  # a guest can make up new ones at every pass
-        while True:
-            last = self._ending or not interval
-            faults = yield from self._pass_steps(location, root)
-            if faults and not interval:
-                raise RuntimeError("; ".join(faults[:5]))
-            for fault in (news := [fault for fault in faults if fault not in told])[:left]:
-                self.log.warning("transfer of %s: %s", name, fault)
-            if len(news) >= left > 0:
-                self.log.warning("transfer of %s: no more faults of it are told", name)
-            told, left = set(faults), max(0, left - len(news))
-            if last:  # to look for what never came is no failure
-                return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
-            if not self._ending:
-                yield cast(float, interval)
-
-    def _pass_steps(self, location: str, root: Path) -> Steps:
-        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
-        faults: list[str] = []
-        gone, pause_at = 0, 0.0
-        yield from self._sweep_steps(root)
-        try:
-            records = yield from self._list_steps(location)
-        except (RuntimeError, drivers.AgentError) as error:
-            return [printable(str(error))]
-        for record in records:
-            if CLOCK.monotonic() >= pause_at:
-                yield 0
-                pause_at = CLOCK.monotonic() + SLICE_S
-            try:
-                gone += not (yield from self._pull_steps(parse_listed(record), root, location))
-            except (OSError, ValueError) as error:
-                if _is_link_trouble(error):
-                    raise
-                path = record.split(b" ", 5)[-1]  # without the time, which makes every fault new
-                told = printable(repr(os.fsdecode(path)), 300)
-                if len(faults) < MAX_FAULTS:
-                    faults.append(printable(f"{told}: {error}"))
-        if gone:
-            self.log.info("transfer of %s: gone again: %d files", location, gone)
-        return faults
-
-    def _sweep_steps(self, root: Path) -> Steps:
-        """Remove, once in our life, what a handler that was killed has left of its copies."""
-        if root in self._swept:
-            return
-        self._swept.add(root)
-        pause_at = CLOCK.monotonic() + SLICE_S
-        for path in broken_copies(root / self.vm_name):
-            if path is not None and path.name not in self._copying:
-                path.unlink(missing_ok=True)
-            if CLOCK.monotonic() >= pause_at:
-                yield 0
-                pause_at = CLOCK.monotonic() + SLICE_S
-
-    def _list_steps(self, location: str) -> Steps:
-        """Return a record for each file and directory at a guest's path or glob.
-
-        Raises:
-            RuntimeError: there are none, or too many to list.
-        """
-        status = yield from self._guest.finish(self._guest.list_argv(location))
-        records = status.out.split(b"\0", MAX_LISTED)
-        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
-            raise RuntimeError(f"too many files at {location!r} to list")
-        records = [record for record in records if record]
-        if not records:
-            raise RuntimeError(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())
-        return records
-
-    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
-
-        Returns whether it was there: a file that is gone by now is no fault, unless it is the one
-        that was asked for.
-        """
-        parts = (self.vm_name, *safe_parts(listed.path))
-        with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
-            if listed.is_dir:
-                os.fchmod(folder, listed.mode | 0o700)
-                return True
-            old = _copy_of(folder, parts[-1])
-            known = (listed.size, listed.copy_mtime_ns)
-            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
-                if old.st_mode & 0o777 & ~listed.mode:
-                    os.chmod(parts[-1], old.st_mode & listed.mode, dir_fd=folder)
-                return True
-            try:
-                yield from self._copy_steps(listed, folder, parts[-1], old)
-            except drivers.AgentError:
-                if listed.path == location or self.driver.file_exists(listed.path):
-                    raise
-                return False
-            return True
-
-    def _copy_steps(
-        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
-    ) -> Steps:
-        """Make the host's copy of a file; of one that has only grown, fetch what is new.
-
-        What was written while it was read comes with the next pass: until then the copy is a
-        beginning of the file. It takes the guest's time, by which the next pass, also that of
-        another handler, knows it.
-        """
-        temporary = temporary_name()
-        self._copying.add(temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w+b") as sink:
-                kept = 0
-                if old and SMALL_BYTES < old.st_size <= listed.size:
-                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
-                refuse_full(folder, listed.size - kept)
-                pull = self._guest.pull(listed.path, sink, offset=kept, limit=listed.size - kept)
-                for _ in pull:
-                    yield 0
-                os.fchmod(sink.fileno(), listed.mode)
-            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
-            os.utime(temporary, ns=times, dir_fd=folder)
-            _crash("transfer-before-rename")
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-        finally:
-            self._copying.discard(temporary)
-
-    def _keep_steps(
-        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
-    ) -> Steps:
-        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
-        digest = hashlib.sha256()
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
-            while data := present.read(1 << 20):
-                digest.update(data)
-                sink.write(data)
-                yield 0
-        status = yield from self._guest.finish(self._guest.hash_argv(listed.path, size), size / 1e7)
-        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
-            return size
-        sink.seek(0)
-        sink.truncate()
-        return 0
-
-    # --- requests of commands
-
-    def _claim_requests(self) -> None:
-        """Claim the requests still wanted, each by one UPDATE that checks client and time.
-
-        It checks, too, that nobody was told to stop: afterwards nothing begins any more.
-        """
-        rows = self.db.query(
-            """SELECT * FROM requests WHERE server_name = :name AND answered_at IS NULL
-               AND claimed_by IS NULL AND NOT withdrawn""",
-            name=self.vm_name,
-        )
-        for row in rows:
-            if row["client_boot"] != boot_id():
-                continue
-            claimed = self.db.write(
-                """UPDATE requests SET claimed_by = :pid WHERE id = :id AND claimed_by IS NULL
-                   AND NOT withdrawn AND deadline_at > :now AND client_started = :started
-                   AND NOT EXISTS (SELECT 1 FROM current_experiment
-                                   WHERE halt IN ('stop', 'kill'))
-                   RETURNING *""",
-                pid=os.getpid(),
-                id=row["id"],
-                now=CLOCK.wall(),
-                started=process_started(row["client_pid"]) or -1,
-            )
-            for request in claimed:
-                self.agenda.spawn(self._request_steps(dict(request)))
-
-    def _request_steps(self, row: Mapping[str, Any]) -> Steps:
-        _crash("request-claimed")
-        folder = self.db.directory("requests", row["id"])
-        try:
-            if row["operation"] == "reboot":
-                yield from self._reboot_steps()
-                answer: dict[str, Any] = {"boot": self._boot}
-            else:
-                arguments = json.loads(row["arguments"])
-                answer = yield from operation_steps(
-                    self.driver, row["operation"], arguments, folder
-                )
-        except (drivers.AgentError, VmrmError, OSError) as error:
-            if _is_link_trouble(error):
-                raise
-            answer = {"error": _one_line(error)}
-        self._answer(row["id"], answer)
-        if not _is_wanted(folder):
-            forget_request(self.db, folder)
-
-    def _answer(self, request: str, answer: Mapping[str, Any]) -> None:
-        self.db.write(
-            """UPDATE requests SET answered_at = :now, answer = :answer
-               WHERE id = :id AND answered_at IS NULL""",
-            now=CLOCK.wall(),
-            answer=json.dumps(answer),
-            id=request,
-        )
-
-    def _answer_lost_requests(self) -> None:
-        """Answer what a dead handler, or a lost connection, left claimed: it may have run."""
-        lost = self.db.query(
-            """SELECT id FROM requests WHERE server_name = :name AND claimed_by IS NOT NULL
-               AND answered_at IS NULL""",
-            name=self.vm_name,
-        )
-        for row in lost:
-            self._answer(row["id"], {"unknown": "it may have run: the connection was lost"})
+        return self._transfers.steps(name, location, interval, destination)
 
 
 # === commands on a VM at once ====================================================================
@@ -9149,14 +9176,12 @@ def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:
-    """Run steps that only ever sleep to their end; return what they return."""
-    while True:
-        try:
-            pause = next(steps)
-        except StopIteration as end:
-            return end.value
-        if isinstance(pause, int | float) and pause > 0:
-            wait(pause)
+    """Run steps to their end, here and now; return what they return."""
+    agenda = Agenda()
+    try:
+        return agenda.finish(agenda.spawn(steps), wait)
+    finally:
+        agenda.close()
 
 
 class _Handled(Exception):

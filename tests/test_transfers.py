@@ -17,7 +17,7 @@ LONG_AGO = 1_700_000_000
 
 
 class Transfers:
-    """A connected handler that fetches `source` of its guest, and notes what it really reads."""
+    """Transfers that fetch `source` of a guest, and a note of what they really read."""
 
     def __init__(self, db: vmrm.Database, agent: Path, folder: Path) -> None:
         self.source, self.root = folder / "source", folder / "out"
@@ -25,18 +25,26 @@ class Transfers:
         self.copies = self.root.joinpath("vm", *self.source.parts[1:])
         if not db.value("SELECT 1 FROM vms"):
             vmrm.VMMapping(db=db).put("u", "vm", path=str(agent))
-        self.handler = vmrm.VMResourceHandler(vmrm.handler_config(db, "vm"))
-        self.handler._connect()
+        self.config = vmrm.handler_config(db, "vm")
         self.reads: list[tuple[str, int]] = []
         self.before_read: Callable[[Path], object] = lambda path: None
-        pull = self.handler.driver.pull
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, as each handler does."""
+        handler = vmrm.VMResourceHandler(self.config)
+        assert handler.connect_to_driver()
+        self.driver, log = handler.driver, handler.log
+        self.guest = vmrm.guest_of(self.driver)
+        self.passes = vmrm.Transfers(self.guest, "vm", self.root, log)
+        pull = self.driver.pull
 
         def noted(path: str, sink: Any, *, offset: int = 0, limit: int | None = None) -> Any:
             self.reads.append((Path(path).name, offset))
             self.before_read(Path(path))
             return pull(path, sink, offset=offset, limit=limit)
 
-        self.handler.driver.pull = noted  # type: ignore[method-assign, assignment]
+        self.driver.pull = noted  # type: ignore[method-assign, assignment]
 
     def write(self, name: str, data: bytes, age: float = 100) -> Path:
         """Write a file of the guest that was last changed `age` seconds ago."""
@@ -48,14 +56,9 @@ class Transfers:
 
     def run(self, location: Path | str | None = None) -> tuple[list[str], list[tuple[str, int]]]:
         """Make one pass; return its faults, and what was read from which offset."""
-        faults: list[str] = []
-
-        def steps() -> vmrm.Steps:
-            faults.extend((yield from self.handler._pass_steps(where, self.root)))
-
         where = str(self.source if location is None else location)
         self.reads.clear()
-        self.handler._drain(steps())
+        faults = vmrm.run_steps(self.passes.pass_steps(where, self.root), time.sleep)
         return faults, sorted(self.reads)
 
     def copy(self, name: str) -> bytes:
@@ -92,9 +95,8 @@ def test_another_handler_knows_what_is_there_already(transfers: Transfers) -> No
     transfers.write("old", b"text")
     transfers.write("to come", b"text", age=-5000)
     transfers.run()
-    transfers.handler.driver.close()
-    transfers.handler = vmrm.VMResourceHandler(transfers.handler.config)
-    transfers.handler._connect()
+    transfers.driver.close()
+    transfers.connect()
     before = transfers.copies.joinpath("old").stat()
     assert transfers.run() == ([], [])
     assert transfers.copies.joinpath("old").stat() == before
@@ -186,6 +188,6 @@ def test_a_guest_without_sha256sum_is_asked_for_the_whole_file(transfers: Transf
     transfers.write("log", b"x" * size)
     transfers.run()
     transfers.write("log", b"x" * size + b"more", age=50)
-    transfers.handler._guest.hash_argv = lambda path, size: ["/bin/sh", "-c", "exit 127"]  # type: ignore[method-assign]
+    transfers.guest.hash_argv = lambda path, size: ["/bin/sh", "-c", "exit 127"]  # type: ignore[method-assign]
     assert transfers.run() == ([], [("log", 0)])
     assert transfers.copy("log") == b"x" * size + b"more"
