@@ -10417,7 +10417,6 @@ QEMU_START_S = 30.0  # for QEMU to answer on its control socket
 QEMU_GRACE_S = 5.0  # to leave when it is asked to, and again when it is told to
 GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
 
-
 TRIAL_S = 30.0  # for QEMU's emulation to boot the trial guest
 TRIAL_EXIT_CODE = 85
 # A boot sector that goes to 64-bit mode and there ends QEMU, by its debug port, with that code.
@@ -10432,37 +10431,29 @@ _TRIAL_GUEST = bytes.fromhex(
 
 
 def kvm_fault(program: str) -> str:
-    """Return why KVM is of no use to QEMU on this host, '' if it is.
+    """Return why KVM is of no use to QEMU, `program`, on this host; '' if it is.
 
-    That it is there says little: QEMU may die under it, or its guests may hang or crawl. So a tiny
-    guest is booted once, which must not take much longer than it does without KVM. The outcome is
-    kept in the user's cache for this boot of the host and this QEMU.
-
-    Args:
-        program: QEMU.
+    QEMU may die under it, or its guests hang or crawl. So a tiny guest is booted once, which must
+    not take much longer than without KVM. The outcome is kept in the user's cache for this boot of
+    the host and this QEMU.
     """
-    device = Path("/dev/kvm")
+    device, outcome = Path("/dev/kvm"), None
     if not os.access(device, os.R_OK | os.W_OK):
         return f"{device} cannot be opened" if device.exists() else f"there is no {device}"
     found = Path(program).stat()
-    this = [boot_id(), os.path.realpath(program), found.st_mtime_ns, found.st_size]
-    fault = None
-    try:
+    this = f"{boot_id()} {os.path.realpath(program)} {found.st_mtime_ns} {found.st_size}\n"
+    with contextlib.suppress(OSError, RuntimeError):  # it cannot be kept, or there is no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmrm"
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "kvm.json").open("a+") as file:
+        with (folder / "kvm").open("a+", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # who comes meanwhile waits for the outcome
             file.seek(0)
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                kept = json.loads(file.read(1 << 20))
-                if kept["for"] == this:
-                    return str(kept["fault"])
-            fault = _try_kvm(program)
+            if (kept := file.read(1 << 16)).startswith(this):
+                return kept.removeprefix(this)
+            outcome = _try_kvm(program)
             file.truncate(0)
-            file.write(json.dumps({"for": this, "fault": fault}))
-            return fault
-    except (OSError, RuntimeError):  # nothing can be kept, or this user has no home
-        return _try_kvm(program) if fault is None else fault
+            file.write(this + outcome)
+    return _try_kvm(program) if outcome is None else outcome
 
 
 def _try_kvm(program: str) -> str:
@@ -10473,22 +10464,20 @@ def _try_kvm(program: str) -> str:
 
 def _boot_trial(program: str, accel: str, patience: float) -> tuple[float, str]:
     """Boot the trial guest; return how many seconds that took, and what was wrong with it."""
-    import subprocess
     import tempfile
 
     with tempfile.TemporaryFile() as disk:  # which has no name that could stay behind
         disk.write(_TRIAL_GUEST.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
         disk.flush()
-        words = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        words += ["-machine", "q35", "-cpu", "max", "-m", "32", "-accel", accel]
-        words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
-        words += ["-drive", f"format=raw,file=/proc/self/fd/{disk.fileno()}"]
-        began = CLOCK.monotonic()
+        words = "-nodefaults -no-user-config -display none -no-reboot -machine q35 -cpu max -m 32 "
+        words += f"-device isa-debug-exit,iobase=0xf4,iosize=4 -accel {accel} "
+        words += f"-drive format=raw,file=/proc/self/fd/{disk.fileno()}"
+        null, began = subprocess.DEVNULL, CLOCK.monotonic()
         try:
             done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                [program, *words.split()],
+                stdin=null,
+                stdout=null,
                 stderr=subprocess.PIPE,
                 timeout=patience,
                 pass_fds=[disk.fileno()],
@@ -10496,21 +10485,16 @@ def _boot_trial(program: str, accel: str, patience: float) -> tuple[float, str]:
             )
         except subprocess.TimeoutExpired:
             return patience, f"a guest hangs under it, or takes over {patience:.1f} s to boot"
-    took = CLOCK.monotonic() - began
     if done.returncode == TRIAL_EXIT_CODE:
-        return took, ""
-    return took, printable(done.stderr) or f"QEMU ends under it with exit code {done.returncode}"
+        return CLOCK.monotonic() - began, ""
+    return 0.0, printable(done.stderr) or f"QEMU ends under it with exit code {done.returncode}"
 
 
 class QemuVm:
-    """A VM of a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
+    """A VM in a directory of its own: sockets, log, and a file `pid` locked for as long as it runs.
 
     QEMU inherits the lock from whoever starts it, so the lock says whether it runs, whenever that
-    one dies; pid and start time are written by the process that becomes QEMU.
-
-    Args:
-        root: Holds the VMs' directories.
-        name: The VM.
+    one dies. Before it runs, its pid and start time are in the file.
     """
 
     def __init__(self, root: Path, name: str) -> None:
@@ -10535,15 +10519,9 @@ class QemuVm:
     def spawn(self, words: Sequence[str]) -> dict[str, str]:
         """Start QEMU, which outlives us; return name, ip (not known: '') and the agent's path.
 
-        Args:
-            words: QEMU's, but for its name, sockets and agent port.
-
-        Raises:
-            Conflict: it runs already.
-            VmrmError: QEMU does not start; its words are told, and nothing is left.
+        If it does not start, its words are told, and nothing is left.
         """
         import shutil
-        import subprocess
 
         if (program := shutil.which(QEMU)) is None:
             raise UsageError(f"{QEMU} is not installed")
@@ -10551,26 +10529,22 @@ class QemuVm:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         if not self._pid.exists() and any(self.folder.iterdir()):
             raise UsageError(f"{str(self.folder)!r} is something else's", "Name another --dir")
-        lock = self._lock()
-        if lock is None:
+        if (lock := self._lock()) is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
-        agent, control = self._listen("agent.sock"), self._listen("qmp.sock")
-        with (self.folder / "qemu.log").open("wb") as log:
-            try:
-                process = subprocess.Popen(
-                    [program, *self._own_words(agent, control), *words],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
-                    pass_fds=(lock, agent.fileno(), control.fileno()),
-                    preexec_fn=lambda: _sign(lock),  # noqa: PLW1509 - there is one thread
-                    start_new_session=True,
-                )
-            finally:
-                agent.close()  # so that it is QEMU alone that keeps them open
-                control.close()
-                os.close(lock)
+        with contextlib.ExitStack() as stack:  # in the end it is QEMU alone that has these open
+            stack.callback(os.close, lock)
+            log = stack.enter_context((self.folder / "qemu.log").open("wb"))
+            agent, control = (stack.enter_context(self._listen(name)) for name in ("agent", "qmp"))
+            process = gated(
+                [program, *self._own_words(agent, control), *words],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
+                pass_fds=(lock, agent.fileno(), control.fileno()),
+            )
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{process.pid} {process_started(process.pid)}\n".encode(), 0)
+            open_gate(process)
         _crash("qemu-started")
         try:
             self.control("query-status", QEMU_START_S)
@@ -10583,7 +10557,7 @@ class QemuVm:
         return {"name": self.name, "ip": "", "path": str(self.folder / "agent.sock")}
 
     def _listen(self, name: str) -> socket.socket:
-        path = self.folder / name
+        path = self.folder / f"{name}.sock"
         path.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX)
         _through_directory(path, listening.bind)
@@ -10591,139 +10565,80 @@ class QemuVm:
         return listening
 
     def _own_words(self, agent: socket.socket, control: socket.socket) -> list[str]:
-        words = ["-name", self.name, "-nodefaults", "-no-user-config", "-display", "none"]
+        words = f"-name {self.name} -nodefaults -no-user-config -display none"
         for name, listening in (("agent", agent), ("control", control)):
-            words += ["-chardev", f"socket,id={name},fd={listening.fileno()},server=on,wait=off"]
-        words += ["-mon", "chardev=control,mode=control", "-device", "virtio-serial-pci"]
-        words += ["-device", f"virtserialport,chardev=agent,name={GUEST_AGENT_PORT}"]
-        return words
+            words += f" -chardev socket,id={name},fd={listening.fileno()},server=on,wait=off"
+        words += " -mon chardev=control,mode=control -device virtio-serial-pci"
+        return f"{words} -device virtserialport,chardev=agent,name={GUEST_AGENT_PORT}".split()
 
     def control(self, command: str, timeout: float) -> None:
         """Have QEMU carry out a command on its control socket (QMP).
 
-        Raises:
-            OSError: it does not answer in time, or is gone.
-            ValueError: it refuses.
+        `OSError`: it does not answer in time, or is gone. `ValueError`: it refuses.
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
             _through_directory(self.folder / "qmp.sock", connection.connect)
-            with connection.makefile("rwb") as stream:
+            with connection.makefile("rwb", buffering=0) as stream:
+                lines = iter(lambda: stream.readline(1 << 20), b"")  # events among them
                 for words in ("", "qmp_capabilities", command):
                     if words:
                         stream.write(json.dumps({"execute": words}).encode())
-                        stream.flush()
-                    _await_qmp(stream, "return" if words else "QMP")
+                    for said in map(json.loads, itertools.islice(lines, 1000)):
+                        if "error" in said:
+                            raise ValueError(said["error"].get("desc"))
+                        if ("return" if words else "QMP") in said:
+                            break
+                    else:
+                        raise ConnectionError("it does not answer on its control socket")
 
     def terminate(self) -> None:
-        """End QEMU for certain and remove the directory; what is gone already is no error.
+        """Terminate QEMU and delete the directory; what is gone already is no error."""
+        import shutil
 
-        Raises:
-            VmrmError: it does not die; everything is left as it is.
-        """
+        ends = [None, signal.SIGTERM, signal.SIGKILL]
         with contextlib.suppress(FileNotFoundError):  # somebody else does the same
-            self._terminate([None, signal.SIGTERM, signal.SIGKILL])
+            while self._pid.exists():  # without that file it is not one of our directories
+                if (lock := self._lock()) is not None:
+                    _crash("qemu-ended")
+                    for path in [path for path in self.folder.iterdir() if path != self._pid]:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    self._pid.unlink()
+                    os.close(lock)
+                elif ends:
+                    self._end(ends.pop(0))
+                else:
+                    raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _terminate(self, ends: list[signal.Signals | None]) -> None:
-        import shutil
-
-        while self._pid.exists():  # without that file it is not one of our directories
-            if (lock := self._lock()) is not None:
-                _crash("qemu-ended")
-                for path in [path for path in self.folder.iterdir() if path != self._pid]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                self._pid.unlink()
-                os.close(lock)
-            elif ends:
-                self._end(ends.pop(0))
-            else:
-                raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
-
     def _end(self, number: signal.Signals | None) -> None:
-        """Ask QEMU to quit, or signal it and its children; return when it is gone, or has had time.
-
-        A process that is about to become QEMU has not signed yet.
-        """
+        """Ask QEMU to quit, or signal it and its children, and give it time to be gone."""
         deadline = CLOCK.monotonic() + QEMU_GRACE_S
-        while not (signed := self._pid.read_text().split()):
-            if CLOCK.monotonic() >= deadline:
-                return
+        if number is None:
+            with contextlib.suppress(OSError, ValueError):
+                self.control("quit", QEMU_GRACE_S)
+        elif signed := self._pid.read_text().split():
+            signal_session(int(signed[0]), int(signed[1]), number)
+        while self.runs and CLOCK.monotonic() < deadline:
             time_to_wait(0.02)
-        pid, started = int(signed[0]), int(signed[1])
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            signal_session(pid, started, signal.SIGKILL)  # its children keep the lock
-            return
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        try:
-            if number is not None:
-                signal_session(pid, started, number)
-            else:
-                with contextlib.suppress(OSError, ValueError):
-                    self.control("quit", QEMU_GRACE_S)
-            if process_started(pid) == started:
-                poll.poll(QEMU_GRACE_S * 1000)
-        finally:
-            os.close(pidfd)
-
-
-def _sign(lock: int) -> None:
-    """Write our own pid and start time, which stay when this process becomes QEMU."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()} {process_started(os.getpid())}\n".encode(), 0)
-
-
-def _await_qmp(stream: io.BufferedRWPair, key: str) -> None:
-    """Read QEMU's lines, events among them, up to the one with `key`."""
-    for _ in range(1000):
-        line = stream.readline(1 << 20)
-        if not line:
-            raise ConnectionError("it closed its control socket")
-        said = json.loads(line)
-        if "error" in said:
-            raise ValueError(said["error"].get("desc"))
-        if key in said:
-            return
-    raise ValueError("it does not answer on its control socket")
 
 
 def qemu_words(
-    *,
-    memory: int,
-    cpus: int,
-    disk: str | None,
-    kernel: str | None,
-    initrd: str | None,
-    append: str | None,
-    accel: str | None,
+    memory: int, cpus: int, disk: str | None, kernel: str | None, **more: str | None
 ) -> list[str]:
     """Return the part of QEMU's command line that says what machine it is and what it boots.
 
-    Args:
-        memory: MiB.
-        cpus: Virtual processors.
-        disk: An image, qcow2 or raw, that is only read: what the VM writes goes to an overlay,
-            which QEMU removes at its end.
-        kernel: A kernel to boot; with initrd and append, its initial RAM disk and command line.
-        initrd: See kernel.
-        append: See kernel.
-        accel: QEMU's -accel; None leaves it to whoever takes the words.
-
-    Raises:
-        UsageError: there is nothing to boot, or a file is missing.
+    The disk image, qcow2 or raw, is only read: what the VM writes goes to an overlay, which QEMU
+    removes at its end. `more` has QEMU's own words: initrd, append, accel.
     """
     if not disk and not kernel:
         raise UsageError("there is nothing to boot", "Name --disk IMAGE, or --kernel FILE")
-    for file in (disk, kernel, initrd):
+    for file in (disk, kernel, more["initrd"]):
         if file and not Path(file).is_file():
             raise UsageError(f"there is no file {file!r}")
     words = ["-machine", "q35", "-cpu", "max", "-m", str(memory), "-smp", str(cpus)]
-    words += ["-accel", accel] if accel else []
-    for option, value in (("kernel", kernel), ("initrd", initrd), ("append", append)):
+    for option, value in {"kernel": kernel, **more}.items():
         words += [f"-{option}", value] if value else []
     if disk:
         with Path(disk).open("rb") as image:  # not left to QEMU: a guest could write a header

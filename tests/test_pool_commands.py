@@ -420,7 +420,7 @@ def test_whether_kvm_works_is_told_whatever_the_cache_is(
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(os, "access", lambda *_: True)
-    kept = cli.folder / "cache/vmrm/kvm.json"
+    kept = cli.folder / "cache/vmrm/kvm"
     if cache == "a file":
         kept.parents[1].write_text("")
     else:
