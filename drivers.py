@@ -806,11 +806,13 @@ FACTS_PS = (  # as `ls -ldn` tells them
     "else { '-' }; '{0}rw------- 1 0 0 {1} ' -f $k, $f.Length"
 )
 RECEIVE_PS = (
-    _STOP_PS + "New-Item -ItemType Directory -Force -Path $w[0] | Out-Null; "
-    "$free = (Get-Item -LiteralPath $w[0]).PSDrive.Free; "
-    "if ($free -and $free -lt [int64]$w[2]) { "
-    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; $w[1]"
+    _STOP_PS + "$folder = [IO.Path]::GetDirectoryName($w[0]); "
+    "New-Item -ItemType Directory -Force -Path $folder | Out-Null; "
+    "$free = (Get-Item -LiteralPath $folder).PSDrive.Free; "
+    "if ($free -and $free -lt [int64]$w[1]) { "
+    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; \"$($w[0]).vmrm-$($w[2])\""
 )
+DISCARD_PS = _STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"'
 COPY_PS = _STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
 # A batch file cannot tell its own pid; its command line has its path and the attempt's number.
 PROBE_PS = (

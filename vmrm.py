@@ -5407,6 +5407,7 @@ _FOUND_SCRIPT = (
 _RECEIVE_SCRIPT = (
     _TRUSTED_SH
     + """\
+kib=$((($2 + 1023) / 1024))
 if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
 folder=$(enter "${1%/*}" 022 && pwd -P) || exit 1
 full() {
@@ -5414,11 +5415,11 @@ full() {
     case $6 in '' | *[!0-9]*) return 1 ;; esac
     [ "$6" -lt "$1" ] && echo "no space in the VM for $1 KiB at $2" >&2
 }
-full "$folder" "$2" && exit 1
+full "$folder" "$kib" && exit 1
 for place in "$folder" /var/tmp /tmp /run; do
     [ -d "$place" ] && place=$(enter "$place" 022 && pwd -P) || continue
     trusted "$place" sticky 2>/dev/null || continue
-    full "$place" "$2" && exit 1
+    full "$place" "$kib" && exit 1
     place=${place%/}/.vmrm-$3
     umask 077; mkdir "$place" && echo "$place/data"
     exit
@@ -5434,7 +5435,54 @@ done 2>/dev/null
 exit 0
 """
 
+_LIST_SCRIPT = """\
+IFS=
+now=$(date +%s)
+quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no process per file
+for top in $1; do
+    [ -e "$top" ] || continue
+    if [ -n "$quick" ]; then
+        find -H "$top" '(' -type f -o -type d ')' -printf "%y %m %s %T@ $now %p\\0"
+        continue
+    fi
+    find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
+        now=$1; shift
+        for path; do
+            kind=f; [ -d "$path" ] && kind=d
+            facts=$(stat -L -c "%a %s %Y" "$path" 2>/dev/null) || continue  # it is gone again
+            printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
+        done' sh "$now" {} +
+done
+"""
+
+# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
+_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
+
 _FACTS_SCRIPT = 'ls -ldnL "$1"'
+
+_SH = {  # what a guest is asked, or has to do, by verb
+    "prepare": _PREPARE_SCRIPT,
+    "probe": _PROBE_SCRIPT,
+    "forbid": _FORBID_SCRIPT,
+    "signal": _KILL_SCRIPT,
+    "has-program": _FOUND_SCRIPT,
+    "list": _LIST_SCRIPT,
+    "hash": _HASH_SCRIPT,
+    "facts": _FACTS_SCRIPT,
+    "receive": _RECEIVE_SCRIPT,
+    "deliver": _DELIVER_SCRIPT,
+    "discard": _DISCARD_SCRIPT,
+}
+_PS = {
+    "probe": drivers.PROBE_PS,
+    "list": drivers.LIST_PS,
+    "hash": drivers.HASH_PS,
+    "facts": drivers.FACTS_PS,
+    "receive": drivers.RECEIVE_PS,
+    "deliver": drivers.MOVE_PS,
+    "discard": drivers.DISCARD_PS,
+    "copy": drivers.COPY_PS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5750,8 +5798,8 @@ def batch_file(text: str) -> str:
     return "\r\n".join(lines)
 
 
-class PosixGuest:
-    """What a handler has to know of its guest's system: paths, our scripts, what runs them.
+class Guest:
+    """Where programs of a VM run: its driver, its system's paths and scripts, its present boot.
 
     Args:
         driver: Connected.
@@ -5760,8 +5808,11 @@ class PosixGuest:
         patience: For one that holds up nothing else.
     """
 
+    name = "guest"
     launch = "/var/launch"
     separator = "/"
+    always_tells_boot = False  # unless it cannot run programs yet
+    reboots = True  # if an entry asks for it
     captures = True  # what a script says before its claim is kept for the error's message
     flavour: type[PurePath] = PurePosixPath
 
@@ -5775,6 +5826,26 @@ class PosixGuest:
         self.driver, self.seconds, self.patience = driver, seconds, max(seconds, patience)
         self.launch = launch_dir or self.launch
         self.stage = self.join(self.launch, ".stage")
+        self.boot = ""  # as its id was when we connected
+
+    def check_boot(self) -> None:
+        """Notice a reboot that nobody asked for; it does not break the link to the agent."""
+        if self.driver.boot_id() != self.boot:
+            raise drivers.LinkLost("the guest was rebooted")
+
+    def runs(self, entry: ScheduleEntry) -> bool:
+        """Whether an entry is to run here."""
+        return not entry.on_host
+
+    def name_places(self, entries: Iterable[ScheduleEntry]) -> None:
+        """Give all entries that run here their places, which follow from the whole schedule."""
+        self.driver.used_agent_paths.clear()
+        for entry in entries:
+            self.driver.create_paths(entry)
+
+    def attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        """Return the directory where an attempt leaves what became of it."""
+        return self.join(str(self.flavour(entry.call_arguments_filename).parent), attempt.claim)
 
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
@@ -5796,18 +5867,22 @@ class PosixGuest:
         """Return a word by which a script of ours knows its experiment."""
         return token
 
-    def argv(self, script: str, *words: str) -> list[str]:
-        """Return the words that run a script of ours that is in the guest."""
+    def argv(self, verb: str, *words: str) -> list[str]:
+        """Return the command that does, or tells, what a verb of our table of scripts says."""
+        return ["/bin/sh", "-c", _SH[verb], "sh", *words]
+
+    def command(self, script: str, *words: str) -> list[str]:
+        """Return the command that runs a script of ours that lies in the guest."""
         return ["/bin/sh", script, *words]
 
-    def ask(self, argv: Sequence[str]) -> drivers.ExecStatus:
+    def ask(self, verb: str, *words: str) -> drivers.ExecStatus:
         """Ask the guest something; an agent that cannot is no verdict on what was asked about.
 
         Raises:
             LinkLost: it cannot.
         """
         try:
-            return self.driver.run(argv, timeout=self.seconds)
+            return self.driver.run(self.argv(verb, *words), timeout=self.seconds)
         except drivers.AgentError as error:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
@@ -5845,8 +5920,7 @@ class PosixGuest:
         Returns the status of what did so.
         """
         words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
-        argv = ["/bin/sh", "-c", _PREPARE_SCRIPT, "sh", *words]
-        return (yield from self.finish(argv))
+        return (yield from self.finish(self.argv("prepare", *words)))
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
@@ -5881,47 +5955,28 @@ class PosixGuest:
         mine = str(PurePosixPath(path).with_name(drivers.USER_FOLDER))
         return f"script {sha256} {shlex.join([path, user, mine])}"
 
-    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
-        """Ask what attempts have left; a line for each, for `parse_found`."""
-        return self.ask(["/bin/sh", "-c", _PROBE_SCRIPT, "sh", *directories])
+    def look(self, directories: Sequence[str]) -> list[Found]:
+        """Ask the guest what attempts have left behind; the agent is serial, so all earlier
+        requests have run by the time it answers."""
+        if not directories:
+            return []
+        told = self.ask("probe", *directories).out.decode(errors="replace").splitlines()
+        try:
+            return [parse_found(told[index]) for index in range(len(directories))]
+        except (ValueError, IndexError) as error:
+            raise VMFailed(f"the {self.name} cannot say what has run: {error}") from error
 
     def forbid(self, directories: Sequence[str]) -> None:
         """Take the place of attempts that have not begun, so that they never will."""
-        self.ask(["/bin/sh", "-c", _FORBID_SCRIPT, "sh", *directories])
+        self.ask("forbid", *directories)
 
     def signal(self, name: str, pid: int) -> bool:
         """Send a program and all that it started a signal; return whether there was anything."""
-        argv = ["/bin/sh", "-c", _KILL_SCRIPT, "sh", name, str(pid)]
-        return self.ask(argv).exitcode == 0
+        return self.ask("signal", name, str(pid)).exitcode == 0
 
     def has_program(self, program: str) -> bool:
         """Return whether something is there under a program's name, be it one or not."""
-        return self.ask(["/bin/sh", "-c", _FOUND_SCRIPT, "sh", program]).exitcode == 0
-
-    def list_argv(self, location: str) -> list[str]:
-        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
-        return ["/bin/sh", "-c", _LIST_SCRIPT, "sh", location]
-
-    def hash_argv(self, path: str, size: int) -> list[str]:
-        """Return the command that prints the SHA-256 of a file's first bytes."""
-        return ["/bin/sh", "-c", _HASH_SCRIPT, "sh", path, str(size)]
-
-    def facts_argv(self, path: str) -> list[str]:
-        """Return the command that tells a file's kind, mode and size, for `parse_facts`."""
-        return ["/bin/sh", "-c", _FACTS_SCRIPT, "sh", path]
-
-    def receive_argv(self, path: str, size: int, token: str) -> list[str]:
-        """Return the command that makes room for a pushed file and prints where it may arrive."""
-        kib = str(-(-size // 1024))
-        return ["/bin/sh", "-c", _RECEIVE_SCRIPT, "sh", path, kib, token]
-
-    def deliver_argv(self, temporary: str, path: str, mode: str) -> list[str]:
-        """Return the command that gives what arrived its mode and place, but not a directory's."""
-        return ["/bin/sh", "-c", _DELIVER_SCRIPT, "sh", temporary, path, mode]
-
-    def discard_argv(self, path: str, token: str) -> list[str]:
-        """Return the command that removes what arrived of a push that was broken off."""
-        return ["/bin/sh", "-c", _DISCARD_SCRIPT, "sh", path, token]
+        return self.ask("has-program", program).exitcode == 0
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; `last` says that there will not be another chance."""
@@ -5934,11 +5989,12 @@ class PosixGuest:
         return self.driver.pull(path, sink, offset=offset, limit=limit)
 
 
-class WindowsGuest(PosixGuest):
+class WindowsGuest(Guest):
     """A Windows guest: batch files for what starts programs, PowerShell for what asks."""
 
     launch = "C:\\launch"
     separator = "\\"
+    always_tells_boot = True
     # Every process inherits every pipe: with a daemon left behind, a program would never end.
     captures = False
     flavour = PureWindowsPath
@@ -5953,7 +6009,11 @@ class WindowsGuest(PosixGuest):
         """Return a word by which a script of ours knows its experiment."""
         return _digest(token)
 
-    def argv(self, script: str, *words: str) -> list[str]:
+    def argv(self, verb: str, *words: str) -> list[str]:
+        """Return the command that does, or tells, what a verb of our table of scripts says."""
+        return drivers.powershell(_PS[verb], *words)
+
+    def command(self, script: str, *words: str) -> list[str]:
         """Return the words that run a batch file; the agent puts quotes around a path with blanks,
         which cmd.exe takes for what they are since nothing else in it needs quotes."""
         return ["cmd.exe", "/d", "/c", script, *words]
@@ -5993,7 +6053,7 @@ class WindowsGuest(PosixGuest):
         path = self.join(self.stage, f"prepare.{old}.bat")
         for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
             yield 0
-        status = yield from self.finish(self.argv(path))
+        status = yield from self.finish(self.command(path))
         self.driver.delete_file(path)
         return status
 
@@ -6081,51 +6141,24 @@ class WindowsGuest(PosixGuest):
             ]
         )
 
-    def probe(self, directories: Sequence[str]) -> drivers.ExecStatus:
-        """Ask what attempts have left; a line for each, for `parse_found`."""
-        return self.ask(drivers.powershell(drivers.PROBE_PS, *directories))
-
     def forbid(self, directories: Sequence[str]) -> None:
         """Take the place of attempts that have not begun, so that they never will."""
         for here in directories:
-            if self.ask(["cmd.exe", "/d", "/c", "mkdir", here]).exitcode == 0:
+            made = self.driver.run(["cmd.exe", "/d", "/c", "mkdir", here], timeout=self.seconds)
+            if made.exitcode == 0:
                 code = io.BytesIO(f"{CLAIM_FAILED} 0".encode())
                 for _ in self.driver.push(code, self.join(here, "exit")):
                     pass
 
     def signal(self, name: str, pid: int) -> bool:
         """End a program and all that it started, whatever the signal: nothing is left of it."""
-        self.ask(["taskkill.exe", "/T", "/F", "/PID", str(pid)])
+        argv = ["taskkill.exe", "/T", "/F", "/PID", str(pid)]
+        self.driver.run(argv, timeout=self.seconds)
         return False
 
     def has_program(self, program: str) -> bool:
         """Return whether something is there under a program's name, if that is a path."""
         return bool(self.driver.file_exists(program))
-
-    def list_argv(self, location: str) -> list[str]:
-        """Return the command that lists a path or glob, a record each, for `parse_listed`."""
-        return drivers.powershell(drivers.LIST_PS, location)
-
-    def hash_argv(self, path: str, size: int) -> list[str]:
-        """Return the command that prints the SHA-256 of a file's first bytes."""
-        return drivers.powershell(drivers.HASH_PS, path, str(size))
-
-    def facts_argv(self, path: str) -> list[str]:
-        """Return the command that tells a file's kind and size, for `parse_facts`."""
-        return drivers.powershell(drivers.FACTS_PS, path)
-
-    def receive_argv(self, path: str, size: int, token: str) -> list[str]:
-        """Return the command that makes a pushed file's directory and prints where it arrives."""
-        parent = str(PureWindowsPath(path).parent)
-        return drivers.powershell(drivers.RECEIVE_PS, parent, f"{path}.vmrm-{token}", str(size))
-
-    def deliver_argv(self, temporary: str, path: str, mode: str) -> list[str]:
-        """Return the command that puts a file in its place, but not in that of a directory."""
-        return drivers.powershell(drivers.MOVE_PS, temporary, path)
-
-    def discard_argv(self, path: str, token: str) -> list[str]:
-        """Return the command that removes what arrived of a push that was broken off."""
-        return drivers.powershell(drivers.DELETE_PS, f"{path}.vmrm-{token}")
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; only at last of a copy, if a program still holds it."""
@@ -6148,9 +6181,7 @@ class WindowsGuest(PosixGuest):
             yield from self.driver.pull(path, sink, offset=offset, limit=limit)
         except drivers.AgentError:
             copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
-            status = self.driver.run(
-                drivers.powershell(drivers.COPY_PS, path, copy), timeout=self.seconds
-            )
+            status = self.driver.run(self.argv("copy", path, copy), timeout=self.seconds)
             if status.exitcode != 0 or sink.tell() != begin:
                 raise
             try:
@@ -6158,6 +6189,55 @@ class WindowsGuest(PosixGuest):
             finally:
                 with contextlib.suppress(drivers.DriverError):
                     self.driver.delete_file(copy)
+
+
+class HostGuest(Guest):
+    """This host, where entries with `on_host` run by the same scripts, below a directory of ours.
+
+    Args:
+        db: The database, beside which that directory lies.
+        vm_name: The VM whose entries they are.
+        run: A word for the experiment and the schedule's generation.
+    """
+
+    name = "host"
+    reboots = False
+
+    def __init__(self, db: Database, vm_name: str, run: str) -> None:
+        programs = cast(drivers.AbstractDriver, drivers.HostPrograms())
+        super().__init__(programs, seconds=db.timeouts.call)
+        self.db, self.vm_name, self.run = db, vm_name, run
+        self.boot = boot_id()
+
+    def check_boot(self) -> None:
+        """Do nothing: this process would not have outlived it."""
+
+    def runs(self, entry: ScheduleEntry) -> bool:
+        """Whether an entry is to run here."""
+        return entry.on_host
+
+    def name_places(self, entries: Iterable[ScheduleEntry]) -> None:
+        """Give all entries that run here their places."""
+        folder = PurePosixPath(self.db.state_dir) / "host" / self.run / self.vm_name
+        for entry in entries:
+            entry.working_dir = folder / str(entry.ordinal)
+            entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
+            entry.reboot_filepath = entry.working_dir / "reboot"
+
+    def install(self, entry: ScheduleEntry, title: str, token: str) -> None:
+        """Write an entry's script, and its program if that is the store's."""
+        local, program = copy.copy(entry), entry.executable or ""
+        folder = self.db.directory(
+            *PurePosixPath(entry.working_dir).relative_to(self.db.state_dir).parts
+        )
+        if not program.startswith("/"):
+            local.executable = str(folder / "program" / program)
+            stored = Path(VmResourceStore(db=self.db).get_path(program))
+            _write_program(Path(local.executable), stored)
+        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
+        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
+        script = call_script(local, title=title, token=token, stage="", placed=[])
+        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
 
 
 def _digest(text: str) -> str:
@@ -6170,9 +6250,9 @@ def guest_of(
     launch_dir: str = "",
     seconds: float = 30,
     patience: float = 300,
-) -> PosixGuest:
-    """Return what is to be known of a connected driver's guest; as `PosixGuest`."""
-    kind = WindowsGuest if driver.is_windows else PosixGuest
+) -> Guest:
+    """Return what is to be known of a connected driver's guest; as `Guest`."""
+    kind = WindowsGuest if driver.is_windows else Guest
     return kind(driver, launch_dir, seconds, patience)
 
 
@@ -6600,29 +6680,6 @@ def _one_line(error: BaseException) -> str:
 
 
 # === files out of a guest: what it lists, and where that may go ==================================
-
-_LIST_SCRIPT = """\
-IFS=
-now=$(date +%s)
-quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no process per file
-for top in $1; do
-    [ -e "$top" ] || continue
-    if [ -n "$quick" ]; then
-        find -H "$top" '(' -type f -o -type d ')' -printf "%y %m %s %T@ $now %p\\0"
-        continue
-    fi
-    find -H "$top" '(' -type f -o -type d ')' -exec /bin/sh -c '
-        now=$1; shift
-        for path; do
-            kind=f; [ -d "$path" ] && kind=d
-            facts=$(stat -L -c "%a %s %Y" "$path" 2>/dev/null) || continue  # it is gone again
-            printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
-        done' sh "$now" {} +
-done
-"""
-
-# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
-_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
 
 SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
 
@@ -7231,7 +7288,7 @@ class Transfers:
         log: The VM's.
     """
 
-    def __init__(self, guest: PosixGuest, vm_name: str, default: Path, log: logging.Logger) -> None:
+    def __init__(self, guest: Guest, vm_name: str, default: Path, log: logging.Logger) -> None:
         self.guest, self.vm_name, self.default, self.log = guest, vm_name, default, log
         self.ending = False  # repeating transfers make their last pass
         self._copying: set[str] = set()  # temporary names of copies under way
@@ -7308,7 +7365,7 @@ class Transfers:
 
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob."""
-        status = yield from self.guest.finish(self.guest.list_argv(location))
+        status = yield from self.guest.finish(self.guest.argv("list", location))
         records = status.out.split(b"\0", MAX_LISTED)
         if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
             raise RuntimeError(f"too many files at {location!r} to list")
@@ -7384,7 +7441,7 @@ class Transfers:
                 digest.update(data)
                 sink.write(data)
                 yield 0
-        status = yield from self.guest.finish(self.guest.hash_argv(listed.path, size), size / 1e7)
+        status = yield from self.guest.finish(self.guest.argv("hash", listed.path, str(size)), size / 1e7)
         if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
             return size
         sink.seek(0)
@@ -7479,7 +7536,6 @@ class VMResourceHandler:
         self.requests = Requests(self.db, self.vm_name)
         self.agenda = Agenda()
         self.driver: drivers.AbstractDriver = cast(Any, None)
-        self._host = PosixGuest(cast(Any, drivers.HostPrograms()), seconds=self.timeouts.call)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
         self._seen = -1  # the revision of the plan that was taken last
         self._text = ""  # the schedule's
@@ -7488,7 +7544,6 @@ class VMResourceHandler:
         self._start_monotonic = math.inf  # the same instant on the other one
         self._holds: list[Hold] = []
         self._halt: Halt | None = None
-        self._boot = ""
         self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
         self._ready_boot = ""
         self._faulty: set[int] = set()  # of these, what could not be loaded
@@ -7572,14 +7627,14 @@ class VMResourceHandler:
             self.driver.connect_timeout = limit - soon
             self.driver.connect()
         boot = self.driver.boot_id()
-        while self.driver.is_windows and not boot:  # it answers before it runs programs
+        while self._guest.always_tells_boot and not boot:  # it runs no programs yet
             if CLOCK.monotonic() > deadline:
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
             self._wait(-1, 0, 1)
             boot = self.driver.boot_id()
         if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
             raise drivers.LinkLost("the guest does not tell its boot now; is it frozen?")
-        self._boot = boot
+        self._guest.boot = boot
 
     # --- life
 
@@ -7886,18 +7941,13 @@ class VMResourceHandler:
                 return
         yield from self._positive_steps()
 
-    def _check_boot(self) -> None:
-        """Notice a reboot that nobody asked for; it does not break the link to the agent."""
-        if self.driver.boot_id() != self._boot:
-            raise drivers.LinkLost("the guest was rebooted")
-
     def _state(self) -> str:
         return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
 
     # --- preparing the guest
 
     @functools.cached_property
-    def _guest(self) -> PosixGuest:
+    def _guest(self) -> Guest:
         launch_dir = str(self.config.get("launch_dir") or "")
         return guest_of(self.driver, launch_dir, self.timeouts.call, self._agent_timeout)
 
@@ -7905,6 +7955,10 @@ class VMResourceHandler:
     def _transfers(self) -> Transfers:
         default = run_directory(self.db, "transfers")
         return Transfers(self._guest, self.vm_name, default, self.log)
+
+    @functools.cached_property
+    def _host(self) -> HostGuest:
+        return HostGuest(self.db, self.vm_name, self._journal.token)
 
     @functools.cached_property
     def _token(self) -> str:
@@ -7916,10 +7970,11 @@ class VMResourceHandler:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self._ready_boot != self._boot:
-            self._ready, self._ready_boot = set(), self._boot
+        if self._ready_boot != self._guest.boot:
+            self._ready, self._ready_boot = set(), self._guest.boot
         while added := self._unprepared():
-            self._name_places()
+            for guest in (self._host, self._guest):
+                self._name_places(guest)
             for entry in added:
                 if entry.on_host:
                     yield from self._prepare_host_steps(entry)
@@ -7929,52 +7984,30 @@ class VMResourceHandler:
             self._ready.update(entry.ordinal for entry in added)
             self._progress("ready", len(self._ready))
 
-    def _host_paths(self, entry: ScheduleEntry) -> None:
-        folder = self.db.state_dir / "host" / self._journal.token / self.vm_name
-        entry.working_dir = PurePosixPath(folder / str(entry.ordinal))
-        entry.call_arguments_filename = entry.working_dir / "call_arguments.sh"
-        entry.reboot_filepath = entry.working_dir / "reboot"
-
     def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
-        """Write the script of an entry on this host: that for guests, with a program of ours."""
+        """Write what an entry on this host runs."""
         if not self.db.value("SELECT allow_host FROM current_experiment"):
             yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
             return
-        local = copy.copy(entry)
-        folder, program = Path(entry.working_dir), entry.executable or ""
-        if not program.startswith("/"):
-            local.executable = str(folder / "program" / program)
-        ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
-        local.options = entry.options | {"env": ours | entry.options.get("env", {})}
-        title = f"VM {self.vm_name}, entry {entry.ordinal} ({entry}), on the host"
-        script = call_script(local, title=title, token=self._token, stage="", placed=[])
         try:
-            self.db.directory(*folder.relative_to(self.db.state_dir).parts)
-            if not program.startswith("/"):
-                _write_program(Path(local.executable or ""), Path(self.store.get_path(program)))
-            _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+            self._host.install(entry, self._title(entry), self._token)
         except OSError as error:
             yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
 
-    def _place(self, entry: ScheduleEntry) -> PosixGuest:
-        """Return the system on which an entry's script runs: the guest's, or this host's."""
+    def _place(self, entry: ScheduleEntry) -> Guest:
+        """Return the guest in which an entry's script runs, which may be this host."""
         return self._host if entry.on_host else self._guest
 
-    def _boot_of(self, entry: ScheduleEntry) -> str:
-        return boot_id() if entry.on_host else self._boot
+    def _title(self, entry: ScheduleEntry) -> str:
+        """Return what is said at the head of an entry's script."""
+        where = ", on the host" if entry.on_host else ""
+        return f"VM {self.vm_name}, entry {entry.ordinal} ({entry}){where}"
 
     def _unprepared(self) -> list[ScheduleEntry]:
         return [entry for entry in self.schedule if entry.ordinal not in self._ready]
 
-    def _name_places(self, only_host: bool = False) -> None:
-        """Give every entry its places, which in the guest follow from the whole schedule."""
-        if not only_host:
-            self.driver.used_agent_paths.clear()
-        for entry in self.schedule:
-            if entry.on_host:
-                self._host_paths(entry)
-            elif not only_host:
-                self.driver.create_paths(entry)
+    def _name_places(self, guest: Guest) -> None:
+        guest.name_places(entry for entry in self.schedule if guest.runs(entry))
 
     def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
         present = yield from self._list_stage_steps(
@@ -8040,7 +8073,7 @@ class VMResourceHandler:
             placed = self._contents(entry)
             scripts = guest.scripts(
                 entry,
-                f"VM {self.vm_name}, entry {entry.ordinal} ({entry})",
+                self._title(entry),
                 self._token,
                 [(staged.sha256, mode) for staged, mode in placed],
             )
@@ -8070,8 +8103,11 @@ class VMResourceHandler:
     def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
         if entry.start_time < 0 and not entry.ignore_failure:
             raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
-        if next_step(entry, self._journal.latest().get(entry.ordinal), self._boot) is NextStep.RUN:
-            attempt = self._journal.arm({entry.ordinal: None}, self._boot)[entry.ordinal]
+        if (
+            next_step(entry, self._journal.latest().get(entry.ordinal), self._guest.boot)
+            is NextStep.RUN
+        ):
+            attempt = self._journal.arm({entry.ordinal: None}, self._guest.boot)[entry.ordinal]
             self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
         self._faulty.add(entry.ordinal)
         yield 0
@@ -8092,7 +8128,7 @@ class VMResourceHandler:
     def _lay_out(self, layout: Sequence[str]) -> Steps:
         script = text_content(self._guest.layout(layout))
         path = yield from self._push_steps(script, self._guest.script_suffix)
-        status = yield from self._guest.finish(self._guest.argv(path))
+        status = yield from self._guest.finish(self._guest.command(path))
         if status.exitcode != 0:
             raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
 
@@ -8177,7 +8213,7 @@ class VMResourceHandler:
         latest = self._journal.latest()
         needs: dict[NextStep, list[ScheduleEntry]] = {step: [] for step in NextStep}
         for entry in entries:
-            needs[next_step(entry, latest.get(entry.ordinal), self._boot)].append(entry)
+            needs[next_step(entry, latest.get(entry.ordinal), self._guest.boot)].append(entry)
         return needs
 
     def _next_negative(self) -> float | None:
@@ -8191,10 +8227,10 @@ class VMResourceHandler:
         while True:
             needs = self._needs(self._at(at))
             if run := needs[NextStep.RUN]:
-                self._check_boot()
+                self._guest.check_boot()
                 host = {entry.ordinal for entry in run if entry.on_host}
                 planned = dict.fromkeys((entry.ordinal for entry in run), None)
-                armed = self._journal.arm(planned, self._boot, host)
+                armed = self._journal.arm(planned, self._guest.boot, host)
                 _crash("armed")
                 for entry in run:
                     self._spawn_attempt(entry, armed[entry.ordinal])
@@ -8252,11 +8288,11 @@ class VMResourceHandler:
         """Do what a command asks for; return the answer."""
         if operation == "reboot":
             yield from self._reboot_steps()
-            return {"boot": self._boot}
+            return {"boot": self._guest.boot}
         return (yield from operation_steps(self.driver, operation, arguments, folder))
 
     def _reboot_steps(self) -> Steps:
-        old, limit = self._boot, self._agent_timeout
+        guest, limit = self._guest, self._agent_timeout
         self.log.info("rebooting the VM")
         self.driver.reboot()
         _crash("rebooted")
@@ -8266,21 +8302,22 @@ class VMResourceHandler:
             try:
                 self.driver.connect_timeout = max(0.1, deadline - CLOCK.monotonic())
                 self.driver.connect()
-                self._boot = self.driver.boot_id()
+                boot = self.driver.boot_id()
             except drivers.ConnectError as error:
                 raise VMFailed(f"the VM did not come back from its reboot: {error}") from error
             except drivers.DriverError as error:  # it went down while we were asking
                 self.log.debug("still going down: %s", error)
-                self._boot = old
-            booting = self.driver.is_windows and not self._boot  # it cannot run programs yet
-            if self._boot != old and not booting:
+                boot = guest.boot
+            booting = guest.always_tells_boot and not boot
+            if boot != guest.boot and not booting:
                 break
             if CLOCK.monotonic() > (deadline if booting else going_down):
                 what = "does not come back" if booting else "does not go down"
                 raise VMFailed(f"the VM accepted a reboot but {what}")
             self.driver.close()
             self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
-        self.log.info("the VM is back (boot %s)", self._boot)
+        guest.boot = boot
+        self.log.info("the VM is back (boot %s)", boot)
         yield 0
 
     def _clock_steps(self) -> Steps:
@@ -8339,7 +8376,7 @@ class VMResourceHandler:
         """Arm one attempt of an entry and take it to its end."""
         ordinal = schedule_entry.ordinal
         host = {ordinal} if schedule_entry.on_host else ()
-        attempt = self._journal.arm({ordinal: None}, self._boot, host)[ordinal]
+        attempt = self._journal.arm({ordinal: None}, self._guest.boot, host)[ordinal]
         yield from self._attempt_steps(schedule_entry, attempt, None)
         if queue is not None and self._journal.latest()[ordinal].reboot:
             queue.put(schedule_entry)
@@ -8380,7 +8417,7 @@ class VMResourceHandler:
         again = (
             outcome is Outcome.DONE
             and entry.start_time < 0
-            and not entry.on_host
+            and self._place(entry).reboots
             and (reboot or exit_code == REBOOT_EXIT_CODE)
         )
         error = error or self.output.loss(entry, attempt)
@@ -8395,18 +8432,15 @@ class VMResourceHandler:
         """Return what is wrong with an exit code, '' if nothing is."""
         if self._killing and exit_code == CLAIM_FAILED:
             return KILLED
-        reboots = entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and not entry.on_host
+        reboots = (
+            entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and self._place(entry).reboots
+        )
         return "" if not exit_code or reboots else f"exit code {exit_code}"
-
-    def _attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        place = self._place(entry)
-        folder = place.flavour(entry.call_arguments_filename).parent
-        return place.join(str(folder), attempt.claim)
 
     def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         script, guest = str(entry.call_arguments_filename), self._place(entry)
-        argv = guest.argv(script, attempt.claim, guest.token(self._token))
+        argv = guest.command(script, attempt.claim, guest.token(self._token))
         self._journal.check()  # a read: whatever kept the word from us, nothing starts after it
         sent, planned = CLOCK.wall(), self._planned(entry, attempt)  # a pause may come meanwhile
         pid = guest.driver.start(argv, capture=guest.captures)
@@ -8494,33 +8528,30 @@ class VMResourceHandler:
         try:
             status = guest.driver.status(found.pid)
         except drivers.UnknownPid:
-            if not entry.on_host:
-                self._check_boot()
+            guest.check_boot()
             return (yield from self._claim_steps(entry, attempt))
         self._progress()
         if not status.exited:
             return found
-        here = self._attempt_dir(entry, attempt)
+        here = guest.attempt_dir(entry, attempt)
         with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
             exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
             code, reboot = parse_exit(exit_file.decode())
             return dataclasses.replace(found, exit_code=code, reboot=reboot)
-        if not entry.on_host:
-            self._check_boot()  # after a reboot, another program may have this pid
+        guest.check_boot()  # after a reboot, another program may have this pid
         left = self._look(entry, attempt)
         if left.exit_code is not None:
             return left
         # A script of ours has nothing to tell the agent once it has made its claim.
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = printable(status.err) or "no reason given"
-            where = "host" if entry.on_host else "guest"
-            raise _EntryFailed(f"the {where} did not begin it: {why}")
+            raise _EntryFailed(f"the {guest.name} did not begin it: {why}")
         refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
         if left.claimed and refused:  # another start of this attempt was faster
             return (yield from self._claim_steps(entry, attempt))
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        reboot = not entry.on_host and self.check_for_reboot(str(entry.reboot_filepath))
+        reboot = guest.reboots and self.check_for_reboot(str(entry.reboot_filepath))
         return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
     def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
@@ -8541,7 +8572,7 @@ class VMResourceHandler:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.timeouts.claim_grace / 10
 
-    def _kill_steps(self, guest: PosixGuest, pid: int | None) -> Steps:
+    def _kill_steps(self, guest: Guest, pid: int | None) -> Steps:
         """End a program and what it started: TERM, and KILL if anything is left after the grace."""
         left = pid is not None and guest.signal("TERM", pid)
         pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
@@ -8577,7 +8608,8 @@ class VMResourceHandler:
 
         While a program runs, Windows lets the agent not read what it has written so far.
         """
-        here, guest = self._attempt_dir(entry, attempt), self._place(entry)
+        guest = self._place(entry)
+        here = guest.attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
                 offset, limit = self.output.size(entry, attempt, stream), min(room, _OUTPUT_PIECE)
@@ -8594,37 +8626,23 @@ class VMResourceHandler:
     # --- recovery
 
     def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
-        return self._probe(self._place(entry), [self._attempt_dir(entry, attempt)])[0]
+        guest = self._place(entry)
+        return guest.look([guest.attempt_dir(entry, attempt)])[0]
 
-    @staticmethod
-    def _probe(guest: PosixGuest, directories: Sequence[str]) -> list[Found]:
-        """Ask the guest what attempts have left behind; the agent is serial, so all earlier
-        requests have run by the time it answers."""
-        if not directories:
-            return []
-        status = guest.probe(directories)
-        lines = status.out.decode(errors="replace").replace("\r\n", "\n").split("\n")
-        try:
-            return [parse_found(lines[index]) for index in range(len(directories))]
-        except (ValueError, IndexError) as error:
-            raise VMFailed(f"the guest cannot say what has run: {error}") from error
-
-    def _recover(self, only: bool | None = None) -> None:
+    def _recover(self, only: Guest | None = None) -> None:
         """Find every open attempt again: by rows, then by what the guest's files say.
 
         Args:
-            only: Whether only those on this host, or only others; None: all.
+            only: Where; None: everywhere.
         """
         latest = self._journal.latest()
         opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        for on_host in (False, True) if only is None else (only,):
-            scripts = [e for e in opened if e.runs_script and e.on_host is on_host]
-            places = [self._attempt_dir(e, latest[e.ordinal]) for e in scripts]
-            guest = self._host if on_host else self._guest
+        for guest in (self._guest, self._host) if only is None else (only,):
+            scripts = [e for e in opened if e.runs_script and guest.runs(e)]
+            places = [guest.attempt_dir(e, latest[e.ordinal]) for e in scripts]
             if self._killing and places:
                 guest.forbid(places)
-            found = self._probe(guest, places)
-            for entry, left in zip(scripts, found, strict=True):
+            for entry, left in zip(scripts, guest.look(places), strict=True):
                 self._recover_attempt(entry, latest[entry.ordinal], left)
         if self._killing:
             return
@@ -8637,7 +8655,7 @@ class VMResourceHandler:
         _crash("recovered")
 
     def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._boot_of(entry)
+        same_boot = attempt.boot_id == self._place(entry).boot
         planned = (attempt.planned_at or 0) <= CLOCK.wall()
         due = planned or self._due(entry) <= CLOCK.monotonic()
         step = recovered(found, same_boot=same_boot, due=due)
@@ -8655,8 +8673,8 @@ class VMResourceHandler:
             pid = found.pid if found.pid is not None else attempt.pid
             self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
         else:
-            which = "host" if entry.on_host else "guest"
-            why = "nobody saw its end" if same_boot else f"the {which} was rebooted"
+            where = self._place(entry).name
+            why = "nobody saw its end" if same_boot else f"the {where} was rebooted"
             self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
 
     def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
@@ -8736,11 +8754,11 @@ class VMResourceHandler:
 
     def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
         """Arm entries by their effective times, and put them on the agenda in that order."""
-        self._check_boot()
+        self._guest.check_boot()
         assert self.start_at is not None
         planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
         host = {entry.ordinal for entry in soon if entry.on_host}
-        armed = self._journal.arm(planned, self._boot, host)
+        armed = self._journal.arm(planned, self._guest.boot, host)
         _crash("armed")
         for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
             self._armed[entry.ordinal] = armed[entry.ordinal], soon[entry]
@@ -8818,19 +8836,19 @@ class VMResourceHandler:
     def _kill_all(self) -> None:
         """End the programs of all open attempts, on the way out; those on this host first."""
         self._killing = True
-        for on_host in (True, False):
+        for here in (True, False):
             try:
-                if not on_host:
+                if not here:
                     self._connect(self.timeouts.lock)
-                self._drain(self._kill_all_steps(on_host))
+                self._drain(self._kill_all_steps(self._host if here else self._guest))
             except (drivers.DriverError, VMFailed, _Leave) as error:
                 self.log.error("could not kill everything: %s", error)
 
-    def _kill_all_steps(self, on_host: bool) -> Steps:
+    def _kill_all_steps(self, guest: Guest) -> Steps:
         """Find every open attempt as a recovery does; to watch one means to kill it now."""
         self._take(Plan.read(self.db, self.vm_name))
-        self._name_places(on_host)
-        self._recover(on_host)
+        self._name_places(guest)
+        self._recover(guest)
         yield list(self._tasks.values())
 
     # --- transfers out of the guest
@@ -8959,14 +8977,14 @@ def _push_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], fol
     (folder / _BROKEN_OFF).write_text(json.dumps([remote, token]))
     _crash("push-begun")
     try:
-        argv = guest.receive_argv(remote, size, token)
+        argv = guest.argv("receive", remote, str(size), token)
         path = yield from _told_steps(driver, argv, f"no place for {remote!r}")
         with (folder / "source").open("rb") as source:
             yield from _report_steps(
                 driver.push(cast(BinaryIO, _First(source, size)), path), folder
             )
         _crash("push-arrived")
-        argv = guest.deliver_argv(path, remote, arguments["mode"])
+        argv = guest.argv("deliver", path, remote, arguments["mode"])
         yield from _told_steps(driver, argv, f"cannot put {remote!r} in its place")
     except (VmrmError, OSError) as error:
         if _is_link_trouble(error):
@@ -8994,7 +9012,7 @@ def _pull_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], fol
     remote, guest = arguments["remote"], guest_of(driver)
     mode, size = 0o600, None
     with contextlib.suppress(drivers.CommandDisabled, drivers.CommandMissing):
-        argv = guest.facts_argv(remote)
+        argv = guest.argv("facts", remote)
         told = yield from _told_steps(driver, argv, f"cannot read {remote!r}")
         try:
             mode, size = parse_facts(told)
@@ -9105,7 +9123,7 @@ def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
     note = folder / _BROKEN_OFF
     with contextlib.suppress(drivers.AgentError, VmrmError, ValueError, FileNotFoundError):
         remote, token = json.loads(note.read_text())
-        yield from _finished_steps(driver, guest_of(driver).discard_argv(remote, token))
+        yield from _finished_steps(driver, guest_of(driver).argv("discard", remote, token))
         note.unlink()
     yield 0
 
@@ -9321,7 +9339,7 @@ class Remote(Workplace):
                 begun = True
                 if operation == "reboot":
                     handler.reboot()
-                    return {"boot": handler._boot}
+                    return {"boot": handler._guest.boot}
                 steps = operation_steps(handler.driver, operation, arguments, self.folder)
                 try:
                     return cast("dict[str, Any]", run_steps(steps, time_to_wait))

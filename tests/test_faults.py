@@ -338,7 +338,7 @@ def pid_in(lab: Lab) -> int:
 
 def test_a_probe_misses_no_end(tmp_path: Path) -> None:
     """Between any two steps of the probe the program may write its exit code and go."""
-    lines = vmrm._PROBE_SCRIPT.splitlines()
+    lines = vmrm._SH["probe"].splitlines()
     for moment in range(1, len(lines)):
         here = tmp_path / f"attempt.{moment}"
         here.mkdir()
@@ -355,7 +355,7 @@ def test_a_probe_misses_no_end(tmp_path: Path) -> None:
 
 
 def test_a_guest_without_proc_can_tell_who_lives(tmp_path: Path) -> None:
-    script = vmrm._PROBE_SCRIPT.replace("/proc/", "/no-proc/")
+    script = vmrm._SH["probe"].replace("/proc/", "/no-proc/")
     with subprocess.Popen(["sleep", "60"]) as program:
         (tmp_path / "pid").write_text(f"{program.pid} \n")
         command = ["/bin/sh", "-c", script, "sh", str(tmp_path)]

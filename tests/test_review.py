@@ -189,7 +189,7 @@ def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path: Path) -> 
     (tmp_path / "kept").touch()
     (tmp_path / "gone").touch()
     # What find has found is gone when stat looks.
-    script = vmrm._LIST_SCRIPT.replace("quick=yes", ":")
+    script = vmrm._SH["list"].replace("quick=yes", ":")
     script = script.replace("kind=f;", 'rm -f "${path%/*}/gone"; kind=f;')
     command = ["/bin/sh", "-c", script, "sh", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=True)

@@ -129,9 +129,7 @@ class Guest:
 
     def found(self, *attempts: int) -> list[vmrm.Found]:
         """Return what the probe says of attempts."""
-        done = self.sh(
-            vmrm._PROBE_SCRIPT, *(f"{self.launch}/-5/prog/attempt.{n}" for n in attempts)
-        )
+        done = self.sh(vmrm._SH["probe"], *(f"{self.launch}/-5/prog/attempt.{n}" for n in attempts))
         return [vmrm.parse_found(line) for line in done.stdout.decode().splitlines()]
 
     @property
@@ -482,11 +480,11 @@ def test_preparing_lists_the_stage_and_moves_an_older_experiment_aside(guest: Gu
         (guest.launch / folder).mkdir()
         (guest.launch / folder / "old").touch()
     owner = "1-1.0", "uuid1"
-    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "keep", *owner, "-5", "10")
+    done = guest.sh(vmrm._SH["prepare"], str(stage), "then", "keep", *owner, "-5", "10")
     assert (done.returncode, vmrm._STAGED.findall(done.stdout.decode())) == (0, [])
     assert (guest.launch / "-5" / "old").exists()
     (stage / ("a" * 64)).write_text("12345")
-    done = guest.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "fresh", *owner, "-5", "10", "77")
+    done = guest.sh(vmrm._SH["prepare"], str(stage), "then", "fresh", *owner, "-5", "10", "77")
     listed = vmrm._STAGED.findall(done.stdout.decode())
     assert (done.returncode, listed) == (0, [("5", "a" * 64)])
     left = {str(path.relative_to(guest.launch)) for path in guest.launch.rglob("old")}
@@ -512,7 +510,7 @@ def test_an_agents_user_has_its_home_for_itself_if_its_group_is_its_own(guest: G
         ]
         agent = Guest(guest.launch, [*guest.shell, *become], guest.path)
         stage = home / "launch" / ".stage"
-        done = agent.sh(vmrm._PREPARE_SCRIPT, str(stage), "then", "keep", "1-1.0", "uuid")
+        done = agent.sh(vmrm._SH["prepare"], str(stage), "then", "keep", "1-1.0", "uuid")
         assert (done.returncode, stage.exists()) == (code, code == 0), (group, mode, done.stderr)
         if stage.exists():
             shutil.rmtree(stage.parent)
@@ -524,7 +522,7 @@ def test_an_agents_user_has_its_home_for_itself_if_its_group_is_its_own(guest: G
 def test_a_launch_directory_belongs_to_one_vm_of_an_experiment(guest: Guest) -> None:
     def prepare(experiment: str, vm: str) -> int:
         words = str(guest.launch / ".stage"), "then", "fresh", experiment, vm
-        return guest.sh(vmrm._PREPARE_SCRIPT, *words).returncode
+        return guest.sh(vmrm._SH["prepare"], *words).returncode
 
     assert prepare("1-1.0", "uuid1") == 0
     assert prepare("1-1.0", "uuid2") == 1
@@ -637,7 +635,7 @@ def test_a_program_has_a_process_group_of_its_own_and_killing_it_leaves_nobody(
         groups = {os.getpgid(pid) for pid in family}
         assert groups == {process.pid}
         assert process.pid != os.getpgid(0)
-        assert guest.sh(vmrm._KILL_SCRIPT, "KILL", str(process.pid)).returncode == 0
+        assert guest.sh(vmrm._SH["signal"], "KILL", str(process.pid)).returncode == 0
         eventually(lambda: all(gone(pid) for pid in family))
         # Not waited for yet, the script is a zombie: ended all the same.
         assert guest.found(1) == [vmrm.Found(True, None, False, process.pid, False)]
@@ -648,7 +646,7 @@ def test_term_lets_a_program_clean_up(guest: Guest) -> None:
     guest.install(entry)
     with guest.start(entry) as process:
         pids(guest, entry, 1)
-        guest.sh(vmrm._KILL_SCRIPT, "TERM", str(process.pid))
+        guest.sh(vmrm._SH["signal"], "TERM", str(process.pid))
     eventually(lambda: guest.left("out") == "cleaned\n")  # the script itself ends at once
 
 
@@ -657,7 +655,7 @@ def test_killing_what_is_gone_is_an_error_and_harms_nobody(guest: Guest) -> None
     guest.install(entry)
     guest.run(entry)
     pid = guest.found(1)[0].pid
-    assert guest.sh(vmrm._KILL_SCRIPT, "TERM", str(pid)).returncode != 0
+    assert guest.sh(vmrm._SH["signal"], "TERM", str(pid)).returncode != 0
 
 
 def test_the_probe_tells_none_ended_alive_and_gone_apart(guest: Guest) -> None:

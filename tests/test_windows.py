@@ -161,13 +161,13 @@ class Player:
     def lay_out(self, lines: list[str]) -> drivers.ExecStatus:
         path = self.guest.join(self.guest.stage, "layout.bat")
         self.place(path).write_text(self.guest.layout(lines), newline="")
-        return self.run(self.guest.argv(path))
+        return self.run(self.guest.command(path))
 
     def start(self, entry: ScheduleEntry, attempt: int = 1, token: str = TOKEN) -> int | None:
         """Run an attempt to its end; return its exit code."""
         script = str(entry.call_arguments_filename)
         return self.run(
-            self.guest.argv(script, f"attempt.{attempt}", self.guest.token(token))
+            self.guest.command(script, f"attempt.{attempt}", self.guest.token(token))
         ).exitcode
 
     def left(self, name: str, attempt: int = 1, number: int = 1) -> str:
@@ -482,7 +482,7 @@ def test_a_windows_that_cannot_run_programs_yet_is_asked_again(tmp_path: Path) -
         handler.driver = Booting(handler.config, handler.log)
         handler._wait = lambda fd, events, seconds: bool(waits.append(seconds))  # type: ignore[method-assign, func-returns-value]
         handler._connect()
-        assert (handler._boot, len(waits)) == ("77", 2)
+        assert (handler._guest.boot, len(waits)) == ("77", 2)
 
 
 SHOW_BATCH = "@echo off\n>shown.txt echo [%~1][%~2]\n"

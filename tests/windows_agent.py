@@ -23,19 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import windows_player
 
 import drivers
+import vmrm
 
-NAMES = {
+NAMES = {script: verb for verb, script in vmrm._PS.items()} | {
     drivers._EXISTS_PS: "exists",
     drivers.MKDIR_PS: "mkdir",
     drivers.DELETE_PS: "delete",
     drivers._BOOT_PS: "boot",
-    drivers.LIST_PS: "list",
-    drivers.HASH_PS: "hash",
-    drivers.FACTS_PS: "facts",
-    drivers.RECEIVE_PS: "receive",
-    drivers.MOVE_PS: "move",
-    drivers.COPY_PS: "copy",
-    drivers.PROBE_PS: "probe",
 }
 ONE_WORD = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
 

@@ -149,16 +149,19 @@ class Windows:
             print(f"{kind}rw------- 1 0 0 {found.stat().st_size} ")
         return int(not found.exists())
 
-    def ps_receive(self, folder: str, path: str, _size: str) -> None:
-        self.ps_mkdir(folder)
-        print(path)
+    def ps_receive(self, path: str, _size: str, token: str) -> None:
+        self.ps_mkdir(str(PureWindowsPath(path).parent))
+        print(f"{path}.vmrm-{token}")
+
+    def ps_discard(self, path: str, token: str) -> None:
+        self.ps_delete(f"{path}.vmrm-{token}")
 
     def ps_hash(self, path: str, size: str) -> int:
         data = Path(self.host(path)).read_bytes()[: int(size)]
         print(hashlib.sha256(data).hexdigest())
         return int(len(data) < int(size))
 
-    def ps_move(self, source: str, target: str) -> int:
+    def ps_deliver(self, source: str, target: str, _mode: str) -> int:
         if Path(self.host(target)).is_dir():
             Path(self.host(source)).unlink()
             print("it is a directory", file=sys.stderr)
