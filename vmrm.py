@@ -7013,115 +7013,76 @@ def driver_of(engine: str) -> Driver:
     Raises:
         UsageError: no driver has that engine, or a plug-in is faulty.
     """
-    if found := _own_drivers().get(engine):
-        return found
-    known = plug_ins()
-    if engine not in known:
+    if not (found := _own_drivers().get(engine) or (known := plug_ins()).get(engine)):
         there_are = ", ".join(sorted(known))
-        raise UsageError(
-            f"unknown engine {engine!r}; one of {there_are}", "Name its file in $VMRM_DRIVERS"
-        )
-    return known[engine]
+        fault = f"unknown engine {engine!r}; one of {there_are}"
+        raise UsageError(fault, "Name its file in $VMRM_DRIVERS")
+    return found
 
 
 def plug_ins() -> dict[str, Driver]:
-    """Return the usable driver classes by engine: ours, of $VMRM_DRIVERS, and of entry points.
+    """Return the usable driver classes by engine: ours, and those of the files in $VMRM_DRIVERS.
 
     Raises:
-        UsageError: a plug-in is faulty, or names the engine of another; which, and how.
+        UsageError: a file is faulty, or has the engine of another; which, and how.
     """
-    from importlib import metadata
-
     known = _own_drivers()
     for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
-        _add_drivers(known, f"driver file {path!r}", functools.partial(_driver_file, path))
-    for point in metadata.entry_points(group="vmrm.drivers"):
-        _add_drivers(known, f"driver {point.value!r}", functools.partial(_entry_point, point))
+        try:
+            for driver in _driver_file(Path(path)):
+                engine = _engine_of(driver)
+                if known.setdefault(engine, driver) is not driver:
+                    raise ValueError(f"another driver has the engine {engine!r} already")
+        except (Exception, SystemExit) as error:  # it is anybody's code
+            fault = f"driver file {path!r}: {type(error).__name__}: {_one_line(error)}"
+            raise UsageError(fault) from error
     return known
 
 
 def _own_drivers() -> dict[str, Driver]:
-    """Return the usable classes of the drivers module by engine.
-
-    Looked for below AbstractDriver: asking every name of the module whether it is a driver costs
-    each handler a quarter of a mebibyte, in the caches of abstract base classes.
-    """
+    """Return the usable classes of the drivers module by engine."""
+    # To ask every name of the module whether it is a driver costs each handler a quarter of a
+    # mebibyte, in the caches of abstract base classes.
     found: dict[str, Driver] = {}
     below: list[Driver] = drivers.AbstractDriver.__subclasses__()
     while below:
         below += (item := below.pop()).__subclasses__()
-        if item.__module__ == drivers.__name__ and VMResourceHandler._check_driver(item):
+        if item.__module__ == drivers.__name__ and not item.__abstractmethods__:
             found[item.get_engine()] = item
     return found
 
 
-def _add_drivers(known: dict[str, Driver], what: str, load: Callable[[], list[Driver]]) -> None:
-    """Add what a plug-in brings to the drivers known. Raises UsageError with its first fault."""
-    try:
-        found = load()
-        if not found:
-            raise ValueError("it has no subclass of AbstractDriver")
-        for driver in found:
-            engine = _checked_engine(driver)
-            if engine in known and known[engine] is not driver:
-                raise ValueError(f"another driver has the engine {engine!r} already")
-            known[engine] = driver
-    except (Exception, SystemExit) as error:  # it is anybody's code
-        raise UsageError(f"{what}: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _checked_engine(driver: Driver) -> str:
+def _engine_of(driver: Driver) -> str:
     """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
     known = vars(drivers.AbstractDriver)
     missing = {n for n in known if callable(known[n]) and not callable(getattr(driver, n, None))}
-    missing |= getattr(driver, "__abstractmethods__", set())
+    missing |= driver.__abstractmethods__
     if missing:
         raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
-    engine = driver.get_engine()
-    if not _is_text(engine):
+    if not _is_text(engine := driver.get_engine()):
         raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
     return engine
 
 
-def _drivers_in(module: types.ModuleType) -> list[Driver]:
-    """Return the driver classes that a module defines itself and does not call private."""
-    return [
-        item
-        for name, item in vars(module).items()
-        if isinstance(item, type)
-        and issubclass(item, drivers.AbstractDriver)
-        and item.__module__ == module.__name__
-        and not name.startswith("_")
-    ]
-
-
-def _driver_file(path: str) -> list[Driver]:
-    """Run a driver file, which only its user or root may be able to write; return its drivers.
-
-    What is checked is the open file, so that nobody can exchange it afterwards.
-    """
-    place = Path(path)
-    if not place.is_absolute():
+def _driver_file(path: Path) -> list[Driver]:
+    """Run a driver file; return the driver classes that it defines and does not call private."""
+    if not path.is_absolute():
         raise ValueError("its path is not absolute")
-    with place.open("rb") as stream:
-        for info in (os.fstat(stream.fileno()), place.parent.stat()):
-            shared = info.st_mode & 0o022 and not (
-                stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
-            )
-            if info.st_uid not in (0, os.geteuid()) or shared:
+    with path.open("rb") as stream:  # which nobody can exchange after it was checked
+        for info in (os.fstat(stream.fileno()), path.parent.stat()):
+            sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            if info.st_uid not in (0, os.geteuid()) or (info.st_mode & 0o022 and not sticky):
                 raise PermissionError("others can write it or its directory: chmod go-w")
         source = stream.read()
-    module = types.ModuleType(f"vmrm_driver_{place.stem}")
-    module.__file__ = path
+    module = types.ModuleType(f"vmrm_driver_{path.stem}")
+    module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for it
     exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
-    return _drivers_in(module)
-
-
-def _entry_point(point: Any) -> list[Driver]:
-    """Return the driver class, or the drivers of the module, that an entry point names."""
-    found = point.load()
-    return _drivers_in(found) if isinstance(found, types.ModuleType) else [found]
+    own = [i for i in vars(module).values() if getattr(i, "__module__", "") == module.__name__]
+    found = [i for i in own if isinstance(i, type) and issubclass(i, drivers.AbstractDriver)]
+    if public := [item for item in found if not item.__name__.startswith("_")]:
+        return public
+    raise ValueError("it has no subclass of AbstractDriver")
 
 
 # === handler =====================================================================================

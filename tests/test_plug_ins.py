@@ -1,11 +1,10 @@
-"""Drivers that other people bring: files in $VMRM_DRIVERS, entry points, and their faults."""
+"""Drivers that other people bring, in files that $VMRM_DRIVERS names, and their faults."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -100,26 +99,6 @@ def test_a_driver_file_is_named_by_its_whole_path(
 ) -> None:
     monkeypatch.setenv("VMRM_DRIVERS", f":{path}")
     assert f"driver file {path!r}: " in engine_fault()
-
-
-@pytest.mark.parametrize(("value", "told"), [("traced:Traced", ""), ("traced:x", "'traced:x'")])
-def test_an_entry_point_brings_its_engine(
-    plugged: Path, monkeypatch: pytest.MonkeyPatch, value: str, told: str
-) -> None:
-    """A real distribution on the path, as pip would leave it."""
-    plugged.write_text(TRACED.replace("Traced", f"Traced{bool(told)}"))
-    monkeypatch.delenv("VMRM_DRIVERS")
-    monkeypatch.syspath_prepend(str(plugged.parent))
-    folder = plugged.parent / "traced-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: traced\nVersion: 1.0\n")
-    value = value.replace("Traced", "TracedFalse")
-    (folder / "entry_points.txt").write_text(f"[vmrm.drivers]\nany = {value}\n")
-    assert metadata.entry_points(group="vmrm.drivers")
-    if told:
-        assert told in engine_fault("TracedTrue")
-    else:
-        assert vmrm.driver_of("TracedFalse").__name__ == "TracedFalse"
 
 
 @pytest.fixture
