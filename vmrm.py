@@ -6814,6 +6814,12 @@ def _copy_of(folder: int, name: str) -> os.stat_result | None:
 
 
 # === one client per agent ========================================================================
+#
+# An agent lets a second client hang, so a lock of this host admits one. Its file lies beside the
+# agent's UNIX socket (by its real path), or in one of SHARED_LOCKS where that cannot be written.
+# It names pid and database of its holder. Who may use the socket may lock it, and nobody else.
+
+SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
 
 
 def _is_link_trouble(error: BaseException) -> bool:
@@ -6825,10 +6831,7 @@ def _is_link_trouble(error: BaseException) -> bool:
 def agent_lock(
     path: str, database: Path, wait: Callable[[float], object], seconds: float
 ) -> Iterator[None]:
-    """Hold the host-wide lock of an agent's address: a second client would hang, not fail.
-
-    The lock lies beside a UNIX socket (by its real path), or in one of SHARED_LOCKS where that
-    cannot be written. It names pid and database of its holder.
+    """Hold the lock of an agent's address.
 
     Args:
         path: The agent's address.
@@ -6866,29 +6869,21 @@ def _try_flock(fd: int) -> bool:
 
 
 def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Look, before anything starts, whether the locks of all VMs' agents can be had.
-
-    Raises:
-        Conflict: one cannot, whoever holds it; whose it is, and what to do.
-    """
-    faults: dict[str, Conflict] = {}
+    """Raise Conflict, before anything starts, if the lock of a VM's agent cannot be had at all."""
+    faults: list[tuple[str, Conflict]] = []
     for row in rows:
         try:
             if row["path"]:
                 os.close(_open_agent_lock(row["path"]))
         except Conflict as error:
-            faults[row["server_name"]] = error
-    for name, first in faults.items():
+            faults.append((row["server_name"], error))
+    for name, first in faults[:1]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise Conflict(f"VM {name!r}{more}: {first}", first.hint)
 
 
 def _open_agent_lock(path: str) -> int:
-    """Return a descriptor of the lock file of an agent's address; who may use one, may the other.
-
-    Raises:
-        Conflict: it cannot be opened, or is none; whose it is, and what to do.
-    """
+    """Return a descriptor of an agent's lock file. Raises Conflict if it cannot be had."""
     lock, socket_path = _agent_lock_path(path)
     owner, group, mode = _rights_to(socket_path)
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -6908,28 +6903,22 @@ def _open_agent_lock(path: str) -> int:
     if not (stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and re.match(rb"\d+ |$", content)):
         os.close(fd)
         raise Conflict(f"agent {path!r}: {str(lock)!r} is no lock of vmrm", "Remove that file")
-    with contextlib.suppress(PermissionError):  # only root gives to anybody
-        if (info.st_uid, info.st_gid) != (owner, group) and os.geteuid() in (0, info.st_uid):
-            os.fchown(fd, owner if os.geteuid() == 0 else -1, group)
-    with contextlib.suppress(PermissionError):
-        if stat.S_IMODE(info.st_mode) != mode and os.geteuid() in (0, info.st_uid):
-            os.fchmod(fd, mode)
+    if (me := os.geteuid()) in (0, info.st_uid):
+        os.fchmod(fd, mode)
+        with contextlib.suppress(PermissionError):  # only root gives to anybody
+            os.fchown(fd, -1 if me else owner, group)
     return fd
 
 
 def _rights_to(socket_path: Path | None) -> tuple[int, int, int]:
-    """Return owner, group and mode of a lock: those who may write to a socket may lock it.
-
-    Before there is a socket it is who may make one; any user of this host can reach a port.
-    """
-    if socket_path is None:
-        return os.geteuid(), os.getegid(), 0o666
-    for place in (socket_path, socket_path.parent):
+    """Return owner, group and mode of a lock: those of the socket, or of where it will be."""
+    for place in (socket_path, socket_path.parent) if socket_path else ():
         with contextlib.suppress(OSError):
             info = place.stat()
             write = info.st_mode & 0o222
             return info.st_uid, info.st_gid, write | write << 1
-    return os.geteuid(), os.getegid(), 0o600
+    # Any user of this host can reach a port.
+    return os.geteuid(), os.getegid(), 0o600 if socket_path else 0o666
 
 
 def _owner_of(path: Path) -> str:
@@ -6943,24 +6932,17 @@ def _owner_of(path: Path) -> str:
 
 
 def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
-    """Return the lock file of an agent's address, and its socket's real path, if it has one.
-
-    Whichever file exists is the one; a new one lies beside the socket, if it may.
-    """
+    """Return the lock file of an agent's address, and its socket's real path, if it has one."""
     address = path.removeprefix("unix:")
     if address.startswith(("tcp:", "vsock:")):
         return _shared_locks(path) / _digest(address), None
     real = Path(os.path.realpath(address))
     beside, name = real.with_name(real.name + ".vmrm-lock"), _digest(str(real))
-    if os.path.lexists(beside):
-        return beside, real
     shared = [directory / name for directory in SHARED_LOCKS if _is_trusted(directory)]
-    if there := [lock for lock in shared if os.path.lexists(lock)]:
-        return there[0], real
+    for lock in (beside, *shared):  # whichever exists is the one
+        if os.path.lexists(lock):
+            return lock, real
     return (beside if os.access(real.parent, os.W_OK) else _shared_locks(path) / name), real
-
-
-SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
 
 
 def _is_trusted(directory: Path) -> bool:
@@ -6974,16 +6956,12 @@ def _is_trusted(directory: Path) -> bool:
 
 
 def _shared_locks(path: str) -> Path:
-    """Return the directory of locks that cannot lie beside a socket; root takes it over.
-
-    Raises:
-        Conflict: others made it before; who, and what to do.
-    """
+    """Return a directory for locks that lie beside no socket. Raises Conflict if it is others'."""
     for directory in SHARED_LOCKS:
         with contextlib.suppress(OSError):
             directory.mkdir()
             directory.chmod(0o1777)  # which the umask would cut
-        if os.geteuid() == 0 and not _is_trusted(directory):
+        if os.geteuid() == 0 and not _is_trusted(directory):  # root takes it over
             with contextlib.suppress(OSError):
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 os.fchown(fd, 0, 0)
@@ -6991,11 +6969,8 @@ def _shared_locks(path: str) -> Path:
                 os.close(fd)
         if _is_trusted(directory):
             return directory
-    those = " and ".join(
-        f"{str(directory)!r} of {_owner_of(directory)}"
-        for directory in SHARED_LOCKS
-        if os.path.lexists(directory)
-    )
+    there = [directory for directory in SHARED_LOCKS if os.path.lexists(directory)]
+    those = " and ".join(f"{str(directory)!r} of {_owner_of(directory)}" for directory in there)
     raise Conflict(
         f"agent {path!r}: no directory for its lock is root's, sticky and for all: {those}",
         f"As root: install -d -o root -m 1777 {SHARED_LOCKS[0]}",
