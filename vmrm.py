@@ -29,6 +29,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - who has an older one has not com
         sys.exit(f"error: {_too_old}\nhint: Start it with a newer one: python3.11 vmrm.py …")
     raise ImportError(_too_old)
 
+import codecs
 import collections
 import contextlib
 import copy
@@ -6503,52 +6504,46 @@ class OutputLog:
     """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
 
     A full disk on the host loses output, never an outcome: it is told once and then left. Of an
-    attempt, the raw output has at most `MAX_OUTPUT_BYTES`, and what both logs say of it, too: a
+    attempt, the raw output has at most `MAX_OUTPUT_BYTES`, and so has what both logs say of it: a
     line of one byte takes fifty there.
-
-    Args:
-        folder: The experiment's logs.
-        vm_name: The VM.
-        log: The VM's text log.
     """
 
     def __init__(self, folder: Path, vm_name: str, log: logging.Logger) -> None:
         self.folder, self.vm_name, self.log = folder, vm_name, log
-        self._partial: dict[tuple[int, str], str] = {}
-        self._decoders: dict[tuple[int, str], Any] = {}
-        self._lost: dict[tuple[int, int], str] = {}
-        self._logged: dict[tuple[int, int], int] = {}  # bytes; after a restart those of the output
+        self._rest: dict[tuple[int, str], bytes] = {}  # by attempt and stream: a line without end
+        self._lost: dict[int, str] = {}  # by attempt: why no more of it is kept
+        self._logged: dict[int, int] = {}  # by attempt: bytes; after a restart those of the output
 
-    def path(self, ordinal: int, attempt: int, stream: str) -> Path:
-        """Return the file with the raw output of one attempt; `stream` is out or err."""
-        return self.folder / self.vm_name / f"{ordinal}.{attempt}.{stream}"
+    def _path(self, attempt: Attempt, stream: str) -> Path:
+        return self.folder / self.vm_name / f"{attempt.ordinal}.{attempt.attempt}.{stream}"
 
-    def size(self, entry: ScheduleEntry, attempt: Attempt, stream: str) -> int:
-        """Return how many bytes of a stream are here: the offset to go on from."""
-        path = self.path(entry.ordinal, attempt.attempt, stream)
+    def size(self, attempt: Attempt, stream: str) -> int:
+        """Return how many bytes of a stream (out or err) are here: the offset to go on from."""
+        path = self._path(attempt, stream)
         return path.stat().st_size if path.exists() else 0
 
     def room(self, entry: ScheduleEntry, attempt: Attempt) -> int:
         """Return how many more bytes may be fetched of an attempt."""
-        if self.loss(entry, attempt):
+        if attempt.id in self._lost:
             return 0
-        used = sum(self.size(entry, attempt, stream) for stream in ("out", "err"))
-        self._logged.setdefault((entry.ordinal, attempt.attempt), used)
+        used = sum(self.size(attempt, stream) for stream in ("out", "err"))
+        self._logged.setdefault(attempt.id, used)
         if used >= MAX_OUTPUT_BYTES:
             self._lose(entry, attempt, f"it wrote over {MAX_OUTPUT_BYTES} bytes")
         return MAX_OUTPUT_BYTES - used
 
-    def loss(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+    def loss(self, attempt: Attempt) -> str:
         """Return why the output of an attempt is incomplete, '' if it is not."""
-        return self._lost.get((entry.ordinal, attempt.attempt), "")
+        why = self._lost.get(attempt.id)
+        return f"its output is incomplete: {why}" if why else ""
 
     def _lose(self, entry: ScheduleEntry, attempt: Attempt, why: str) -> None:
-        self._lost[entry.ordinal, attempt.attempt] = f"its output is incomplete: {why}"
+        self._lost[attempt.id] = why
         self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
 
     def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
         """Append raw output; return whether the host could keep it."""
-        path = self.path(entry.ordinal, attempt.attempt, stream)
+        path = self._path(attempt, stream)
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
             with path.open("ab") as target:
@@ -6559,17 +6554,28 @@ class OutputLog:
         self._log_output(entry, attempt, stream, data)
         return True
 
+    def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
+        """Write what is left of a last line without an end."""
+        for stream in ("out", "err"):
+            self._log_output(entry, attempt, stream, b"", final=True)
+
     def _log_output(
         self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes, final: bool = False
     ) -> None:
-        """Add output to the logs, up to the bound of its attempt."""
-        key = (entry.ordinal, attempt.attempt)
-        if self._logged.get(key, 0) >= MAX_OUTPUT_BYTES:
+        """Add whole lines of output to the logs, up to the bound of its attempt."""
+        *whole, rest = (self._rest.pop((attempt.id, stream), b"") + data).split(b"\n")
+        lines = [line.decode(errors="replace") for line in whole]
+        if rest and (final or len(rest) >= 1 << 16):
+            text, used = codecs.utf_8_decode(rest, "replace", final)
+            lines, rest = [*lines, text], rest[used:]
+        if rest:
+            self._rest[attempt.id, stream] = rest
+        if self._logged.get(attempt.id, 0) >= MAX_OUTPUT_BYTES:
             return
         before = self._log_bytes()
-        self._add_text(entry, stream, data, final)
-        self._logged[key] = self._logged.get(key, 0) + self._log_bytes() - before
-        if self._logged[key] >= MAX_OUTPUT_BYTES:
+        self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
+        self._logged[attempt.id] = self._logged.get(attempt.id, 0) + self._log_bytes() - before
+        if self._logged[attempt.id] >= MAX_OUTPUT_BYTES:
             self.log.warning(
                 "the output of entry %d (%s) is longer than is logged; all of it: vmrm logs %s %d",
                 *(entry.ordinal, entry, self.vm_name, entry.ordinal),
@@ -6579,51 +6585,27 @@ class OutputLog:
         logs = (self.folder / f"{self.vm_name}.{kind}" for kind in ("log", "json"))
         return sum(log.stat().st_size for log in logs if log.exists())
 
-    def _add_text(self, entry: ScheduleEntry, stream: str, data: bytes, final: bool) -> None:
-        import codecs
-
-        key = (entry.ordinal, stream)
-        if key not in self._decoders:
-            self._decoders[key] = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = self._partial.pop(key, "") + self._decoders[key].decode(data, final)
-        *lines, rest = text.split("\n")
-        if rest and not final and len(rest) < 1 << 16:
-            self._partial[key] = rest
-        elif rest:
-            lines.append(rest)
-        self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
-
-    def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Write what is left of a last line without an end."""
-        for stream in ("out", "err"):
-            if (entry.ordinal, stream) in self._decoders:
-                self._log_output(entry, attempt, stream, b"", final=True)
-                del self._decoders[entry.ordinal, stream]
-
     def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
         """Write lines of a program's output, all at once: there may be very many, and short."""
         if lines:
-            told = [f"[{entry} {stream}] {line}" for line in lines]
-            self.log.info("output", extra={"lines": told})
+            self.log.info("", extra={"lines": [f"[{entry} {stream}] {line}" for line in lines]})
             self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
 
     def json_lines(self, content: str | Mapping[str, Any]) -> None:
         """Write every line that is a JSON object to <vm>.json as it is, with time and VM."""
-        lines = content.split("\n") if isinstance(content, str) else [content]
+        text = content if isinstance(content, str) else json.dumps(dict(content), default=str)
         head = json.dumps({"time": _iso(CLOCK.wall()), "vm": self.vm_name})[:-1]
         records = []
-        for line in lines:
+        for line in text.split("\n"):
             with contextlib.suppress(ValueError, RecursionError):  # no JSON, or too deep
-                text = line if isinstance(line, str) else json.dumps(dict(line), default=str)
                 # NaN, which Python would take for a number, makes it no JSON.
-                if isinstance(json.loads(text, parse_constant=_refuse_constant), dict):
-                    text = printable(text.strip(), None, "\t\r")
-                    records.append(f'{head}, "output": {text}}}\n')
-        if not records:
-            return
-        path = self.folder / f"{self.vm_name}.json"
-        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
-            target.writelines(records)
+                if isinstance(json.loads(line, parse_constant=_refuse_constant), dict):
+                    told = printable(line.strip(), None, "\t\r")
+                    records.append(f'{head}, "output": {told}}}\n')
+        if records:
+            path = self.folder / f"{self.vm_name}.json"
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as target:
+                target.writelines(records)
 
 
 class LogFormatter(logging.Formatter):
@@ -8356,7 +8338,7 @@ class VMResourceHandler:
             and self._place(entry).reboots
             and (reboot or exit_code == REBOOT_EXIT_CODE)
         )
-        error = error or self.output.loss(entry, attempt)
+        error = error or self.output.loss(attempt)
         self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
         self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
         self._progress("ended", attempt.id)
@@ -8548,7 +8530,7 @@ class VMResourceHandler:
         here = guest.attempt_dir(entry, attempt)
         for stream in ("out", "err"):
             while (room := self.output.room(entry, attempt)) > 0:
-                offset, limit = self.output.size(entry, attempt, stream), min(room, _OUTPUT_PIECE)
+                offset, limit = self.output.size(attempt, stream), min(room, _OUTPUT_PIECE)
                 try:
                     data = guest.read(guest.join(here, stream), limit, offset, last)
                 except drivers.AgentError:  # there is no output file, on a full disk for example
