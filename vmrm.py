@@ -5312,11 +5312,12 @@ umask 077
 stage=$1 old=$2 fresh=$3 experiment=$4 vm=$5; shift 5
 enter "${stage%/*}" 066 && trusted "$(pwd -P)" || exit 1
 chmod a+x . 2>/dev/null  # for the users of entries
-[ -O "$stage" ] && mode=$(ls -ld "$stage") || mode=
-case $mode in
-    drwx------*) ;;
-    *) rm -rf "$stage"; mkdir "$stage" || exit 1 ;;  # what lay in an open one may still be open
-esac
+private() { [ -O "$stage" ] && case $(ls -ld "$stage") in drwx------*) ;; *) false ;; esac; }
+if [ -e "$stage" ] || [ -L "$stage" ]; then
+    private || rm -rf "$stage"  # what lay in an open one may still be open
+fi
+mkdir "$stage" 2>/dev/null  # another VM that shares the directory may be faster
+private || { echo "$stage cannot be made" >&2; exit 1; }
 ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
 if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
     echo "this launch directory is used by another VM of this experiment" >&2; exit 1
@@ -7359,7 +7360,9 @@ class Transfers:
                 digest.update(data)
                 sink.write(data)
                 yield 0
-        status = yield from self.guest.finish(self.guest.argv("hash", listed.path, str(size)), size / 1e7)
+        status = yield from self.guest.finish(
+            self.guest.argv("hash", listed.path, str(size)), size / 1e7
+        )
         if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
             return size
         sink.seek(0)
