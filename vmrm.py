@@ -72,11 +72,13 @@ from collections.abc import (
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from queue import Empty, SimpleQueue
 from typing import (
     IO,
     TYPE_CHECKING,
     Any,
     BinaryIO,
+    ClassVar,
     Literal,
     NamedTuple,
     NoReturn,
@@ -209,17 +211,30 @@ class VMState(StrEnum):
     NOT_APPLICABLE = "n/a"  # not managed; ignored everywhere
 
 
-VM_MOVES: dict[VMState, frozenset[VMState]] = {
-    VMState.UNINITIALIZED: frozenset(
-        {VMState.CONFIGURING, VMState.NOT_APPLICABLE, VMState.FAILED, VMState.TESTING}
-    ),
-    VMState.CONFIGURING: frozenset({VMState.CONFIGURED, VMState.FAILED}),
-    VMState.CONFIGURED: frozenset({VMState.FAILED}),
-    # Configuring again is a retry before the start time, configured one after it.
-    VMState.FAILED: frozenset({VMState.CONFIGURING, VMState.CONFIGURED}),
-    VMState.TESTING: frozenset(VMState),
-    VMState.NOT_APPLICABLE: frozenset(),
-}
+_State = TypeVar("_State", bound=StrEnum)
+
+
+def moves(states: type[_State], table: str) -> dict[_State, frozenset[_State]]:
+    """Read a table of moves: on each line a state, and those it may move to; * is any of them."""
+    found = {}
+    for line in table.splitlines():
+        if words := line.partition("#")[0].split():
+            targets = states if words[1:] == ["*"] else map(states, words[1:])
+            found[states(words[0])] = frozenset(targets)
+    return found
+
+
+VM_MOVES = moves(
+    VMState,
+    """
+    uninitialized  configuring n/a failed testing
+    configuring    configured failed
+    configured     failed
+    failed         configuring configured  # a retry: before the start time, or after it
+    testing        *
+    n/a
+    """,
+)
 
 
 class Outcome(StrEnum):
@@ -276,41 +291,19 @@ class VmStates(StrEnum):
 
 VmState = VmStates  # the reference spells it both ways
 
-POOL_MOVES: dict[VmStates, frozenset[VmStates]] = {
-    VmStates.SPAWNING: frozenset({VmStates.GOT_IP, VmStates.TERMINATING}),
-    VmStates.GOT_IP: frozenset(
-        {VmStates.CHECK_HEALTH, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
-    ),
-    VmStates.CHECK_HEALTH: frozenset(
-        {VmStates.READY, VmStates.CHECK_HEALTH_FAILED, VmStates.TERMINATING}
-    ),
-    VmStates.CHECK_HEALTH_FAILED: frozenset(
-        {VmStates.CHECK_HEALTH, VmStates.HELD, VmStates.TERMINATING}
-    ),
-    VmStates.READY: frozenset(
-        {
-            VmStates.CHECK_HEALTH,
-            VmStates.CHECK_HEALTH_FAILED,
-            VmStates.IN_USE,
-            VmStates.HELD,
-            VmStates.TERMINATING,
-        }
-    ),
-    # A release goes to check_health where a release hook has to run first.
-    VmStates.IN_USE: frozenset(
-        {
-            VmStates.READY,
-            VmStates.CHECK_HEALTH,
-            VmStates.CHECK_HEALTH_FAILED,
-            VmStates.HELD,
-            VmStates.TERMINATING,
-        }
-    ),
-    VmStates.HELD: frozenset({VmStates.TERMINATING}),  # whatever a person did with it
-    VmStates.TERMINATING: frozenset(),
-}
-
-_State = TypeVar("_State", VMState, VmStates)
+POOL_MOVES = moves(
+    VmStates,
+    """
+    spawning             got_ip terminating
+    got_ip               check_health check_health_failed terminating
+    check_health         ready check_health_failed terminating
+    check_health_failed  check_health held terminating
+    ready                check_health check_health_failed in_use held terminating
+    in_use               ready check_health check_health_failed held terminating
+    held                 terminating  # whatever a person did with it
+    terminating
+    """,
+)
 
 
 def checked_move(old: str, new: str) -> VMState:
@@ -505,24 +498,6 @@ def _crash(label: str) -> None:
     os.kill(victim, signal.SIGKILL)
 
 
-def boot_id() -> str:
-    """Return this host's boot id (Linux: /proc/sys/kernel/random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def process_started(pid: int) -> int | None:
-    """Return when a process started, in clock ticks after boot, or None if there is none.
-
-    A pid alone comes round; with the start time it names one process (proc(5), stat field 22).
-    A zombie has ended. The file is read as bytes: a process may have any name.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in b"ZX" else int(fields[19])
-
-
 def counted(count: int, thing: str) -> str:
     """Return a number of things for people: 1 entry, 2 entries."""
     many = f"{thing[:-1]}ies" if thing.endswith("y") else f"{thing}s"
@@ -567,11 +542,251 @@ def own_command(*words: str) -> list[str]:
     return [sys.executable, "-P", "-c", code, folder, *words]
 
 
+# === processes and locks =========================================================================
+
+
+def boot_id() -> str:
+    """Return this host's boot id."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def process_started(pid: int) -> int | None:
+    """Return when a process started, in clock ticks after boot, or None if it has ended.
+
+    A zombie has ended. The file is read as bytes: a process may have any name.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])  # proc(5), field 22
+
+
+class Process(NamedTuple):
+    """A process of this host, so named that no other is ever taken for it.
+
+    Its text, and what the database has of it, is these four words in this order.
+    """
+
+    pid: int
+    started: int  # clock ticks after boot; 0 if this cannot be seen
+    boot: str
+    namespace: int  # of its pid: the inode of /proc/self/ns/pid; 0 if /proc shows another one's
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> Process:
+        """Return the process that has this pid now; without one, this process."""
+        here = _this_process(os.getpid())
+        if pid in (None, here.pid):
+            return here
+        started = process_started(pid) if here.namespace else 0
+        if started is None:
+            raise NotFound(f"there is no process {pid}")
+        return here._replace(pid=pid, started=started)
+
+    @classmethod
+    def parse(cls, text: str) -> Process:
+        """Return the process of this text."""
+        pid, started, boot, namespace = text.split()
+        return cls(int(pid), int(started), boot, int(namespace))
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self[:]))
+
+    def is_alive(self) -> bool:
+        """Whether it may live; of one in another pid namespace nobody here can say."""
+        here = _this_process(os.getpid())
+        if self.boot != here.boot:
+            return False
+        if self.namespace != here.namespace or not here.namespace:
+            return True
+        return process_started(self.pid) == self.started
+
+
+@functools.lru_cache(maxsize=1)  # a child has another pid
+def _this_process(pid: int) -> Process:
+    seen = str(Path("/proc/self").readlink()) == str(pid)
+    namespace = Path("/proc/self/ns/pid").stat().st_ino if seen else 0
+    return Process(pid, process_started(pid) or 0 if seen else 0, boot_id(), namespace)
+
+
+LOOK_S = 0.2  # far longer than `is_held` has a lock to see whether it is free
+
+
+class FileLock:
+    """An exclusive flock on a file: this process's until it lets go, or ends.
+
+    The file is created if need be and never removed: a lock on a removed file excludes nobody.
+    Each acquisition has a descriptor of its own, so threads exclude each other, too.
+
+    Args:
+        path: The file.
+        opened: Opens it, where it is not simply ours.
+    """
+
+    def __init__(self, path: Path, opened: Callable[[], int] | None = None) -> None:
+        self.path, self._opened = path, opened or self._open
+        self.fd = -1  # while it is ours
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(self.path, flags, 0o600)
+
+    def try_(self) -> bool:
+        """Take the lock if it is free."""
+        fd = self._opened()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self.fd = fd
+        return True
+
+    def take(self, seconds: float = LOOK_S, nap: Callable[[float], object] | None = None) -> bool:
+        """Take the lock within so many seconds, trying again after each nap.
+
+        The default outlasts those who only look whether it is held.
+        """
+        deadline = CLOCK.monotonic() + seconds
+        while not self.try_():
+            if CLOCK.monotonic() >= deadline:
+                return False
+            (nap or time_to_wait)(min(0.1, seconds / 100))
+        return True
+
+    def take_in_turn(self, seconds: float) -> bool:
+        """Take the lock within so many seconds, after those who came before us.
+
+        A thread waits in our stead, so that there can be a deadline. Trying again and again
+        would be fair, too, but takes twice as long.
+        """
+        if self.try_():
+            return True
+        fd = self._opened()
+        if not _LockWaiter.wait(fd, seconds):
+            return False
+        self.fd = fd
+        return True
+
+    def release(self) -> None:
+        """Let go of the lock, also for a child that has inherited it."""
+        fd, self.fd = self.fd, -1
+        if fd != -1:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def leave(self) -> None:
+        """Close our descriptor: a child that has inherited it keeps the lock."""
+        os.close(self.fd)
+        self.fd = -1
+
+    @contextlib.contextmanager
+    def held(self, what: str, hint: str = "") -> Iterator[Self]:
+        """Hold the lock for the length of the block, else raise `Conflict` naming its holder.
+
+        Args:
+            what: What is the case if it is taken.
+            hint: What to do then.
+        """
+        if not self.take():
+            raise Conflict(f"{what}, by {self.holder_name}", hint)
+        try:
+            yield self
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Share the lock, for the length of the block, with others who do so."""
+        fd = self._opened()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(fd)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody holds the lock; the file need not exist and is not made."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:  # shared, so that two who look do not see each other
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    @property
+    def holder(self) -> int | None:
+        """The pid that took the lock, from /proc/locks; None if nobody did."""
+        inode = str(self.path.stat().st_ino)
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                return int(fields[4])
+        return None
+
+    @property
+    def holder_name(self) -> str:
+        """The holder in words."""
+        return f"process {pid}" if (pid := self.holder) else "another process"
+
+
+class _LockWaiter(threading.Thread):
+    """A thread that waits for locks in the stead of others; it ends when it is idle."""
+
+    _idle: ClassVar[list[_LockWaiter]] = []
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="vmrm-lock")
+        self._wanted: SimpleQueue[tuple[int, threading.Lock, threading.Event]] = SimpleQueue()
+        self.start()
+
+    @classmethod
+    def wait(cls, fd: int, seconds: float) -> bool:
+        """Return whether a flock was had in time; else its descriptor is closed, if late."""
+        decided, had = threading.Lock(), threading.Event()  # by whoever takes it first
+        try:
+            waiter = cls._idle.pop()
+        except IndexError:
+            waiter = cls()
+        waiter._wanted.put((fd, decided, had))
+        try:
+            had.wait(seconds)
+        except BaseException:  # an interrupt must not leave the lock to nobody
+            if not decided.acquire(blocking=False):
+                os.close(fd)
+            raise
+        return not decided.acquire(blocking=False)
+
+    def run(self) -> None:
+        """Take one lock after the other; let go at once of what nobody waits for any more."""
+        while True:
+            try:
+                fd, decided, had = self._wanted.get(timeout=1)
+            except Empty:
+                with contextlib.suppress(ValueError):  # else somebody has just chosen us
+                    self._idle.remove(self)
+                    return
+                continue
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if decided.acquire(blocking=False):
+                had.set()
+            else:
+                os.close(fd)
+            self._idle.append(self)
+
+
+os.register_at_fork(after_in_child=_LockWaiter._idle.clear)
+
+
 # === database ====================================================================================
 
-# One writer at a time, in fair order: SQLite's own busy handler starves some writers for seconds.
-_thread_locks: dict[str, threading.Lock] = {}
-os.register_at_fork(after_in_child=_thread_locks.clear)
 _inherited: list[object] = []  # connections of a parent process, kept from every destructor
 
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -654,125 +869,14 @@ def _telling_trouble() -> Iterator[None]:
         ) from error
 
 
-class WriterLock:
-    """The queue of writers: an exclusive flock on `locks/writer`, taken before BEGIN IMMEDIATE.
+class Row(dict[str, Any]):
+    """A row of the database: `row["state"]` and `row.state` are the same."""
 
-    A threading lock comes first, since one descriptor's flock does not exclude threads. The
-    blocking flock runs in a helper thread on a descriptor of its own, so that a deadline is
-    possible; a helper that comes too late lets go at once.
-    """
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        self.path = path
-        self.timeout_s = timeout_s
-        self._threads = _thread_locks.setdefault(str(path), threading.Lock())
-        self._fd = self._open()
-
-    def _open(self) -> int:
-        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def close(self) -> None:
-        """Close the lock's descriptor."""
-        os.close(self._fd)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock for the length of the block.
-
-        Raises:
-            Busy: it was not free within `timeout_s` seconds; the holder is named.
-        """
-        if not self._threads.acquire(timeout=self.timeout_s):
-            raise self._busy()
+    def __getattr__(self, name: str) -> Any:
         try:
-            fd = self._flock()
-            try:
-                yield
-            finally:
-                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing: a child may have inherited it
-                if fd != self._fd:
-                    os.close(fd)
-        finally:
-            self._threads.release()
-
-    def _flock(self) -> int:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return self._flock_queued()
-        return self._fd
-
-    def _flock_queued(self) -> int:
-        fd, done, given_up = self._open(), threading.Event(), threading.Event()
-        handover = threading.Lock()
-
-        def wait() -> None:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            with handover:
-                done.set()
-                if given_up.is_set():
-                    os.close(fd)
-
-        threading.Thread(target=wait, daemon=True, name="vmrm-writer").start()
-        try:
-            if done.wait(self.timeout_s):
-                return fd
-            raise self._busy()
-        except BaseException:  # an interrupt, too, must not leave the lock to nobody
-            with handover:
-                given_up.set()
-                if done.is_set():
-                    os.close(fd)
-            raise
-
-    def _busy(self) -> Busy:
-        holder = f"process {pid}" if (pid := lock_holder(self.path)) else "another process"
-        return Busy(
-            f"the database was kept busy for {self.timeout_s:g} s by {holder}",
-            "Try again, or look at what that process does",
-        )
-
-
-def lock_holder(path: Path) -> int | None:
-    """Return the pid that holds the flock on a file, from /proc/locks; None if nobody does."""
-    inode = str(path.stat().st_ino)
-    for line in Path("/proc/locks").read_text().splitlines():
-        fields = line.split()
-        if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
-            return int(fields[4])
-    return None
-
-
-def try_lock(path: Path) -> int | None:
-    """Return a descriptor that holds the lock on a file, or None if it is taken.
-
-    The file is created if need be and never removed: a lock on a removed file excludes nobody.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
-
-
-LOOK_S = 0.2  # far longer than `_is_locked` holds a lock to see whether it is free
-
-
-def process_of(db: Database, name: str) -> int | None:
-    """Return the pid of the process that holds `locks/<name>`, or None if nobody does."""
-    path = db.directory("locks") / name
-    return lock_holder(path) if _is_locked(path) else None
-
-
-def take_lock(path: Path) -> int | None:
-    """Do what `try_lock` does, but outlast those who only look whether it is held."""
-    deadline = CLOCK.monotonic() + LOOK_S
-    while (fd := try_lock(path)) is None and CLOCK.monotonic() < deadline:
-        time_to_wait(LOOK_S / 100)
-    return fd
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class _Connection(sqlite3.Connection):
@@ -914,8 +1018,6 @@ class Database:
                 )
             for name in ("store", "locks", "wake", "requests"):
                 self.directory(name)
-            if not self._connections:
-                self._writer = WriterLock(self.state_dir / "locks" / "writer", self.timeouts.writer)
             self._make_private()
         except OSError as error:
             raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
@@ -946,8 +1048,6 @@ class Database:
         except BaseException:  # who tries again and again must not run out of descriptors
             if failed := self._connections.pop(me, None):
                 failed.close()
-            if not self._connections:
-                self._writer.close()
             raise
 
     def _connected(self, me: threading.Thread) -> _Connection:
@@ -986,7 +1086,7 @@ class Database:
         if self._identity(connection) == wanted:
             return
         script = _schema()
-        with self._writer.held():
+        with self._writing():
             found = self._identity(connection)  # somebody may have been faster
             empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
             if empty and found == (0, 0):
@@ -1012,7 +1112,8 @@ class Database:
             Conflict: a process of that older vmrm still works with it.
         """
         for path in sorted(self.directory("locks").iterdir()):
-            pid = lock_holder(path) if path.name != "writer" and _is_locked(path) else None
+            lock = FileLock(path)
+            pid = lock.holder if path.name != "writer" and lock.is_held else None
             if pid not in (None, os.getpid()):
                 raise Conflict(
                     f"{str(self.path)!r} is of schema version {found}, and process {pid} of an "
@@ -1062,15 +1163,14 @@ class Database:
         first, second = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
         return first, second
 
-    def query(self, sql: str, **parameters: object) -> list[dict[str, Any]]:
-        """Return all rows of one reading statement, as dictionaries."""
-        return [dict(row) for row in self._rows(sql, parameters)]
-
-    def _rows(self, sql: str, parameters: Mapping[str, object]) -> list[sqlite3.Row]:
+    def query(self, sql: str, **parameters: object) -> list[Row]:
+        """Return all rows of one statement; it belongs to the open transaction, if there is one."""
         with _telling_trouble():
-            return self.connection.execute(sql, parameters).fetchall()
+            found = self.connection.execute(sql, parameters)
+            names = [column[0] for column in found.description or ()]
+            return [Row(zip(names, row, strict=True)) for row in found.fetchall()]
 
-    def row(self, sql: str, **parameters: object) -> dict[str, Any] | None:
+    def row(self, sql: str, **parameters: object) -> Row | None:
         """Return the first row, or None if there is none."""
         rows = self.query(sql, **parameters)
         return rows[0] if rows else None
@@ -1080,6 +1180,24 @@ class Database:
         with _telling_trouble():
             row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
+
+    def lock(self, name: str) -> FileLock:
+        """Return the lock `locks/<name>` of this database."""
+        return FileLock(self.directory("locks") / name)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Be the one writer: SQLite's own busy handler starves some for seconds."""
+        lock, seconds = FileLock(self.state_dir / "locks" / "writer"), self.timeouts.writer
+        if not lock.take_in_turn(seconds):
+            raise Busy(
+                f"the database was kept busy for {seconds:g} s by {lock.holder_name}",
+                "Try again, or look at what that process does",
+            )
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[Self]:
@@ -1096,7 +1214,7 @@ class Database:
         """
         connection = self.connection
         connection.to_wake.clear()
-        with self._writer.held(), _telling_trouble():
+        with self._writing(), _telling_trouble():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
@@ -1113,10 +1231,37 @@ class Database:
                     connection.execute("PRAGMA synchronous = NORMAL")
         wake(self, *connection.to_wake)
 
-    def write(self, sql: str, *, durable: bool = False, **parameters: object) -> list[sqlite3.Row]:
-        """Run one writing statement in a transaction of its own; return what it RETURNs."""
+    def write(self, sql: str, *, durable: bool = False, **parameters: object) -> list[Row]:
+        """Run one writing statement; return what it RETURNs.
+
+        In an open transaction it is part of that, else it has one of its own.
+        """
+        if self.connection.in_transaction:
+            assert not durable, "its transaction would have to be"
+            return self.query(sql, **parameters)
         with self.transaction(durable=durable):
-            return self.connection.execute(sql, parameters).fetchall()
+            return self.query(sql, **parameters)
+
+    def insert(self, table: str, **values: Any) -> Row:
+        """Add a row of these values; return it with its defaults."""
+        return self.write(f"{_insertion(table, values)} RETURNING *", **values)[0]
+
+    def upsert(self, table: str, *keys: str, **values: Any) -> Row:
+        """Add a row of these values, or set them in the one that has the same keys; return it."""
+        sets = [f'"{name}" = excluded."{name}"' for name in values if name not in keys]
+        conflict = ", ".join(f'"{key}"' for key in keys)
+        sql = (
+            f"{_insertion(table, values)} ON CONFLICT ({conflict}) DO UPDATE SET {', '.join(sets)}"
+        )
+        return self.write(f"{sql} RETURNING *", **values)[0]
+
+    def update(self, table: str, where: Mapping[str, Any], **values: Any) -> list[Row]:
+        """Set these values in all rows that have those others; return these rows."""
+        sets = ", ".join(f'"{name}" = :{name}' for name in values)
+        match = " AND ".join(f'"{name}" IS :where_{name}' for name in where)
+        wanted = {f"where_{name}": value for name, value in where.items()}
+        sql = f'UPDATE "{table}" SET {sets} WHERE {match} RETURNING *'  # noqa: S608 (our names)
+        return self.write(sql, **values, **wanted)
 
     def data_version(self) -> int:
         """Return a number that differs from the last one if another connection committed."""
@@ -1125,10 +1270,10 @@ class Database:
     def checkpoint(self, truncate: bool = False) -> None:
         """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
         if not truncate:
-            self._rows("PRAGMA wal_checkpoint(PASSIVE)", {})
+            self.query("PRAGMA wal_checkpoint(PASSIVE)")
             return
-        with self._writer.held():
-            self._rows("PRAGMA wal_checkpoint(TRUNCATE)", {})
+        with self._writing():
+            self.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @property
     def utils(self) -> sqlite_utils.Database:
@@ -1149,7 +1294,12 @@ class Database:
         elif opened:
             for connection in opened.values():
                 connection.close()
-            self._writer.close()
+
+
+def _insertion(table: str, values: Iterable[str]) -> str:
+    names = ", ".join(f'"{name}"' for name in values)
+    places = ", ".join(f":{name}" for name in values)
+    return f'INSERT INTO "{table}" ({names}) VALUES ({places})'  # noqa: S608 (our own names)
 
 
 def _schema() -> str:
@@ -1332,17 +1482,15 @@ def dead_sockets(db: Database) -> list[Path]:
 
 def remove_dead_sockets(db: Database) -> None:
     """Remove them, but none that somebody is just binding anew: who may do so has its lock."""
-    owners = {str(SUPERVISOR): db.directory("locks") / "supervisor"}
-    owners[KEEPER] = db.directory("locks") / KEEPER
+    owners = {str(SUPERVISOR): db.lock("supervisor"), KEEPER: db.lock(KEEPER)}
     for path in dead_sockets(db):
         lock = owners.get(path.name)
         if path.name.isdigit() and lock is None:
-            lock = _handler_lock(db, int(path.name))
-        held = None if lock is None else try_lock(lock)
-        if lock is None or held is not None:
+            lock = handler_lock(db, int(path.name))
+        if lock is None or lock.try_():
             path.unlink(missing_ok=True)
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            lock.release()
 
 
 def _through_directory(path: Path, use: Callable[[str], object]) -> None:
@@ -1444,27 +1592,13 @@ def live_handlers(db: Database) -> list[str]:
     return [
         row["server_name"]
         for row in db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
-        if _is_locked(_handler_lock(db, row["ordinal"]))
+        if handler_lock(db, row["ordinal"]).is_held
     ]
 
 
-def _handler_lock(db: Database, ordinal: int) -> Path:
-    return db.directory("locks") / f"handler.{ordinal}"
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file, which need not exist and is not made."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:  # shared, so that two who look do not see each other
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+def handler_lock(db: Database, ordinal: int) -> FileLock:
+    """Return the lock of the handler of the VM with this ordinal."""
+    return db.lock(f"handler.{ordinal}")
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
@@ -1673,7 +1807,7 @@ class VMMapping(_Served):
         if length:
             return len(rows)
         if project_dict is None:
-            return rows
+            return [*rows]
         wanted = {key for key, value in project_dict.items() if value}
         return [{key: row[key] for key in row if key in wanted} for row in rows]
 
@@ -1735,13 +1869,13 @@ class VMMapping(_Served):
         _refuse_while_live(self.db, "removing all VMs")
         self.db.write("DELETE FROM vms", durable=True)
 
-    def _rows(self, where: str, **parameters: object) -> list[dict[str, Any]]:
+    def _rows(self, where: str, **parameters: object) -> list[Row]:
         columns = ", ".join(f'"{column}"' for column in VM_COLUMNS)
         sql = f"SELECT {columns} FROM vms {where} ORDER BY ordinal"  # noqa: S608 (our own text)
         return self.db.query(sql, **parameters)
 
 
-def _only_vm(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def _only_vm(rows: Sequence[Row], name: str) -> Row:
     if not rows:
         raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
     return rows[0]
@@ -2985,13 +3119,8 @@ def adding(db: Database, kind: str) -> Iterator[None]:
         db: The database.
         kind: The directory that is added to, store or requests.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    fd = os.open(db.directory("locks") / kind, flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
+    with db.lock(kind).shared():
         yield
-    finally:
-        os.close(fd)
 
 
 def remove_unused(db: Database) -> None:
@@ -3001,14 +3130,13 @@ def remove_unused(db: Database) -> None:
     """
     for path in purged_directories(db):
         remove_tree(path)
-    fd = try_lock(db.directory("locks") / "store")
-    if fd is None:
-        return
-    try:
-        for path in _unnamed_contents(db):
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(fd)
+    lock = db.lock("store")
+    if lock.try_():
+        try:
+            for path in _unnamed_contents(db):
+                path.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def content_path(db: Database, sha256: str) -> Path:
@@ -3332,7 +3460,7 @@ def unused_contents(db: Database) -> list[Path]:
 
     While somebody adds contents, there are none.
     """
-    if _is_locked(db.directory("locks") / "store"):
+    if db.lock("store").is_held:
         return []
     return _unnamed_contents(db)
 
@@ -3351,53 +3479,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # === pool ========================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """A process of this host, so named that no other is ever taken for it."""
-
-    pid: int
-    started: int  # clock ticks after boot
-    boot: str
-    namespace: int  # of its pid: the inode of /proc/self/ns/pid; 0 if /proc shows another one's
-
-    @classmethod
-    def of(cls, pid: int) -> Holder:
-        """Return the process that has this pid now.
-
-        Raises:
-            UsageError: there is none, as far as can be seen.
-        """
-        if pid == os.getpid():
-            return _this_process(pid)
-        boot, namespace = _viewpoint(os.getpid())
-        started = process_started(pid) if namespace else 0
-        if started is None:
-            raise UsageError(f"there is no process {pid} that could hold a VM")
-        return cls(pid, started, boot, namespace)
-
-    def is_dead(self) -> bool:
-        """Whether it has ended, for certain; of another pid namespace nobody here can say."""
-        boot, namespace = _viewpoint(os.getpid())
-        if self.boot != boot:
-            return True
-        if self.namespace != namespace or not namespace:
-            return False
-        return process_started(self.pid) != self.started
-
-
-@functools.lru_cache(maxsize=1)
-def _viewpoint(pid: int) -> tuple[str, int]:
-    """Return the boot and the pid namespace from which this process, `pid`, sees others."""
-    itself = Path("/proc/self")
-    return boot_id(), (itself / "ns/pid").stat().st_ino if str(itself.readlink()) == str(pid) else 0
-
-
-@functools.lru_cache(maxsize=1)
-def _this_process(pid: int) -> Holder:
-    boot, namespace = _viewpoint(pid)
-    return Holder(pid, process_started(pid) or 0 if namespace else 0, boot, namespace)
-
-
 @functools.lru_cache(maxsize=1)
 def _who(pid: int) -> str:
     """Return this process, `pid`, in words for the pool's history."""
@@ -3412,10 +3493,10 @@ def _user() -> str:
     return f"user {os.getuid()}"
 
 
-def _holder(row: Mapping[str, Any]) -> Holder | None:
+def _holder(row: Mapping[str, Any]) -> Process | None:
     if row["holder_pid"] is None:
         return None
-    return Holder(*(row[f"holder_{field.name}"] for field in dataclasses.fields(Holder)))
+    return Process(*(row[f"holder_{name}"] for name in Process._fields))
 
 
 def _group_id(name: str) -> int | str:
@@ -3656,7 +3737,7 @@ class Request:
     wants: tuple[tuple[str, ...], ...]  # per VM, the groups it may come from, in order
     owner: str
     sandbox: str
-    holder: Holder | None  # None: only the end of the lease decides
+    holder: Process | None  # None: only the end of the lease decides
     lease_s: float | None = None
     task_id: str | None = None
     build_id: str | None = None
@@ -4197,7 +4278,7 @@ class VmManager(_Rows):
 
     def mark_server_start(self) -> None:
         """Distrust all health checks until now: VMs are given out after their next one."""
-        boot, namespace = _viewpoint(os.getpid())
+        boot, namespace = Process.of()[2:]
         self.db.write(
             """INSERT INTO pool_server VALUES (1, :now, :boot, :namespace)
                ON CONFLICT DO UPDATE SET started_at = excluded.started_at,
@@ -4344,7 +4425,7 @@ class VmManager(_Rows):
             (self._group_names(groups),),
             ownername,
             sandbox or "",
-            None if pid is None else Holder.of(pid),
+            None if pid is None else Process.of(pid),
             lease,
             _told_or_none(task_id),
             _told_or_none(build_id),
@@ -4471,7 +4552,7 @@ class VmManager(_Rows):
             task_id=request.task_id,
             build_id=request.build_id,
             chroot=request.chroot,
-            **{f"holder_{key}": value for key, value in vars(holder).items()} if holder else {},
+            **{f"holder_{key}": value for key, value in holder._asdict().items()} if holder else {},
         )
 
     def _why_none(self, request: Request) -> str:
@@ -4489,7 +4570,7 @@ class VmManager(_Rows):
         bound = self._bound(request.owner, group)
         wanted = max(1, request.wants.count((group,)))
         idle = f"{row['idle']} of them idle in other sandboxes"
-        unkept = "" if process_of(self.db, KEEPER) else ", for no keeper runs (vmrm pool serve)"
+        unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
         if not row["vms"]:
             return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
         if limit is not None and bound + wanted > limit:
@@ -4515,7 +4596,7 @@ class VmManager(_Rows):
         """Return what those want who wait and live, the first one first."""
         return [_waiting_request(row) for row in self.waiters()]
 
-    def waiters(self) -> list[dict[str, Any]]:
+    def waiters(self) -> list[Row]:
         """Return the rows of those who wait and live, the first one first."""
         now = CLOCK.wall()
         return self.db.query(
@@ -4566,7 +4647,7 @@ class VmManager(_Rows):
 
     def _queue_up(self, request: Request, left: float) -> None:
         """Enter the queue, or say that we still wait."""
-        now, waiter = CLOCK.wall(), Holder.of(os.getpid())
+        now, waiter = CLOCK.wall(), Process.of()
         self.db.write(
             """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder_pid,
                    holder_started, holder_boot, holder_namespace, queued_at, heartbeat_at,
@@ -4581,7 +4662,7 @@ class VmManager(_Rows):
             priority=request.priority,
             now=now,
             deadline=None if math.isinf(left) else now + left,
-            **vars(waiter),
+            **waiter._asdict(),
         )
 
     def drop_dead_waiters(self) -> int:
@@ -4597,7 +4678,7 @@ class VmManager(_Rows):
         return [
             row
             for row in self.db.query("SELECT * FROM pool_waiters")
-            if row["heartbeat_at"] < silent or cast(Holder, _holder(row)).is_dead()
+            if row["heartbeat_at"] < silent or not cast(Process, _holder(row)).is_alive()
         ]
 
     def dead_leases(self) -> list[str]:
@@ -4788,7 +4869,7 @@ class VmManager(_Rows):
             over.set()
             thread.join()
 
-    def hand_over(self, vm: VmDescriptor, holder: Holder | None) -> None:
+    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
         """Make another process the holder of a leased VM, or nobody if the lease has an end.
 
         Raises:
@@ -4797,10 +4878,10 @@ class VmManager(_Rows):
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm.vm_name)
             self._own(row, vm.token)
-            keys = [f"holder_{field.name}" for field in dataclasses.fields(Holder)]
+            keys = [f"holder_{name}" for name in Process._fields]
             columns = {key: NO_LEASE[key] for key in keys}
             if holder:
-                columns = dict(zip(keys, vars(holder).values(), strict=True))
+                columns = dict(zip(keys, holder, strict=True))
             move_pool_vm(db, vm.vm_name, row["state"], row=row, **columns)
 
     def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
@@ -4885,7 +4966,7 @@ class VmManager(_Rows):
         if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
             return f"its lease ended {_iso(end)}"
         holder = _holder(row)
-        return self._dead_holder(holder.pid) if holder and holder.is_dead() else ""
+        return self._dead_holder(holder.pid) if holder and not holder.is_alive() else ""
 
     @staticmethod
     def _dead_holder(pid: int) -> str:
@@ -4927,9 +5008,9 @@ def _listable(at: float) -> float:
     return at
 
 
-def _descends_from(holder: Holder) -> bool:
+def _descends_from(holder: Process) -> bool:
     """Whether this process is that one, or a descendant of it."""
-    boot, namespace = _viewpoint(os.getpid())
+    boot, namespace = Process.of()[2:]
     if not namespace or (holder.boot, holder.namespace) != (boot, namespace):
         return False
     pid = os.getpid()
@@ -4940,7 +5021,7 @@ def _descends_from(holder: Holder) -> bool:
             return False
         if not pid:
             return False
-    return not holder.is_dead()
+    return holder.is_alive()
 
 
 _LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder_pid", "holder_started")
@@ -6825,30 +6906,21 @@ def agent_lock(
     Raises:
         Conflict: somebody else holds it, or it cannot be had at all.
     """
-    fd, deadline = _open_agent_lock(path), CLOCK.monotonic() + seconds
+    file = _agent_lock_path(path)[0]
+    lock = FileLock(file, lambda: _open_agent_lock(path))
+    if not lock.take(seconds, wait):
+        pid, _, base = file.read_text(errors="replace").strip().partition(" ")
+        raise Conflict(
+            f"agent {path!r} is held by process {pid} of database {base!r}",
+            "One client at a time can talk to a guest agent; stop that one first",
+        )
     try:
-        while not _try_flock(fd):
-            if CLOCK.monotonic() >= deadline:
-                pid, _, base = os.pread(fd, 4096, 0).decode(errors="replace").strip().partition(" ")
-                raise Conflict(
-                    f"agent {path!r} is held by process {pid} of database {base!r}",
-                    "One client at a time can talk to a guest agent; stop that one first",
-                )
-            wait(0.1)
         with contextlib.suppress(OSError):  # on a full disk it is held without a name
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} {database}\n".encode(), 0)
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, f"{os.getpid()} {database}\n".encode(), 0)
         yield
     finally:
-        os.close(fd)
-
-
-def _try_flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        lock.release()
 
 
 def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
@@ -7376,7 +7448,7 @@ class Requests:
     def __init__(self, db: Database, vm_name: str) -> None:
         self.db, self.vm_name = db, vm_name
 
-    def claim(self) -> Iterator[sqlite3.Row]:
+    def claim(self) -> Iterator[Row]:
         """Claim the requests still wanted, each by one UPDATE that checks client and time.
 
         It checks, too, that nobody was told to stop: afterwards nothing begins any more.
@@ -7400,7 +7472,7 @@ class Requests:
                 started=process_started(row["client_pid"]) or -1,
             )
 
-    def steps(self, row: sqlite3.Row, perform: Callable[..., Steps]) -> Steps:
+    def steps(self, row: Row, perform: Callable[..., Steps]) -> Steps:
         """Do what a claimed request asks for, by `perform(operation, arguments, folder)`."""
         _crash("request-claimed")
         folder = self.db.directory("requests", row["id"])
@@ -7565,9 +7637,9 @@ class VMResourceHandler:
         Raises:
             Conflict: another handler has this VM, or another client its agent.
         """
-        lock = take_lock(_handler_lock(self.db, self.config["ordinal"]))
-        if lock is None:
-            raise Conflict(f"VM {self.vm_name!r} has a handler already")
+        lock = handler_lock(self.db, self.config["ordinal"])
+        if not lock.take():
+            raise Conflict(f"VM {self.vm_name!r} has a handler already: {lock.holder_name}")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
             self._check_in()
@@ -7581,7 +7653,7 @@ class VMResourceHandler:
             if self.driver is not None:
                 self.driver.close()
             self._wake.close()
-            os.close(lock)
+            lock.release()
         return 0
 
     def _check_in(self) -> None:
@@ -8982,7 +9054,7 @@ _BROKEN_OFF = "broken-off"
 
 def _is_wanted(folder: Path) -> bool:
     """Whether the client of a request still lives: it keeps its directory locked."""
-    return _is_locked(folder)
+    return FileLock(folder).is_held
 
 
 def forget_request(db: Database, folder: Path) -> None:
@@ -9013,13 +9085,13 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
 
     The name is '' if the command did not come to write it, or has to do with no VM.
     """
-    lock = take_lock(db.directory("locks") / "requests")  # while none is made, each has its lock
+    lock = db.lock("requests")
+    alone = lock.take()  # while none is made, each has its lock
     try:
         paths = db.directory("requests").iterdir()
         dead = [path for path in sorted(paths) if path.exists() and not _is_wanted(path)]
     finally:
-        if lock is not None:
-            os.close(lock)
+        lock.release()
     found = []
     for folder in dead:
         sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
@@ -9028,7 +9100,7 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
             with contextlib.suppress(FileNotFoundError):
                 found.append((folder, (folder / "vm").read_text()))
                 continue
-            if lock is not None and folder.exists():
+            if alone and folder.exists():
                 found.append((folder, ""))
     return found
 
@@ -9238,7 +9310,7 @@ class Remote(Workplace):
 
     @property
     def _handled(self) -> bool:
-        return _is_locked(_handler_lock(self.db, self.config["ordinal"]))
+        return handler_lock(self.db, self.config["ordinal"]).is_held
 
     def _nap(self, seconds: float) -> None:
         """Wait for others that use the agent, but not for a handler, which has it for long."""
@@ -9396,19 +9468,14 @@ class Supervisor:
         Raises:
             Conflict: another supervisor runs; it is named.
         """
-        path = self.db.directory("locks") / "supervisor"
-        lock = take_lock(path)
-        if lock is None:
-            raise Conflict(
-                f"the experiment is being run already, by process {lock_holder(path)}",
-                "Watch it: vmrm run, or end it: vmrm stop",
-            )
-        self._prepare()
-        try:
+        what, hint = (
+            "the experiment is being run already",
+            "Watch it: vmrm run, or end it: vmrm stop",
+        )
+        with self.db.lock("supervisor").held(what, hint):
+            self._prepare()
             while not self._ended():
                 self._pause()
-        finally:
-            os.close(lock)
         return 0
 
     def _ended(self) -> bool:
@@ -9663,7 +9730,7 @@ class Loan:
         self.db, self._have, self._told = db, False, ""
         self._waiting: Waiting | None = None
 
-    def vms(self) -> list[dict[str, Any]]:
+    def vms(self) -> list[Row]:
         """Return the rows of the VMs that come from the pool."""
         sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
         return self.db.query(sql)
@@ -9689,7 +9756,7 @@ class Loan:
 
     def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Be the holder of what an earlier supervisor has leased, as far as it stands."""
-        holder = {f"holder_{key}": value for key, value in vars(Holder.of(os.getpid())).items()}
+        holder = {f"holder_{key}": value for key, value in Process.of()._asdict().items()}
         with self.db.transaction(durable=True):
             for leased in _leased(self.db):
                 lease = {key: leased[key] for key in NO_LEASE} | {"lease_end_at": None} | holder
@@ -9704,7 +9771,7 @@ class Loan:
                     tuple((row["pool"],) for row in rows),
                     _user(),
                     str(Path(experiment["source"]).absolute()),  # which may use its VMs again
-                    Holder.of(os.getpid()),
+                    Process.of(),
                     task_id=f"experiment {experiment['id']}",
                     within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
                 ),
@@ -9754,7 +9821,7 @@ _ON_LOAN = """FROM vms AS v LEFT JOIN pool_vms AS p ON p.vm_name = v.pool_vm
     AND p.token = v.pool_token WHERE v.pool_token <> ''"""
 
 
-def _leased(db: Database) -> list[dict[str, Any]]:
+def _leased(db: Database) -> list[Row]:
     """Return the pool's rows of the VMs that the experiment has."""
     return db.query(f"SELECT p.* {_ON_LOAN} AND p.vm_name IS NOT NULL")
 
@@ -9910,9 +9977,9 @@ def launch(
             f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
         )
     tie_up(db)
-    rows = with_addresses(rows)  # links may have been set anew
     refuse_others_locks(rows)
-    _check_loan(db, rows)
+    addressed = with_addresses(rows)  # links may have been set anew
+    _check_loan(db, addressed)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
     with _changing_vms(db) as connection:
@@ -9921,7 +9988,7 @@ def launch(
                 "the experiment's programs are still being ended",
                 "Run it again once vmrm stop --kill has returned; if that was killed, repeat it",
             )
-        for row in rows:
+        for row in addressed:
             _refuse_pool_machine(connection, row)
             sql = "UPDATE vms SET address = :address WHERE ordinal = :ordinal"
             connection.execute(sql, row)
@@ -10051,7 +10118,8 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    return process_of(db, "supervisor")
+    lock = db.lock("supervisor")
+    return lock.holder if lock.is_held else None
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
@@ -10443,15 +10511,16 @@ class QemuVm:
     @property
     def runs(self) -> bool:
         """Whether a process holds the lock."""
-        return _is_locked(self._pid)
+        return FileLock(self._pid).is_held
 
-    def _lock(self) -> int | None:
+    def _lock(self) -> FileLock | None:
         """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
-        while (fd := take_lock(self._pid)) is not None:
+        lock = FileLock(self._pid)
+        while lock.take():
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), self._pid.stat()):
-                    return fd
-            os.close(fd)
+                if os.path.samestat(os.fstat(lock.fd), self._pid.stat()):
+                    return lock
+            lock.release()
             self.folder.mkdir(mode=0o700, exist_ok=True)
         return None
 
@@ -10471,7 +10540,7 @@ class QemuVm:
         if (lock := self._lock()) is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
         with contextlib.ExitStack() as stack:  # in the end it is QEMU alone that has these open
-            stack.callback(os.close, lock)
+            stack.callback(lock.leave)
             log = stack.enter_context((self.folder / "qemu.log").open("wb"))
             agent, control = (stack.enter_context(self._listen(name)) for name in ("agent", "qmp"))
             process = gated(
@@ -10479,10 +10548,10 @@ class QemuVm:
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
-                pass_fds=(lock, agent.fileno(), control.fileno()),
+                pass_fds=(lock.fd, agent.fileno(), control.fileno()),
             )
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{process.pid} {process_started(process.pid)}\n".encode(), 0)
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, f"{process.pid} {process_started(process.pid)}\n".encode(), 0)
             open_gate(process)
         _crash("qemu-started")
         try:
@@ -10543,7 +10612,7 @@ class QemuVm:
                     for path in [path for path in self.folder.iterdir() if path != self._pid]:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                     self._pid.unlink()
-                    os.close(lock)
+                    lock.release()
                 elif ends:
                     self._end(ends.pop(0))
                 else:
@@ -10913,15 +10982,9 @@ class Keeper:
         Raises:
             Conflict: another keeper runs; it is named.
         """
-        path = self.db.directory("locks") / KEEPER
-        lock = take_lock(path)
-        if lock is None:
-            raise Conflict(
-                f"the pool is being kept already, by process {lock_holder(path)}",
-                "Let it, or stop it first",
-            )
+        what, hint = "the pool is being kept already", "Let it, or stop it first"
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, lock)
+            stack.enter_context(self.db.lock(KEEPER).held(what, hint))
             self._prepare(stack)
             while self._goes_on():
                 pass
@@ -12106,7 +12169,7 @@ class _RunReader:
         name = row["server_name"]
         return self._vms.setdefault(name.lower(), VMRun(name))
 
-    def _rows(self, table: str) -> list[dict[str, Any]]:
+    def _rows(self, table: str) -> list[Row]:
         sql = f"SELECT * FROM {table} WHERE experiment_id = :id ORDER BY id"  # noqa: S608
         return self.db.query(sql, id=self.id)
 
@@ -12681,14 +12744,14 @@ def _dead_requests(db: Database) -> list[dict[str, Any]]:
 def _broken_files(db: Database) -> list[Path]:
     """Return what handlers and keepers that were killed have left of files they were making."""
     vms = db.query("SELECT server_name, ordinal, text FROM vms NATURAL LEFT JOIN schedules")
-    live = {v["server_name"] for v in vms if _is_locked(_handler_lock(db, v["ordinal"]))}
+    live = {v["server_name"] for v in vms if handler_lock(db, v["ordinal"]).is_held}
     tops = {*db.state_dir.glob("transfers.*/*"), *db.state_dir.glob("host/*/*")}
     for vm in vms:
         for entry in parse_schedule(vm["text"]) if vm["text"] else ():
             roots = (item["destination"] for item in entry.items("transfer"))
             tops.update(Path(root) / vm["server_name"] for root in roots if root)
     tops = {top for top in tops if top.name not in live}
-    if not _is_locked(db.directory("locks") / KEEPER):
+    if not db.lock(KEEPER).is_held:
         tops.add(db.state_dir / "bin")
     return sorted(path for top in tops for path in broken_copies(top) if path is not None)
 
@@ -13286,7 +13349,7 @@ class PoolCommands(_Group):
         if pid is None and lease is None and not runs:
             lease = 3600.0
         # We hold it until somebody was told of it, so that nothing is left if we die before.
-        holder = None if pid is None else Holder.of(pid)
+        holder = None if pid is None else Process.of(pid)
         pool = self._manager()
         for group in groups:
             pool._group(group)
@@ -13294,7 +13357,7 @@ class PoolCommands(_Group):
             (pool._group_names(groups),),
             _user() if owner is None else owner,
             sandbox,
-            Holder.of(os.getpid()),
+            Process.of(),
             lease,
             task,
             priority=priority,
@@ -14263,7 +14326,7 @@ def run_leased(
     handlers = {signal.SIGTERM: send, signal.SIGHUP: send, signal.SIGINT: interrupt}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        pool.hand_over(vm, Holder.of(child))
+        pool.hand_over(vm, Process.of(child))
         os.write(go, b"g")
         with pool.keep(vm, lease, lost):
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

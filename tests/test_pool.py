@@ -300,7 +300,7 @@ def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
     over = VmManager._over
 
     def slow(self: VmManager, row: dict[str, Any]) -> str:
-        self.hand_over(vm, vmrm.Holder.of(ME))
+        self.hand_over(vm, vmrm.Process.of(ME))
         return over(self, row)
 
     monkeypatch.setattr(VmManager, "_over", slow)
@@ -487,7 +487,7 @@ def test_a_waiter_that_is_killed_leaves_the_queue(pool: VmManager) -> None:
 def test_a_wait_has_an_end_and_says_what_it_waits_for(pool: VmManager) -> None:
     add(pool, "a")
     pool.acquire_vm([7], "zoe", "s", ME)
-    request = vmrm.Request((("7",),), "ann", "s", vmrm.Holder.of(ME))
+    request = vmrm.Request((("7",),), "ann", "s", vmrm.Process.of(ME))
     told: list[str] = []
     with pytest.raises(
         vmrm.TimedOut, match=r"after 0\.1 s no VM is available: group 7: none ready"
@@ -500,7 +500,7 @@ def test_a_wait_has_an_end_and_says_what_it_waits_for(pool: VmManager) -> None:
 def test_several_vms_are_leased_at_once_or_none(pool: VmManager) -> None:
     add(pool, "a")
     add(pool, "b", group="arm")
-    wants, holder = (("7",), ("arm", "7"), ("7",)), vmrm.Holder.of(ME)
+    wants, holder = (("7",), ("arm", "7"), ("7",)), vmrm.Process.of(ME)
     with pytest.raises(NoVmAvailable):
         pool.acquire(vmrm.Request(wants, "ann", "s", holder))
     assert [vm.state for vm in pool.get_all_vm()] == ["ready", "ready"]

@@ -167,7 +167,7 @@ def test_several_vms_are_released_terminated_and_removed_by_one_command(
     pool: VmManager, cli: Cli
 ) -> None:
     add(pool, "a", "b", "c")
-    request = vmrm.Request((("g",), ("g",)), "ann", "s", vmrm.Holder.of(ME))
+    request = vmrm.Request((("g",), ("g",)), "ann", "s", vmrm.Process.of(ME))
     leased = pool.acquire(request)
     names = [vm.vm_name for vm in leased]
     assert cli("pool", "release", *names, "--token", request.token).code == 0
@@ -269,7 +269,7 @@ def test_a_release_is_done_although_nobody_could_be_woken(
 ) -> None:
     add(pool, "a")
     pool.acquire_vm(["g"], "ann", "s", ME)
-    with vmrm.Waiting(pool, vmrm.Request((("g",),), "bob", "s", vmrm.Holder.of(ME)), 60) as place:
+    with vmrm.Waiting(pool, vmrm.Request((("g",),), "bob", "s", vmrm.Process.of(ME)), 60) as place:
         assert not place.try_again()
 
         def busy(*_: object) -> None:
@@ -317,7 +317,7 @@ def test_a_vm_not_checked_since_the_keepers_start_is_given_to_nobody(
     for owner in ("ann", "bob"):
         with pytest.raises((NoVmAvailable, vmrm.TimedOut), match="2 of 2 not checked yet"):
             pool.acquire_vm(["g"], owner, "s", ME, wait=0.1 if waits else None)
-    request = vmrm.Request((("g",),), "ann", "s", vmrm.Holder.of(ME))
+    request = vmrm.Request((("g",),), "ann", "s", vmrm.Process.of(ME))
     with vmrm.Waiting(pool, request, 60) as place:
         assert not place.try_again()
         assert pool.next_in_queue() == [], "nor is anybody woken for it"

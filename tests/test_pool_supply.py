@@ -172,7 +172,7 @@ def test_who_comes_alone_gets_what_the_queue_would_give_him(
     def within(rows: list[dict[str, Any]]) -> None:
         raise Taken([row["vm_name"] for row in rows])
 
-    request = vmrm.Request(tuple(map(tuple, wants)), owner, box, vmrm.Holder.of(ME), within=within)
+    request = vmrm.Request(tuple(map(tuple, wants)), owner, box, vmrm.Process.of(ME), within=within)
     vms, groups = tables.pool_vms(db.path).values(), tables.pool_groups(db.path)
     [share] = vmrm.allot([request], groups, vms, since, time.time())
     try:
@@ -235,7 +235,7 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
     mine = pool.acquire_vm(["ci"], "me", "box", ME).vm_name
     pool.release_vm(mine)
     group(db, {lacking: "", "list": ""})
-    request = vmrm.Request((("ci",),), "you", "box", vmrm.Holder.of(ME))
+    request = vmrm.Request((("ci",),), "you", "box", vmrm.Process.of(ME))
     with vmrm.Waiting(pool, request, 60) as place:
         assert not place.try_again()
         keep(db)
@@ -254,7 +254,7 @@ def test_no_more_machines_are_recycled_than_one_while_none_can_be_made(
     group(db, {}, max_vm_total=3)
     with ExitStack() as stack:
         for number in range(3):
-            request = vmrm.Request((("ci",),), f"new{number}", "box", vmrm.Holder.of(ME))
+            request = vmrm.Request((("ci",),), f"new{number}", "box", vmrm.Process.of(ME))
             assert not stack.enter_context(vmrm.Waiting(pool, request)).try_again()
         for _ in range(3):
             keep(db)
@@ -270,7 +270,7 @@ def test_no_machine_is_recycled_for_somebody_whose_own_is_about_to_be_clean(
     pool.release_vm(bobs)
     keep(db)
     pool.release_vm(anns)
-    request = vmrm.Request((("ci",),), "ann", "box", vmrm.Holder.of(ME))
+    request = vmrm.Request((("ci",),), "ann", "box", vmrm.Process.of(ME))
     with vmrm.Waiting(pool, request) as place:
         assert not place.try_again()
         keep(db)
@@ -301,7 +301,7 @@ def test_a_machine_that_cannot_be_ended_does_not_cost_the_others(
     keep(db)
     for owner in ("ann", "bob", "eve"):
         pool.release_vm(pool.acquire_vm(["ci"], owner, "box", ME).vm_name)
-    request = vmrm.Request((("ci",),), "new", "box", vmrm.Holder.of(ME))
+    request = vmrm.Request((("ci",),), "new", "box", vmrm.Process.of(ME))
     with vmrm.Waiting(pool, request) as place:
         for _ in range(3):
             assert not place.try_again()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -134,31 +133,30 @@ def test_two_runs_at_once_watch_one_experiment(lab: Lab) -> None:
 
 def test_who_came_second_watches_the_supervisor_that_came_first(tmp_path: Path) -> None:
     db = made(tmp_path)
-    fd = vmrm.try_lock(db.directory("locks") / "supervisor")
-    assert fd is not None
+    lock = db.lock("supervisor")
+    assert lock.try_()
     with subprocess.Popen(["true"]) as refused:
         refused.wait()
     viewer = vmrm.Viewer(db, vmrm.Screen(quiet=True))
     assert viewer._is_running(refused)
-    os.close(fd)
+    lock.release()
     assert not viewer._is_running(refused)
 
 
 def test_who_looks_whether_a_lock_is_held_does_not_keep_its_taker_out(tmp_path: Path) -> None:
-    path, over, refused = tmp_path / "lock", threading.Event(), 0
-    path.touch()
+    lock, over, refused = vmrm.FileLock(tmp_path / "lock"), threading.Event(), 0
+    seen = set()
+    lock.path.touch()
 
     def look() -> None:
         while not over.is_set():
-            vmrm._is_locked(path)
+            seen.add(vmrm.FileLock(lock.path).is_held)
 
     thread = threading.Thread(target=look)
     thread.start()
     for _ in range(300):
-        fd = vmrm.take_lock(path)
-        refused += fd is None
-        if fd is not None:
-            os.close(fd)
+        refused += not lock.take()
+        lock.release()
     over.set()
     thread.join()
     assert refused == 0
@@ -292,9 +290,8 @@ def test_who_gives_up_waiting_for_the_database_leaves_no_lock_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db = made(tmp_path)
-    path = tmp_path / "a.db.d" / "locks" / "writer"
-    fd = vmrm.try_lock(path)
-    assert fd is not None
+    lock = vmrm.FileLock(tmp_path / "a.db.d" / "locks" / "writer")
+    assert lock.try_()
 
     wait = threading.Event.wait
 
@@ -307,9 +304,10 @@ def test_who_gives_up_waiting_for_the_database_leaves_no_lock_behind(
         patch.setattr(threading.Event, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             db.write("DELETE FROM vms")
-    os.close(fd)
-    until(lambda: not [t for t in threading.enumerate() if t.name == "vmrm-writer"])
-    assert not vmrm._is_locked(path)
+    lock.release()
+    until(lambda: not lock.is_held)
+    assert lock.try_(), "who gave up let go at once"
+    lock.release()
 
 
 def test_a_retry_of_a_failed_vm_wakes_who_gives_it_a_handler(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_every_change_of_the_pool_is_noticed_at_once_by_keeper_and_waiters(tmp_p
 BOTH = """
 import os, sys, vmrm
 with vmrm.VmManager(db=sys.argv[1]) as pool:
-    both = vmrm.Request((("own",), ("own",)), "us", "", vmrm.Holder.of(os.getpid()))
+    both = vmrm.Request((("own",), ("own",)), "us", "", vmrm.Process.of())
     pool.acquire(both, wait=600)
 """
 

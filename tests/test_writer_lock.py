@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vmrm
-from vmrm import Busy, Database, Timeouts, WriterLock
+from vmrm import Busy, Database, FileLock, Timeouts
 
 FORK = multiprocessing.get_context("fork")
 PATIENT = Timeouts(writer=60)
@@ -83,14 +83,14 @@ def test_whoever_gave_up_does_not_keep_the_lock(
                 late.write("INSERT INTO counts VALUES (2, 1)")
         holder.kill()
         holder.join(20)
-        helpers = [t for t in threading.enumerate() if t.name == "vmrm-writer"]
+        helpers = [t for t in threading.enumerate() if t.name == "vmrm-lock"]
         for helper in helpers:
             helper.join(20)
             assert not helper.is_alive()
         with Database(path, timeouts=Timeouts(writer=5)) as other:
             other.write("INSERT INTO counts VALUES (3, 1)")
         late.write("INSERT INTO counts VALUES (2, 1)")
-    assert vmrm.lock_holder(path.with_name("lab.db.d") / "locks" / "writer") is None
+    assert FileLock(path.with_name("lab.db.d") / "locks" / "writer").holder is None
 
 
 def _count(path: Path, who: int, gate: Barrier, stop: Event) -> None:
@@ -147,25 +147,23 @@ def test_threads_of_one_process_exclude_each_other(path: Path) -> None:
         assert db.value("SELECT n FROM counts") == 120
 
 
-def test_a_thread_that_waits_too_long_is_told_so_too(path: Path, tmp_path: Path) -> None:
-    lock = WriterLock(tmp_path / "writer", 0.05)
-    same = WriterLock(tmp_path / "writer", 0.05)
-    with lock.held(), pytest.raises(Busy, match=f"process {os.getpid()}"), same.held():
-        pytest.fail("two hold it")
-    with same.held():
-        assert vmrm.lock_holder(tmp_path / "writer") == os.getpid()
-    assert vmrm.lock_holder(tmp_path / "writer") is None
-    lock.close()
-    same.close()
+def test_a_thread_that_waits_too_long_is_told_so_too(path: Path) -> None:
+    with Database(path, timeouts=Timeouts(writer=0.05)) as db:
+        same, lock = Database(path, timeouts=db.timeouts), db.lock("writer")
+        busy = pytest.raises(Busy, match=f"process {os.getpid()}")
+        with same, db.transaction(), busy, same.transaction():
+            pytest.fail("two hold it")
+        with same, same.transaction():
+            assert lock.holder == os.getpid()
+        assert lock.holder is None
 
 
-def test_an_error_inside_frees_the_lock(tmp_path: Path) -> None:
-    lock = WriterLock(tmp_path / "writer", 0.05)
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), lock.held():
-            raise ZeroDivisionError
-    assert vmrm.lock_holder(tmp_path / "writer") is None
-    lock.close()
+def test_an_error_inside_frees_the_lock(path: Path) -> None:
+    with Database(path, timeouts=Timeouts(writer=0.05)) as db:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), db.transaction():
+                raise ZeroDivisionError
+        assert db.lock("writer").holder is None
 
 
 def test_waiting_leaves_no_descriptor_open(
@@ -180,15 +178,14 @@ def test_waiting_leaves_no_descriptor_open(
 
 
 def test_a_lock_file_is_private_and_never_followed_through_a_link(tmp_path: Path) -> None:
-    fd = vmrm.try_lock(tmp_path / "lock")
-    assert fd is not None
+    lock, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert lock.try_()
     assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o600
-    assert vmrm.try_lock(tmp_path / "lock") is None
-    os.close(fd)
-    again = vmrm.try_lock(tmp_path / "lock")
-    assert again is not None
-    os.close(again)
+    assert not other.try_()
+    lock.release()
+    assert other.try_()
+    other.release()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match="symbolic links"):
-        vmrm.try_lock(tmp_path / "link")
+        FileLock(tmp_path / "link").try_()
     assert not (tmp_path / "target").exists()
