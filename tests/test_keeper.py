@@ -331,7 +331,7 @@ def test_who_waits_gets_a_vm_spawned_and_who_is_done_has_it_ended(
     group(db, provider.hooks, min_ready=0, vm_dirty_terminating_timeout=0)
     manager = vmrm.VmManager(db=db)
     with served(db.path) as keeper:
-        until(lambda: vmrm.process_of(db, vmrm.KEEPER) == keeper.pid)
+        until(lambda: db.lock(vmrm.KEEPER).holder == keeper.pid)
         with manager.lease(["ci"], "me", "box", wait=30) as mine:
             assert provider.running() == {mine.vm_name}
         until(lambda: not states(db) and not provider.running())
