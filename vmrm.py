@@ -724,6 +724,8 @@ class FileLock:
     @property
     def holder(self) -> int | None:
         """The pid that took the lock, from /proc/locks; None if nobody did."""
+        if not self.is_held:
+            return None
         inode = str(self.path.stat().st_ino)
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
@@ -1112,8 +1114,7 @@ class Database:
             Conflict: a process of that older vmrm still works with it.
         """
         for path in sorted(self.directory("locks").iterdir()):
-            lock = FileLock(path)
-            pid = lock.holder if path.name != "writer" and lock.is_held else None
+            pid = FileLock(path).holder if path.name != "writer" else None
             if pid not in (None, os.getpid()):
                 raise Conflict(
                     f"{str(self.path)!r} is of schema version {found}, and process {pid} of an "
@@ -10118,8 +10119,7 @@ def _skip(
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    lock = db.lock("supervisor")
-    return lock.holder if lock.is_held else None
+    return db.lock("supervisor").holder
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
