@@ -463,6 +463,19 @@ SELECT e.id, e.start_at,
            AND NOT (state = 'failed' AND e.on_failure = 'drop')) AS is_open
 FROM current_experiment AS e;
 
+-- Every attempt, when it began (one that was never sent only ended), and how late that was.
+CREATE VIEW attempt_times AS
+SELECT *, coalesce(sent_at, ended_at, armed_at) AS "begin",
+       round(sent_at - planned_at, 6) AS late_s
+FROM attempts;
+
+-- The latest attempt of each entry that has one.
+CREATE VIEW latest_attempts AS
+SELECT * FROM attempt_times AS a WHERE NOT EXISTS (
+    SELECT 1 FROM attempts AS b
+    WHERE b.experiment_id = a.experiment_id AND b.server_name = a.server_name
+      AND b.generation = a.generation AND b.ordinal = a.ordinal AND b.attempt > a.attempt);
+
 -- Every entry of every schedule with its latest attempt, if there is one.
 CREATE VIEW entry_status AS
 SELECT s.server_name, s.generation, CAST(j.key AS INTEGER) + 1 AS ordinal,
@@ -472,20 +485,34 @@ SELECT s.server_name, s.generation, CAST(j.key AS INTEGER) + 1 AS ordinal,
        coalesce(json_extract(j.value, '$.ignore_failure'), 0) AS ignore_failure,
        coalesce(json_extract(j.value, '$.wait'), 1) AS "wait",
        j.value AS entry,
-       a.id AS attempt_id, a.attempt, a.outcome, a.planned_at, a.sent_at, a.ended_at,
+       a.id AS attempt_id, a.attempt, a.outcome, a.planned_at, a.sent_at, a.ended_at, a.late_s,
        a.exit_code, a.reboot, a.retried, a.error, a.pid
 FROM schedules AS s, json_each(s.text) AS j
-LEFT JOIN attempts AS a ON a.id = (
-    SELECT b.id FROM attempts AS b
-    WHERE b.experiment_id = (SELECT id FROM current_experiment)
-      AND b.server_name = s.server_name AND b.generation = s.generation
-      AND b.ordinal = CAST(j.key AS INTEGER) + 1
-    ORDER BY b.attempt DESC LIMIT 1)
+LEFT JOIN latest_attempts AS a
+    ON a.experiment_id = (SELECT id FROM current_experiment)
+   AND a.server_name = s.server_name AND a.generation = s.generation
+   AND a.ordinal = CAST(j.key AS INTEGER) + 1
 WHERE s.text IS NOT NULL;
+
+-- Every schedule that an experiment has or, under former generations, had.
+CREATE VIEW run_schedules AS
+SELECT (SELECT id FROM current_experiment) AS experiment_id, server_name, generation, text
+FROM schedules
+UNION ALL SELECT experiment_id, server_name, generation, text FROM past_schedules;
+
+-- Every content that the file store must have, and what names it.
+CREATE VIEW named_contents AS
+SELECT sha256, printf('file ''%s'' of store ''%s''', name, store) AS named_by FROM files
+UNION ALL
+SELECT json_extract(f.value, '$.sha256'),
+       printf('file ''%s'' of VM ''%s''', json_extract(f.value, '$.filename'), s.server_name)
+FROM schedules AS s, json_each(s.text) AS j, json_each(j.value, '$.file') AS f
+WHERE s.text IS NOT NULL AND json_extract(f.value, '$.sha256') IS NOT NULL;
 
 -- One line per VM, for people: `status` and the live view print it.
 CREATE VIEW vm_status AS
-SELECT v.server_name, v.state, v."current_time", v.reason, v.finished_at, v.skew_s,
+SELECT (SELECT id FROM current_experiment) AS experiment_id,
+       v.server_name, v.state, v."current_time", v.reason, v.finished_at, v.skew_s,
        count(e.ordinal) AS entries,
        coalesce(sum(e.outcome = 'done' AND NOT e.reboot), 0) AS done,
        coalesce(sum(e.outcome = 'failed'), 0) AS failed,

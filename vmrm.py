@@ -54,6 +54,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import string
 import subprocess
 import threading
 import time
@@ -2691,6 +2692,12 @@ def read_holds(db: Database, server_name: str) -> list[Hold]:
     return [Hold(row["experiment_time"], row["duration_s"]) for row in rows]
 
 
+def read_schedule(db: Database, server_name: str) -> tuple[list[ScheduleEntry], list[Hold]]:
+    """Return a VM's entries, and what commands gave it."""
+    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
+    return parse_schedule(text or "[]"), read_holds(db, server_name)
+
+
 def pause_vms(
     db: Database, server_names: Iterable[str], duration: float = math.inf
 ) -> list[dict[str, Any]]:
@@ -2748,8 +2755,7 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
     """Return the experiment time, and when the break that holds the VM now began, if one does."""
     name, start = vm["server_name"], db.value("SELECT start_at FROM current_experiment")
     now = 0.0 if start is None else max(0.0, CLOCK.wall() - start)
-    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=name)
-    entries, holds = parse_schedule(text or "[]"), read_holds(db, name)
+    entries, holds = read_schedule(db, name)
     waits = vm["state"] in (VMState.UNINITIALIZED, VMState.CONFIGURING)
     if waits and math.isinf(opening_delay(entries, holds)):
         return now, -math.inf
@@ -3138,6 +3144,12 @@ def remove_unused(db: Database) -> None:
                 path.unlink(missing_ok=True)
         finally:
             lock.release()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content_path(db: Database, sha256: str) -> Path:
@@ -11868,34 +11880,23 @@ def _is_same(db: Database, experiment: Experiment) -> bool:
 
 # === what there is to see ========================================================================
 
-
-def vm_rows(db: Database) -> list[dict[str, Any]]:
-    """Return one row per VM for `status`: name, state, time, counts of entries, reason."""
-    held = _held(db)
-    return [
-        {
-            "vm": row["server_name"],
-            "state": row["state"],
-            "time": row["current_time"],
-            "entries": row["entries"],
-            "done": row["done"],
-            "failed": row["failed"],
-            "unknown": row["unknown"],
-            "running": row["running"],
-            "reason": row["reason"]
-            or held.get(row["server_name"], "")
-            or _clock_off(row["skew_s"]),
-        }
-        for row in db.query("SELECT * FROM vm_status")
-    ]
-
-
-def _clock_off(skew: float | None) -> str:
-    return f"its clock is off by {skew:+.0f} s" if skew is not None and abs(skew) > 1 else ""
-
-
 HELD = "in a break since "
 WAITS = "waits for its agent: "
+
+
+def vm_rows(db: Database) -> list[Row]:
+    """Return one row per VM for `status`: name, state, time, counts of entries, reason."""
+    held = _held(db)
+    rows = db.query(
+        """SELECT server_name AS vm, state, "current_time" AS time, entries, done, failed, unknown,
+                  running, reason, skew_s
+           FROM vm_status"""
+    )
+    for row in rows:
+        skew = row.pop("skew_s") or 0
+        off = f"its clock is off by {skew:+.0f} s" if abs(skew) > 1 else ""
+        row["reason"] = row["reason"] or held.get(row["vm"]) or off
+    return rows
 
 
 def _held(db: Database) -> dict[str, str]:
@@ -11914,40 +11915,41 @@ def _held(db: Database) -> dict[str, str]:
 def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     """Return one row per entry of a VM: what was planned, and what happened."""
     start = db.value("SELECT start_at FROM current_experiment")
-    text = db.value("SELECT text FROM schedules WHERE server_name = :name", name=server_name)
-    entries = parse_schedule(text) if text else []
-    times = effective_times(entries, read_holds(db, server_name))
+    entries, holds = read_schedule(db, server_name)
+    times, rows = effective_times(entries, holds), []
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
-    return [_entry_row(entry, times, status[entry.ordinal], start) for entry in in_order(entries)]
+    for entry in in_order(entries):
+        row, at = status[entry.ordinal], times[entry.ordinal]
+        planned = row["planned_at"]
+        if planned is None and start is not None and 0 < at < math.inf:
+            planned = start + at
+        late = row["late_s"] if entry.start_time > 0 else None
+        happened = {
+            "outcome": row["outcome"] or "",
+            "attempt": row["attempt"],
+            "exit_code": row["exit_code"],
+            "planned": _iso_or_none(planned),
+            "sent": _iso_or_none(row["sent_at"]),
+            "ended": _iso_or_none(row["ended_at"]),
+            "late_s": None if late is None else round(late, 3),
+            "error": row["error"] or "",
+        }
+        rows.append(_planned(entry, at) | happened)
+    return rows
 
 
-def _held_or(at: float) -> str:
-    """Return an effective time as people read it; a break holds what has none."""
-    return "held" if at == math.inf else _plain_time(round(at, 3))
-
-
-def _entry_row(
-    entry: ScheduleEntry, times: Mapping[int, float], row: Mapping[str, Any], start: float | None
-) -> dict[str, Any]:
-    at, sent = times[entry.ordinal], row["sent_at"]
-    planned = row["planned_at"]
-    if planned is None and start is not None and 0 < at < math.inf:
-        planned = start + at
+def _planned(entry: ScheduleEntry, at: float) -> dict[str, Any]:
     return {
         "entry": entry.ordinal,
         "time": _plain_time(entry.start_time),
-        "at": _held_or(at),
+        "at": "held" if at == math.inf else _plain_time(round(at, 3)),
         "what": entry.label,
-        "outcome": row["outcome"] or "",
-        "attempt": row["attempt"],
-        "exit_code": row["exit_code"],
-        "planned": _iso(planned) if planned else None,
-        "sent": _iso(sent) if sent else None,
-        "ended": _iso(row["ended_at"]) if row["ended_at"] else None,
-        "late_s": round(sent - planned, 3) if sent and planned and entry.start_time > 0 else None,
-        "error": row["error"] or "",
     }
+
+
+def _iso_or_none(at: float | None) -> str | None:
+    return _iso(at) if at else None
 
 
 def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
@@ -11958,53 +11960,36 @@ def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
     parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
     rows = []
     for vm in experiment.vms:
-        managed = vm["state"] != VMState.NOT_APPLICABLE
-        entries = in_order(parsed(experiment.schedules.get(vm["server_name"], "[]")))
+        name, managed = vm["server_name"], vm["state"] != VMState.NOT_APPLICABLE
+        entries = in_order(parsed(experiment.schedules.get(name, "[]")))
         times = effective_times(entries)
-        rows += [
-            {"vm": vm["server_name"]}
-            | _plan_row(entry, times[entry.ordinal], experiment.files)
-            | {"notes": ["never contacted"] if not managed else _plan_notes(entry)}
-            for entry in entries
-        ]
+        for entry in entries:
+            row = _planned(entry, times[entry.ordinal]) | _plan_row(entry, experiment.files)
+            rows.append({"vm": name} | row | ({} if managed else {"notes": ["never contacted"]}))
         if not entries:
-            what = {"what": "configured at once" if managed else "never contacted"}
-            rows.append({"vm": vm["server_name"]} | dict.fromkeys(PLAN_COLUMNS) | what)
+            columns = dict.fromkeys(["entry", "time", "at", "what", "files", "transfers", "notes"])
+            what = "configured at once" if managed else "never contacted"
+            rows.append({"vm": name} | columns | {"what": what})
     return rows
 
 
-PLAN_COLUMNS = ["entry", "time", "at", "what", "files", "transfers", "notes"]
-
-
-def _plan_row(entry: ScheduleEntry, at: float, files: Mapping[str, Path]) -> dict[str, Any]:
-    placed = [
-        {"location": item["location"], "bytes": files[item["sha256"]].stat().st_size}
-        for item in entry.items("file")
-    ] + [
-        {"location": item["location"], "bytes": text_content(item["content"]).size}
-        for item in entry.items("content")
-    ]
-    return {
-        "entry": entry.ordinal,
-        "time": _plain_time(entry.start_time),
-        "at": _held_or(at),
-        "what": entry.label,
-        "files": placed,
-        "transfers": [
-            {key: item[key] for key in ("location", "interval", "destination") if item[key]}
-            for item in entry.items("transfer")
-        ],
-    }
-
-
-def _plan_notes(entry: ScheduleEntry) -> list[str]:
-    said = {
+def _plan_row(entry: ScheduleEntry, files: Mapping[str, Path]) -> dict[str, Any]:
+    sizes = [(item, files[item["sha256"]].stat().st_size) for item in entry.items("file")]
+    sizes += [(item, text_content(item["content"]).size) for item in entry.items("content")]
+    notes = {
         "on the host": entry.on_host,
         "failure ignored": entry.ignore_failure,
         "not waited for": not entry.options.get("wait", True),
         "run again if unknown": entry.options.get("rerun"),
     }
-    return [words for words, holds in said.items() if holds]
+    return {
+        "files": [{"location": item["location"], "bytes": size} for item, size in sizes],
+        "transfers": [
+            {key: item[key] for key in ("location", "interval", "destination") if item[key]}
+            for item in entry.items("transfer")
+        ],
+        "notes": [words for words, holds in notes.items() if holds],
+    }
 
 
 def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -12014,46 +11999,27 @@ def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> 
     return ", ".join([*words, f"time 0 comes {buffer:g} s after the last VM is configured"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """Something that happened to a VM at one instant."""
 
     at: float
-    kind: str  # state, reboot, pause, break or resume
+    kind: str  # state, reboot, pause, break, resume
     text: str
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any]
 
 
-@dataclasses.dataclass
-class VMRun:
-    """One VM's part in an experiment, as its rows tell it; attempts and moves are oldest first."""
+class VMRun(NamedTuple):
+    """One VM's part in an experiment, as its rows tell it; attempts and marks are oldest first."""
 
     name: str
+    state: str = ""  # or its last one
+    reason: str = ""
     row: dict[str, Any] | None = None  # of vm_status, while the VM is there
-    generation: int = 0  # the schedule's last one
-    entries: list[ScheduleEntry] = dataclasses.field(default_factory=list)
-    holds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    moves: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    attempts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    @property
-    def state(self) -> str:
-        """The VM's state, or its last one."""
-        return str(self.row["state"] if self.row else self.moves[-1]["new_state"])
-
-    @property
-    def reason(self) -> str:
-        """Why it failed, if it did."""
-        return str(self.row["reason"] if self.row else self.moves[-1]["reason"])
-
-    def latest(self) -> dict[int, dict[str, Any]]:
-        """Return the latest attempt of each entry of the schedule, by ordinal."""
-        return {a["ordinal"]: a for a in self.attempts if a["generation"] == self.generation}
-
-    def first(self) -> Collection[dict[str, Any]]:
-        """Return the first attempt of each entry of the schedule."""
-        present = [a for a in self.attempts if a["generation"] == self.generation]
-        return {a["ordinal"]: a for a in reversed(present)}.values()
+    entries: Sequence[ScheduleEntry] = ()  # of the schedule's last generation
+    latest: Mapping[int, dict[str, Any]] = {}  # attempt of each, by ordinal
+    first: Mapping[int, dict[str, Any]] = {}
+    attempts: Sequence[dict[str, Any]] = ()  # of all generations
+    marks: Sequence[Mark] = ()  # what else happened
 
 
 @dataclasses.dataclass
@@ -12061,142 +12027,97 @@ class Run:
     """One experiment as its rows tell it, also while it runs and after it was destroyed."""
 
     experiment: dict[str, Any]
-    now: float  # when it was read, or destroyed
-    vms: list[VMRun]
+    begin: float  # its launch
+    end: float  # when it ended, or was read or destroyed
+    vms: list[VMRun]  # in the order they were added
     loose: list[str]  # schedules without a VM
 
-    @property
-    def begin(self) -> float:
-        """When it was launched."""
-        return float(self.experiment["launched_at"])
 
-    @functools.cached_property
-    def end(self) -> float:
-        """When it ended, or was read; nothing that happened is later."""
-        ends: list[float] = [a["end"] for vm in self.vms for a in vm.attempts if a["ended_at"]]
-        return max(self.begin, float(self.experiment["ended_at"] or self.now), *ends)
-
-    def marks(self, vm: VMRun) -> list[Mark]:
-        """Return what happened to a VM besides its attempts, oldest first."""
-        found = [
-            Mark(row["at"], "state", row["new_state"], {"reason": row["reason"] or None})
-            for row in vm.moves
-            if row["at"] >= self.begin
-        ]
-        for row in vm.holds:
-            text = str(Hold(row["experiment_time"], row["duration_s"]))
-            details = {"ignored": bool(row["ignored"])}
-            found.append(Mark(row["at"], text.split()[0], f"{text} given", details))
-        boots = [a for a in vm.attempts if a["boot_id"] and not a["on_host"]]
-        for before, after in itertools.pairwise(boots):
-            if after["boot_id"] != before["boot_id"]:
-                details = {"boot_id": after["boot_id"]}
-                found.append(Mark(after["armed_at"], "reboot", "rebooted", details))
-        found += self._pauses(vm)
-        return sorted(found, key=lambda mark: mark.at)
-
-    def _pauses(self, vm: VMRun) -> Iterator[Mark]:
-        given = [
-            Hold(row["experiment_time"], row["duration_s"])
-            for row in vm.holds
-            if not row["ignored"]
-        ]
-        times, start = effective_times(vm.entries, given), self.experiment["start_at"]
-        for entry in vm.entries:
-            if entry.pause is None and not entry.options.get("resume"):
-                continue
-            at = self.begin if entry.start_time < 0 else (start or math.inf) + times[entry.ordinal]
-            if at <= self.end:  # and not still to come
-                yield Mark(at, entry.label.split()[0], entry.label, {"entry": entry.ordinal})
-
-
-def read_run(db: Database, experiment: int | None = None) -> Run:
-    """Read all that is known of an experiment: what reports and traces are made of.
-
-    Args:
-        db: The database.
-        experiment: Its number; None means the current one.
-
-    Raises:
-        NotFound: there is no such experiment.
-    """
-    row = db.row(
+def read_run(db: Database, number: int | None = None) -> Run:
+    """Read all that is known of an experiment; None means the current one."""
+    experiment = db.row(
         """SELECT * FROM experiments
            WHERE id = coalesce(:id, (SELECT id FROM current_experiment))""",
-        id=experiment,
+        id=number,
     )
-    if row is None:
+    if experiment is None:
         last = db.value("SELECT max(id) FROM experiments WHERE launched_at IS NOT NULL")
         hint = f"The last one that ran: --experiment {last}" if last else "Run one: vmrm run FILE"
-        what = "current experiment" if experiment is None else f"experiment {experiment}"
+        what = "current experiment" if number is None else f"experiment {number}"
         raise NotFound(f"there is no {what}", hint)
-    now = row["destroyed_at"] or CLOCK.wall()
-    return Run(row, now, *_RunReader(db, row, now).read())
+
+    def of_vms(view: str, order: str = "id") -> dict[str, list[Row]]:
+        sql = f"SELECT * FROM {view} WHERE experiment_id = :id ORDER BY {order}"  # noqa: S608
+        found = collections.defaultdict(list)
+        for row in db.query(sql, id=experiment["id"]):
+            found[row["server_name"].lower()].append(row)
+        return found
+
+    moves, holds, present = of_vms("history"), of_vms("holds"), of_vms("vm_status", "ordinal")
+    attempts = of_vms("attempt_times")  # before the schedules: no entry is younger
+    schedules = of_vms("run_schedules", "generation")
+    parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
+    begin, now = experiment["launched_at"], experiment["destroyed_at"] or CLOCK.wall()
+    ends = [a["ended_at"] for tries in attempts.values() for a in tries if a["ended_at"]]
+    end = max(begin or now, experiment["ended_at"] or now, *ends)
+    run = Run(experiment, begin or math.inf, end, [], [])
+    for key, moved in moves.items():
+        texts = {s["generation"]: parsed(s["text"] or "[]") for s in schedules.pop(key, ())}
+        tries = [_attempt_of(row, texts.get(row["generation"], []), now) for row in attempts[key]]
+        last = max(texts, default=0)  # it stays, also that of a removed schedule
+        entries, of_last = texts.get(last, []), [a for a in tries if a["generation"] == last]
+        row = next(iter(present.get(key, ())), None)
+        state, reason = moved[-1]["new_state"], (row or moved[-1])["reason"]
+        latest, first = ({a["ordinal"]: a for a in o} for o in (of_last, reversed(of_last)))
+        marks = _marks(run, moved, holds[key], tries, entries)
+        vm = (moved[0]["server_name"], state, reason, row, entries, latest, first, tries, marks)
+        run.vms.append(VMRun(*vm))
+    run.loose = sorted(s[-1]["server_name"] for s in schedules.values() if s[-1]["text"])
+    return run
 
 
-class _RunReader:
-    """Puts the rows of one experiment together by VM."""
-
-    def __init__(self, db: Database, experiment: Mapping[str, Any], now: float) -> None:
-        self.db, self.id, self.now = db, experiment["id"], now
-        self.is_current = experiment["destroyed_at"] is None
-        self._vms: dict[str, VMRun] = {}
-
-    def read(self) -> tuple[list[VMRun], list[str]]:
-        """Return the VMs, in the order they were added, and the names of schedules without VM."""
-        for row in self.db.query("SELECT * FROM vm_status") if self.is_current else ():
-            self._vm(row).row = row
-        for row in self._rows("history"):
-            self._vm(row).moves.append(row)
-        attempts = self._rows("attempts")  # before the schedules: no entry is younger
-        texts, loose = self._schedules(), []
-        parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
-        for (name, generation), text in sorted(texts.items()):
-            if name in self._vms:  # the last generation stays, also that of a removed schedule
-                vm = self._vms[name]
-                vm.generation, vm.entries = generation, parsed(text or "[]")
-            elif text:
-                loose.append(name)
-        for row in self._rows("holds"):
-            self._vm(row).holds.append(row)
-        for row in attempts:
-            text = texts.get((row["server_name"].lower(), row["generation"]), "[]")
-            entry = next(iter(parsed(text)[row["ordinal"] - 1 :]), None)
-            self._vm(row).attempts.append(_seen(row, entry, self.now))
-        return list(self._vms.values()), loose
-
-    def _vm(self, row: Mapping[str, Any]) -> VMRun:
-        name = row["server_name"]
-        return self._vms.setdefault(name.lower(), VMRun(name))
-
-    def _rows(self, table: str) -> list[Row]:
-        sql = f"SELECT * FROM {table} WHERE experiment_id = :id ORDER BY id"  # noqa: S608
-        return self.db.query(sql, id=self.id)
-
-    def _schedules(self) -> dict[tuple[str, int], str]:
-        rows = self.db.query(
-            """SELECT server_name, generation, text FROM past_schedules WHERE experiment_id = :id
-               UNION ALL SELECT server_name, generation, text FROM schedules WHERE :current""",
-            id=self.id,
-            current=self.is_current,
-        )
-        return {(row["server_name"].lower(), row["generation"]): row["text"] for row in rows}
-
-
-def _seen(row: dict[str, Any], entry: ScheduleEntry | None, now: float) -> dict[str, Any]:
+def _attempt_of(row: dict[str, Any], entries: list[ScheduleEntry], now: float) -> dict[str, Any]:
     """Return an attempt with what its entry says, and when it is to be drawn."""
-    sent, planned = row["sent_at"], row["planned_at"]
-    begin = sent or row["ended_at"] or row["armed_at"]  # what was never sent only ended
+    entry = next(iter(entries[row["ordinal"] - 1 :]), None)
     on_host = entry is not None and entry.on_host
-    label = str(entry) if entry else f"entry {row['ordinal']}"
     return row | {
-        "label": f"{label} on the host" if on_host else label,
+        "label": f"{entry or 'entry {}'.format(row['ordinal'])}{' on the host' * on_host}",
         "on_host": on_host,
         "ignored": bool(entry and entry.ignore_failure),
-        "begin": begin,
-        "end": max(begin, row["ended_at"] or now),
-        "late_s": round(sent - planned, 6) if sent and planned else None,
+        "end": max(row["begin"], row["ended_at"] or now),
     }
+
+
+def _marks(
+    run: Run,
+    moves: Iterable[Mapping[str, Any]],
+    holds: Iterable[Mapping[str, Any]],
+    attempts: Iterable[Mapping[str, Any]],
+    entries: Sequence[ScheduleEntry],
+) -> list[Mark]:
+    """Return what happened to a VM besides its attempts, oldest first."""
+    found, given = [], []
+    for row in moves:
+        if row["at"] >= run.begin:
+            why = {"reason": row["reason"]} if row["reason"] else {}
+            found.append(Mark(row["at"], "state", row["new_state"], why))
+    for row in holds:
+        hold, ignored = Hold(row["experiment_time"], row["duration_s"]), bool(row["ignored"])
+        given += [] if ignored else [hold]
+        text = f"{hold} given"
+        found.append(Mark(row["at"], text.split()[0], text, {"ignored": ignored}))
+    boots = [a for a in attempts if a["boot_id"] and not a["on_host"]]
+    for before, after in itertools.pairwise(boots):
+        if after["boot_id"] != before["boot_id"]:
+            boot = {"boot_id": after["boot_id"]}
+            found.append(Mark(after["armed_at"], "reboot", "rebooted", boot))
+    times, start = effective_times(entries, given), run.experiment["start_at"] or math.inf
+    for entry in entries:
+        at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
+        if (entry.pause or entry.options.get("resume")) and at <= run.end:  # it has come
+            label = entry.label
+            found.append(Mark(at, label.split()[0], label, {"entry": entry.ordinal}))
+    return sorted(found, key=lambda mark: mark.at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12213,15 +12134,10 @@ class Report:
         return not self.faults
 
 
-def report(db: Database) -> Report:
-    """Return how the current experiment went, from rows alone."""
-    return report_of(read_run(db))
-
-
 def report_of(run: Run) -> Report:
     """Return how an experiment went."""
     vms = [vm for vm in run.vms if vm.row or run.experiment["destroyed_at"]]
-    rows, faults = [_vm_row(vm) for vm in vms], [fault for vm in vms for fault in _vm_faults(vm)]
+    faults = [fault for vm in vms for fault in _vm_faults(vm)]
     stopped = run.experiment["halt"] in (Halt.STOP, Halt.KILL)
     for vm in vms if stopped else ():
         if vm.row and vm.row["finished_at"] is None and vm.state not in (VMState.FAILED, "n/a"):
@@ -12229,15 +12145,16 @@ def report_of(run: Run) -> Report:
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
     if run.experiment["start_at"] is None:
         faults.append("the experiment did not reach its start time")
-    summary = _summary(run.experiment, rows)
-    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest().values())
-    return Report(rows, faults, summary + (f", {skipped} skipped" if skipped else ""))
+    rows = list(map(_vm_row, vms))
+    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest.values())
+    return Report(rows, faults, _summary(run.experiment, rows, skipped))
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
-    latest = [a for o, a in vm.latest().items() if vm.entries[o - 1].pause is None]
-    late = sorted(a["late_s"] for a in vm.first() if a["late_s"] is not None and not a["overdue"])
+    latest = [a for o, a in vm.latest.items() if vm.entries[o - 1].pause is None]
     outcomes = [a["outcome"] for a in latest if not (a["outcome"] == "done" and a["reboot"])]
+    first = [a for a in vm.first.values() if not a["overdue"]]
+    late = sorted(a["late_s"] for a in first if a["late_s"] is not None)
     return {
         "vm": vm.name,
         "state": vm.state,
@@ -12251,11 +12168,10 @@ def _vm_row(vm: VMRun) -> dict[str, Any]:
 
 
 def _vm_faults(vm: VMRun) -> Iterator[str]:
-    latest = vm.latest()
     if vm.state == VMState.FAILED:
         yield f"{vm.name}: failed: {vm.reason}"
     for entry in vm.entries:
-        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", latest.get(entry.ordinal)
+        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", vm.latest.get(entry.ordinal)
         if attempt is None:
             if entry.pause is None and vm.state != VMState.NOT_APPLICABLE:
                 yield f"{where}: did not run"
@@ -12271,14 +12187,13 @@ def _row_label(row: Mapping[str, Any]) -> str:
     return ScheduleEntry.from_dict(json.loads(row["entry"])).label
 
 
-def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], skipped: int) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
     words = [counted(len(rows), "VM"), f"{done} of {entries} entries done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
-    if launched and start:
-        words.append(f"time 0 {start - launched:.0f} s after launch")
-    if launched and ended:
-        words.append(f"{ended - launched:.1f} s in all")
+    words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
+    words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
+    words += [f"{skipped} skipped"] if skipped else []
     return ", ".join(words)
 
 
@@ -12296,79 +12211,50 @@ def trace(run: Run) -> dict[str, Any]:
     """Return an experiment in the Chrome trace event format, for Perfetto and chrome://tracing.
 
     Each VM is a process. Its attempts are complete events on as many threads as overlap, since
-    what shares a thread must nest; state changes, pauses, resumes and reboots are instants. Times
-    are microseconds from the launch.
+    what shares a thread must nest; its marks are instants. Times are microseconds from the launch.
     """
-    tracer = _Tracer(run.begin)
     start, source = run.experiment["start_at"], run.experiment["source"]
-    tracer.process(f"experiment {source}".strip(), "")
-    tracer.instant("launch", run.begin, scope="g")
-    if start is not None:
-        tracer.instant("start time", start, scope="g")
-    for vm in run.vms:
-        tracer.process(vm.name, vm.state)
-        for mark in run.marks(vm):
-            tracer.instant(mark.text, mark.at, mark.kind, mark.details)
-        for lane, attempts in enumerate(lanes(vm.attempts, tracer.microseconds)):
-            tracer.thread(f"attempts {lane + 1}" if lane else "attempts")
+    zero = {"launch": run.begin, "start time": start}
+    everybody = [Mark(at, "experiment", text, {}) for text, at in zero.items() if at is not None]
+    experiment = VMRun(f"experiment {source}".strip(), marks=everybody)
+    events: list[dict[str, Any]] = []
+    tid = 0  # used once in all of a trace
+
+    def microseconds(seconds: float) -> int:
+        return max(0, round((seconds - run.begin) * 1e6))  # the host's clock may be set back
+
+    def add(ph: str, name: str, **more: Any) -> None:
+        events.append({"ph": ph, "name": name, "pid": pid, "tid": tid, **more})
+
+    for pid, vm in enumerate((experiment, *run.vms), 1):
+        tid += 1  # for what happens to the process as a whole
+        add("M", "process_name", args={"name": vm.name})
+        add("M", "process_sort_index", args={"sort_index": pid})
+        add("M", "thread_name", args={"name": "events"})
+        if vm.state:
+            add("M", "process_labels", args={"labels": vm.state})
+        for at, kind, text, details in vm.marks:
+            scope = "g" if vm is experiment else "p"
+            add("i", text, cat=kind, ts=microseconds(at), s=scope, args=details)
+        for lane, attempts in enumerate(lanes(vm.attempts, microseconds)):
+            tid += 1
+            add("M", "thread_name", args={"name": f"attempts {lane + 1}" if lane else "attempts"})
+            add("M", "thread_sort_index", args={"sort_index": tid})
             for attempt in attempts:
-                tracer.attempt(attempt)
+                begin, end = (microseconds(attempt[key]) for key in ("begin", "end"))
+                colour, args = TRACE_COLOURS[attempt["outcome"]], _trace_arguments(attempt)
+                more = {"cat": "attempt", "ts": begin, "dur": end - begin, "cname": colour}
+                add("X", attempt["label"], **more, args=args)
     about = {"vmrm": __version__, "experiment": run.experiment["id"], "source": source}
-    times = {"launched": _iso(run.begin), "start": _iso(start) if start else None}
-    return {"traceEvents": tracer.events, "displayTimeUnit": "ms", "otherData": about | times}
+    times = {"launched": _iso(run.begin), "start": _iso_or_none(start)}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about | times}
 
 
-class _Tracer:
-    """Collects trace events; process and thread numbers are used once in all of a trace."""
-
-    def __init__(self, begin: float) -> None:
-        self.begin = begin
-        self.events: list[dict[str, Any]] = []
-        self._pid = self._tid = 0
-
-    def microseconds(self, at: float) -> int:
-        return max(0, round((at - self.begin) * 1e6))  # the host's clock may have been set back
-
-    def _add(self, ph: str, name: str, **more: Any) -> None:
-        self.events.append({"ph": ph, "name": name, "pid": self._pid, "tid": self._tid, **more})
-
-    def process(self, name: str, label: str) -> None:
-        self._pid += 1
-        self._tid += 1  # for what happens to the process as a whole
-        self._add("M", "process_name", args={"name": name})
-        self._add("M", "process_sort_index", args={"sort_index": self._pid})
-        self._add("M", "thread_name", args={"name": "events"})
-        if label:
-            self._add("M", "process_labels", args={"labels": label})
-
-    def thread(self, name: str) -> None:
-        self._tid += 1
-        self._add("M", "thread_name", args={"name": name})
-        self._add("M", "thread_sort_index", args={"sort_index": self._tid})
-
-    def instant(
-        self,
-        name: str,
-        at: float,
-        kind: str = "experiment",
-        args: Mapping[str, Any] | None = None,
-        scope: str = "p",
-    ) -> None:
-        known = {key: value for key, value in (args or {}).items() if value is not None}
-        self._add("i", name, cat=kind, ts=self.microseconds(at), s=scope, args=known)
-
-    def attempt(self, attempt: Mapping[str, Any]) -> None:
-        begin, end = (self.microseconds(attempt[key]) for key in ("begin", "end"))
-        known = {
-            key: _iso(attempt[f"{key}_at"]) if attempt[f"{key}_at"] else None
-            for key in ("planned", "sent", "ended")
-        }
-        keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
-        known |= {"entry": attempt["ordinal"], **{key: attempt[key] for key in keys}}
-        args = {key: value for key, value in known.items() if value not in (None, "")}
-        colour = TRACE_COLOURS[attempt["outcome"]]
-        more = {"cat": "attempt", "ts": begin, "dur": end - begin, "cname": colour, "args": args}
-        self._add("X", attempt["label"], **more)
+def _trace_arguments(attempt: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: _iso_or_none(attempt[f"{key}_at"]) for key in ("planned", "sent", "ended")}
+    keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
+    known |= {"entry": attempt["ordinal"], **{key: attempt[key] for key in keys}}
+    return {key: value for key, value in known.items() if value not in (None, "")}
 
 
 def lanes(
@@ -12381,69 +12267,59 @@ def lanes(
         place: Where a time is drawn: what touches there counts as free.
     """
     dealt: list[list[Mapping[str, Any]]] = []
-    ends: list[float] = []  # of each lane's last attempt
     for attempt in sorted(attempts, key=lambda a: (place(a["begin"]), place(a["end"]))):
         begin = place(attempt["begin"])
-        lane = next((n for n, end in enumerate(ends) if end <= begin), len(ends))
-        if lane == len(ends):
-            dealt.append([])
-            ends.append(0.0)
-        dealt[lane].append(attempt)
-        ends[lane] = place(attempt["end"])
+        lane = next((lane for lane in dealt if place(lane[-1]["end"]) <= begin), None)
+        if lane is None:
+            dealt.append([attempt])
+        else:
+            lane.append(attempt)
     return dealt
 
 
 # --- the report as a page
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #667085; --line: #e2e6ee;
-  --band: #f6f8fb; --done: #2f9e62; --failed: #d64545; --unknown: #b35cc9; --skipped: #98a2b3;
-  --running: #3b82d6; --armed: #9cc3ee; --mark: #b7791f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e3e7ee; --faint: #939db0;
-  --line: #2b313c; --band: #1a1e26; --done: #3fae73; --failed: #ef6461; --unknown: #c884db;
-  --skipped: #667085; --running: #5a9be6; --armed: #35597f; --mark: #e0ab4f; } }
-* { box-sizing: border-box; }
+_PAGE = string.Template("""\
+<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$source: $word</title><style>
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #667085;
+  --line: #e2e6ee; --band: #f6f8fb; --done: #2f9e62; --failed: #d64545; --unknown: #b35cc9;
+  --skipped: #98a2b3; --running: #3b82d6; --armed: #9cc3ee; --mark: #b7791f; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e3e7ee;
+  --faint: #939db0; --line: #2b313c; --band: #1a1e26; --done: #3fae73; --failed: #ef6461;
+  --unknown: #c884db; --running: #5a9be6; --armed: #35597f; --mark: #e0ab4f; } }
 body { margin: 0 auto; max-width: 1400px; padding: 28px 32px 60px; background: var(--paper);
-  color: var(--ink); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 36px 0 10px; }
-.verdict { color: #fff; border-radius: 4px; padding: 2px 9px; margin-left: 10px; font-size: 14px;
-  font-weight: 600; vertical-align: 3px; }
-.summary, .facts, .note { color: var(--faint); margin: 0; }
-ul { max-height: 20em; overflow-y: auto; margin: 0; padding-left: 20px; }
+  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 span { color: #fff; border-radius: 4px; padding: 2px 9px; font-size: 14px; }
+ul { max-height: 20em; overflow-y: auto; } .faint, th, footer { color: var(--faint); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 16px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
-th { color: var(--faint); font-weight: 500; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; overflow-wrap: anywhere; }
-td.bad { color: var(--failed); font-weight: 600; }
-.legend span { margin-right: 16px; white-space: nowrap; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px;
-  margin-right: 6px; vertical-align: -1px; }
-.timeline { display: grid; grid-template-columns: minmax(5em, max-content) 1fr; margin-top: 10px; }
-.axis, .corner { position: sticky; top: 0; background: var(--paper); height: 26px;
-  border-bottom: 1px solid var(--line); }
-.corner { color: var(--faint); font-size: 12px; padding-top: 4px; }
-.name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  padding-right: 12px; }
-.name:nth-child(even) { background: var(--band); }
-.names { min-width: 0; }
-svg { display: block; width: 100%; overflow: visible; }
-svg text { fill: var(--faint); font-size: 12px; text-anchor: middle; }
-.grid { stroke: var(--line); } .zebra { fill: var(--band); }
-.start { stroke: var(--ink); stroke-dasharray: 4 3; } text.start { stroke: none; fill: var(--ink); }
-rect { stroke-width: 1px; } rect:hover { stroke: var(--ink); }
-.done { fill: var(--done); stroke: var(--done); } .failed { fill: var(--failed);
-  stroke: var(--failed); } .unknown { fill: var(--unknown); stroke: var(--unknown); }
-.skipped { fill: var(--skipped); stroke: var(--skipped); } .running { fill: var(--running);
-  stroke: var(--running); } .armed { fill: var(--armed); stroke: var(--armed); }
-.zebra, .mark { stroke: none; } .mark { fill: var(--mark); }
-details { border-left: 3px solid var(--failed); padding: 2px 0 2px 12px; margin: 8px 0; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { background: var(--band); border: 1px solid var(--line); border-radius: 4px; margin: 6px 0;
-  padding: 8px 12px; overflow-x: auto; font-size: 12.5px; }
-li { overflow-wrap: anywhere; }
-p.note { margin: 4px 0 0; } footer { color: var(--faint); margin-top: 40px; }
-"""
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+.bad { color: var(--failed); font-weight: 600; }
+.legend i { display: inline-block; width: 11px; height: 11px; margin: 0 6px 0 16px; }
+.timeline { display: grid; grid-template-columns: minmax(5em, max-content) 1fr; }
+.axis { position: sticky; top: 0; background: var(--paper); height: 26px; font-size: 12px; }
+.name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.name:nth-child(even) { background: var(--band); } .zebra { fill: var(--band); }
+svg { width: 100%; overflow: visible; } text { fill: var(--faint); text-anchor: middle; }
+.mark { fill: var(--mark); } rect:hover { stroke: var(--ink); } .grid { stroke: var(--line); }
+.start { stroke: var(--ink); stroke-dasharray: 4 3; }
+details { border-left: 3px solid var(--failed); padding-left: 12px; margin: 8px 0; }
+pre { background: var(--band); padding: 8px 12px; overflow-x: auto; }
+$colours</style></head><body>
+<h1>$source <span style="background:var(--$colour)">$word</span></h1>
+<p class="faint">$summary</p><p class="faint">$facts</p>
+$faults
+<h2>Timeline</h2>
+$timeline
+$failures
+<h2>VMs</h2>
+$table
+<footer>vmrm $version, Python $python, SQLite $sqlite, experiment $id</footer>
+</body></html>
+""")
 _TAIL_LINES, _TAIL_BYTES, _MAX_TAILS = 20, 8192, 200
 
 
@@ -12452,41 +12328,34 @@ def report_page(db: Database, run: Run) -> str:
 
     Whatever comes from a guest stays text.
     """
-    outcome = report_of(run)
-    source = _html(Path(run.experiment["source"]).name or "an experiment made by hand")
-    ended = run.experiment["ended_at"]
+    outcome, ended, start = report_of(run), run.experiment["ended_at"], run.experiment["start_at"]
     word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
     if not ended:
         word, colour = ("running" if supervisor_pid(db) else "unfinished"), "running"
-    start = run.experiment["start_at"]
     times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
-    facts = ", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at)
     faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
-        '<meta http-equiv="Content-Security-Policy" ',
-        """content="default-src 'none'; style-src 'unsafe-inline'">""",
-        f"<title>{source}: {word}</title><style>{_STYLE}</style></head><body>",
-        f'<h1>{source}<span class="verdict" style="background:var(--{colour})">{word}</span></h1>',
-        f'<p class="summary">{_html(outcome.summary)}</p><p class="facts">{facts}</p>',
-        f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
-        "<h2>Timeline</h2>",
-        *_page_timeline(run),
-        *_page_failures(db, run),
-        "<h2>VMs</h2>",
-        _page_table(outcome.rows),
-        f"<footer>vmrm {__version__}, Python {sys.version.split()[0]}, "
-        f"SQLite {sqlite3.sqlite_version}, experiment {run.experiment['id']}</footer>",
-        "</body></html>",
-    ]
-    return "\n".join(part for part in parts if part) + "\n"
+    return _PAGE.substitute(
+        source=_html(Path(run.experiment["source"]).name or "an experiment made by hand"),
+        word=word,
+        colour=colour,
+        colours=" ".join(f".{o} {{ fill: var(--{o}); stroke: var(--{o}); }}" for o in Outcome),
+        summary=_html(outcome.summary),
+        facts=", ".join(f"{key} {_iso(at)}" for key, at in times.items() if at),
+        faults=f"<h2>Faults</h2><ul>{faults}</ul>" if faults else "",
+        timeline=_page_timeline(run),
+        failures="\n".join(_page_failures(db, run)),
+        table=_page_table(outcome.rows),
+        version=__version__,
+        python=sys.version.split()[0],
+        sqlite=sqlite3.sqlite_version,
+        id=run.experiment["id"],
+    )
 
 
 def _html(text: str) -> str:
     import html
 
-    return html.escape("\n".join(_as_logged(line) for line in text.split("\n")))
+    return html.escape(printable(text, None, "\t\n"))
 
 
 def _page_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -12500,73 +12369,70 @@ def _page_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
-def _page_timeline(run: Run) -> Iterator[str]:
-    """Yield the drawing: names as text beside one SVG whose x is in per cent, so that it scales."""
-    span = max(run.end - run.begin, 1e-3)
+def _page_timeline(run: Run) -> str:
+    """Return the drawing: names beside one SVG whose x is in per cent, so that it scales."""
 
     def x(at: float) -> float:
-        return round(min(max((at - run.begin) / span, 0.0), 1.0) * 100, 3)
+        return round(min(max((at - run.begin) / max(run.end - run.begin, 1e-3), 0.0), 1.0) * 100, 3)
 
     start = run.experiment["start_at"]
     start = start if start and start <= run.end else None
     zero = start or run.begin
     ticks = [(x(zero + at), at) for at in _ticks(run.begin - zero, run.end - zero)]
-    rows, top = [], 0.0
-    for vm in run.vms:
+    names, bands, shapes, top = [], [], [], 0.0
+    for number, vm in enumerate(run.vms):
         dealt = lanes(vm.attempts, x)
-        rows.append((vm, dealt, top, max(22.0, 6 + _lane_height(len(dealt)) * len(dealt))))
-        top += rows[-1][3]
-    yield f'<p class="legend">{_page_legend(run)}</p><div class="timeline">'
-    yield f'<div class="corner">s from {"time 0" if start else "launch"}</div>'
-    yield '<svg class="axis" height="26">'
-    yield "".join(f'<text x="{at}%" y="18">{_plain_time(number)}</text>' for at, number in ticks)
-    yield '</svg><div class="names">'
-    for vm, _, _, height in rows:
+        lane_height = max(4.0, min(14.0, 120 / max(len(dealt), 1)))  # many lanes share 120 pixels
+        height = max(22.0, 6 + lane_height * len(dealt))
         said = _html(f"{vm.name}: {vm.state} {vm.reason}".strip())
         style = f'style="line-height:{height:g}px"'
-        yield f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>'
-    yield f'</div><svg role="img" aria-label="attempts over time" height="{top:g}">'
-    for _, _, y, height in rows[1::2]:
-        yield f'<rect class="zebra" y="{y:g}" width="100%" height="{height:g}"/>'
-    yield "".join(f'<line class="grid" x1="{a}%" x2="{a}%" y2="{top:g}"/>' for a, _ in ticks)
-    for row in rows:
-        yield from _page_row(run, *row, x)
+        names.append(f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>')
+        if number % 2:
+            bands.append(f'<rect class="zebra" y="{top:g}" width="100%" height="{height:g}"/>')
+        for mark in vm.marks:
+            said = _html(f"{vm.name}: {mark.text} at {_iso(mark.at)}")
+            shape = f'class="mark" x="{x(mark.at)}%" y="{top:g}" width="2" height="{height:g}"'
+            shapes.append(f"<rect {shape}><title>{said}</title></rect>")
+        for lane, attempts in enumerate(dealt):
+            y = top + (height - lane_height * len(dealt)) / 2 + lane_height * (lane + 1 / 6)
+            for attempt in attempts:
+                begin, end = x(attempt["begin"]), x(attempt["end"])
+                shape = f'class="{attempt["outcome"]}" x="{begin}%" y="{y:g}"'
+                shape += f' width="{round(end - begin, 3)}%" height="{lane_height * 2 / 3:g}"'
+                said = _html("\n".join(_bar_words(vm, attempt)))
+                shapes.append(f"<rect {shape}><title>{said}</title></rect>")
+        top += height
+    across = f'y2="{top:g}"/>'
+    lines = [f'<line class="grid" x1="{at}%" x2="{at}%" {across}' for at, _ in ticks]
     if start:
-        yield f'<line class="start" x1="{x(start)}%" x2="{x(start)}%" y2="{top:g}"/>'
-    yield "</svg></div>"
-
-
-def _page_legend(run: Run) -> str:
+        shapes.append(f'<line class="start" x1="{x(start)}%" x2="{x(start)}%" {across}')
+    texts = "".join(f'<text x="{at}%" y="18">{_plain_time(number)}</text>' for at, number in ticks)
     outcomes = sorted({a["outcome"] for vm in run.vms for a in vm.attempts})
-    said = {name: name for name in outcomes} | {"mark": "state, pause, reboot"}
-    return "".join(
-        f'<span><i style="background:var(--{name})"></i>{words}</span>'
-        for name, words in said.items()
+    legend = {name: name for name in outcomes} | {"mark": "state, pause, reboot"}
+    keys = (f'<i style="background:var(--{key})"></i>{said}' for key, said in legend.items())
+    return "\n".join(
+        [
+            f'<p class="legend">{"".join(keys)}</p><div class="timeline">',
+            f'<div class="axis">s from {"time 0" if start else "launch"}</div>',
+            f'<svg class="axis">{texts}</svg><div>{"".join(names)}</div>',
+            f'<svg role="img" aria-label="attempts over time" height="{top:g}">',
+            *(*bands, *lines, *shapes, "</svg></div>"),
+        ]
     )
 
 
-def _page_row(
-    run: Run,
-    vm: VMRun,
-    dealt: Sequence[Sequence[Mapping[str, Any]]],
-    top: float,
-    height: float,
-    x: Callable[[float], float],
-) -> Iterator[str]:
-    deep = _lane_height(len(dealt))
-    for mark in run.marks(vm):
-        said = _html(f"{vm.name}: {mark.text} at {_iso(mark.at)}")
-        yield f'<rect class="mark" x="{x(mark.at)}%" y="{top:g}" width="2" height="{height:g}">'
-        yield f"<title>{said}</title></rect>"
-    for lane, attempts in enumerate(dealt):
-        y = top + (height - deep * len(dealt)) / 2 + lane * deep
-        for attempt in attempts:
-            yield _page_bar(vm, attempt, x, f'y="{y + deep / 6:g}" height="{deep * 2 / 3:g}"')
-
-
-def _lane_height(count: int) -> float:
-    """Return how high a lane of a VM is drawn; many lanes share 120 pixels."""
-    return max(4.0, min(14.0, 120 / count)) if count else 14.0
+def _bar_words(vm: VMRun, attempt: Mapping[str, Any]) -> Iterator[str]:
+    number = f" (attempt {attempt['attempt']})" if attempt["attempt"] > 1 else ""
+    yield f"{vm.name}, entry {attempt['ordinal']}: {attempt['label']}{number}"
+    code = "" if attempt["exit_code"] is None else f", exit code {attempt['exit_code']}"
+    yield f"{attempt['outcome']}{code}"
+    for key in ("planned", "sent", "ended"):
+        if at := attempt[f"{key}_at"]:
+            yield f"{key} {_iso(at)}"
+    if attempt["late_s"] is not None:
+        yield f"late {attempt['late_s'] * 1000:.1f} ms"
+    if attempt["error"]:
+        yield attempt["error"]
 
 
 def _ticks(begin: float, end: float) -> list[float]:
@@ -12575,28 +12441,7 @@ def _ticks(begin: float, end: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     steps = [n * power for n in (1, 2, 5, 10)] + [15.0, 30.0, 60.0, 300.0, 600.0, 1800.0, 3600.0]
     step = min(step for step in steps if step >= rough)
-    first, last = math.ceil(begin / step), math.floor(end / step)
-    return [round(n * step, 6) for n in range(first, last + 1)]
-
-
-def _page_bar(
-    vm: VMRun, attempt: Mapping[str, Any], x: Callable[[float], float], place: str
-) -> str:
-    begin, end = x(attempt["begin"]), x(attempt["end"])
-    words = [f"{vm.name}, entry {attempt['ordinal']}: {attempt['label']}"]
-    words[0] += f" (attempt {attempt['attempt']})" if attempt["attempt"] > 1 else ""
-    code = "" if attempt["exit_code"] is None else f", exit code {attempt['exit_code']}"
-    words.append(f"{attempt['outcome']}{code}")
-    words += [
-        f"{key} {_iso(attempt[f'{key}_at'])}"
-        for key in ("planned", "sent", "ended")
-        if attempt[f"{key}_at"]
-    ]
-    if attempt["late_s"] is not None:
-        words.append(f"late {attempt['late_s'] * 1000:.1f} ms")
-    words += [attempt["error"]] if attempt["error"] else []
-    shape = f'class="{attempt["outcome"]}" x="{begin}%" width="{round(end - begin, 3)}%" {place}'
-    return f"<rect {shape}><title>{_html(chr(10).join(words))}</title></rect>"
+    return [round(n * step, 6) for n in range(math.ceil(begin / step), math.floor(end / step) + 1)]
 
 
 def _page_failures(db: Database, run: Run) -> Iterator[str]:
@@ -12605,36 +12450,30 @@ def _page_failures(db: Database, run: Run) -> Iterator[str]:
     failed.sort(key=lambda item: item[1]["ignored"])  # what matters comes first
     if failed:
         yield "<h2>Failed and unknown attempts</h2>"
-    for vm, attempt in failed[:_MAX_TAILS]:
-        ignored = ", ignored" if attempt["ignored"] else ""
-        head = f"{vm.name}, entry {attempt['ordinal']} ({attempt['label']}), attempt "
-        head += f"{attempt['attempt']}: {attempt['outcome']}{ignored}: {attempt['error']}"
-        shown = " open" if len(failed) <= 10 else ""
-        yield f"<details{shown}><summary>{_html(head)}</summary>"
-        tails = {s: _output_tail(db, run, vm, attempt, s) for s in ("out", "err")}
-        for stream, text in tails.items():
-            if text:
-                yield f'<p class="note">std{stream}</p><pre>{_html(text)}</pre>'
-        yield "</details>" if any(tails.values()) else '<p class="note">no output</p></details>'
-    if len(failed) > _MAX_TAILS:
-        yield f'<p class="note">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
-
-
-def _output_tail(db: Database, run: Run, vm: VMRun, attempt: Mapping[str, Any], stream: str) -> str:
-    """Return the last lines of an attempt's output, as far as it is kept."""
     logs = db.state_dir / f"logs.{run.experiment['id']}"
+    for vm, a in failed[:_MAX_TAILS]:
+        head = f"{vm.name}, entry {a['ordinal']} ({a['label']}), attempt {a['attempt']}: "
+        head += f"{a['outcome']}{', ignored' if a['ignored'] else ''}: {a['error']}"
+        yield f"<details{' open' if len(failed) <= 10 else ''}><summary>{_html(head)}</summary>"
+        for stream in ("out", "err"):
+            tail = _output_tail(logs / vm.name / f"{a['ordinal']}.{a['attempt']}.{stream}")
+            yield f'<p class="faint">std{stream}</p><pre>{_html(tail)}</pre>' if tail else ""
+        yield "</details>"
+    if len(failed) > _MAX_TAILS:
+        yield f'<p class="faint">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
+
+
+def _output_tail(path: Path) -> str:
+    """Return the last lines of an attempt's output, as far as it is kept."""
     try:
-        with (logs / vm.name / f"{attempt['ordinal']}.{attempt['attempt']}.{stream}").open(
-            "rb"
-        ) as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - _TAIL_BYTES))
-            text = f.read().decode(errors="replace")
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    lines = text.splitlines()
-    kept = lines[-_TAIL_LINES:]
-    return "\n".join(["…", *kept] if size > _TAIL_BYTES or kept != lines else kept)
+    is_cut = size > _TAIL_BYTES or len(lines) > _TAIL_LINES
+    return "\n".join(["…"] * is_cut + lines[-_TAIL_LINES:])
 
 
 def check(db: Database, fix: bool = False) -> list[str]:
@@ -12650,15 +12489,12 @@ def check(db: Database, fix: bool = False) -> list[str]:
     """
     refuse_damaged(db.connection)
     faults = []
-    for row in db.query("SELECT store, name, sha256 FROM files"):
-        faults += _content_faults(
-            db, row["sha256"], f"file {row['name']!r} of store {row['store']!r}"
-        )
-    for row in db.query("SELECT server_name, text FROM schedules WHERE text IS NOT NULL"):
-        for entry in parse_schedule(row["text"]):
-            for item in entry.items("file"):
-                where = f"file {item['filename']!r} of VM {row['server_name']!r}"
-                faults += _content_faults(db, item["sha256"], where) if "sha256" in item else []
+    for row in db.query("SELECT * FROM named_contents"):
+        path = content_path(db, row["sha256"])
+        if not path.is_file():
+            faults.append(f"{row['named_by']}: its content is missing")
+        elif file_sha256(path) != row["sha256"]:
+            faults.append(f"{row['named_by']}: its content is damaged")
     faults += VmManager(db=db).check()
     loose = loose_ends(db)
     if fix and loose:
@@ -12684,14 +12520,11 @@ def tie_up(db: Database) -> None:
 def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]]:
     """Yield each kind of what killed processes leave on this host: names, and what removes it."""
     commands = abandoned_requests(db)
-    yield (
-        [
-            f"left-over of a command{f' on VM {name!r}' if name else ''}: {path}"
-            for folder, name in commands
-            for path in (folder, *_sinks(folder))
-        ],
-        lambda: _forget_for_good(db, commands),
-    )
+    names = []
+    for folder, vm in commands:
+        what = f"left-over of a command{f' on VM {vm!r}' if vm else ''}"
+        names += [f"{what}: {path}" for path in (folder, *_sinks(folder))]
+    yield names, lambda: _forget_for_good(db, commands)
     dead = _dead_requests(db)
     yield (
         [f"request {row['id']}: its client is gone" for row in dead],
@@ -12702,10 +12535,7 @@ def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]
     sockets = [f"socket of a process that died: {path}" for path in dead_sockets(db)]
     yield sockets, lambda: remove_dead_sockets(db)
     broken = _broken_files(db)
-    yield (
-        [f"left-over of a transfer: {path}" for path in broken],
-        lambda: _unlink(broken),
-    )
+    yield [f"left-over of a transfer: {path}" for path in broken], lambda: _unlink(broken)
     unused = [f"store: nothing names {path.name}" for path in unused_contents(db)]
     purged = [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
     yield unused + purged, lambda: remove_unused(db)
@@ -12754,15 +12584,6 @@ def _broken_files(db: Database) -> list[Path]:
     if not db.lock(KEEPER).is_held:
         tops.add(db.state_dir / "bin")
     return sorted(path for top in tops for path in broken_copies(top) if path is not None)
-
-
-def _content_faults(db: Database, sha256: str, where: str) -> list[str]:
-    path = content_path(db, sha256)
-    if not path.is_file():
-        return [f"{where}: its content is missing"]
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    return [] if found == sha256 else [f"{where}: its content is damaged"]
 
 
 # === output ======================================================================================
@@ -14486,7 +14307,7 @@ def demo(screen: Screen) -> object:
             launch(db)
             process = spawn_supervisor(db)
             Viewer(db, screen).watch(process)
-            outcome = report(db)
+            outcome = report_of(read_run(db))
             screen.show(outcome.rows)
             screen.tell(outcome.summary)
             if not screen.as_json:  # which is one document
