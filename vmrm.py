@@ -40,6 +40,7 @@ import fnmatch
 import functools
 import hashlib
 import heapq
+import inspect
 import io
 import itertools
 import json
@@ -86,6 +87,7 @@ from typing import (
     Self,
     TypeVar,
     cast,
+    get_args,
 )
 
 import drivers
@@ -12649,6 +12651,33 @@ class Screen:
             undo()
             raise
 
+    @contextlib.contextmanager
+    def progress(self, folder: Path, total: int | None = None) -> Iterator[None]:
+        """Show how far a copy is, on a terminal; the copying side writes it to a small file."""
+        if self.quiet or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        done = threading.Event()
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+
+            def follow() -> None:
+                while not done.wait(0.1):
+                    with contextlib.suppress(OSError, ValueError):
+                        bar.update(task, completed=int((folder / "progress").read_text()))
+
+            thread = threading.Thread(target=follow, daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
@@ -12957,1095 +12986,673 @@ def _bar(done: int, of: int, width: int = 20) -> str:
 
 
 # === commands ====================================================================================
-
-
-class Pending:
-    """A command that was understood but has not run: it runs once every word was consumed."""
-
-    __slots__ = ("_run",)
-
-    def __init__(self, run: Callable[[], object]) -> None:
-        self._run = run
-
-    def __dir__(self) -> list[str]:
-        return []  # fire applies left-over words to what it finds here
-
-
-def command(method: Callable[..., object]) -> Callable[..., Any]:
-    """Make a method a command: calling it checks nothing and changes nothing, but says what to do.
-
-    fire calls a function before it notices left-over words; so what it calls is harmless.
-    """
-
-    @functools.wraps(method)
-    def pending(*args: Any, **kwargs: Any) -> Pending:
-        return Pending(lambda: method(*args, **kwargs))
-
-    return pending
-
-
-class _Public:
-    """Shows fire, which offers whatever `dir` lists, the commands and nothing else."""
-
-    def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if not name.startswith("_")]
-
-
-class _Group(_Public):
-    """Commands of one kind, with what all of them need."""
-
-    def __init__(self, main: Commands) -> None:
-        self._main = main
-
-
-class ScheduleCommands(_Group):
-    """See a VM's schedule, or add to it."""
-
-    @command
-    def show(self, vm: str) -> object:
-        """Show a VM's entries with planned and real times.
-
-        Args:
-            vm: The VM's name.
-        """
-        db = self._main._open()
-        return entry_rows(db, self._main._vm(vm))
-
-    @command
-    def add(self, vm: str, file: str) -> object:
-        """Append entries to a VM's schedule; a running handler takes them up at once.
-
-        Args:
-            vm: The VM's name.
-            file: A TOML file with [[schedule]] tables, or a JSON list of entries.
-        """
-        name = self._main._vm(vm)
-        return append_entries(self._main._open(), name, Path(file))
-
-
-class StoreCommands(_Group):
-    """Files for VMs, by name."""
-
-    @command
-    def add(self, *files: str, unpack: bool = False) -> object:
-        """Add files to the store under their own names.
-
-        Args:
-            files: Paths on this host.
-            unpack: Add what archives hold, and compressed files contain, instead.
-        """
-        if not files:
-            raise UsageError("no file is named", "Name at least one: vmrm store add FILE")
-        with VmResourceStore(decompress=unpack, db=self._main._db()) as store:
-            for file in files:
-                store.add_file(file)
-        return None
-
-    @command
-    def list(self, pattern: str = "*") -> object:
-        """List stored files.
-
-        Args:
-            pattern: Only names that match it, with shell wildcards.
-        """
-        store = VmResourceStore(db=self._main._open())
-        return [
-            {"size": size, "name": name, "added": _iso(added.timestamp())}
-            for size, name, added in store.list_contents(pattern)
-        ]
-
-    @command
-    def remove(self, pattern: str) -> object:
-        """Remove stored files.
-
-        Args:
-            pattern: Those whose names match it, with shell wildcards.
-        """
-        removed = VmResourceStore(db=self._main._open()).remove_file(pattern)
-        if not removed:
-            raise NotFound(f"no stored file matches {pattern!r}", "See them: vmrm store list")
-        return {"removed": removed}
-
-
-class PoolCommands(_Group):
-    """VMs that are lent to jobs."""
-
-    def _manager(self) -> VmManager:
-        return VmManager(db=self._main._open("Make a group: vmrm pool group NAME"))
-
-    @command
-    def group(self, name: str | None = None, **settings: str) -> object:
-        """Show the groups, or make one, or change it, or show its settings.
-
-        Args:
-            name: The group's name.
-            settings: Limits (none: no limit), times (90s, 2h), hooks (shell command lines).
-        """
-        if settings and name is None:
-            raise UsageError("settings of which group?", "Name it: vmrm pool group NAME")
-        db = self._manager().db if name is None else self._main._db()
-        rows = db.query("SELECT * FROM pool_groups ORDER BY position")
-        if name is not None:
-            if settings or name.lower() not in [row["name"].lower() for row in rows]:
-                put_group(db, name, {key: _setting(key, text) for key, text in settings.items()})
-            rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
-        known = {"name": "name", **group_settings(db)}
-        shown = [{key: row[column] for key, column in known.items()} for row in rows]
-        return shown if name is None else shown[0]
-
-    @command
-    def add(self, vm: str, group: str, *, path: str = "", ip: str = "") -> object:
-        """Add a VM that is there; it is lent once the keeper has found it well.
-
-        Args:
-            vm: The VM's name.
-            group: Its group.
-            path: The guest agent's address.
-            ip: The VM's own address.
-        """
-        added = self._manager().add_vm_to_pool(ip, vm, group, path=path)
-        return {"vm": added.vm_name, "group": added.group, "state": added.state}
-
-    @command
-    def list(self, group: str | None = None) -> object:
-        """List the pool's VMs.
-
-        Args:
-            group: Only those of this group.
-        """
-        pool = self._manager()
-        groups = pool.vm_groups if group is None else [pool._group(group)["name"]]
-        for name in groups:
-            if failure := pool.spawn_failure(name):
-                self._main._screen.tell(f"group {name}: {failure}")
-        return [_vm_line(vm) for name in groups for vm in pool.get_all_vm_in_group(name)]
-
-    @command
-    def info(self, vm: str | None = None) -> object:
-        """Show everything about a VM, or the whole pool in short.
-
-        Args:
-            vm: The VM's name.
-        """
-        pool = self._manager()
-        return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
-
-    @command
-    def acquire(
-        self,
-        *groups: str,
-        owner: str | None = None,
-        sandbox: str = "",
-        wait: bool = False,
-        timeout: float | None = None,
-        priority: int = 0,
-        lease: float | None = None,
-        pid: int | None = None,
-        task: str | None = None,
-        format: str | None = None,  # noqa: A002 (an option's name)
-    ) -> object:
-        """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
-
-        A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
-        VM is released after it, and its exit code is passed on. Without one, name, ip, path and
-        token of the lease are printed.
-
-        Args:
-            groups: The groups it may come from, in order of preference.
-            owner: Whom it counts for; default: you.
-            sandbox: What for: VMs used before by this owner for this come first.
-            wait: Wait in the queue if there is none now.
-            timeout: Seconds to wait at most (exit code 124).
-            priority: In the queue: higher ones first.
-            lease: Seconds after which the lease ends unless renewed; default 1 h without --pid.
-            pid: The process that holds it: when it is dead, the VM is taken back.
-            task: A name for the job, shown in listings.
-            format: Print this, with {name}, {ip}, {path}, {token}, {group} filled in.
-        """
-        runs = bool(self._main._tail)
-        if runs and pid is not None:
-            raise UsageError("a COMMAND holds the VM itself: it takes no --pid")
-        if format is not None:
-            _filled_in(format, dict.fromkeys(_LEASED, ""))
-        if pid is None and lease is None and not runs:
-            lease = 3600.0
-        # We hold it until somebody was told of it, so that nothing is left if we die before.
-        holder = None if pid is None else Process.of(pid)
-        pool = self._manager()
-        for group in groups:
-            pool._group(group)
-        request = Request(
-            (pool._group_names(groups),),
-            _user() if owner is None else owner,
-            sandbox,
-            Process.of(),
-            lease,
-            task,
-            priority=priority,
-        )
-        if timeout is not None and not wait:
-            raise UsageError("--timeout is for --wait")
-        patience = None if not wait else math.inf if timeout is None else timeout
-        vm = pool.acquire(request, patience, self._main._screen.tell)[0]
-        if runs:
-            raise SystemExit(run_leased(pool, vm, lease, self._main._tail, self._main._screen))
-        leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
-        self._main._screen.deliver(
-            leased if format is None else _filled_in(format, leased),
-            functools.partial(pool.release_vm, vm.vm_name, token=vm.token),
-            f"VM {vm.vm_name!r} was given back",
-        )
-        pool.hand_over(vm, holder)
-        return _SHOWN
-
-    @command
-    def renew(self, vm: str, *, lease: float = 3600.0, token: str | None = None) -> object:
-        """Have a lease end later.
-
-        Args:
-            vm: The VM's name.
-            lease: Seconds from now.
-            token: The lease's token; default $VMRM_LEASE.
-        """
-        pool = self._manager()
-        return {"until": _iso(pool.renew_vm(vm, lease, token=_token(vm, token)))}
-
-    def _each(self, vms: Sequence[str], act: Callable[[VmManager, str], object]) -> object:
-        """Do something to several VMs, but nothing if one of them is not there."""
-        pool = self._manager()
-        if not vms:
-            raise UsageError("no VM is named", "See which there are: vmrm pool list")
-        names = dict.fromkeys(pool.get_vm_by_name(vm).vm_name for vm in vms)
-        errors = []
-        for name in names:
-            try:
-                act(pool, name)
-            except VmError as error:
-                errors.append(error)
-        for other in errors[:-1]:
-            self._main._screen.error(other)
-        if errors:
-            raise errors[-1]
-        return None
-
-    @command
-    def release(self, *vms: str, token: str | None = None, force: bool = False) -> object:
-        """Give VMs back to the pool.
-
-        Args:
-            vms: The VMs' names.
-            token: The lease's token; default $VMRM_LEASE.
-            force: Whoever has leased them.
-        """
-
-        def act(pool: VmManager, vm: str) -> None:
-            if not pool.release_vm(vm, token=_token(vm, token), force=force):
-                state = pool.get_vm_by_name(vm).state
-                raise VmError(f"VM {vm!r} is {state}: nobody has a lease of it")
-
-        return self._each(vms, act)
-
-    @command
-    def hold(self, vm: str, until: str, *, token: str | None = None, force: bool = False) -> object:
-        """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time.
-
-        Args:
-            vm: The VM's name.
-            until: A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).
-            token: The lease's token, if it is leased; default $VMRM_LEASE.
-            force: Whoever has leased it.
-        """
-        self._manager().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
-        return None
-
-    @command
-    def terminate(self, *vms: str, token: str | None = None, force: bool = False) -> object:
-        """Have the keeper end VMs and forget them.
-
-        Args:
-            vms: The VMs' names.
-            token: The lease's token, if they are leased; default $VMRM_LEASE.
-            force: Whoever has leased them.
-        """
-
-        def act(pool: VmManager, vm: str) -> None:
-            why = "terminated by command"
-            pool.start_vm_termination(vm, reason=why, token=_token(vm, token), force=force)
-
-        return self._each(vms, act)
-
-    @command
-    def remove(self, *vms: str) -> object:
-        """Forget terminating VMs whose machines are known to be gone.
-
-        Args:
-            vms: The VMs' names.
-        """
-        return self._each(vms, VmManager.remove_vm_from_pool)
-
-    @command
-    def log(self, vm: str) -> object:
-        """Print what the hooks of a VM printed, and how they ended.
-
-        Args:
-            vm: The VM's name.
-        """
-        db = self._manager().db
-        path = pool_log(db, vm)
-        if not path.exists():
-            VmDescriptor.load(db, vm)  # which says so, if there is no such VM
-        print_log(path, lambda: False)
-        return _SHOWN
-
-    @command
-    def history(self, vm: str | None = None) -> object:
-        """Show every change of state: when, who, why.
-
-        Args:
-            vm: Only of this VM.
-        """
-        rows = self._manager().db.query(
-            "SELECT * FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id", vm=vm
-        )
-        return [
-            {
-                "at": _iso(row["at"]),
-                "vm": row["vm_name"],
-                "group": row["group"],
-                "from": row["old_state"],
-                "to": row["new_state"] or "(gone)",
-                "owner": row["owner"],
-                "who": row["who"],
-                "why": row["reason"],
-            }
-            for row in rows
-        ]
-
-    @command
-    def metrics(self) -> object:
-        """Print the pool's figures as Prometheus text."""
-        return self._manager().metrics().rstrip("\n")
-
-    @command
-    def serve(self, *, once: bool = False) -> object:
-        """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
-
-        Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
-        VMs stay.
-
-        Args:
-            once: Do what is due now and what follows from it, then leave: for cron.
-        """
-        db = self._manager().db
-        logger = logging.getLogger("vmrm.keeper")
-        log_to(logger, db.directory("pool") / f"{KEEPER}.log")
-        if not self._main._screen.quiet:
-            told = logging.StreamHandler()
-            told.setFormatter(LogFormatter())
-            logger.addHandler(told)
-        Keeper(db, once).run()
-        return _SHOWN
-
-    @command
-    def spawn_qemu(
-        self,
-        vm: str | None = None,
-        *,
-        disk: str | None = None,
-        kernel: str | None = None,
-        initrd: str | None = None,
-        append: str | None = None,
-        memory: int = 512,
-        cpus: int = 1,
-        accel: str | None = None,
-        dir: str | None = None,  # noqa: A002 - the option's name
-    ) -> object:
-        """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
-
-        It has a guest-agent socket and a control socket in a directory of its own, and no network
-        unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
-
-        Args:
-            vm: The VM's name; without it, $VMRM_VM.
-            disk: A disk image, qcow2 or raw; what the VM writes is kept apart, until its end.
-            kernel: A kernel to boot instead of what is on the disk.
-            initrd: The kernel's initial RAM disk.
-            append: The kernel's command line.
-            memory: MiB.
-            cpus: Virtual processors.
-            accel: QEMU's accelerator; without it, KVM if that works, else software emulation.
-            dir: Where the VMs' directories are; without it, qemu in the state directory.
-        """
-        words = qemu_words(
-            memory=memory,
-            cpus=cpus,
-            disk=disk,
-            kernel=kernel,
-            initrd=initrd,
-            append=append,
-            accel=accel,
-        )
-        machine = self._qemu(vm, dir)
-        words += [] if accel else ["-accel", self._accel()]
-        if not dir:
-            assert self._main._db().connection  # it makes the state directory, private
-        made = machine.spawn([*words, *self._main._tail])
-        what = f"VM {machine.name!r} was ended again"
-        self._main._screen.deliver(json.dumps(made), machine.terminate, what)
-        return _SHOWN
-
-    def _accel(self) -> str:
-        """Return the accelerator that works."""
-        import shutil
-
-        program = shutil.which(QEMU)
-        fault = kvm_fault(program) if program else ""
-        if fault:
-            self._main._screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
-        return "tcg" if fault else "kvm"
-
-    @command
-    def terminate_qemu(self, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
-        """End a VM of spawn-qemu for certain, and remove what it had; if it is gone, that is well.
-
-        Args:
-            vm: The VM's name; without it, $VMRM_VM.
-            dir: Where the VMs' directories are; without it, qemu in the state directory.
-        """
-        self._qemu(vm, dir).terminate()
-        return _SHOWN
-
-    @command
-    def list_qemu(self, *, dir: str | None = None) -> object:  # noqa: A002
-        """List the VMs of spawn-qemu that run, one name per line: a list hook.
-
-        Args:
-            dir: Where the VMs' directories are; without it, qemu in the state directory.
-        """
-        names = qemu_running(self._qemu_root(dir))
-        if self._main._screen.as_json:
-            return names
-        print("".join(f"{name}\n" for name in names), end="")
-        return _SHOWN
-
-    def _qemu(self, vm: str | None, folder: str | None) -> QemuVm:
-        name = vm or os.environ.get("VMRM_VM")
-        if not name:
-            raise UsageError("no VM is named", "Name one, or set VMRM_VM")
-        return QemuVm(self._qemu_root(folder), name)
-
-    def _qemu_root(self, folder: str | None) -> Path:
-        return Path(folder).absolute() if folder else self._main._db().state_dir / "qemu"
-
-
-class Commands(_Public):
-    """vmrm takes a lab of virtual machines through an experiment.
+#
+# A command is a function named cmd_<group>_<name>. Its words after the Cli are the command line's:
+# parameters with a default, and those after the star, are options. `command` enters it below.
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A function of the command line, and what its parameters mean."""
+
+    function: Callable[..., object]
+    tail: str  # the words of a program that may follow it
+    words: Mapping[str, str]  # of parameters whose meaning is not that of WORDS
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Return what the command line may give, by name; the first parameter is the Cli."""
+        parameters = inspect.signature(self.function, eval_str=True).parameters
+        return dict(itertools.islice(parameters.items(), 1, None))
+
+    @property
+    def needs_nothing(self) -> bool:
+        """Return whether it can do without any word."""
+        return all(p.default is not p.empty for p in self.parameters.values())
+
+    @property
+    def help(self) -> str:
+        """Return the docstring, with a line for each parameter."""
+        words = {**WORDS, **self.words}
+        lines = [f"    {name}: {words[name]}" for name in self.parameters]
+        text = inspect.getdoc(self.function) or ""
+        return "\n".join([text, *(["", "Args:", *lines] if lines else [])])
+
+
+COMMANDS: dict[str, Any] = {}  # by name: a Command, or the commands of a group
+
+GROUPS = {
+    "": """vmrm takes a lab of virtual machines through an experiment.
 
     Before any command: --db PATH (the database; default $VMRM_DB, else in ~/.local/state/vmrm).
     With any command: --json (results as JSON), --quiet (nothing but results and errors).
     Begin with: vmrm demo
-    """
+    """,
+    "schedule": "See a VM's schedule, or add to it.",
+    "store": "Files for VMs, by name.",
+    "pool": "VMs that are lent to jobs.",
+}
 
-    def __init__(self, db: str | None, screen: Screen, tail: Sequence[str] = ()) -> None:
-        self._path, self._screen, self._tail = db, screen, list(tail)
-        self._database: Database | None = None
-        self.schedule = ScheduleCommands(self)
-        self.store = StoreCommands(self)
-        self.pool = PoolCommands(self)
+# What parameters mean in every command that has them.
+WORDS = {
+    "vm": "The VM's name.",
+    "vms": "The VMs' names.",
+    "timeout": "Seconds within which the VM must begin to answer.",
+    "token": "The lease's token; default $VMRM_LEASE.",
+    "force": "Even if someone else holds the lease.",
+    "experiment": "The number of an earlier, destroyed one; without it, the current one.",
+    "allow_host": "Let on_host entries run their programs on this host.",
+    "dir": "Where the VMs' directories are; without it, qemu in the state directory.",
+}
 
-    def _db(self) -> Database:
-        if self._database is None:
-            self._database = Database(self._path)
-        return self._database
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
-    def _close(self) -> None:
-        if self._database is not None:
-            self._database.close()
 
-    def _open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
+def command(*, tail: str = "", **words: str) -> Callable[[_Function], _Function]:
+    """Enter a function in COMMANDS by its name, with what its own parameters mean."""
+
+    def enter(function: _Function) -> _Function:
+        group, _, name = function.__name__.removeprefix("cmd_").partition("_")
+        if group not in GROUPS:
+            group, name = "", function.__name__.removeprefix("cmd_")
+        commands = COMMANDS.setdefault(group, {}) if group else COMMANDS
+        commands[name.replace("_", "-")] = Command(function, tail, words)
+        return function
+
+    return enter
+
+
+class Cli:
+    """What one command line gives its command: the database, the screen, a program's words."""
+
+    def __init__(self, path: str | None, screen: Screen, tail: Sequence[str] = ()) -> None:
+        self.path, self.screen, self.tail = path, screen, list(tail)
+
+    @functools.cached_property
+    def db(self) -> Database:
+        """Return the database, which is made if there is none."""
+        return Database(self.path)
+
+    def close(self) -> None:
+        """Close the database, if it was used."""
+        if "db" in vars(self):
+            self.db.close()
+
+    def open(self, hint: str = "Load an experiment: vmrm load FILE") -> Database:
         """Return the database if there is one: reading makes none."""
-        path = Path(self._path or default_database())
+        path = Path(self.path or default_database())
         if not path.exists():
             raise NotFound(f"no database at {str(path)!r}", hint)
-        return self._db()
+        return self.db
 
-    def _vm(self, name: str) -> str:
+    def pool(self) -> VmManager:
+        """Return the pool, if there is a database."""
+        return VmManager(db=self.open("Make a group: vmrm pool group NAME"))
+
+    def vm(self, name: str) -> str:
         """Return a VM's name as it is written in the database."""
         return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
 
-    def _any_vm(self, name: str) -> str:
-        """Return the name of a VM of the experiment, or else of the pool."""
-        return self._name(
-            """SELECT server_name FROM vms WHERE server_name = :name
-               UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name""",
-            name,
-        )
+    def remote(self, name: str, timeout: float) -> Remote:
+        """Return the way to a VM of the experiment, or else of the pool."""
+        sql = """SELECT server_name FROM vms WHERE server_name = :name
+                 UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name"""
+        return Remote(self.db, self._name(sql, name), timeout)
 
     def _name(self, sql: str, name: str) -> str:
-        found = self._open().value(sql, name=name)
+        found = self.open().value(sql, name=name)
         if found is None:
             raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
         return cast(str, found)
 
-    @command
-    def demo(self) -> object:
-        """Run a complete small experiment on three stand-in agents, in a temporary directory.
-
-        Needs no VM and leaves nothing behind. Takes about ten seconds.
-        """
-        return demo(self._screen)
-
-    @command
-    def load(self, file: str) -> object:
-        """Check an experiment file and store it.
-
-        Args:
-            file: TOML, or JSON of the same structure.
-        """
-        experiment = read_experiment(file)
-        new = load_experiment(self._db(), experiment)
-        entries = sum(len(json.loads(text)) for text in experiment.schedules.values())
-        return {
-            "loaded": len(experiment.vms) if new else 0,
-            "vms": len(experiment.vms),
-            "entries": entries,
-        }
-
-    @command
-    def plan(self, file: str) -> object:
-        """Show what a run of an experiment file would do; nothing is connected or written.
-
-        Args:
-            file: TOML, or JSON of the same structure.
-        """
-        experiment = read_experiment(file)
-        rows = plan_rows(experiment)
-        self._screen.show(rows)
-        self._screen.tell(_plan_summary(experiment, rows))
-        return _SHOWN
-
-    @command
-    def run(
-        self,
-        file: str | None = None,
-        *,
-        detach: bool = False,
-        timeout: float | None = None,
-        start_buffer: float | None = None,
-        on_failure: str | None = None,
-        late: str | None = None,
-        allow_host: bool = False,
-        stay: bool = False,
-        report: str | None = None,
-        retry: bool = False,
-    ) -> object:
-        """Run the experiment, or continue it, and watch it to its end.
-
-        Ctrl-C stops it: handlers leave, the programs in the VMs go on, and run continues it.
-        What has begun is not repeated, but for entries before time 0 without which a failed VM
-        could not go on.
-
-        Args:
-            file: The experiment file; without it, what is loaded.
-            detach: Return at once; watch it later by another run.
-            timeout: Seconds after which the experiment is stopped (exit code 124).
-            start_buffer: Seconds from the last VM configured to time 0.
-            on_failure: What a failed VM means before time 0: abort, drop or wait.
-            late: What is overdue when a run is continued: start it at once, skip it, or shift all.
-            allow_host: Let on_host entries run their programs on this host.
-            stay: Go on when all work is done, for entries that will be added.
-            report: A new file for the report as an HTML page, written however it ends.
-            retry: Repeat everything that failed or is unknown, as vmrm retry does.
-        """
-        if report is not None:
-            self._check_new(report, detach)
-        if on_failure is not None and on_failure not in set(OnFailure):
-            raise UsageError(f"on_failure is {on_failure!r}, but must be abort, drop or wait")
-        if late is not None and late not in set(Late):
-            raise UsageError(f"late is {late!r}, but must be start, skip or shift")
-        experiment = read_experiment(file) if file is not None else None
-        if experiment is not None:
-            check_host_entries(experiment.schedules, allow_host)
-        db = self._db() if experiment else self._open()
-        if experiment is not None:
-            load_experiment(db, experiment)
-        process = None
-        if pid := supervisor_pid(db):
-            asked = {"start_buffer_s": start_buffer, "on_failure": on_failure, "late": late}
-            asked |= {"allow_host": allow_host or None, "stay": stay or None}
-            asked |= {"retry": retry or None}
-            now = current_experiment(db)  # what is as it was asked for is no reason to refuse
-            if too_late := [
-                f"--{column.removesuffix('_s').replace('_', '-')}"
-                for column, value in asked.items()
-                if value is not None and now.get(column) != value
-            ]:
-                raise _too_late(pid, *too_late)
-            self._screen.tell(f"the experiment is running already (process {pid}); watching")
-        else:
-            again = launch(
-                db,
-                start_buffer=start_buffer,
-                on_failure=on_failure,
-                late=late or Late.START,
-                allow_host=allow_host,
-                retry=retry,
-            )
-            if again:
-                more = f" and {len(again) - 20} more" if len(again) > 20 else ""
-                self._screen.tell(f"once more: {'; '.join(again[:20])}{more}")
-            process = spawn_supervisor(db, stay)
-        for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
-            name = row["server_name"]
-            self._screen.tell(f"VM {name!r} is testing: it is not run, and all wait for it")
-        if detach:
-            while process and process.poll() is None and supervisor_pid(db) is None:
-                time_to_wait(0.01)  # so that `stop`, for one, finds it
-            return {"supervisor": pid if process is None else process.pid}
-        try:
-            Viewer(db, self._screen, timeout).watch(process)
-            return self._report(report_of(read_run(db)))
-        finally:
-            if report is not None:
-                self._write_report(db, report)
-
-    @staticmethod
-    def _check_new(report: str, detach: bool) -> None:
-        """Refuse at once what would lose the report when all is over."""
-        if detach:
-            raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
-        if os.path.lexists(report):
-            raise UsageError(f"{report!r} exists already")
-        if not os.access(Path(report).absolute().parent, os.W_OK):
-            raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
-
-    def _write_report(self, db: Database, file: str) -> None:
-        try:
-            self._write(file, report_page(db, read_run(db)))
-        except (OSError, UsageError) as error:
-            why = f"the report was not written: {_one_line(error)}"
-            raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
-
-    def _report(self, outcome: Report) -> object:
-        if self._screen.as_json:
-            self._screen.show(
-                {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
-                | {"faults": outcome.faults}
-            )
-        else:
-            self._screen.show(outcome.rows)
-            self._screen.tell(outcome.summary)
-        if not outcome.ok:
-            hint = "Repeat what failed or is unknown: vmrm run --retry, or vmrm retry VM [ENTRY]"
-            raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]), hint)
-        return _SHOWN
-
-    @command
-    def trace(self, file: str | None = None, *, experiment: int | None = None) -> object:
-        """Write the run as a trace file that Perfetto and chrome://tracing open.
-
-        Args:
-            file: The new file, which must not exist; without it, stdout.
-            experiment: The number of an earlier, destroyed one; without it, the current one.
-        """
-        self._write(file, json.dumps(trace(self._launched(experiment))) + "\n")
-        return _SHOWN
-
-    @command
-    def report(self, file: str | None = None, *, experiment: int | None = None) -> object:
-        """Write the run as one HTML page: timeline, failures with their output, summary.
-
-        Args:
-            file: The new file, which must not exist; without it, stdout.
-            experiment: The number of an earlier, destroyed one; without it, the current one.
-        """
-        run = self._launched(experiment)
-        self._write(file, report_page(self._db(), run))
-        return _SHOWN
-
-    def _write(self, file: str | None, text: str) -> None:
+    def write(self, file: str | None, text: str) -> None:
+        """Write a new file for the user, or stdout."""
         if file is None:
             print(text, end="")
             return
-        with new_file(self._open(), Path(file)) as path:
+        with new_file(self.open(), Path(file)) as path:
             path.write_text(text, encoding="utf-8")
 
-    def _launched(self, experiment: int | None) -> Run:
-        run = read_run(self._open(), experiment)
-        if run.experiment["launched_at"] is None:
-            raise NotFound("the experiment has not been launched yet", "Do so: vmrm run")
-        return run
 
-    @command
-    def status(self) -> object:
-        """Show where every VM is: state, time, entries done, failed, unknown and running."""
-        return vm_rows(self._open())
-
-    @command
-    def logs(self, vm: str, *, follow: bool = False) -> object:
-        """Print a VM's log: what its handler did, and the output of its programs.
-
-        Args:
-            vm: The VM's name.
-            follow: Go on printing until the experiment has ended, or Ctrl-C.
-        """
-        db = self._open()
-        path = run_directory(db, "logs") / f"{self._vm(vm)}.log"
-        print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
-        return _SHOWN
-
-    @command
-    def wait(
-        self, vm: str | None = None, *, state: str = "configured", timeout: float | None = None
-    ) -> object:
-        """Wait until a VM, or every managed one, is in a state.
-
-        Args:
-            vm: The VM's name; without it, all.
-            state: The state to wait for.
-            timeout: Seconds to wait at most (exit code 124).
-        """
-        checked_word("VM state", state, VMState)
-        db, name = self._open(), None if vm is None else self._vm(vm)
-        deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
-        while late := self._not_in(db, name, state):
-            if CLOCK.monotonic() >= deadline:
-                raise TimedOut(f"VM {late[0]!r} is not {state} after {timeout:g} s")
-            time_to_wait(0.05)
-        return _SHOWN
-
-    @staticmethod
-    def _not_in(db: Database, name: str | None, state: str) -> list[str]:
-        rows = db.query(
-            """SELECT server_name FROM vms WHERE state <> :state AND state <> 'n/a'
-               AND (:name IS NULL OR server_name = :name)""",
-            state=state,
-            name=name,
-        )
-        return [row["server_name"] for row in rows]
-
-    @command
-    def exec(self, vm: str, *, timeout: float = 30.0) -> object:
-        """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...].
-
-        Its output and exit code are passed through; 255 if the VM could not be reached or nobody
-        knows how it ended. Options go before VM; all words after it are the program's.
-
-        Args:
-            vm: The VM's name.
-            timeout: Seconds within which the VM must begin to answer.
-        """
-        if not self._tail:
-            raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
-        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
-            answer = remote.do("exec", argv=self._tail)
-            for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
-                stream.write((remote.folder / name).read_bytes())
-                stream.flush()
-        for name in answer["truncated"]:
-            self._screen.tell(f"vmrm: std{name} was cut at 16 MiB, the guest agent's limit")
-        code = answer["exit_code"] if answer["signal"] is None else 128 + answer["signal"]
-        raise SystemExit(code if 0 <= code < 256 else 1)  # Windows has 32 bits
-
-    @command
-    def push(self, vm: str, local: str, remote: str, *, timeout: float = 30.0) -> object:
-        """Copy a file into a VM.
-
-        Args:
-            vm: The VM's name.
-            local: The file on this host.
-            remote: Its absolute path in the VM; directories are made.
-            timeout: Seconds within which the VM must begin to answer.
-        """
-        source, name = Path(local), self._any_vm(vm)
-        if source.is_dir():
-            raise UsageError(f"{local!r} is a directory", "Push its files, or an archive of it")
-        if not source.is_file():
-            raise UsageError(f"there is no file {local!r}")
-        if not is_guest_path(remote):
-            raise UsageError(f"remote path {remote!r} is not absolute")
-        target = remote + source.name if remote.endswith("/") else remote
-        with source.open("rb") as opened:  # which this user may not be allowed to
-            facts = os.fstat(opened.fileno())
-        mode, size = f"{facts.st_mode & 0o755:o}", facts.st_size
-        with Remote(self._open(), name, timeout) as access:
-            (access.folder / "source").symlink_to(source.absolute())
-            with self._progress(access.folder, size):
-                return access.do("push", remote=target, mode=mode, size=size)
-
-    @command
-    def pull(self, vm: str, remote: str, local: str = ".", *, timeout: float = 30.0) -> object:
-        """Copy a file out of a VM.
-
-        Args:
-            vm: The VM's name.
-            remote: Its absolute path in the VM.
-            local: The file, or an existing directory, on this host.
-            timeout: Seconds within which the VM must begin to answer.
-        """
-        if not is_guest_path(remote):
-            raise UsageError(f"remote path {remote!r} is not absolute")
-        target = Path(local)
-        if target.is_dir():
-            windows = not remote.startswith("/")
-            target /= (PureWindowsPath if windows else PurePosixPath)(remote).name
-        if not target.parent.is_dir():
-            raise UsageError(f"there is no directory {str(target.parent)!r}")
-        if target.exists() and not target.is_file():
-            raise UsageError(f"{str(target)!r} is not a file")
-        with Remote(self._open(), self._any_vm(vm), timeout) as access:
-            temporary = access.sink(target)
-            try:
-                with self._progress(access.folder, None):
-                    answer = access.do("pull", remote=remote)
-                mask = os.umask(0o077)
-                os.umask(mask)
-                temporary.chmod(answer["mode"] & ~mask)
-                _crash("pull-before-rename")
-                temporary.rename(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return {"bytes": answer["bytes"]}
-
-    @contextlib.contextmanager
-    def _progress(self, folder: Path, total: int | None) -> Iterator[None]:
-        """Show how far a copy is, on a terminal; the copying side writes it to a small file."""
-        if self._screen.quiet or not sys.stderr.isatty():
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        done = threading.Event()
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-
-            def follow() -> None:
-                while not done.wait(0.1):
-                    with contextlib.suppress(OSError, ValueError):
-                        bar.update(task, completed=int((folder / "progress").read_text()))
-
-            thread = threading.Thread(target=follow, daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-
-    @command
-    def info(self, vm: str, *, timeout: float = 30.0) -> object:
-        """Ask a VM's guest agent who it is: version, OS, host name, time, addresses, health.
-
-        Args:
-            vm: The VM's name.
-            timeout: Seconds within which the VM must begin to answer.
-        """
-        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
-            return remote.do("info")
-
-    @command
-    def reboot(self, vm: str, *, timeout: float = 300.0) -> object:
-        """Reboot a VM and wait until its agent answers again.
-
-        Args:
-            vm: The VM's name.
-            timeout: Seconds it may take.
-        """
-        with Remote(self._open(), self._any_vm(vm), timeout) as remote:
-            return remote.do("reboot")
-
-    @command
-    def retry(self, vm: str, entry: int | None = None) -> object:
-        """Give a VM's failed and unknown entries another attempt.
-
-        Args:
-            vm: The VM's name.
-            entry: Only this entry, by its number in `schedule show`.
-        """
-        count = retry_failed(self._open(), self._vm(vm), entry)
-        if not count:
-            raise UsageError(f"nothing of VM {vm!r} has failed")
-        return {"retried": count}
-
-    @command
-    def pause(self, *vms: str, duration: float) -> object:
-        """Shift everything of VMs that has not started yet; pauses add up.
-
-        Given before time 0, it begins at time 0. The start time itself never changes.
-
-        Args:
-            vms: The VMs' names.
-            duration: Seconds.
-        """
-        return self._hold(vms, duration)
-
-    @command
-    def break_(self, *vms: str) -> object:
-        """Hold everything of VMs that has not started yet, until resume.
-
-        Args:
-            vms: The VMs' names.
-        """
-        return self._hold(vms, math.inf)
-
-    def _hold(self, vms: Sequence[str], duration: float) -> object:
-        if not vms:
-            raise UsageError("no VM is named", "See which there are: vmrm status")
-        return pause_vms(self._open(), vms, duration)
-
-    @command
-    def resume(self, *vms: str) -> object:
-        """End the break that VMs are in; timed pauses go on.
-
-        Args:
-            vms: The VMs' names; without any, all that are in a break.
-        """
-        given = resume_vms(self._open(), vms or None)
-        if not given:
-            raise UsageError("no VM is in a break")
-        return given
-
-    @command
-    def stop(self, *, kill: bool = False, timeout: float = 60.0) -> object:
-        """Stop the experiment: handlers leave, guest programs go on; run continues it.
-
-        Args:
-            kill: End the running guest programs, too.
-            timeout: Seconds to wait for the handlers (exit code 124).
-        """
-        db, process = self._open(), None
-        running = supervisor_pid(db) is not None or live_handlers(db)
-        if not running and not (kill and (vms_with_programs(db) or is_being_killed(db))):
-            raise UsageError("the experiment is not running")
-        halt_experiment(db, Halt.KILL if kill else Halt.STOP)
-        if not running:  # but an earlier one has left programs behind
-            process = spawn_supervisor(db)
-        deadline = CLOCK.monotonic() + timeout
-        while self._is_leaving(db, process):
-            if CLOCK.monotonic() >= deadline:
-                raise TimedOut(f"not all handlers have left after {timeout:g} s")
-            time_to_wait(0.05)
-        end_experiment(db)  # which a handler without supervisor does not
-        tie_up(db)
-        if kill and (left := vms_with_programs(db)):
-            raise VmrmError(
-                f"programs of {counted(len(left), 'VM')} could not be ended: {', '.join(left[:3])}"
-                f"{', …' if len(left) > 3 else ''}",
-                f"See why: vmrm logs {left[0]}",
-            )
-        return _SHOWN
-
-    @staticmethod
-    def _is_leaving(db: Database, process: Any) -> bool:
-        if db.value("SELECT halt FROM current_experiment") not in (Halt.STOP, Halt.KILL):
-            return False  # they have left, and somebody runs it again
-        ours = process is not None and process.poll() is None
-        return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
-
-    @command
-    def destroy(self, *, yes: bool = False, purge: bool = False) -> object:
-        """End the experiment: its VMs, schedules and times go, journal and logs stay.
-
-        Args:
-            yes: Really do it.
-            purge: Remove journal, logs and transfers, too.
-        """
-        db = self._open()
-        if not yes:
-            raise UsageError("this removes the experiment", "Say so: vmrm destroy --yes")
-        destroy_experiment(db, purge=purge)
-        return None
-
-    @command
-    def handle(self, vm: str, *, allow_host: bool = False) -> object:
-        """Run one VM's handler in the foreground, without a supervisor.
-
-        Args:
-            vm: The VM's name.
-            allow_host: Let on_host entries run their programs on this host.
-        """
-        db = self._open()
-        name = self._vm(vm)
-        if supervisor_pid(db) is None:
-            launch(db, allow_host=allow_host)
-        elif allow_host and not current_experiment(db)["allow_host"]:
-            raise _too_late(supervisor_pid(db), "--allow-host")
-        handle(db, name, alone=True)
-        return [row for row in vm_rows(db) if row["vm"] == name]
-
-    @command
-    def agent(
-        self,
-        socket: str,
-        *,
-        root: str | None = None,
-        count: int | None = None,
-    ) -> object:
-        """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
-
-        For trying a schedule without a VM, for containers, and for tests. Programs run on this
-        host, with your rights.
-
-        Args:
-            socket: The socket's path; with --count, a directory for N of them.
-            root: File commands outside this directory are refused.
-            count: Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...
-        """
-        say = functools.partial(print, "listening", flush=True)
-        try:
-            if count is None:
-                drivers.serve_agent(socket, root, ready=say)
-            else:
-                drivers.serve_agents(socket, count, ready=say)
-        except OSError as error:
-            raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
-        return _SHOWN
-
-    @command
-    def check(self, *, fix: bool = False) -> object:
-        """Check database, file store, requests and pool; exit code 1 if something is wrong.
-
-        Args:
-            fix: Remove what nothing needs any more; take back VMs of the pool from the dead.
-        """
-        db = self._open()
-        faults = check(db, fix)
-        self._screen.show(faults)
-        left = len(check(db) if fix else faults)
-        if left:
-            hint = "Remove what is unused: vmrm check --fix" if loose_ends(db) and not fix else ""
-            raise VmrmError(counted(left, "fault"), hint)
-        return _SHOWN
-
-    @command
-    def backup(self, file: str) -> object:
-        """Copy the database to a new file while it is in use; the file store is not part of it.
-
-        Args:
-            file: The copy, which must not exist.
-        """
-        db = self._open()
-        with new_file(db, Path(file)) as copy:
-            copy_database(db.connection, copy)
-        return None
+_SHOWN = object()  # what a command returns that has printed its result itself
 
 
-setattr(Commands, "break", Commands.break_)  # which Python's grammar does not let us write
-del Commands.break_
+@command()
+def cmd_demo(cli: Cli) -> object:
+    """Run a complete small experiment on three stand-in agents, in a temporary directory.
 
-_SHOWN = Pending(lambda: None)  # what a command returns that has printed its result itself
+    Needs no VM and leaves nothing behind. Takes about ten seconds.
+    """
+    return demo(cli.screen)
 
 
-def _too_late(pid: int | None, *options: str) -> Conflict:
+@command(file="TOML, or JSON of the same structure.")
+def cmd_load(cli: Cli, file: str) -> object:
+    """Check an experiment file and store it."""
+    experiment = read_experiment(file)
+    new = load_experiment(cli.db, experiment)
+    entries = sum(len(json.loads(text)) for text in experiment.schedules.values())
+    count = len(experiment.vms)
+    return {"loaded": count if new else 0, "vms": count, "entries": entries}
+
+
+@command(file="TOML, or JSON of the same structure.")
+def cmd_plan(cli: Cli, file: str) -> object:
+    """Show what a run of an experiment file would do; nothing is connected or written."""
+    experiment = read_experiment(file)
+    rows = plan_rows(experiment)
+    cli.screen.show(rows)
+    cli.screen.tell(_plan_summary(experiment, rows))
+    return _SHOWN
+
+
+@command(
+    file="The experiment file; without it, what is loaded.",
+    detach="Return at once; watch it later by another run.",
+    timeout="Seconds after which the experiment is stopped (exit code 124).",
+    start_buffer="Seconds from the last VM configured to time 0.",
+    on_failure="What a failed VM means before time 0: abort, drop or wait.",
+    late="What is overdue when a run is continued: start it at once, skip it, or shift all.",
+    stay="Keep running when all work is done, so that entries can still be added.",
+    report="A new file for the report as an HTML page, written however it ends.",
+    retry="Repeat everything that failed or is unknown, as vmrm retry does.",
+)
+def cmd_run(
+    cli: Cli,
+    file: str | None = None,
+    *,
+    detach: bool = False,
+    timeout: float | None = None,
+    start_buffer: float | None = None,
+    on_failure: OnFailure | None = None,
+    late: Late | None = None,
+    allow_host: bool = False,
+    stay: bool = False,
+    report: str | None = None,
+    retry: bool = False,
+) -> object:
+    """Run the experiment, or continue it, and watch it to its end.
+
+    Ctrl-C stops it: handlers leave, the programs in the VMs go on, and run continues it.
+    What has begun is not repeated, but for entries before time 0 without which a failed VM
+    could not go on.
+    """
+    if report is not None:
+        _check_new(report, detach)
+    experiment = None if file is None else read_experiment(file)
+    if experiment is not None:
+        check_host_entries(experiment.schedules, allow_host)
+        load_experiment(cli.db, experiment)
+    db = cli.open()
+    settings = {"start_buffer": start_buffer, "on_failure": on_failure, "late": late}
+    settings |= {"allow_host": allow_host or None, "retry": retry or None, "stay": stay or None}
+    pid, process = _supervised(cli, {name: v for name, v in settings.items() if v is not None})
+    for row in db.query("SELECT server_name FROM vms WHERE state = 'testing'"):
+        cli.screen.tell(f"VM {row['server_name']!r} is testing: it is not run, and all wait for it")
+    if detach:
+        while process and process.poll() is None and supervisor_pid(db) is None:
+            time_to_wait(0.01)  # so that `stop`, for one, finds it
+        return {"supervisor": pid}
+    try:
+        Viewer(db, cli.screen, timeout).watch(process)
+        return _show_report(cli.screen, report_of(read_run(db)))
+    finally:
+        if report is not None:
+            _write_report(cli, report)
+
+
+def _check_new(report: str, detach: bool) -> None:
+    """Refuse at once what would lose the report when all is over."""
+    if detach:
+        raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
+    if os.path.lexists(report):
+        raise UsageError(f"{report!r} exists already")
+    if not os.access(Path(report).absolute().parent, os.W_OK):
+        raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
+
+
+def _supervised(cli: Cli, settings: Mapping[str, Any]) -> tuple[int, Any]:
+    """Have a supervisor run the experiment; return its pid, and its process if we started it."""
+    if pid := supervisor_pid(cli.db):
+        now = current_experiment(cli.db)
+        now["start_buffer"] = now["start_buffer_s"]
+        # What is as it was asked for is no reason to refuse.
+        if too_late := [name for name, value in settings.items() if now.get(name) != value]:
+            raise _too_late(pid, *too_late)
+        cli.screen.tell(f"the experiment is running already (process {pid}); watching")
+        return pid, None
+    stay = settings.get("stay", False)
+    again = launch(cli.db, **{name: v for name, v in settings.items() if name != "stay"})
+    if again:
+        more = f" and {len(again) - 20} more" if len(again) > 20 else ""
+        cli.screen.tell(f"once more: {'; '.join(again[:20])}{more}")
+    process = spawn_supervisor(cli.db, stay)
+    return process.pid, process
+
+
+def _too_late(pid: int | None, *settings: str) -> Conflict:
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in settings)
     return Conflict(
-        f"the experiment is running already (process {pid}): too late for {', '.join(options)}",
+        f"the experiment is running already (process {pid}): too late for {options}",
         "Watch it without: vmrm run, or stop it first: vmrm stop",
     )
 
 
-_LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
+def _show_report(screen: Screen, outcome: Report) -> object:
+    document = {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
+    if screen.as_json:
+        screen.show(document | {"faults": outcome.faults})
+    else:
+        screen.show(outcome.rows)
+        screen.tell(outcome.summary)
+    if not outcome.ok:
+        hint = "Repeat what failed or is unknown: vmrm run --retry, or vmrm retry VM [ENTRY]"
+        raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]), hint)
+    return _SHOWN
+
+
+def _write_report(cli: Cli, file: str) -> None:
+    try:
+        cli.write(file, report_page(cli.db, read_run(cli.db)))
+    except (OSError, UsageError) as error:
+        why = f"the report was not written: {_one_line(error)}"
+        raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
+
+
+@command(file="The new file, which must not exist; without it, stdout.")
+def cmd_trace(cli: Cli, file: str | None = None, *, experiment: int | None = None) -> object:
+    """Write the run as a trace file that Perfetto and chrome://tracing open."""
+    cli.write(file, json.dumps(trace(_launched(cli, experiment))) + "\n")
+    return _SHOWN
+
+
+@command(file="The new file, which must not exist; without it, stdout.")
+def cmd_report(cli: Cli, file: str | None = None, *, experiment: int | None = None) -> object:
+    """Write the run as one HTML page: timeline, failures with their output, summary."""
+    run = _launched(cli, experiment)
+    cli.write(file, report_page(cli.db, run))
+    return _SHOWN
+
+
+def _launched(cli: Cli, experiment: int | None) -> Run:
+    run = read_run(cli.open(), experiment)
+    if run.experiment["launched_at"] is None:
+        raise NotFound("the experiment has not been launched yet", "Do so: vmrm run")
+    return run
+
+
+@command()
+def cmd_status(cli: Cli) -> object:
+    """Show where every VM is: state, time, entries done, failed, unknown and running."""
+    return vm_rows(cli.open())
+
+
+@command(follow="Keep printing until the experiment has ended, or Ctrl-C.")
+def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> object:
+    """Print a VM's log: what its handler did, and the output of its programs."""
+    db, name = cli.open(), cli.vm(vm)
+    path = run_directory(db, "logs") / f"{name}.log"
+    print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
+    return _SHOWN
+
+
+@command(
+    vm="The VM's name; without it, all.",
+    state="The state to wait for; without it, configured.",
+    timeout="Seconds to wait at most (exit code 124).",
+)
+def cmd_wait(
+    cli: Cli,
+    vm: str | None = None,
+    *,
+    state: VMState | None = None,
+    timeout: float | None = None,
+) -> object:
+    """Wait until a VM, or every managed one, is in a state."""
+    db, name = cli.open(), None if vm is None else cli.vm(vm)
+    state = state or VMState.CONFIGURED
+    sql = """SELECT server_name FROM vms WHERE state <> :state AND state <> 'n/a'
+               AND (:name IS NULL OR server_name = :name)"""
+    deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
+    while late := db.value(sql, state=state, name=name):
+        if CLOCK.monotonic() >= deadline:
+            raise TimedOut(f"VM {late!r} is not {state} after {timeout:g} s")
+        time_to_wait(0.05)
+    return _SHOWN
+
+
+@command(tail="PROGRAM [ARG ...]")
+def cmd_exec(cli: Cli, vm: str, *, timeout: float = 30.0) -> object:
+    """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...].
+
+    Its output and exit code are passed through; 255 if the VM could not be reached or nobody
+    knows how it ended. Options go before VM; all words after it are the program's.
+    """
+    if not cli.tail:
+        raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
+    with cli.remote(vm, timeout) as remote:
+        answer = remote.do("exec", argv=cli.tail)
+        for name, stream in (("out", sys.stdout.buffer), ("err", sys.stderr.buffer)):
+            stream.write((remote.folder / name).read_bytes())
+            stream.flush()
+    for name in answer["truncated"]:
+        cli.screen.tell(f"vmrm: std{name} was cut at 16 MiB, the guest agent's limit")
+    code = answer["exit_code"] if answer["signal"] is None else 128 + answer["signal"]
+    raise SystemExit(code if 0 <= code < 256 else 1)  # Windows has 32 bits
+
+
+@command(
+    local="The file on this host.", remote="Its absolute path in the VM; directories are made."
+)
+def cmd_push(cli: Cli, vm: str, local: str, remote: str, *, timeout: float = 30.0) -> object:
+    """Copy a file into a VM."""
+    source = Path(local)
+    if source.is_dir():
+        raise UsageError(f"{local!r} is a directory", "Push its files, or an archive of it")
+    if not source.is_file():
+        raise UsageError(f"there is no file {local!r}")
+    if not is_guest_path(remote):
+        raise UsageError(f"remote path {remote!r} is not absolute")
+    target = remote + source.name if remote.endswith("/") else remote
+    with source.open("rb") as opened:  # which this user may not be allowed to
+        facts = os.fstat(opened.fileno())
+    mode, size = f"{facts.st_mode & 0o755:o}", facts.st_size
+    with cli.remote(vm, timeout) as access, cli.screen.progress(access.folder, size):
+        (access.folder / "source").symlink_to(source.absolute())
+        return access.do("push", remote=target, mode=mode, size=size)
+
+
+@command(
+    remote="Its absolute path in the VM.", local="The file, or an existing directory, on this host."
+)
+def cmd_pull(cli: Cli, vm: str, remote: str, local: str = ".", *, timeout: float = 30.0) -> object:
+    """Copy a file out of a VM."""
+    if not is_guest_path(remote):
+        raise UsageError(f"remote path {remote!r} is not absolute")
+    target = Path(local)
+    if target.is_dir():
+        target /= (PurePosixPath if remote.startswith("/") else PureWindowsPath)(remote).name
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no directory {str(target.parent)!r}")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{str(target)!r} is not a file")
+    with cli.remote(vm, timeout) as access:
+        temporary = access.sink(target)
+        try:
+            with cli.screen.progress(access.folder):
+                answer = access.do("pull", remote=remote)
+            mask = os.umask(0o077)
+            os.umask(mask)
+            temporary.chmod(answer["mode"] & ~mask)
+            _crash("pull-before-rename")
+            temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return {"bytes": answer["bytes"]}
+
+
+@command()
+def cmd_info(cli: Cli, vm: str, *, timeout: float = 30.0) -> object:
+    """Ask a VM's guest agent who it is: version, OS, host name, time, addresses, health."""
+    with cli.remote(vm, timeout) as remote:
+        return remote.do("info")
+
+
+@command(timeout="Seconds it may take.")
+def cmd_reboot(cli: Cli, vm: str, *, timeout: float = 300.0) -> object:
+    """Reboot a VM and wait until its agent answers again."""
+    with cli.remote(vm, timeout) as remote:
+        return remote.do("reboot")
+
+
+@command(entry="Only this entry, by its number in `schedule show`.")
+def cmd_retry(cli: Cli, vm: str, entry: int | None = None) -> object:
+    """Give a VM's failed and unknown entries another attempt."""
+    count = retry_failed(cli.open(), cli.vm(vm), entry)
+    if not count:
+        raise UsageError(f"nothing of VM {vm!r} has failed")
+    return {"retried": count}
+
+
+@command(duration="Seconds.")
+def cmd_pause(cli: Cli, *vms: str, duration: float) -> object:
+    """Shift everything of VMs that has not started yet; pauses add up.
+
+    Given before time 0, it begins at time 0. The start time itself never changes.
+    """
+    return _hold(cli, vms, duration)
+
+
+@command()
+def cmd_break(cli: Cli, *vms: str) -> object:
+    """Hold everything of VMs that has not started yet, until resume."""
+    return _hold(cli, vms, math.inf)
+
+
+def _hold(cli: Cli, vms: Sequence[str], duration: float) -> object:
+    if not vms:
+        raise UsageError("no VM is named", "See which there are: vmrm status")
+    return pause_vms(cli.open(), vms, duration)
+
+
+@command(vms="The VMs' names; without any, all that are in a break.")
+def cmd_resume(cli: Cli, *vms: str) -> object:
+    """End the break that VMs are in; timed pauses go on."""
+    given = resume_vms(cli.open(), vms or None)
+    if not given:
+        raise UsageError("no VM is in a break")
+    return given
+
+
+@command(
+    kill="Terminate the running guest programs, too.",
+    timeout="Seconds to wait for the handlers (exit code 124).",
+)
+def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> object:
+    """Stop the experiment: handlers leave, guest programs go on; run continues it."""
+    db, process = cli.open(), None
+    running = supervisor_pid(db) is not None or live_handlers(db)
+    if not running and not (kill and (vms_with_programs(db) or is_being_killed(db))):
+        raise UsageError("the experiment is not running")
+    halt_experiment(db, Halt.KILL if kill else Halt.STOP)
+    if not running:  # but an earlier one has left programs behind
+        process = spawn_supervisor(db)
+    deadline = CLOCK.monotonic() + timeout
+    while _is_leaving(db, process):
+        if CLOCK.monotonic() >= deadline:
+            raise TimedOut(f"not all handlers have left after {timeout:g} s")
+        time_to_wait(0.05)
+    end_experiment(db)  # which a handler without supervisor does not
+    tie_up(db)
+    if kill and (left := vms_with_programs(db)):
+        names = ", ".join([*left[:3], *(["…"] if left[3:] else [])])
+        what = f"programs of {counted(len(left), 'VM')} could not be ended: {names}"
+        raise VmrmError(what, f"See why: vmrm logs {left[0]}")
+    return _SHOWN
+
+
+def _is_leaving(db: Database, process: Any) -> bool:
+    if db.value("SELECT halt FROM current_experiment") not in (Halt.STOP, Halt.KILL):
+        return False  # they have left, and somebody runs it again
+    ours = process is not None and process.poll() is None
+    return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
+
+
+@command(yes="Really do it.", purge="Remove journal, logs and transfers, too.")
+def cmd_destroy(cli: Cli, *, yes: bool = False, purge: bool = False) -> object:
+    """End the experiment: its VMs, schedules and times go, journal and logs stay."""
+    db = cli.open()
+    if not yes:
+        raise UsageError("this removes the experiment", "Say so: vmrm destroy --yes")
+    destroy_experiment(db, purge=purge)
+    return None
+
+
+@command()
+def cmd_handle(cli: Cli, vm: str, *, allow_host: bool = False) -> object:
+    """Run one VM's handler in the foreground, without a supervisor."""
+    db, name = cli.open(), cli.vm(vm)
+    if supervisor_pid(db) is None:
+        launch(db, allow_host=allow_host)
+    elif allow_host and not current_experiment(db)["allow_host"]:
+        raise _too_late(supervisor_pid(db), "allow_host")
+    handle(db, name, alone=True)
+    return [row for row in vm_rows(db) if row["vm"] == name]
+
+
+@command(
+    socket="The socket's path; with --count, a directory for N of them.",
+    root="File commands outside this directory are refused.",
+    count="Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...",
+)
+def cmd_agent(
+    cli: Cli,
+    socket: str,
+    *,
+    root: str | None = None,
+    count: int | None = None,
+) -> object:
+    """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
+
+    For trying a schedule without a VM, for containers, and for tests. Programs run on this
+    host, with your rights.
+    """
+    say = functools.partial(print, "listening", flush=True)
+    try:
+        if count is None:
+            drivers.serve_agent(socket, root, ready=say)
+        else:
+            drivers.serve_agents(socket, count, ready=say)
+    except OSError as error:
+        raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
+    return _SHOWN
+
+
+@command(fix="Remove what nothing needs any more; take back VMs of the pool from the dead.")
+def cmd_check(cli: Cli, *, fix: bool = False) -> object:
+    """Check database, file store, requests and pool; exit code 1 if something is wrong."""
+    db = cli.open()
+    faults = check(db, fix)
+    cli.screen.show(faults)
+    left = len(check(db) if fix else faults)
+    if left:
+        hint = "Remove what is unused: vmrm check --fix" if loose_ends(db) and not fix else ""
+        raise VmrmError(counted(left, "fault"), hint)
+    return _SHOWN
+
+
+@command(file="The copy, which must not exist.")
+def cmd_backup(cli: Cli, file: str) -> object:
+    """Copy the database to a new file while it is in use; the file store is not part of it."""
+    db = cli.open()
+    with new_file(db, Path(file)) as copy:
+        copy_database(db.connection, copy)
+    return None
+
+
+# --- schedule
+
+
+@command()
+def cmd_schedule_show(cli: Cli, vm: str) -> object:
+    """Show a VM's entries with planned and real times."""
+    db = cli.open()
+    return entry_rows(db, cli.vm(vm))
+
+
+@command(file="A TOML file with [[schedule]] tables, or a JSON list of entries.")
+def cmd_schedule_add(cli: Cli, vm: str, file: str) -> object:
+    """Append entries to a VM's schedule; a running handler takes them up at once."""
+    return append_entries(cli.open(), cli.vm(vm), Path(file))
+
+
+# --- store
+
+
+@command(
+    files="Paths on this host.",
+    unpack="Add what archives hold, and compressed files contain, instead.",
+)
+def cmd_store_add(cli: Cli, *files: str, unpack: bool = False) -> object:
+    """Add files to the store under their own names."""
+    if not files:
+        raise UsageError("no file is named", "Name at least one: vmrm store add FILE")
+    with VmResourceStore(decompress=unpack, db=cli.db) as store:
+        for file in files:
+            store.add_file(file)
+    return None
+
+
+@command(pattern="Only names that match it, with shell wildcards.")
+def cmd_store_list(cli: Cli, pattern: str = "*") -> object:
+    """List stored files."""
+    return [
+        {"size": size, "name": name, "added": _iso(added.timestamp())}
+        for size, name, added in VmResourceStore(db=cli.open()).list_contents(pattern)
+    ]
+
+
+@command(pattern="Those whose names match it, with shell wildcards.")
+def cmd_store_remove(cli: Cli, pattern: str) -> object:
+    """Remove stored files."""
+    removed = VmResourceStore(db=cli.open()).remove_file(pattern)
+    if not removed:
+        raise NotFound(f"no stored file matches {pattern!r}", "See them: vmrm store list")
+    return {"removed": removed}
+
+
+# --- pool
+
+
+@command(
+    name="The group's name.",
+    settings="Limits (none: no limit), times (90s, 2h), hooks (shell command lines).",
+)
+def cmd_pool_group(cli: Cli, name: str | None = None, **settings: str) -> object:
+    """Show the groups, or make one, or change it, or show its settings."""
+    if settings and name is None:
+        raise UsageError("settings of which group?", "Name it: vmrm pool group NAME")
+    db = cli.pool().db if name is None else cli.db
+    rows = db.query("SELECT * FROM pool_groups ORDER BY position")
+    if name is not None:
+        if settings or name.lower() not in [row["name"].lower() for row in rows]:
+            put_group(db, name, {key: _setting(key, text) for key, text in settings.items()})
+        rows = db.query("SELECT * FROM pool_groups WHERE name = :name", name=name)
+    known = {"name": "name", **group_settings(db)}
+    shown = [{key: row[column] for key, column in known.items()} for row in rows]
+    return shown if name is None else shown[0]
+
+
+def _setting(key: str, text: str) -> object:
+    """Return a group's setting as its column takes it."""
+    if text in ("True", "False") and key not in ("release_cleans", "unique_ip"):
+        raise UsageError(f"--{key.replace('_', '-')} needs a value")
+    if text in ("none", "True", "False"):
+        return {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}[text]
+    if key in set(HookKind):
+        return text
+    try:
+        return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
+    except ValueError:
+        return text
+
+
+@command(group="Its group.", path="The guest agent's address.", ip="The VM's own address.")
+def cmd_pool_add(cli: Cli, vm: str, group: str, *, path: str = "", ip: str = "") -> object:
+    """Add an existing VM. It can be acquired once it passes a health check."""
+    added = cli.pool().add_vm_to_pool(ip, vm, group, path=path)
+    return {"vm": added.vm_name, "group": added.group, "state": added.state}
+
+
+@command(group="Only those of this group.")
+def cmd_pool_list(cli: Cli, group: str | None = None) -> object:
+    """List the pool's VMs."""
+    pool = cli.pool()
+    groups = pool.vm_groups if group is None else [pool._group(group)["name"]]
+    for name in groups:
+        if failure := pool.spawn_failure(name):
+            cli.screen.tell(f"group {name}: {failure}")
+    return [_vm_line(vm) for name in groups for vm in pool.get_all_vm_in_group(name)]
 
 
 def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
@@ -14065,18 +13672,83 @@ def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
     }
 
 
-def _setting(key: str, text: str) -> object:
-    """Return a group's setting as its column takes it."""
-    if text in ("True", "False") and key not in ("release_cleans", "unique_ip"):
-        raise UsageError(f"--{key.replace('_', '-')} needs a value")
-    if text in ("none", "True", "False"):
-        return {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}[text]
-    if key in set(HookKind):
-        return text
-    try:
-        return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
-    except ValueError:
-        return text
+@command()
+def cmd_pool_info(cli: Cli, vm: str | None = None) -> object:
+    """Show everything about a VM, or the whole pool in short."""
+    pool = cli.pool()
+    return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
+
+
+@command(
+    tail="[-- COMMAND ...]",
+    groups="The groups it may come from, in order of preference.",
+    owner="Owner whose limit applies (default: your user name).",
+    sandbox="Sandbox; a VM that this owner already used for it is preferred.",
+    wait="Wait in the queue if there is none now.",
+    timeout="Seconds to wait at most (exit code 124).",
+    priority="In the queue: higher ones first.",
+    lease="Seconds after which the lease ends unless renewed; default 1 h without --pid.",
+    pid="The process that holds it: when it is dead, the VM is taken back.",
+    task="A name for the job, shown in listings.",
+    format="Print this, with {name}, {ip}, {path}, {token}, {group} filled in.",
+)
+def cmd_pool_acquire(
+    cli: Cli,
+    *groups: str,
+    owner: str | None = None,
+    sandbox: str = "",
+    wait: bool = False,
+    timeout: float | None = None,
+    priority: int = 0,
+    lease: float | None = None,
+    pid: int | None = None,
+    task: str | None = None,
+    format: str | None = None,  # noqa: A002 (an option's name)
+) -> object:
+    """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
+
+    A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
+    VM is released after it, and its exit code is passed on. Without one, name, ip, path and
+    token of the lease are printed.
+    """
+    runs = bool(cli.tail)
+    if runs and pid is not None:
+        raise UsageError("a COMMAND holds the VM itself: it takes no --pid")
+    if timeout is not None and not wait:
+        raise UsageError("--timeout is for --wait")
+    if format is not None:
+        _filled_in(format, dict.fromkeys(_LEASED, ""))
+    if pid is None and lease is None and not runs:
+        lease = 3600.0
+    # We hold it until somebody was told of it, so that nothing is left if we die before.
+    holder = None if pid is None else Process.of(pid)
+    pool = cli.pool()
+    for group in groups:
+        pool._group(group)
+    request = Request(
+        (pool._group_names(groups),),
+        _user() if owner is None else owner,
+        sandbox,
+        Process.of(),
+        lease,
+        task,
+        priority=priority,
+    )
+    patience = None if not wait else math.inf if timeout is None else timeout
+    vm = pool.acquire(request, patience, cli.screen.tell)[0]
+    if runs:
+        raise SystemExit(run_leased(pool, vm, lease, cli.tail, cli.screen))
+    leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
+    cli.screen.deliver(
+        leased if format is None else _filled_in(format, leased),
+        functools.partial(pool.release_vm, vm.vm_name, token=vm.token),
+        f"VM {vm.vm_name!r} was given back",
+    )
+    pool.hand_over(vm, holder)
+    return _SHOWN
+
+
+_LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
 
 
 def _filled_in(text: str, values: Mapping[str, object]) -> str:
@@ -14088,23 +13760,215 @@ def _filled_in(text: str, values: Mapping[str, object]) -> str:
     return re.sub(r"\{(\w*)\}", value, text)
 
 
+@command(lease="Seconds from now.")
+def cmd_pool_renew(cli: Cli, vm: str, *, lease: float = 3600.0, token: str | None = None) -> object:
+    """Have a lease end later."""
+    return {"until": _iso(cli.pool().renew_vm(vm, lease, token=_token(vm, token)))}
+
+
 def _token(vm: str, given: str | None) -> str | None:
     """Return the token of a command: the given one, or that of the job it runs in."""
     of_job = os.environ.get("VMRM_VM", vm).lower() == vm.lower()
     return given or (os.environ.get("VMRM_LEASE") if of_job else None)
 
 
+@command()
+def cmd_pool_release(cli: Cli, *vms: str, token: str | None = None, force: bool = False) -> object:
+    """Give VMs back to the pool."""
+
+    def act(pool: VmManager, vm: str) -> None:
+        if not pool.release_vm(vm, token=_token(vm, token), force=force):
+            state = pool.get_vm_by_name(vm).state
+            raise VmError(f"VM {vm!r} is {state}: nobody has a lease of it")
+
+    return _each(cli, vms, act)
+
+
+def _each(cli: Cli, vms: Sequence[str], act: Callable[[VmManager, str], object]) -> object:
+    """Do something to several VMs, but nothing if one of them is not there."""
+    pool = cli.pool()
+    if not vms:
+        raise UsageError("no VM is named", "See which there are: vmrm pool list")
+    errors = []
+    for name in dict.fromkeys([pool.get_vm_by_name(vm).vm_name for vm in vms]):
+        try:
+            act(pool, name)
+        except VmError as error:
+            errors.append(error)
+    for other in errors[:-1]:
+        cli.screen.error(other)
+    if errors:
+        raise errors[-1]
+    return None
+
+
+@command(until="A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).")
+def cmd_pool_hold(
+    cli: Cli, vm: str, until: str, *, token: str | None = None, force: bool = False
+) -> object:
+    """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time."""
+    cli.pool().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
+    return None
+
+
 def _moment(text: str) -> float:
     """Return a time from now, or a date, in seconds since the epoch."""
-    try:
+    with contextlib.suppress(ValueError):
         return CLOCK.wall() + parse_seconds(text)
-    except ValueError:
-        pass
     try:
         date = datetime.fromisoformat(text)
     except ValueError:
         raise UsageError(f"{text!r} is neither a time like 90s, 2h, 3d nor a date") from None
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+@command()
+def cmd_pool_terminate(
+    cli: Cli, *vms: str, token: str | None = None, force: bool = False
+) -> object:
+    """Have the keeper terminate VMs and forget them."""
+
+    def act(pool: VmManager, vm: str) -> None:
+        why = "terminated by command"
+        pool.start_vm_termination(vm, reason=why, token=_token(vm, token), force=force)
+
+    return _each(cli, vms, act)
+
+
+@command()
+def cmd_pool_remove(cli: Cli, *vms: str) -> object:
+    """Forget terminating VMs whose machines are known to be gone."""
+    return _each(cli, vms, VmManager.remove_vm_from_pool)
+
+
+@command()
+def cmd_pool_log(cli: Cli, vm: str) -> object:
+    """Print what the hooks of a VM printed, and how they ended."""
+    db = cli.pool().db
+    path = pool_log(db, vm)
+    if not path.exists():
+        VmDescriptor.load(db, vm)  # which says so, if there is no such VM
+    print_log(path, lambda: False)
+    return _SHOWN
+
+
+@command(vm="Only of this VM.")
+def cmd_pool_history(cli: Cli, vm: str | None = None) -> object:
+    """Show every change of state: when, who, why."""
+    rows = cli.pool().db.query(
+        """SELECT at, vm_name AS vm, "group", old_state AS "from",
+               coalesce(new_state, '(gone)') AS "to", owner, who, reason AS why
+           FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id""",
+        vm=vm,
+    )
+    return [{**row, "at": _iso(row["at"])} for row in rows]
+
+
+@command()
+def cmd_pool_metrics(cli: Cli) -> object:
+    """Print the pool's figures as Prometheus text."""
+    return cli.pool().metrics().rstrip("\n")
+
+
+@command(once="Do what is due now and what follows from it, then leave: for cron.")
+def cmd_pool_serve(cli: Cli, *, once: bool = False) -> object:
+    """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
+
+    Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
+    VMs stay.
+    """
+    db = cli.pool().db
+    logger = logging.getLogger("vmrm.keeper")
+    log_to(logger, db.directory("pool") / f"{KEEPER}.log")
+    if not cli.screen.quiet:
+        told = logging.StreamHandler()
+        told.setFormatter(LogFormatter())
+        logger.addHandler(told)
+    Keeper(db, once).run()
+    return _SHOWN
+
+
+@command(
+    tail="[-- WORD ...]",
+    vm="The VM's name; without it, $VMRM_VM.",
+    disk="A disk image, qcow2 or raw; what the VM writes is kept apart, until its end.",
+    kernel="A kernel to boot instead of what is on the disk.",
+    initrd="The kernel's initial RAM disk.",
+    append="The kernel's command line.",
+    memory="MiB.",
+    cpus="Virtual processors.",
+    accel="QEMU's accelerator; without it, KVM if that works, else software emulation.",
+)
+def cmd_pool_spawn_qemu(
+    cli: Cli,
+    vm: str | None = None,
+    *,
+    disk: str | None = None,
+    kernel: str | None = None,
+    initrd: str | None = None,
+    append: str | None = None,
+    memory: int = 512,
+    cpus: int = 1,
+    accel: str | None = None,
+    dir: str | None = None,  # noqa: A002 - the option's name
+) -> object:
+    """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
+
+    It has a guest-agent socket and a control socket in a directory of its own, and no network
+    unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
+    """
+    words = qemu_words(
+        memory=memory,
+        cpus=cpus,
+        disk=disk,
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        accel=accel,
+    )
+    machine = _qemu(cli, vm, dir)
+    words += [] if accel else ["-accel", _accel(cli)]
+    if not dir:
+        assert cli.db.connection  # it makes the state directory, private
+    made = machine.spawn([*words, *cli.tail])
+    what = f"VM {machine.name!r} was ended again"
+    cli.screen.deliver(json.dumps(made), machine.terminate, what)
+    return _SHOWN
+
+
+def _accel(cli: Cli) -> str:
+    """Return the accelerator that works."""
+    import shutil
+
+    program = shutil.which(QEMU)
+    fault = kvm_fault(program) if program else ""
+    if fault:
+        cli.screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
+    return "tcg" if fault else "kvm"
+
+
+@command(vm="The VM's name; without it, $VMRM_VM.")
+def cmd_pool_terminate_qemu(cli: Cli, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
+    """Terminate a VM started by spawn-qemu and delete its directory. Succeeds if it is gone."""
+    _qemu(cli, vm, dir).terminate()
+    return _SHOWN
+
+
+@command()
+def cmd_pool_list_qemu(cli: Cli, *, dir: str | None = None) -> object:  # noqa: A002
+    """List the VMs of spawn-qemu that run, one name per line: a list hook."""
+    return qemu_running(_qemu_root(cli, dir))
+
+
+def _qemu(cli: Cli, vm: str | None, folder: str | None) -> QemuVm:
+    name = vm or os.environ.get("VMRM_VM")
+    if not name:
+        raise UsageError("no VM is named", "Name one, or set VMRM_VM")
+    return QemuVm(_qemu_root(cli, folder), name)
+
+
+def _qemu_root(cli: Cli, folder: str | None) -> Path:
+    return Path(folder).absolute() if folder else cli.db.state_dir / "qemu"
 
 
 def run_leased(
@@ -14343,13 +14207,9 @@ def _demo_agent(root: Path) -> Iterator[None]:
 # === main ========================================================================================
 
 
-def _text(value: str) -> str:
-    return value
-
-
 def _switch(value: str) -> bool:
     if value not in ("True", "False"):
-        raise _fire_error(f"{value!r} follows a switch, which takes no value; put switches last")
+        raise UsageError(f"{value!r} follows a switch, which takes no value; put switches last")
     return value == "True"
 
 
@@ -14363,170 +14223,154 @@ def parse_seconds(text: str) -> float:
 
 
 def _seconds(value: str) -> float:
-    """Return a duration; every number with a fraction on our command line is one."""
     try:
         return parse_seconds(value)
     except ValueError:
-        raise _fire_error(f"{value!r} is not a number of seconds, 0 or more") from None
+        raise UsageError(f"{value!r} is not a number of seconds, 0 or more") from None
 
 
 def _whole(value: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,8}", value):
-        raise _fire_error(f"{value!r} is not a whole number, 1 or more")
+        raise UsageError(f"{value!r} is not a whole number, 1 or more")
     return int(value)
 
 
-def _fire_error(message: str) -> Exception:
-    from fire.core import FireError
+def _parser(name: str, kind: Any) -> Callable[[str], object]:
+    """Return what parses a parameter's word: fire by itself guesses a type from the word."""
 
-    return cast(Exception, FireError(message))
+    def choice(value: str) -> object:
+        if value not in set(kind):
+            raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(kind)}")
+        return kind(value)
 
-
-_GROUPS: dict[str, type] = {
-    "schedule": ScheduleCommands,
-    "store": StoreCommands,
-    "pool": PoolCommands,
-}
-_PARSERS = {"str": _text, "bool": _switch, "float": _seconds, "int": _whole}
+    parsers = {str: str, bool: _switch, float: _seconds, int: _whole}
+    return cast("Callable[[str], object]", parsers.get(kind, choice))
 
 
-def _teach_fire(commands: type) -> None:
-    """Give every command parsers by annotation: fire by itself guesses types from the words."""
-    import inspect
+class _Pending:
+    """A command that was understood but has not run: it runs once every word was consumed."""
 
+    def __init__(self, run: Callable[[Cli], object]) -> None:
+        self.run = run
+
+    def __dir__(self) -> list[str]:
+        return []  # fire applies left-over words to what it finds here
+
+
+class _Group(dict[str, Any]):
+    """Commands by name, for fire, which would offer a dictionary's methods as well."""
+
+    def __dir__(self) -> list[str]:
+        return []
+
+
+def _for_fire(name: str, entry: Any) -> Any:
+    """Return a command, or a group, as fire is to see it: what fire calls changes nothing."""
+    if not isinstance(entry, Command):
+        group = _Group({member: _for_fire(member, entry[member]) for member in entry})
+        group.__doc__ = GROUPS[name]
+        return group
     from fire import decorators
 
-    for name, method in vars(commands).items():
-        if name.startswith("_") or not inspect.isfunction(method):
-            continue
-        parsers = {
-            parameter.name: _PARSERS[str(parameter.annotation).removesuffix(" | None")]
-            for parameter in inspect.signature(method).parameters.values()
-            if parameter.name != "self"
-        }
-        setattr(
-            commands, name, decorators.SetParseFns(**parsers)(decorators.SetParseFn(_text)(method))
-        )
+    def pending(*args: Any, **kwargs: Any) -> _Pending:
+        return _Pending(lambda cli: entry.function(cli, *args, **kwargs))
+
+    parameters, parsers = [], {}
+    for parameter in entry.parameters.values():
+        kind = next(iter(get_args(parameter.annotation)), parameter.annotation)  # without None
+        parsers[parameter.name] = _parser(parameter.name, kind)
+        shown = str if issubclass(kind, str) else kind
+        parameters.append(parameter.replace(annotation=shown))
+    pending.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    pending.__doc__ = entry.help
+    return decorators.SetParseFns(**parsers)(decorators.SetParseFn(str)(pending))
 
 
-def _understand(commands: Commands, words: Sequence[str]) -> Pending | None:
-    """Return the command that the words mean; None if fire has printed help instead.
+def _named(words: Sequence[str]) -> tuple[list[str], Any]:
+    """Return the words that name a command, or a group, and what they name."""
+    names: list[str] = []
+    found: Any = COMMANDS
+    for word in words:
+        if isinstance(found, Command) or word.startswith("-"):
+            break
+        name = word.replace("_", "-")
+        if name not in found:
+            see = " ".join(["See: vmrm", *names, "--help"])
+            raise UsageError(f"no such command: {word}", see)
+        names.append(name)
+        found = found[name]
+    return names, found
+
+
+def _understand(words: Sequence[str], tail: Sequence[str]) -> _Pending:
+    """Return the command that the words mean, which may be to do nothing: fire has printed help.
 
     Raises:
         UsageError: a word is not understood; nothing was run.
     """
-    if len(words) == 1 and _takes_nothing(words[0]):  # `status`, in a loop, need not import fire
-        return cast(Pending, getattr(commands, words[0])())
-    if "--" in words[1:] and not set(words[words.index("--") + 1 :]) <= {"--help", "-h"}:
-        raise UsageError("'--' is for exec and pool acquire alone", "See: vmrm exec --help")
+    names, entry = _named(words)
+    rest, name = words[len(names) :], " ".join(["vmrm", *names])
+    is_command, see = isinstance(entry, Command), f"See: {name} --help"
+    if tail and not (is_command and entry.tail):
+        raise UsageError(f"{name} takes no words after '--'", see)
+    if is_command and not rest and entry.needs_nothing:
+        return _Pending(entry.function)  # `status`, in a loop, need not import fire
+    if {"--help", "-h"} & set(rest):
+        rest = ["--", "--help"]
+    if short := [word for word in rest if re.match("--?[A-Za-z](=|$)", word)]:
+        raise UsageError(f"options are not abbreviated: {short[0]}", see)
     import fire
 
-    fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
-    fire.decorators.FIRE_METADATA = "_fire_metadata"
-    for group in (Commands, *_GROUPS.values()):
-        _teach_fire(group)
-    understood: list[Pending] = []
-
-    def keep(result: object) -> object:
-        if isinstance(result, Pending):
-            understood.append(result)
-            return None
-        return result
-
-    said = io.StringIO()
+    fire.core.Display = lambda lines, out: print("\n".join(lines))  # no pager
+    fire.decorators.FIRE_METADATA = "_fire_metadata"  # which help hides
+    fire.helptext._GetShortFlags = lambda flags: []
+    shown = _for_fire(names[-1] if names else "", entry)
+    for member in reversed(names):
+        shown = _Group({member: shown})
     try:
-        with contextlib.redirect_stderr(said):
-            fire.Fire(commands, command=list(words), name="vmrm", serialize=keep)
+        with contextlib.redirect_stderr(io.StringIO()):
+            got = fire.Fire(
+                shown, [*names, *rest], "vmrm", lambda it: None if isinstance(it, _Pending) else it
+            )
     except fire.core.FireExit as end:
         if end.code:
-            raise _usage_error(said.getvalue(), words) from None
-        print(re.sub("^INFO: .*\n\n?", "", said.getvalue()))
-        return None
-    return understood[0] if understood else None
+            said = end.trace.elements[-1].ErrorAsStr()
+            raise UsageError(said[:1].lower() + said[1:], see) from None
+        got = None
+    except UsageError as error:  # of a parser
+        error.hint = see
+        raise
+    return got if isinstance(got, _Pending) else _Pending(lambda _: _SHOWN)
 
 
-def _takes_nothing(name: str) -> bool:
-    import inspect
+def _take_apart(argv: Sequence[str]) -> tuple[Cli, list[str]]:
+    """Return what is ours of a command line, and the words that fire is to understand.
 
-    method = vars(Commands).get(name)
-    if name.startswith("_") or not inspect.isfunction(method):
-        return False
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    return all(parameter.default is not parameter.empty for parameter in parameters)
-
-
-def _usage_error(said: str, words: Sequence[str]) -> UsageError:
-    """Return fire's complaint as one line of ours."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines()  # on a terminal it writes in colours
-    line = next((line for line in lines if line.startswith("ERROR: ")), "ERROR: usage")
-    text = line.removeprefix("ERROR: ").strip()
-    text = text.replace("Could not consume arg:", "not understood:")
-    text = text.replace("Cannot find key:", "no such command:")
-    text = text.replace("The function received no value", "no value was given")
-    if missing := re.search(r"required flags: \{(.*)\}", text):
-        names = sorted(name.replace("_", "-") for name in re.findall(r"'(\w+)'", missing[1]))
-        text = f"missing: {' '.join(f'--{name} {name.upper()}' for name in names)}"
-    known, at = dir(Commands(None, Screen())), ["vmrm"]
-    for word in words[:2]:
-        if word not in known:
-            break
-        at.append(word)
-        group = _GROUPS.get(word)
-        known = [] if group is None else list(vars(group))
-    if len(at) == 1 or known:
-        text = text.replace("not understood:", "no such command:")
-    return UsageError(text[0].lower() + text[1:], f"See: {' '.join(at)} --help")
-
-
-@dataclasses.dataclass
-class _Line:
-    """A command line, taken apart before fire sees it."""
-
-    db: str | None = None
-    as_json: bool = False
-    quiet: bool = False
-    words: list[str] = dataclasses.field(default_factory=list)
-    tail: list[str] = dataclasses.field(default_factory=list)
-
-
-def _take_apart(argv: Sequence[str]) -> _Line:
-    """Peel off our own options, and a program's words, which fire would take for its own."""
-    line, rest = _Line(), list(argv)
+    Our own options may stand anywhere before the words of a program, which fire must not see.
+    """
+    path, ours, words, tail, rest = None, set(), list[str](), list[str](), list(argv)
     while rest:
         word = rest.pop(0)
-        if line.words[:1] == ["exec"] and len(_plain_words(line.words)) == 2:
-            line.tail = rest if word == "--" else [word, *rest]
-            break
-        tailed = [["pool", "acquire"], ["pool", "spawn-qemu"]]
-        if line.words[:2] in tailed and word == "--" and rest != ["--help"]:
-            if not rest:
-                raise UsageError("nothing follows --", f"See: vmrm pool {line.words[1]} --help")
-            line.tail = rest
-            break
-        if word == "--db" or word.startswith("--db="):
-            line.db = word.partition("=")[2] or (rest.pop(0) if rest else "")
-            if not line.db:
+        is_exec = words[:1] == ["exec"]
+        if word in ("--json", "--quiet"):
+            ours.add(word)
+        elif word == "--db" or word.startswith("--db="):
+            path = word[5:] or (rest.pop(0) if rest and word == "--db" else "")
+            if not path:
                 raise UsageError("--db needs a path")
-        elif word == "--json":
-            line.as_json = True
-        elif word == "--quiet":
-            line.quiet = True
+        elif word == "--" and words and rest not in (["--help"], ["-h"]):
+            if not rest:
+                raise UsageError("nothing follows --", "Name a command after it, or leave it out")
+            tail, rest = rest, []
+        elif is_exec and word.startswith("--") and "=" not in word:
+            words += [word, *rest[:1]]
+            del rest[:1]
+        elif is_exec and not word.startswith("-"):  # the VM, and all else is the program's
+            words.append(word)
+            tail, rest = rest[rest[:1] == ["--"] :], []
         else:
-            line.words.append(word)
-    return line
-
-
-def _plain_words(words: Sequence[str]) -> list[str]:
-    """Return the words that are neither options nor an option's value."""
-    plain, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word.startswith("--"):
-            skip = "=" not in word
-        else:
-            plain.append(word)
-    return plain
+            words.append(word)
+    return Cli(path, Screen("--json" in ours, "--quiet" in ours), tail), words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14542,14 +14386,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _supervise(words[1:])
         if words[:1] == ["_check_agent"]:
             return _check_agent(words[1:])
-        line = _take_apart(words)
-        screen = Screen(line.as_json, line.quiet)
+        cli, line = _take_apart(words)
+        screen = cli.screen
         need_packages(*PACKAGES)
-        with contextlib.ExitStack() as stack:
-            commands = Commands(line.db, screen, line.tail)
-            stack.callback(commands._close)
-            pending = _understand(commands, line.words)
-            result = pending._run() if pending else _SHOWN
+        with contextlib.closing(cli):
+            result = _understand(line, cli.tail).run(cli)
             if result is not _SHOWN:
                 screen.show(result)
         return 0

@@ -6,6 +6,7 @@ Most tests call `main` in this process (`vm`); those that need processes of thei
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -17,8 +18,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
-import fire  # type: ignore[import-untyped]
 import pytest
 import tables
 from cli_lab import entry, lab, until
@@ -28,9 +29,14 @@ from lab import stand_ins
 import vmrm
 
 Vm = Callable[..., Result]
-COMMANDS = sorted(name for name in dir(vmrm.Commands(None, vmrm.Screen())))
-GROUPS = {"schedule": ["add", "show"], "store": ["add", "list", "remove"]}
+COMMANDS = sorted(vmrm.COMMANDS)
+GROUPS = {name: sorted(vmrm.COMMANDS[name]) for name in ("schedule", "store", "pool")}
 LINES = [[name] for name in COMMANDS] + [[g, name] for g, names in GROUPS.items() for name in names]
+ENTRIES = {
+    tuple(line): functools.reduce(lambda found, name: found[name], line, vmrm.COMMANDS)
+    for line in LINES
+    if line[0] not in GROUPS or len(line) == 2
+}
 
 
 @pytest.fixture
@@ -100,19 +106,19 @@ def refused(result: Result, says: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("destroy --yess", "not understood: --yess"),
+        ("destroy --yess", "could not consume arg: --yess"),
         ("destroy --yes extra", "follows a switch"),
-        ("run lab.toml extra", "not understood: extra"),
+        ("run lab.toml extra", "could not consume arg: extra"),
         ("destroy --yes=false", "'false' follows a switch"),
         ("destroy --yes=true", "'true' follows a switch"),
-        ("destroy yes", "not understood: yes"),
-        ("destroy --yes --bogus=1", "not understood"),
-        ("destroy --yes -- extra", "'--' is for exec and pool acquire"),
-        ("destroy --yes -- --bogus", "'--' is for exec and pool acquire"),
-        ("destroy --yes=True - upper", "not understood: upper"),
-        ("destroy --yes=True _run", "not understood: _run"),
-        ("destroy --yes=True __class__", "not understood: __class__"),
-        ("store remove vm1 extra", "not understood: extra"),
+        ("destroy yes", "could not consume arg: yes"),
+        ("destroy --yes --bogus=1", "could not consume arg: --bogus=1"),
+        ("destroy --yes -- extra", "vmrm destroy takes no words after '--'"),
+        ("destroy --yes -- --bogus", "vmrm destroy takes no words after '--'"),
+        ("destroy --yes=True - upper", "could not consume arg: upper"),
+        ("destroy --yes=True _run", "could not consume arg: _run"),
+        ("destroy --yes=True __class__", "could not consume arg: __class__"),
+        ("store remove vm1 extra", "could not consume arg: extra"),
         ("_db", "no such command: _db"),
         ("_open", "no such command: _open"),
         ("__init__", "no such command: __init__"),
@@ -120,10 +126,17 @@ def refused(result: Result, says: str, code: int = 2) -> None:
         ("store _main destroy --yes", "no such command: _main"),
         ("nosuch", "no such command: nosuch"),
         ("schedule nosuch", "no such command: nosuch"),
-        ("load", "no value was given for the required argument: file"),
+        ("load", "received no value for the required argument: file"),
         ("exec", "required argument: vm"),
         ("exec vm1", "no program is named"),
-        ("exec -- vm1 true", "'--' is for exec and pool acquire"),
+        ("exec -- vm1 true", "required argument: vm"),
+        ("exec vm1 --", "no program is named"),
+        ("pool acquire lab --", "nothing follows --"),
+        ("run --f lab.toml", "options are not abbreviated: --f"),
+        ("run -f lab.toml", "options are not abbreviated: -f"),
+        ("destroy -y", "options are not abbreviated: -y"),
+        ("keys", "no such command: keys"),
+        ("store clear", "no such command: clear"),
         ("push vm1", "required argument"),
         ("schedule add vm1", "required argument: file"),
         ("store add", "no file is named"),
@@ -143,7 +156,7 @@ def refused(result: Result, says: str, code: int = 2) -> None:
         ("retry vm1 1_0", "'1_0' is not a whole number"),
         ("retry vm1 --entry=-1", "'-1' is not a whole number"),
         ("agent x --count 0", "'0' is not a whole number"),
-        ("wait --state done", "unknown VM state 'done'"),
+        ("wait --state done", "state is 'done', but must be one of uninitialized, "),
         ("destroy", "this removes the experiment"),
         ("stop", "the experiment is not running"),
         ("retry vm1", "nothing of VM 'vm1' has failed"),
@@ -187,18 +200,15 @@ def test_a_switch_may_be_negated_and_options_may_stand_anywhere(vm: Vm, db: Path
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_of_every_command_shows_its_docstring(vm: Vm, flag: str) -> None:
-    for line in LINES:
-        target: object = vmrm.Commands(None, vmrm.Screen())
-        for word in line:
-            target = getattr(target, word)
+    for line, known in ENTRIES.items():
         result = vm(*line, flag)
         assert (result.code, result.err) == (0, ""), line
-        doc = (target.__doc__ or "").splitlines()
-        assert doc[0] in result.out, line
-        assert "INFO" not in result.out, line
-        assert not re.search("FIRE_METADATA|_fire|_main", result.out), line
-        for text in re.findall(r"^            (\w+): ", "\n".join(doc), re.MULTILINE):
-            assert re.search(text, result.out, re.IGNORECASE), (line, text)
+        assert (known.function.__doc__ or "").splitlines()[0] in result.out, line
+        assert not re.search("INFO|FIRE_METADATA|_fire|_main", result.out), line
+        for name, parameter in known.parameters.items():
+            heads = {parameter.KEYWORD_ONLY: f"--{name}=", parameter.VAR_KEYWORD: "are accepted."}
+            text = result.out.partition(heads.get(parameter.kind, name.upper()))[2]
+            assert {**vmrm.WORDS, **known.words}[name] in text, (line, name)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--", "--help"]], ids=str)
@@ -227,16 +237,25 @@ def test_completion_names_each_command(vm: Vm, shell: list[str]) -> None:
     assert "_main" not in result.out
 
 
+WRONG = {
+    bool: ("maybe", "follows a switch"),
+    float: ("soon", "is not a number of seconds, 0 or more"),
+    int: ("1.5", "is not a whole number, 1 or more"),
+}
+
+
 def test_every_parameter_has_a_parser_by_its_type(vm: Vm) -> None:
-    vm("--help")
-    for group in (vmrm.Commands, *vmrm._GROUPS.values()):
-        for name, method in vars(group).items():
-            if name.startswith("_") or not callable(method):
-                continue
-            parsers = fire.decorators.GetParseFns(method)
-            parameters = set(method.__wrapped__.__annotations__) - {"return"}
-            assert set(parsers["named"]) == parameters, name
-            assert parsers["default"]("1e3") == "1e3"
+    found = set()
+    for line, known in ENTRIES.items():
+        kinds = known.parameters.values()
+        words = ["x" for p in kinds if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        for parameter in kinds:
+            kind = next(iter(get_args(parameter.annotation)), parameter.annotation)
+            found.add(kind)
+            if kind is not str:
+                value, says = WRONG.get(kind, ("never", "is 'never', but must be one of"))
+                refused(vm(*line, f"--{parameter.name}={value}", *words), says)
+    assert found == {str, *WRONG, vmrm.OnFailure, vmrm.Late, vmrm.VMState}
 
 
 # === the database ================================================================================

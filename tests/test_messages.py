@@ -121,11 +121,11 @@ def test_a_socket_without_rights_is_no_vm_that_is_off(tmp_path: Path) -> None:
 
 SAYS = {
     "push vm1 tree /tmp/": "'tree' is a directory",
-    "push vm1 a b /tmp/": "not understood: '?/tmp/",
-    "pull vm1 /a . 5": "not understood: '?5",
-    "info vm1 5": "not understood: '?5",
-    "wait vm1 failed": "not understood: '?failed",
-    "pause vm1": "missing: --duration DURATION",
+    "push vm1 a b /tmp/": "could not consume arg: /tmp/",
+    "pull vm1 /a . 5": "could not consume arg: 5",
+    "info vm1 5": "could not consume arg: 5",
+    "wait vm1 failed": "could not consume arg: failed",
+    "pause vm1": "missing required flags: {'duration'}",
     "break": "no VM is named",
     "plan lab.toml": "1 VM, 1 entry, ",
     "check": "",
@@ -274,4 +274,4 @@ def test_a_wrong_word_is_named_on_a_terminal_too(cli: Cli, children: None) -> No
         encoding="utf-8",
         timeout=60,
     ) as terminal:
-        assert "not understood: --nope" in terminal.read()
+        assert "could not consume arg: --nope" in terminal.read()

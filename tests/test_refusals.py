@@ -183,12 +183,12 @@ USERS = {
     "store add nothing.txt": "'nothing.txt': no such file or directory",
     "store add .": "'.' is a directory",
     "pool add vm1 ci --path tcp:nowhere": "'tcp:nowhere' is not a path",
+    "pool group -x --max-vm-total 3": "options are not abbreviated: -x",
     "pool group --max-vm-total 3": "settings of which group?",
-    "pool group -x --max-vm-total 3": "settings of which group?",
     "pool group ci --colour red": "unknown key 'colour'",
     "load nothing.toml": "cannot read 'nothing.toml'",
     "backup nowhere/copy.db": "'nowhere/copy.db': no such file or directory",
-    "wait --state ready": "unknown VM state 'ready'",
+    "wait --state ready": "state is 'ready', but must be one of uninitialized, ",
 }
 
 
