@@ -40,7 +40,6 @@ import base64
 import binascii
 import contextlib
 import errno
-import fcntl
 import io
 import itertools
 import json
@@ -57,7 +56,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -68,7 +66,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -2088,6 +2086,14 @@ class QemuGuestAgentDriver(AbstractDriver):
 # === programs on this host ========================================================================
 
 
+def _memory_file(content: bytes) -> io.BufferedRandom:
+    """Return an open file that holds *content* and has no place in the file system."""
+    file = os.fdopen(os.memfd_create("content"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
+
+
 class HostPrograms:
     """Runs programs on this very host, under the calls that a handler makes to a guest's driver.
 
@@ -2152,521 +2158,308 @@ class HostPrograms:
 
 _REQUEST_LIMIT = 64 * 2**20  # MAX_TOKEN_SIZE in QEMU's qobject/json-streamer.c
 _READ_LIMIT = 48 * 2**20
-_FIRST_HANDLE = 1000
-
-_GuestFile = io.BufferedReader | io.BufferedWriter | io.BufferedRandom
-
-
-class RequestRefused(Exception):
-    """A request that the stand-in answers with an error."""
-
-    def __init__(self, desc: str, class_: str = "GenericError") -> None:
-        super().__init__(desc)
-        self.class_ = class_
+# What stands where JSON has a fault only because it is cut off there.
+_CUT_OFF = re.compile(
+    r'"(?:[^"\\]|\\.)*\\?|t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|-|\\?(?:u[0-9A-Fa-f]{0,4})?',
+    re.DOTALL,
+)
 
 
 class RequestSplitter:
-    """Bytes in, the texts of JSON values out, as the agent's lexer would cut them."""
-
-    _between = re.compile(rb'[{}\[\]"\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
-    _in_string = re.compile(rb'["\\\x00-\x1f\xff]')
-    _junk = re.compile(rb"[^\s{}\[\]\x00-\x1f\xff]*")
+    """Bytes in, values of JSON out, wherever they are cut; 0xFF drops what is incomplete."""
 
     def __init__(self) -> None:
         self._held = bytearray()
-        self._restart()
-
-    def _restart(self) -> None:
-        self._scanned = 0
-        self._depth = 0
-        self._string = False
+        self._may_be_whole = False
 
     def feed(self, data: bytes) -> None:
         """Take *data* in."""
         self._held += data
+        # Nothing else completes a request; a big one is not parsed again with each piece.
+        self._may_be_whole |= len(self._held) < 1000 or any(mark in data for mark in b"}]\xff")
 
-    def next_value(self) -> bytes | None:
-        """Return the next complete value, or None if more bytes are needed.
+    def next_value(self) -> Any:
+        """Return the next value, or None if more bytes are needed.
 
-        Raises RequestRefused for what is no value; reading goes on behind it.
+        Raises ValueError for what is no value, having dropped it.
         """
-        if not self._depth and not self._begin():
-            return None
-        while (end := self._next_mark()) is not None:
-            if self._step(end):
-                return self._take(end + 1)
-        if len(self._held) > _REQUEST_LIMIT:
-            self._take(len(self._held))
-            raise RequestRefused("JSON token size limit exceeded")
+        held = self._held
+        if self._may_be_whole:
+            before, mark, _ = held.partition(b"\xff")
+            # With a character for each byte, places in the text are those in the bytes.
+            text = before.decode("latin-1")
+            try:
+                value, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
+                value = value if text.isascii() else json.loads(held[:end])
+                del held[:end]
+                return value
+            except (ValueError, RecursionError) as error:
+                if mark or not _CUT_OFF.fullmatch(text, getattr(error, "pos", 0)):
+                    del held[: len(before) + len(mark)]
+                    raise ValueError(f"JSON parse error: {error}") from error
+            self._may_be_whole = False
+        if len(held) > _REQUEST_LIMIT:
+            held.clear()
+            raise ValueError("JSON token size limit exceeded")
         return None
-
-    def _begin(self) -> bool:
-        """Move to the beginning of a value; tell whether there is one."""
-        blanks = len(self._held) - len(self._held.lstrip(b" \t\r\n"))
-        self._take(blanks)
-        if not self._held or self._held[0] in b"{[":
-            return bool(self._held)
-        end = self._junk.match(self._held).end()  # type: ignore[union-attr]  # matches anything
-        if 0 < end == len(self._held) <= _REQUEST_LIMIT:
-            return False
-        word = self._take(max(end, 1))
-        if word in (b"}", b"]"):
-            raise RequestRefused("JSON parse error, expecting value")
-        if not end:
-            raise RequestRefused("JSON parse error, stray '\ufffd'")
-        keyword = word[:40].decode(errors="replace")
-        raise RequestRefused(f"JSON parse error, invalid keyword '{keyword}'")
-
-    def _next_mark(self) -> int | None:
-        """Return where the next byte of meaning is, or None if it has not come yet."""
-        pattern = self._in_string if self._string else self._between
-        found = pattern.search(self._held, self._scanned)
-        if found is None:
-            self._scanned = len(self._held)
-            return None
-        self._scanned = found.start()
-        escape_cut = self._held[self._scanned] == ord("\\") and self._scanned + 1 == len(self._held)
-        return None if escape_cut else self._scanned
-
-    def _step(self, at: int) -> bool:
-        """Take the meaning of the byte at *at* in; tell whether it ends the value."""
-        byte = self._held[at : at + 1]
-        self._scanned = at + 1
-        if byte == b'"':
-            self._string = not self._string
-        elif byte == b"\\":
-            self._scanned = at + 2
-        elif byte in b"{[":
-            self._depth += 1
-        elif byte in b"}]":
-            self._depth -= 1
-        else:
-            self._take(at + 1)
-            raise RequestRefused("JSON parse error, stray '\ufffd'")
-        return self._depth == 0
-
-    def _take(self, size: int) -> bytes:
-        value = bytes(memoryview(self._held)[:size])
-        del self._held[:size]
-        self._restart()
-        return value
 
 
 class _Program:
     """A program that the stand-in started, in a process group of its own."""
 
-    def __init__(self, loop: AbstractEventLoop, argv: list[str], env: dict[str, str] | None, *,
-                 capture: bool, input_data: bytes) -> None:  # fmt: skip
+    def __init__(
+        self, loop: AbstractEventLoop, argv: Sequence[str], capture: bool, **options: Any
+    ) -> None:
         output = subprocess.PIPE if capture else subprocess.DEVNULL
-        with _memory_file(input_data) as stdin:
-            # Every descriptor of this process is closed on exec already.
-            self._process = subprocess.Popen(
-                argv, stdin=stdin.fileno(), stdout=output, stderr=output, env=env, cwd="/",
-                close_fds=False, process_group=0, bufsize=0,
-            )  # fmt: skip
-        self.pid = self._process.pid
-        self._output: dict[str, bytearray] = {}
-        self._cut: set[str] = set()  # streams of which some output is missing
-        self._loop = loop
+        # Every descriptor of this process is closed on exec already.
+        self._process = subprocess.Popen(
+            argv, stdout=output, stderr=output, cwd="/", close_fds=False, process_group=0,
+            bufsize=0, **options,
+        )  # fmt: skip
+        self.pid, self._loop = self._process.pid, loop
+        self._output = {"out": bytearray(), "err": bytearray()}
+        self._open: dict[Any, bytearray | None] = {}  # files, and what is read from them
+        if capture:
+            pipes = (self._process.stdout, self._process.stderr)
+            self._open.update(zip(pipes, self._output.values(), strict=True))
+        # Its end is waited for at once: a zombie would pass for a running program.
         self._end = io.FileIO(os.pidfd_open(self.pid))
-        loop.add_reader(self._end, self._ended)
-        self._pipes: set[IO[bytes]] = set()
-        for name, pipe in (("out", self._process.stdout), ("err", self._process.stderr)):
-            if pipe is not None:
-                self._pipes.add(pipe)
-                self._output[name] = bytearray()
-                loop.add_reader(pipe, self._read, name, pipe)
+        self._open[self._end] = None
+        for file in self._open:
+            loop.add_reader(file, self._read, file)
 
-    def _read(self, name: str, pipe: IO[bytes]) -> None:
-        data = os.read(pipe.fileno(), 65536)
-        if not data:
-            self._pipes.remove(pipe)
-            self._close(pipe)
-        room = _OUTPUT_LIMIT - len(self._output[name])
-        self._output[name] += data[:room]
-        if len(data) > room:
-            self._cut.add(name)
+    def _read(self, file: Any) -> None:
+        data = self._open[file]
+        got = b"" if data is None else os.read(file.fileno(), 65536)
+        if data is None or not got:
+            self._close(file)
+        else:
+            data += got[: _OUTPUT_LIMIT + 1 - len(data)]  # one more says that some is missing
 
-    def _ended(self) -> None:
-        """Leave no zombie: who looks for the pid must not take it for a running program."""
-        self._process.wait()
-        self._close(self._end)
-
-    def _close(self, file: IO[bytes] | io.FileIO) -> None:
-        if not file.closed:
-            self._loop.remove_reader(file)
-            file.close()
-
-    @property
-    def running(self) -> bool:
-        """Whether the program itself, the leader of its group, has not ended."""
-        return self._process.poll() is None
-
-    @property
-    def exited(self) -> bool:
-        """Whether it has ended and nobody holds its captured output any more."""
-        return not self.running and not self._pipes
+    def _close(self, file: Any) -> None:
+        if file is self._end:
+            self._process.wait()
+        del self._open[file]
+        self._loop.remove_reader(file)
+        file.close()
 
     def report(self) -> dict[str, Any]:
         """Return what guest-exec-status tells of it."""
-        if not self.exited:
+        if self._open:  # a daemon holds its output, too
             return {"exited": False}
         code = self._process.returncode
-        reply: dict[str, Any] = {"exited": True}
-        reply.update({"exitcode": code} if code >= 0 else {"signal": -code})
+        reply: dict[str, Any] = {"exited": True, "exitcode" if code >= 0 else "signal": abs(code)}
         for name, data in self._output.items():
             if data:
-                reply[f"{name}-data"] = _encoded(data)
-                reply[f"{name}-truncated"] = name in self._cut
+                reply[f"{name}-data"] = _encoded(data[:_OUTPUT_LIMIT])
+                reply[f"{name}-truncated"] = len(data) > _OUTPUT_LIMIT
         return reply
 
+    @property
+    def running(self) -> bool:
+        """Whether the program itself has not ended."""
+        return self._end in self._open
+
     def bury(self) -> None:
-        """Wait for the end after its group was killed and close what is open."""
-        self._ended()
-        for pipe in self._pipes:
-            self._close(pipe)
-
-
-def _memory_file(content: bytes) -> io.BufferedRandom:
-    """Return an open file that holds *content* and has no place in the file system."""
-    file = os.fdopen(os.memfd_create("content"), "w+b")
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def _kill_groups(programs: Sequence[_Program]) -> None:
-    """Kill the process groups of *programs*, whatever is left of them.
-
-    Without its leader a group's number may be another's by now; ours are told apart by the
-    session, which they share with us.
-    """
-    running = [program.pid for program in programs if program.running]
-    for pid in running:
-        _signal(os.killpg, pid, signal.SIGKILL)
-    orphaned = {program.pid for program in programs}.difference(running)
-    if not orphaned:
-        return
-    session = os.getsid(0)
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-            if int(fields[2]) in orphaned and int(fields[3]) == session:
-                _signal(os.kill, int(entry.name), signal.SIGKILL)
-
-
-def _signal(send: Callable[[int, int], None], target: int, number: int) -> bool:
-    """Send a signal to a process or group; tell whether it was there."""
-    try:
-        send(target, number)
-    except ProcessLookupError:
-        return False
-    return True
+        """Wait for its end after a kill, and close what is open."""
+        for file in list(self._open):
+            self._close(file)
 
 
 class StandInAgent:
-    """The state of one agent: open files, programs, boot id, clock; no socket.
+    """The state of one agent: open files, programs, boots, clock; no socket.
 
     Guest paths are paths of this host. With *root*, file commands outside of it are refused,
-    after links and `..` are resolved; programs are not confined. The boot id derives from the
-    host's and from *socket_path*; after a reboot it is a new one, kept in `<socket_path>.boot`, so
-    that an agent that is killed and started again is on the same boot.
+    after links and `..` are resolved; programs are not confined. `<socket_path>.boot` has a byte
+    for each boot that ended, so that an agent that is killed and started again is on the same.
 
-    The public methods are where another system may differ, in a subclass.
+    The methods `guest_…` are the commands, their parameters those of the commands.
     """
 
-    modes = r"[rwa](b?\+?|\+b)"  # that a file can be opened with
-
-    def __init__(
-        self,
-        socket_path: str | Path,
-        loop: AbstractEventLoop,
-        root: str | Path | None = None,
-    ) -> None:
+    def __init__(self, socket_path: Path, loop: AbstractEventLoop, root: Path | None) -> None:
         # The folder's links are resolved, the socket itself may not exist yet.
-        self.socket_path = Path(socket_path).parent.resolve() / Path(socket_path).name
-        self.root = None if root is None else Path(os.path.realpath(root))
+        self.socket_path = socket_path.parent.resolve() / socket_path.name
+        self.root = None if root is None else root.resolve()
         self.halted = False  # it was told to power down
         self.rebooted = False  # it was told to reboot; the server resets this
         self._loop = loop
-        self._boot_file = Path(f"{self.socket_path}.boot")
-        self.boot = self._load_boot()
+        self._boots = Path(f"{self.socket_path}.boot")
         self._clock_offset = 0
-        self._files: dict[int, _GuestFile] = {}
-        self._programs: dict[int, _Program] = {}  # those whose end was not told yet
-        self._groups: list[_Program] = []  # those that a reboot has to kill
-        self._next_handle = _FIRST_HANDLE
+        self._next_handle = 1000
+        self._files: dict[int, Any] = {}
+        self._programs: dict[int, _Program] = {}
+        self._groups: set[int] = set()  # all that were started
 
-    # --- boots ---
-
-    def _load_boot(self) -> str:
-        host = Path(_BOOT_ID_PATH).read_text().strip()
-        with contextlib.suppress(OSError, ValueError):
-            kept_host, boot = self._boot_file.read_text().split()
-            if kept_host == host:
-                return boot
-        return str(uuid.uuid5(uuid.UUID(host), str(self.socket_path)))
+    @property
+    def boot(self) -> str:
+        """The boot id."""
+        number = self._boots.stat().st_size if self._boots.exists() else 0
+        host = uuid.UUID(Path(_BOOT_ID_PATH).read_text().strip())
+        return str(uuid.uuid5(host, f"{self.socket_path} {number}"))
 
     def end_boot(self) -> None:
         """Kill all programs, forget everything, and make the next boot another one."""
-        _kill_groups(self._groups)
-        for program in self._groups:
+        for group in self._groups:
+            known = group in self._programs and self._programs[group].running
+            # The number of a leader that has ended can be another's only once its group is empty.
+            if known or not Path(f"/proc/{group}").exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+        for program in self._programs.values():
             program.bury()
         for file in self._files.values():
             file.raw.close()  # what was not flushed is lost
-        self._files.clear()
-        self._programs.clear()
-        self._groups.clear()
-        self._next_handle = _FIRST_HANDLE
-        self.boot = str(uuid.uuid4())
-        host = Path(_BOOT_ID_PATH).read_text().strip()
-        temporary = self._boot_file.with_name(f"{self._boot_file.name}.new")
-        temporary.write_text(f"{host} {self.boot}\n")
-        temporary.replace(self._boot_file)
-
-    # --- requests ---
+        for forgotten in (self._files, self._programs, self._groups):
+            forgotten.clear()
+        self._next_handle = 1000
+        with self._boots.open("ab") as boots:
+            boots.write(b".")
 
     def answer_next(self, requests: RequestSplitter) -> bytes | None:
         """Return the reply to the next of *requests*, b"" for silence, None if there is none."""
+        request: Any = None
         try:
-            text = requests.next_value()
-        except RequestRefused as error:
-            return self._refusal(error, {})
-        return None if text is None else self._answer(text)
-
-    def _answer(self, text: bytes) -> bytes:
-        ident: dict[str, Any] = {}
-        try:
-            request = self._parse(text)
-            ident = {"id": request["id"]} if "id" in request else {}
-            result = self._perform(request)
-        except RequestRefused as error:
-            return self._refusal(error, ident)
-        except OSError as error:
-            return self._refusal(RequestRefused(error.strerror or str(error)), ident)
-        if result is None:
+            request = requests.next_value()
+            if request is None:
+                return None
+            reply: dict[str, Any] = {"return": self._perform(request)}
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            class_ = "CommandNotFound" if type(error) is LookupError else "GenericError"
+            reply = {"error": {"class": class_, "desc": told}}
+        if reply.get("return", "") is None:
             return b""
-        line = json.dumps({"return": result, **ident}).encode() + b"\n"
-        return b"\xff" + line if request["execute"] == "guest-sync-delimited" else line
+        if isinstance(request, dict) and "id" in request:
+            reply["id"] = request["id"]
+        mark = b"\xff" if "return" in reply and "delimited" in request["execute"] else b""
+        return mark + json.dumps(reply).encode() + b"\n"
 
-    @staticmethod
-    def _refusal(error: RequestRefused, ident: Mapping[str, Any]) -> bytes:
-        told = {"class": error.class_, "desc": str(error)}
-        return json.dumps({**ident, "error": told}).encode() + b"\n"
-
-    @staticmethod
-    def _parse(text: bytes) -> dict[str, Any]:
-        try:
-            request = json.loads(text.decode())
-        except (ValueError, RecursionError):
-            raise RequestRefused("JSON parse error, expecting value") from None
-        if not isinstance(request, dict):
-            raise RequestRefused("QMP input must be a JSON object")
-        return request
-
-    def _perform(self, request: dict[str, Any]) -> Any:
-        for member in request:
-            if member not in ("execute", "arguments", "id"):
-                raise RequestRefused(f"QMP input member '{member}' is unexpected")
-        command = request.get("execute")
-        arguments = request.get("arguments", {})
-        if not isinstance(command, str):
-            raise RequestRefused("QMP input lacks member 'execute'")
-        if not isinstance(arguments, dict):
-            raise RequestRefused("QMP input member 'arguments' must be an object")
+    def _perform(self, request: Any) -> Any:
+        """Return what a command returns, None for silence; any error is the guest's answer."""
+        if not isinstance(request, dict) or request.keys() - {"execute", "arguments", "id"}:
+            raise ValueError("QMP input is no object, or has a member that is unexpected")
+        command, arguments = request.get("execute"), request.get("arguments", {})
+        if not isinstance(command, str) or not isinstance(arguments, dict):
+            raise ValueError("QMP input lacks member 'execute', or 'arguments' is no object")
         if command not in _COMMANDS:
-            raise RequestRefused(f"The command {command} has not been found", "CommandNotFound")
-        method, parameters = _COMMANDS[command]
-        self._check_arguments(arguments, parameters)
-        words = {_PYTHON_NAMES.get(key, key.replace("-", "_")): arguments[key] for key in arguments}
-        return getattr(self, method)(**words)
-
-    @staticmethod
-    def _check_arguments(arguments: dict[str, Any], parameters: Mapping[str, str]) -> None:
-        """Check types; in *parameters* a type that ends with `?` is of an optional one."""
-        for key, kind in parameters.items():
-            if key not in arguments and not kind.endswith("?"):
-                raise RequestRefused(f"Parameter '{key}' is missing")
-        for key, value in arguments.items():
-            if key not in parameters:
-                raise RequestRefused(f"Parameter '{key}' is unexpected")
-            kind = parameters[key].rstrip("?")
-            if not _JSON_KINDS[kind](value):
-                raise RequestRefused(f"Invalid parameter type for '{key}', expected: {kind}")
+            raise LookupError(f"The command {command} has not been found")
+        words = {key.replace("-", "_"): value for key, value in arguments.items()}
+        return getattr(self, command.replace("-", "_"))(**words)
 
     # --- commands: the agent and its system ---
 
-    def _ping(self) -> dict[str, Any]:
+    def guest_ping(self) -> dict[str, Any]:
         return {}
 
-    def _sync(self, ident: int) -> int:
-        return ident
+    def guest_sync(self, id: int) -> int:  # noqa: A002
+        if type(id) is not int or not -(2**63) <= id < 2**63:
+            raise TypeError("Invalid parameter type for 'id', expected: integer")
+        return id
 
-    def _describe(self) -> dict[str, Any]:
-        commands = [
-            {"name": name, "enabled": True, "success-response": name != "guest-shutdown"}
-            for name in _COMMANDS
-        ]
+    guest_sync_delimited = guest_sync
+
+    def guest_info(self) -> dict[str, Any]:
+        commands = [{"name": name, "enabled": True} for name in _COMMANDS]
         return {"version": "7.2.0", "supported_commands": commands}
 
-    def osinfo(self) -> dict[str, Any]:
-        """Return what guest-get-osinfo tells."""
-        try:
-            release = platform.freedesktop_os_release()
-        except OSError:
-            release = {"ID": "linux", "NAME": "Linux", "PRETTY_NAME": "Linux"}
-        keys = ("id", "name", "pretty-name", "version", "version-id")
-        words = {key: key.upper().replace("-", "_") for key in keys}
-        info = {key: release[word] for key, word in words.items() if word in release}
-        system = os.uname()
-        kernel = {"kernel-release": system.release, "kernel-version": system.version}
-        return {**info, **kernel, "machine": system.machine}
+    def guest_get_osinfo(self) -> dict[str, Any]:
+        release = platform.freedesktop_os_release()
+        return {"id": release["ID"], "pretty-name": release["PRETTY_NAME"]}
 
-    def _get_time(self) -> int:
-        return time.time_ns() + self._clock_offset
-
-    def _set_time(self, now_ns: int | None = None) -> dict[str, Any]:
-        """Move this agent's clock only; without a value it follows the host's again."""
-        self._clock_offset = 0 if now_ns is None else now_ns - time.time_ns()
-        return {}
-
-    def _host_name(self) -> dict[str, Any]:
+    def guest_get_host_name(self) -> dict[str, Any]:
         return {"host-name": socket.gethostname()}
 
-    def _interfaces(self) -> list[dict[str, Any]]:
-        return [_describe_interface(name) for _, name in socket.if_nameindex()]
+    def guest_network_get_interfaces(self) -> list[dict[str, Any]]:
+        return [{"name": name} for _, name in socket.if_nameindex()]
 
-    def _shutdown(self, mode: str = "powerdown") -> None:
+    _now = staticmethod(time.time_ns)
+
+    def guest_get_time(self) -> int:
+        return self._now() + self._clock_offset
+
+    def guest_set_time(self, time: int | None = None) -> dict[str, Any]:
+        """Move this agent's clock only; without a value it follows the host's again."""
+        self._clock_offset = 0 if time is None else time - self._now()
+        return {}
+
+    def guest_shutdown(self, mode: str = "powerdown") -> None:
         if mode not in ("powerdown", "halt", "reboot"):
-            raise RequestRefused("Invalid parameter 'mode'")
+            raise ValueError("Invalid parameter 'mode'")
         self.end_boot()
-        self.rebooted = mode == "reboot"
-        self.halted = mode != "reboot"
+        self.halted, self.rebooted = mode != "reboot", mode == "reboot"
 
     # --- commands: programs ---
 
-    def _exec(
+    def guest_exec(
         self,
         path: str,
-        arg: list[str] | None = None,
-        env: list[str] | None = None,
-        input_data: str | None = None,
+        arg: Sequence[str] = (),
+        env: Sequence[str] | None = None,
+        input_data: str = "",
         capture_output: bool = False,
     ) -> dict[str, Any]:
-        content = self._content(input_data or "")
-        words = None if env is None else dict(word.partition("=")[::2] for word in env)
-        argv = [path, *(arg or [])]
-        try:
-            program = _Program(
-                self._loop, self.host_argv(argv), words, capture=capture_output, input_data=content
-            )
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            failure = f"Failed to execute child process \u201c{path}\u201d ({reason})"
-            raise RequestRefused(f"Guest agent command failed, error was '{failure}'") from error
+        variables = None if env is None else dict(word.partition("=")[::2] for word in env)
+        with _memory_file(base64.b64decode(input_data, validate=True)) as stdin:
+            words = [path, *arg]
+            program = _Program(self._loop, words, capture_output, env=variables, stdin=stdin)
         self._programs[program.pid] = program
-        self._groups.append(program)
+        self._groups.add(program.pid)
         return {"pid": program.pid}
 
-    def _exec_status(self, pid: int) -> dict[str, Any]:
-        if pid not in self._programs:
-            raise RequestRefused("Invalid parameter 'pid'")
-        program = self._programs[pid]
-        if program.exited:
-            del self._programs[pid]
-            # Only a group that has members left must be killed later.
-            if not _signal(os.killpg, pid, 0):
-                self._groups.remove(program)
-        return program.report()
-
-    def host_argv(self, argv: list[str]) -> list[str]:
-        """Return the host's words for a program of the guest."""
-        return argv
+    def guest_exec_status(self, pid: int) -> dict[str, Any]:
+        reply = self._programs[pid].report()
+        if reply["exited"]:
+            del self._programs[pid]  # it is told once
+        return reply
 
     # --- commands: files ---
 
+    def guest_file_open(self, path: str, mode: str = "r") -> int:
+        if not re.fullmatch(r"[rwa](b?\+?|\+b)", mode):
+            raise ValueError(f"invalid file open mode '{mode}'")
+        if path == _BOOT_ID_PATH:
+            file: Any = _memory_file(f"{self.boot}\n".encode())
+        else:
+            real = self.host_path(path)
+            created = mode[0] != "r" and not Path(real).exists()
+            # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
+            file = open(real, mode.replace("b", "") + "b", 4096, opener=_open_now)  # noqa: SIM115
+            if created:
+                os.fchmod(file.fileno(), 0o666)  # qemu-ga does not let the umask apply either
+        self._files[self._next_handle] = file
+        self._next_handle += 1
+        return self._next_handle - 1
+
     def host_path(self, path: str) -> str:
-        """Return the host's path of a guest's. Raises RequestRefused outside of the root."""
+        """Return the host's path of a guest's. Raises ValueError outside of the root."""
         real = os.path.realpath(os.path.join("/", path))  # noqa: PTH118 - an absolute path wins
         if self.root is not None and not Path(real).is_relative_to(self.root):
-            raise RequestRefused(f"failed to open file '{path}': outside of the agent's root")
+            raise ValueError(f"failed to open file '{path}': outside of the agent's root")
         return real
 
-    def _open(self, path: str, mode: str = "r") -> int:
-        if not re.fullmatch(self.modes, mode):
-            raise RequestRefused(f"invalid file open mode '{mode}'")
-        if "\0" in path:
-            raise RequestRefused("failed to open file: it has a null character")
-        try:
-            file = self.open_file(path, mode)
-        except OSError as error:
-            reason = f"failed to open file '{path}' (mode: '{mode}'): {error.strerror}"
-            raise RequestRefused(reason) from error
-        handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._files[handle] = file
-        return handle
-
-    def open_file(self, path: str, mode: str) -> _GuestFile:
-        """Return an open file of the guest."""
-        if path == _BOOT_ID_PATH:
-            return _memory_file(f"{self.boot}\n".encode())
-        real = self.host_path(path)
-        created = mode[0] != "r" and not Path(real).exists()
-        mode = mode.replace("b", "") + "b"
-        # As with qemu-ga, what is written is on disk only after a flush or 4096 bytes.
-        file = open(real, mode, 4096, opener=_open_now)  # noqa: SIM115 - it stays open
-        if created:
-            os.fchmod(file.fileno(), 0o666)  # qemu-ga does not let the umask apply either
-        return cast(_GuestFile, file)
-
-    def _file(self, handle: int) -> _GuestFile:
-        if handle not in self._files:
-            raise RequestRefused(f"handle '{handle}' has not been found")
-        return self._files[handle]
-
-    def _read(self, handle: int, count: int = 4096) -> dict[str, Any]:
-        file = self._file(handle)
+    def guest_file_read(self, handle: int, count: int = 4096) -> dict[str, Any]:
         if not 0 <= count <= _READ_LIMIT:
-            raise RequestRefused(f"value '{count}' is invalid for argument count")
-        data = file.read(count) or b""
-        return {"count": len(data), "buf-b64": _encoded(data), "eof": self.is_end(data, count)}
+            raise ValueError(f"value '{count}' is invalid for argument count")
+        data = self._files[handle].read(count) or b""
+        return {"count": len(data), "buf-b64": _encoded(data), "eof": len(data) < count}
 
-    def is_end(self, data: bytes, count: int) -> bool:
-        """Whether a read of *count* bytes that gave *data* has met the end of the file."""
-        return len(data) < count
+    def guest_file_write(self, handle: int, buf_b64: str) -> dict[str, Any]:
+        data = base64.b64decode(buf_b64, validate=True)
+        return {"count": self._files[handle].write(data), "eof": False}
 
-    def _write(self, handle: int, buf_b64: str, count: int | None = None) -> dict[str, Any]:
-        file = self._file(handle)
-        data = self._content(buf_b64)
-        size = len(data) if count is None else count
-        if not 0 <= size <= len(data):
-            raise RequestRefused(f"value '{count}' is invalid for argument count")
-        file.write(data[:size])
-        return {"count": size, "eof": False}
+    def guest_file_seek(self, handle: int, offset: int, whence: int) -> dict[str, Any]:
+        return {"position": self._files[handle].seek(offset, whence), "eof": False}
 
-    @staticmethod
-    def _content(text: str) -> bytes:
-        try:
-            return base64.b64decode(text.replace("\n", ""), validate=True)
-        except ValueError:
-            raise RequestRefused("Base64 data contains invalid characters") from None
-
-    def _seek(self, handle: int, offset: int, whence: Any) -> dict[str, Any]:
-        file = self._file(handle)
-        names = {"0": 0, "1": 1, "2": 2, "set": 0, "cur": 1, "end": 2}
-        if str(whence) not in names:
-            raise RequestRefused("Invalid parameter 'whence'")
-        return {"position": file.seek(offset, names[str(whence)]), "eof": False}
-
-    def _flush(self, handle: int) -> dict[str, Any]:
-        self._file(handle).flush()
+    def guest_file_flush(self, handle: int) -> dict[str, Any]:
+        self._files[handle].flush()
         return {}
 
-    def _close(self, handle: int) -> dict[str, Any]:
-        file = self._file(handle)
-        del self._files[handle]
-        file.close()
+    def guest_file_close(self, handle: int) -> dict[str, Any]:
+        self._files.pop(handle).close()
         return {}
+
+
+_COMMANDS = [name.replace("_", "-") for name in vars(StandInAgent) if name.startswith("guest_")]
 
 
 def _open_now(path: str, flags: int) -> int:
@@ -2674,190 +2467,83 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def _is_integer(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-_JSON_KINDS: dict[str, Callable[[object], bool]] = {
-    "integer": _is_integer,
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "array": _is_texts,
-    "whence": lambda value: _is_integer(value) or isinstance(value, str),
-}
-_PYTHON_NAMES = {"id": "ident", "time": "now_ns"}
-# Command: the method that performs it, and its parameters' types, `?` marking optional ones.
-_COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
-    "guest-ping": ("_ping", {}),
-    "guest-sync": ("_sync", {"id": "integer"}),
-    "guest-sync-delimited": ("_sync", {"id": "integer"}),
-    "guest-info": ("_describe", {}),
-    "guest-get-osinfo": ("osinfo", {}),
-    "guest-get-time": ("_get_time", {}),
-    "guest-set-time": ("_set_time", {"time": "integer?"}),
-    "guest-get-host-name": ("_host_name", {}),
-    "guest-network-get-interfaces": ("_interfaces", {}),
-    "guest-shutdown": ("_shutdown", {"mode": "string?"}),
-    "guest-exec": ("_exec", {
-        "path": "string", "arg": "array?", "env": "array?", "input-data": "string?",
-        "capture-output": "boolean?",
-    }),
-    "guest-exec-status": ("_exec_status", {"pid": "integer"}),
-    "guest-file-open": ("_open", {"path": "string", "mode": "string?"}),
-    "guest-file-read": ("_read", {"handle": "integer", "count": "integer?"}),
-    "guest-file-write": ("_write", {
-        "handle": "integer", "buf-b64": "string", "count": "integer?",
-    }),
-    "guest-file-seek": ("_seek", {"handle": "integer", "offset": "integer", "whence": "whence"}),
-    "guest-file-flush": ("_flush", {"handle": "integer"}),
-    "guest-file-close": ("_close", {"handle": "integer"}),
-}  # fmt: skip
-
-# Requests of ioctl(2) for a device's IPv4 address and mask: netdevice(7).
-_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
-
-
-def _describe_interface(name: str) -> dict[str, Any]:
-    """Return what guest-network-get-interfaces tells of the host's *name*; IPv4 alone."""
-    info: dict[str, Any] = {"name": name}
-    request = struct.pack("256s", name.encode())
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        info["hardware-address"] = Path("/sys/class/net", name, "address").read_text().strip()
-        address, mask = (
-            fcntl.ioctl(sock, number, request)[20:24] for number in (_SIOCGIFADDR, _SIOCGIFNETMASK)
-        )
-        prefix = int.from_bytes(mask).bit_count()
-        found = {"ip-address": socket.inet_ntop(socket.AF_INET, address), "prefix": prefix}
-        info["ip-addresses"] = [{"ip-address-type": "ipv4", **found}]
-    return info
-
-
-# === stand-in server ==============================================================================
-
-
-async def _serve_agent(
-    loop: AbstractEventLoop, listener: socket.socket, agent: StandInAgent, boot_s: float
-) -> None:
-    """Serve one client after the other, as qemu-ga does, until the agent is told to power down."""
-    try:
-        while not agent.halted:
-            client, _ = await loop.sock_accept(listener)
-            with client, contextlib.suppress(OSError):  # it may leave at any time
-                await _serve_client(loop, client, agent, boot_s)
-    finally:
-        listener.close()
-        agent.socket_path.unlink(missing_ok=True)
-        agent.end_boot()
-
-
-async def _serve_client(
-    loop: AbstractEventLoop, client: socket.socket, agent: StandInAgent, boot_s: float
-) -> None:
-    """Answer one request at a time; while a reply is unread none is taken: memory is bounded."""
-    import asyncio
-
-    requests = RequestSplitter()
-    while data := await loop.sock_recv(client, _RECEIVE_BYTES):
-        requests.feed(data)
-        while (reply := agent.answer_next(requests)) is not None:
-            await loop.sock_sendall(client, reply)
-            if agent.halted:
-                return
-            # Even without a pause the other agents of this process have their turn now.
-            pause, agent.rebooted = boot_s if agent.rebooted else 0, False
-            await asyncio.sleep(pause)
-
-
-def _listen(path: Path) -> socket.socket:
+def _listener(path: Path) -> socket.socket:
     """Return a socket that listens at *path*, replacing one that nobody serves any more.
 
     Raises FileExistsError if somebody does, or if something else is there.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        with _short_path(str(path)) as target:
-            if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
-                path.unlink()
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, "something is there already", str(path))
-            sock.bind(target)
+    with contextlib.ExitStack() as unless_done, _short_path(str(path)) as target:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        unless_done.callback(sock.close)
+        if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:
+            path.unlink()
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "something is there already", str(path))
+        sock.bind(target)
         path.chmod(0o600)
         sock.listen(1)
-    except BaseException:
-        sock.close()
-        raise
+        unless_done.pop_all()
     return sock
 
 
-def _serve(
-    places: Sequence[tuple[Path, Path | None]],
-    kind: type[StandInAgent],
-    boot_s: float,
-    ready: Callable[[], None] | None,
+def serve_agents(
+    places: Mapping[str, str | None],
+    *,
+    kind: type[StandInAgent] = StandInAgent,
+    boot_s: float = 0,
+    ready: Callable[[], None] | None = None,
 ) -> None:
+    """Play guest agents until SIGTERM or SIGINT; call from the main thread.
+
+    *places* are the sockets' paths, each with the agent's root or None; a root is created. A
+    reboot takes *boot_s* seconds. *ready* is called once all sockets listen. In the end these are
+    removed and the programs are killed, so that the next start is another boot.
+
+    Raises FileExistsError if something is at a socket's path already.
+    """
     # Only a process that plays agents pays for this import.
     import asyncio
 
-    async def serve() -> None:
-        loop, serving = asyncio.get_running_loop(), []
+    async def converse(client: socket.socket, agent: StandInAgent) -> None:
+        """Answer one request at a time; while a reply is unread none is taken."""
+        loop, requests = asyncio.get_running_loop(), RequestSplitter()
+        while data := await loop.sock_recv(client, _RECEIVE_BYTES):
+            requests.feed(data)
+            while (reply := agent.answer_next(requests)) is not None:
+                await loop.sock_sendall(client, reply)
+                if agent.halted:
+                    return
+                # Even without a pause the other agents of this process have their turn now.
+                pause, agent.rebooted = boot_s if agent.rebooted else 0, False
+                await asyncio.sleep(pause)
+
+    async def play(listener: socket.socket, agent: StandInAgent) -> None:
+        """Serve one client after the other, as qemu-ga does, until the guest powers down."""
+        try:
+            while not agent.halted:
+                client, _ = await asyncio.get_running_loop().sock_accept(listener)
+                with client, contextlib.suppress(OSError):  # it may leave at any time
+                    await converse(client, agent)
+        finally:
+            listener.close()
+            agent.socket_path.unlink(missing_ok=True)
+            agent.end_boot()
+
+    async def play_all() -> None:
+        loop, playing = asyncio.get_running_loop(), []
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asyncio.current_task(loop).cancel)  # type: ignore[union-attr]
-        for path, root in places:
-            agent = kind(path, loop, root)
-            listener = _listen(agent.socket_path)
-            serving.append(loop.create_task(_serve_agent(loop, listener, agent, boot_s)))
+        for path, root in places.items():
+            if root is not None:
+                Path(root).mkdir(parents=True, exist_ok=True)
+            agent = kind(Path(path), loop, None if root is None else Path(root))
+            playing.append(loop.create_task(play(_listener(agent.socket_path), agent)))
             await asyncio.sleep(0)  # what has begun tidies up when it is cancelled
         if ready is not None:
             ready()
-        await asyncio.gather(*serving)
+        await asyncio.gather(*playing)
 
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(serve())
-
-
-def serve_agent(
-    socket_path: str | Path,
-    root: str | Path | None = None,
-    *,
-    kind: type[StandInAgent] = StandInAgent,
-    boot_s: float = 0,
-    ready: Callable[[], None] | None = None,
-) -> None:
-    """Play a guest agent at *socket_path* until SIGTERM or SIGINT; call from the main thread.
-
-    With *root*, file commands outside of that directory are refused. A reboot takes *boot_s*
-    seconds. *ready* is called once the socket listens. In the end the socket is removed and the
-    programs are killed, so the next start is another boot; after a kill -9 it is the same one.
-
-    Raises FileExistsError if something is at *socket_path* already, another OSError for a
-    missing directory.
-    """
-    _serve([(Path(socket_path), None if root is None else Path(root))], kind, boot_s, ready)
-
-
-def serve_agents(
-    directory: str | Path,
-    count: int,
-    *,
-    kind: type[StandInAgent] = StandInAgent,
-    boot_s: float = 0,
-    ready: Callable[[], None] | None = None,
-) -> None:
-    """Play *count* guest agents from this one process, as `serve_agent` does.
-
-    Agent n (from 1) listens at `<directory>/<n>.sock`; its root is `<directory>/<n>/`. What is
-    missing is created.
-    """
-    folder = Path(directory)
-    places: list[tuple[Path, Path | None]] = []
-    for number in range(1, count + 1):
-        root = folder / str(number)
-        root.mkdir(parents=True, exist_ok=True)
-        places.append((folder / f"{number}.sock", root))
-    _serve(places, kind, boot_s, ready)
+        asyncio.run(play_all())

@@ -13517,12 +13517,11 @@ def cmd_agent(
     For trying a schedule without a VM, for containers, and for tests. Programs run on this
     host, with your rights.
     """
-    say = functools.partial(print, "listening", flush=True)
+    places = {socket: root}
+    if count is not None:
+        places = {f"{socket}/{n}.sock": f"{socket}/{n}" for n in range(1, count + 1)}
     try:
-        if count is None:
-            drivers.serve_agent(socket, root, ready=say)
-        else:
-            drivers.serve_agents(socket, count, ready=say)
+        drivers.serve_agents(places, ready=functools.partial(print, "listening", flush=True))
     except OSError as error:
         raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
     return _SHOWN

@@ -150,8 +150,8 @@ def stand_in(folder: Path, root: Path | None = None, boot_s: float = 0) -> Itera
     """Run the stand-in agent in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "agent.sock"
-    place = None if root is None else str(root)
-    call = f"drivers.serve_agent({str(path)!r}, {place!r}, boot_s={boot_s!r})"
+    places = {str(path): None if root is None else str(root)}
+    call = f"drivers.serve_agents({places!r}, boot_s={boot_s!r})"
     with running(Agent(path, python_command(call))) as agent:
         yield agent
 
@@ -159,7 +159,8 @@ def stand_in(folder: Path, root: Path | None = None, boot_s: float = 0) -> Itera
 @contextlib.contextmanager
 def stand_ins(folder: Path, count: int) -> Iterator[Agent]:
     """Run *count* stand-in agents in one process; the sockets are `<folder>/<n>.sock`."""
-    call = f"drivers.serve_agents({str(folder)!r}, {count})"
+    places = {str(folder / f"{n}.sock"): str(folder / str(n)) for n in range(1, count + 1)}
+    call = f"drivers.serve_agents({places!r})"
     with running(Agent(folder / f"{count}.sock", python_command(call))) as agent:
         yield agent
 
@@ -191,7 +192,7 @@ class Scripted:
                 self.raw += data
                 splitter.feed(data.lstrip(b"\xff"))
                 while (value := splitter.next_value()) is not None:
-                    self.requests.append(json.loads(value))
+                    self.requests.append(value)
                     answer = self.script(self.requests[-1])
                     if answer is None:
                         return

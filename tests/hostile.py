@@ -359,8 +359,7 @@ class HostileAgent:
         splitter = drivers.RequestSplitter()
         while data := client.recv(1 << 18):
             splitter.feed(data.replace(b"\xff", b""))
-            while (text := splitter.next_value()) is not None:
-                request = json.loads(text)
+            while (request := splitter.next_value()) is not None:
                 self.requests.append(request["execute"])
                 rule = self.rules.get(request["execute"], self.rules.get("*"))
                 asked = Asked(request, lambda r=request: _ask(honest, r), self._over.wait)

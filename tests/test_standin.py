@@ -204,19 +204,20 @@ def test_a_signal_ends_it_with_all_its_programs(tmp_path: Path, number: int) -> 
 def test_a_socket_that_is_served_is_not_taken_over(tmp_path: Path) -> None:
     with stand_in(tmp_path / "a") as agent:
         with pytest.raises(FileExistsError):
-            drivers.serve_agent(agent.path)
+            drivers.serve_agents({str(agent.path): None})
         with connected(agent.path) as driver:
             assert driver.ping()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError):
-        drivers.serve_agent(tmp_path / "file")
+        drivers.serve_agents({str(tmp_path / "file"): None})
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_long_socket_path_is_served(tmp_path: Path) -> None:
     folder = tmp_path / ("d" * 120)
     folder.mkdir()
-    call = f"drivers.serve_agent({str(folder / 's')!r}, ready=lambda: print('ready', flush=True))"
+    places = {str(folder / "s"): None}
+    call = f"drivers.serve_agents({places!r}, ready=lambda: print('ready', flush=True))"
     agent = Agent(tmp_path / "unused", python_command(call))
     agent.start_announced()
     try:
@@ -313,7 +314,8 @@ def test_fifty_agents_in_one_process(tmp_path: Path) -> None:
 
 def test_running_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    with running(Agent(path, python_command(f"drivers.serve_agent({str(path)!r})"))) as agent:
+    call = f"drivers.serve_agents({ {str(path): None}!r})"
+    with running(Agent(path, python_command(call))) as agent:
         pids = []
         with connected(path) as driver:
             pids = [driver.start(["sleep", "60"], capture=True) for _ in range(3)]

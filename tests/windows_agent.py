@@ -10,7 +10,6 @@ import base64
 import contextlib
 import errno
 import functools
-import io
 import os
 import re
 import sys
@@ -70,28 +69,32 @@ def is_being_written(path: str) -> bool:
 class WindowsAgent(drivers.StandInAgent):
     """An agent for Windows: its paths, its programs, its rules for open files."""
 
-    modes = r"[rwa](b?\+?|\+b)(?<!^ab)"
     root: Path
 
-    def osinfo(self) -> dict[str, Any]:
+    def guest_get_osinfo(self) -> dict[str, Any]:
         return {"id": "mswindows", "pretty-name": "Windows, played", "version-id": "10"}
 
-    def host_argv(self, argv: list[str]) -> list[str]:
-        return played(self.root, self.boot, argv)
+    def guest_exec(self, path: str, arg: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+        path, *arg = played(self.root, self.boot, [path, *arg])
+        return super().guest_exec(path, arg, **options)
 
     def host_path(self, path: str) -> str:
         return super().host_path(windows_player.Windows(self.root).host(path))
 
-    def open_file(self, path: str, mode: str) -> io.BufferedIOBase:
+    def guest_file_open(self, path: str, mode: str = "r") -> int:
+        if mode == "ab":
+            raise ValueError("invalid file open mode 'ab'")
         if is_being_written(self.host_path(path)):
             raise OSError(errno.EACCES, "The process cannot access the file: sharing violation")
-        return super().open_file(path, mode)
+        return super().guest_file_open(path, mode)
 
-    def is_end(self, data: bytes, count: int) -> bool:
-        return not data
+    def guest_file_read(self, handle: int, count: int = 4096) -> dict[str, Any]:
+        reply = super().guest_file_read(handle, count)
+        return {**reply, "eof": not reply["count"]}
 
 
 if __name__ == "__main__":
-    (Path(sys.argv[1]) / "1" / "C").mkdir(parents=True)
+    folder = Path(sys.argv[1])
+    (folder / "1" / "C").mkdir(parents=True)
     say = functools.partial(print, "listening", flush=True)
-    drivers.serve_agents(sys.argv[1], 1, kind=WindowsAgent, ready=say)
+    drivers.serve_agents({f"{folder}/1.sock": f"{folder}/1"}, kind=WindowsAgent, ready=say)
