@@ -12191,7 +12191,7 @@ def _row_label(row: Mapping[str, Any]) -> str:
 
 def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], skipped: int) -> str:
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [counted(len(rows), "VM"), f"{done} of {entries} entries done"]
+    words = [counted(len(rows), "VM"), f"{done} of {counted(entries, 'entry')} done"]
     launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
     words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
     words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
@@ -13105,12 +13105,12 @@ class Cli:
             raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
         return cast(str, found)
 
-    def write(self, file: str | None, text: str) -> None:
+    def write(self, file: Path | None, text: str) -> None:
         """Write a new file for the user, or stdout."""
         if file is None:
             print(text, end="")
             return
-        with new_file(self.open(), Path(file)) as path:
+        with new_file(self.open(), file) as path:
             path.write_text(text, encoding="utf-8")
 
 
@@ -13127,7 +13127,7 @@ def cmd_demo(cli: Cli) -> object:
 
 
 @command(file="TOML, or JSON of the same structure.")
-def cmd_load(cli: Cli, file: str) -> object:
+def cmd_load(cli: Cli, file: Path) -> object:
     """Check an experiment file and store it."""
     experiment = read_experiment(file)
     new = load_experiment(cli.db, experiment)
@@ -13137,7 +13137,7 @@ def cmd_load(cli: Cli, file: str) -> object:
 
 
 @command(file="TOML, or JSON of the same structure.")
-def cmd_plan(cli: Cli, file: str) -> object:
+def cmd_plan(cli: Cli, file: Path) -> object:
     """Show what a run of an experiment file would do; nothing is connected or written."""
     experiment = read_experiment(file)
     rows = plan_rows(experiment)
@@ -13159,7 +13159,7 @@ def cmd_plan(cli: Cli, file: str) -> object:
 )
 def cmd_run(
     cli: Cli,
-    file: str | None = None,
+    file: Path | None = None,
     *,
     detach: bool = False,
     timeout: float | None = None,
@@ -13168,7 +13168,7 @@ def cmd_run(
     late: Late | None = None,
     allow_host: bool = False,
     stay: bool = False,
-    report: str | None = None,
+    report: Path | None = None,
     retry: bool = False,
 ) -> object:
     """Run the experiment, or continue it, and watch it to its end.
@@ -13201,14 +13201,14 @@ def cmd_run(
             _write_report(cli, report)
 
 
-def _check_new(report: str, detach: bool) -> None:
+def _check_new(report: Path, detach: bool) -> None:
     """Refuse at once what would lose the report when all is over."""
     if detach:
         raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
     if os.path.lexists(report):
-        raise UsageError(f"{report!r} exists already")
-    if not os.access(Path(report).absolute().parent, os.W_OK):
-        raise UsageError(f"{report!r} cannot be written: no such directory, or no right to")
+        raise UsageError(f"{str(report)!r} exists already")
+    if not os.access(report.absolute().parent, os.W_OK):
+        raise UsageError(f"{str(report)!r} cannot be written: no such directory, or no right to")
 
 
 def _supervised(cli: Cli, settings: Mapping[str, Any]) -> tuple[int, Any]:
@@ -13251,7 +13251,7 @@ def _show_report(screen: Screen, outcome: Report) -> object:
     return _SHOWN
 
 
-def _write_report(cli: Cli, file: str) -> None:
+def _write_report(cli: Cli, file: Path) -> None:
     try:
         cli.write(file, report_page(cli.db, read_run(cli.db)))
     except (OSError, UsageError) as error:
@@ -13260,14 +13260,14 @@ def _write_report(cli: Cli, file: str) -> None:
 
 
 @command(file="The new file, which must not exist; without it, stdout.")
-def cmd_trace(cli: Cli, file: str | None = None, *, experiment: int | None = None) -> object:
+def cmd_trace(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> object:
     """Write the run as a trace file that Perfetto and chrome://tracing open."""
     cli.write(file, json.dumps(trace(_launched(cli, experiment))) + "\n")
     return _SHOWN
 
 
 @command(file="The new file, which must not exist; without it, stdout.")
-def cmd_report(cli: Cli, file: str | None = None, *, experiment: int | None = None) -> object:
+def cmd_report(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> object:
     """Write the run as one HTML page: timeline, failures with their output, summary."""
     run = _launched(cli, experiment)
     cli.write(file, report_page(cli.db, run))
@@ -13344,32 +13344,34 @@ def cmd_exec(cli: Cli, vm: str, *, timeout: float = 30.0) -> object:
 @command(
     local="The file on this host.", remote="Its absolute path in the VM; directories are made."
 )
-def cmd_push(cli: Cli, vm: str, local: str, remote: str, *, timeout: float = 30.0) -> object:
+def cmd_push(cli: Cli, vm: str, local: Path, remote: str, *, timeout: float = 30.0) -> object:
     """Copy a file into a VM."""
-    source = Path(local)
-    if source.is_dir():
-        raise UsageError(f"{local!r} is a directory", "Push its files, or an archive of it")
-    if not source.is_file():
-        raise UsageError(f"there is no file {local!r}")
+    if local.is_dir():
+        raise UsageError(f"{str(local)!r} is a directory", "Push its files, or an archive of it")
+    if not local.is_file():
+        raise UsageError(f"there is no file {str(local)!r}")
     if not is_guest_path(remote):
         raise UsageError(f"remote path {remote!r} is not absolute")
-    target = remote + source.name if remote.endswith("/") else remote
-    with source.open("rb") as opened:  # which this user may not be allowed to
+    target = remote + local.name if remote.endswith("/") else remote
+    with local.open("rb") as opened:  # which this user may not be allowed to
         facts = os.fstat(opened.fileno())
     mode, size = f"{facts.st_mode & 0o755:o}", facts.st_size
     with cli.remote(vm, timeout) as access, cli.screen.progress(access.folder, size):
-        (access.folder / "source").symlink_to(source.absolute())
+        (access.folder / "source").symlink_to(local.absolute())
         return access.do("push", remote=target, mode=mode, size=size)
 
 
 @command(
-    remote="Its absolute path in the VM.", local="The file, or an existing directory, on this host."
+    remote="Its absolute path in the VM.",
+    local="The new file, or an existing directory, on this host; without it, this directory.",
 )
-def cmd_pull(cli: Cli, vm: str, remote: str, local: str = ".", *, timeout: float = 30.0) -> object:
+def cmd_pull(
+    cli: Cli, vm: str, remote: str, local: Path | None = None, *, timeout: float = 30.0
+) -> object:
     """Copy a file out of a VM."""
     if not is_guest_path(remote):
         raise UsageError(f"remote path {remote!r} is not absolute")
-    target = Path(local)
+    target = local or Path()
     if target.is_dir():
         target /= (PurePosixPath if remote.startswith("/") else PureWindowsPath)(remote).name
     if not target.parent.is_dir():
@@ -13541,10 +13543,10 @@ def cmd_check(cli: Cli, *, fix: bool = False) -> object:
 
 
 @command(file="The copy, which must not exist.")
-def cmd_backup(cli: Cli, file: str) -> object:
+def cmd_backup(cli: Cli, file: Path) -> object:
     """Copy the database to a new file while it is in use; the file store is not part of it."""
     db = cli.open()
-    with new_file(db, Path(file)) as copy:
+    with new_file(db, file) as copy:
         copy_database(db.connection, copy)
     return None
 
@@ -13560,9 +13562,9 @@ def cmd_schedule_show(cli: Cli, vm: str) -> object:
 
 
 @command(file="A TOML file with [[schedule]] tables, or a JSON list of entries.")
-def cmd_schedule_add(cli: Cli, vm: str, file: str) -> object:
+def cmd_schedule_add(cli: Cli, vm: str, file: Path) -> object:
     """Append entries to a VM's schedule; a running handler takes them up at once."""
-    return append_entries(cli.open(), cli.vm(vm), Path(file))
+    return append_entries(cli.open(), cli.vm(vm), file)
 
 
 # --- store
@@ -13572,7 +13574,7 @@ def cmd_schedule_add(cli: Cli, vm: str, file: str) -> object:
     files="Paths on this host.",
     unpack="Add what archives hold, and compressed files contain, instead.",
 )
-def cmd_store_add(cli: Cli, *files: str, unpack: bool = False) -> object:
+def cmd_store_add(cli: Cli, *files: Path, unpack: bool = False) -> object:
     """Add files to the store under their own names."""
     if not files:
         raise UsageError("no file is named", "Name at least one: vmrm store add FILE")
@@ -14234,6 +14236,12 @@ def _whole(value: str) -> int:
     return int(value)
 
 
+def _file(value: str) -> Path:
+    if not value:  # which a path would take for the working directory
+        raise UsageError("'' names no file")
+    return Path(value)
+
+
 def _parser(name: str, kind: Any) -> Callable[[str], object]:
     """Return what parses a parameter's word: fire by itself guesses a type from the word."""
 
@@ -14242,7 +14250,7 @@ def _parser(name: str, kind: Any) -> Callable[[str], object]:
             raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(kind)}")
         return kind(value)
 
-    parsers = {str: str, bool: _switch, float: _seconds, int: _whole}
+    parsers = {str: str, Path: _file, bool: _switch, float: _seconds, int: _whole}
     return cast("Callable[[str], object]", parsers.get(kind, choice))
 
 
