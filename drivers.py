@@ -751,80 +751,25 @@ _FIND_SH = (
     'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
     'find "$1" -type f -newer "$ref" -print0'
 )
-_STOP_PS = "$ErrorActionPreference = 'Stop'; "
+STOP_PS = "$ErrorActionPreference = 'Stop'; "
 # Bytes, since a service has no console whose encoding could be set.
-_TELL_PS = (
+TELL_PS = (
     "$out = [Console]::OpenStandardOutput(); function tell($text) { "
     "$bytes = [Text.Encoding]::UTF8.GetBytes($text + [char]0); "
     "$out.Write($bytes, 0, $bytes.Length) }; function seconds($time) { "
     "[int64][Math]::Floor(($time - [datetime]'1970-01-01').TotalSeconds) }; "
 )
 _EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
-MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
-DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
+_MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
+_DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
 _PRUNE_PS = (
     "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
     "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
 )
 _FIND_PS = (
-    _STOP_PS + _TELL_PS + "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
+    STOP_PS + TELL_PS + "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
     "Get-ChildItem -Recurse -File -Force -LiteralPath $w[0] | "
     "Where-Object { $_.LastWriteTime -gt $after } | ForEach-Object { tell $_.FullName }"
-)
-# What a handler asks of a Windows guest. A directory entry lags behind a file that is open, hence
-# Refresh; a link is listed by nobody, but the place that was asked for may be one.
-LIST_PS = (
-    _TELL_PS + "$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack; "
-    "Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | "
-    "ForEach-Object { $todo.Push($_) }; while ($todo.Count) { $f = $todo.Pop(); $f.Refresh(); "
-    "if (-not $f.Exists) { continue }; $kind, $size = 'f', $f.Length; "
-    "if ($f.PSIsContainer) { $kind, $size = 'd', 0; "
-    "Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue | "
-    "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
-    "ForEach-Object { $todo.Push($_) } }; "
-    "$time = seconds $f.LastWriteTimeUtc; "
-    "tell ('{0} 600 {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
-)
-HASH_PS = (
-    _STOP_PS + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
-    "$left = [int64]$w[1]; "
-    "$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete'); "
-    "while ($left -gt 0) { $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length)); "
-    "if (-not $n) { exit 1 }; [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n }; "
-    "[void]$h.TransformFinalBlock($b, 0, 0); "
-    "-join ($h.Hash | ForEach-Object { $_.ToString('x2') })"
-)
-MOVE_PS = (
-    _STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
-    "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
-    "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
-)
-FACTS_PS = (  # as `ls -ldn` tells them
-    _STOP_PS + "$f = Get-Item -Force -LiteralPath $w[0]; $k = if ($f.PSIsContainer) { 'd' } "
-    "else { '-' }; '{0}rw------- 1 0 0 {1} ' -f $k, $f.Length"
-)
-RECEIVE_PS = (
-    _STOP_PS + "$folder = [IO.Path]::GetDirectoryName($w[0]); "
-    "New-Item -ItemType Directory -Force -Path $folder | Out-Null; "
-    "$free = (Get-Item -LiteralPath $folder).PSDrive.Free; "
-    "if ($free -and $free -lt [int64]$w[1]) { "
-    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; \"$($w[0]).vmrm-$($w[2])\""
-)
-DISCARD_PS = _STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"'
-COPY_PS = _STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
-# A batch file cannot tell its own pid; its command line has its path and the attempt's number.
-PROBE_PS = (
-    "$all = @(Get-CimInstance Win32_Process -Filter \"Name='cmd.exe'\"); foreach ($here in $w) { "
-    "if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }; "
-    "$code = ''; $file = Join-Path $here 'exit'; "
-    "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() "
-    "-replace '\\s+', ' ' }; "
-    "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
-    "$number = (Split-Path -Leaf $here).Substring('attempt.'.Length); "
-    "$pattern = [regex]::Escape($script) + '\"? (attempt[.])?' + [regex]::Escape($number) + ' '; "
-    "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
-    "$life = if ($p) { 'alive' } else { 'gone' }; "
-    "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
 )
 
 
@@ -1265,11 +1210,11 @@ class AbstractDriver(ABC):
 
     def create_directories(self, directory: str | PurePath) -> bool | None:
         """Create *directory* and what is missing above it; None if the attempt failed."""
-        return self._run_script('mkdir -p "$1"', MKDIR_PS, _plain_path(directory))
+        return self._run_script('mkdir -p "$1"', _MKDIR_PS, _plain_path(directory))
 
     def delete_file(self, path: str | PurePath) -> bool | None:
         """Delete the file *path*; False if there is none; None if the attempt failed."""
-        return self._run_script(_DELETE_SH, DELETE_PS, _plain_path(path))
+        return self._run_script(_DELETE_SH, _DELETE_PS, _plain_path(path))
 
     def _delete_parent_directories(self, directory: PurePath) -> bool | None:
         """Delete *directory* and its parents up to the first that is not empty."""

@@ -5558,6 +5558,63 @@ _HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
 
 _FACTS_SCRIPT = 'ls -ldnL "$1"'
 
+# What a handler asks of a Windows guest. A directory entry lags behind a file that is open, hence
+# Refresh; a link is listed by nobody, but the place that was asked for may be one.
+_LIST_PS = (
+    drivers.TELL_PS + "$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack; "
+    "Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | "
+    "ForEach-Object { $todo.Push($_) }; while ($todo.Count) { $f = $todo.Pop(); $f.Refresh(); "
+    "if (-not $f.Exists) { continue }; $kind, $size = 'f', $f.Length; "
+    "if ($f.PSIsContainer) { $kind, $size = 'd', 0; "
+    "Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue | "
+    "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
+    "ForEach-Object { $todo.Push($_) } }; "
+    "$time = seconds $f.LastWriteTimeUtc; "
+    "tell ('{0} 600 {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
+)
+_HASH_PS = (
+    drivers.STOP_PS
+    + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
+    "$left = [int64]$w[1]; "
+    "$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete'); "
+    "while ($left -gt 0) { $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length)); "
+    "if (-not $n) { exit 1 }; [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n }; "
+    "[void]$h.TransformFinalBlock($b, 0, 0); "
+    "-join ($h.Hash | ForEach-Object { $_.ToString('x2') })"
+)
+_DELIVER_PS = (
+    drivers.STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
+    "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
+    "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
+)
+_FACTS_PS = (  # as `ls -ldn` tells them
+    drivers.STOP_PS + "$f = Get-Item -Force -LiteralPath $w[0]; $k = if ($f.PSIsContainer) { 'd' } "
+    "else { '-' }; '{0}rw------- 1 0 0 {1} ' -f $k, $f.Length"
+)
+_RECEIVE_PS = (
+    drivers.STOP_PS + "$folder = [IO.Path]::GetDirectoryName($w[0]); "
+    "New-Item -ItemType Directory -Force -Path $folder | Out-Null; "
+    "$free = (Get-Item -LiteralPath $folder).PSDrive.Free; "
+    "if ($free -and $free -lt [int64]$w[1]) { "
+    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; \"$($w[0]).vmrm-$($w[2])\""
+)
+_DISCARD_PS = drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"'
+_COPY_PS = drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
+# A batch file cannot tell its own pid; its command line has its path and the attempt's number.
+_PROBE_PS = (
+    "$all = @(Get-CimInstance Win32_Process -Filter \"Name='cmd.exe'\"); foreach ($here in $w) { "
+    "if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }; "
+    "$code = ''; $file = Join-Path $here 'exit'; "
+    "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() "
+    "-replace '\\s+', ' ' }; "
+    "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
+    "$number = (Split-Path -Leaf $here).Substring('attempt.'.Length); "
+    "$pattern = [regex]::Escape($script) + '\"? (attempt[.])?' + [regex]::Escape($number) + ' '; "
+    "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
+    "$life = if ($p) { 'alive' } else { 'gone' }; "
+    "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
+)
+
 _SH = {  # what a guest is asked, or has to do, by verb
     "prepare": _PREPARE_SCRIPT,
     "probe": _PROBE_SCRIPT,
@@ -5572,14 +5629,14 @@ _SH = {  # what a guest is asked, or has to do, by verb
     "discard": _DISCARD_SCRIPT,
 }
 _PS = {
-    "probe": drivers.PROBE_PS,
-    "list": drivers.LIST_PS,
-    "hash": drivers.HASH_PS,
-    "facts": drivers.FACTS_PS,
-    "receive": drivers.RECEIVE_PS,
-    "deliver": drivers.MOVE_PS,
-    "discard": drivers.DISCARD_PS,
-    "copy": drivers.COPY_PS,
+    "probe": _PROBE_PS,
+    "list": _LIST_PS,
+    "hash": _HASH_PS,
+    "facts": _FACTS_PS,
+    "receive": _RECEIVE_PS,
+    "deliver": _DELIVER_PS,
+    "discard": _DISCARD_PS,
+    "copy": _COPY_PS,
 }
 
 

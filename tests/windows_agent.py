@@ -26,8 +26,8 @@ import vmrm
 
 NAMES = {script: verb for verb, script in vmrm._PS.items()} | {
     drivers._EXISTS_PS: "exists",
-    drivers.MKDIR_PS: "mkdir",
-    drivers.DELETE_PS: "delete",
+    drivers._MKDIR_PS: "mkdir",
+    drivers._DELETE_PS: "delete",
     drivers._BOOT_PS: "boot",
 }
 ONE_WORD = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
