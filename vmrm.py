@@ -387,6 +387,10 @@ def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
 def _is_duration(value: object) -> bool:
     return _is_time(value) and cast(float, value) > 0
 
@@ -2011,7 +2015,6 @@ class ExperimentStart(_Served):
 
 # === schedule entries ============================================================================
 
-
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
     "start_time": (_is_time, "a number of seconds"),
@@ -2027,26 +2030,36 @@ ENTRY_KEYS: _Keys = {
     "on_host": (_is_switch, "true or false"),
     "pause": (_is_duration, "a positive number of seconds, or inf"),
     "resume": (_is_switch, "true or false"),
+    "file": (_is_list, "a list of tables"),
+    "content": (_is_list, "a list of tables"),
+    "transfer": (_is_list, "a list of tables"),
+}
+# What these tables may say.
+_PLACED: _Keys = {
+    "location": (_is_text, "a path in the guest"),
+    "executable": (_is_switch, "true or false"),
 }
 DATA_KEYS: dict[str, _Keys] = {
-    "file": {
-        "location": (_is_text, "a path in the guest"),
+    "file": _PLACED
+    | {
         "filename": (_is_text, "a file's name"),
-        "executable": (_is_switch, "true or false"),
         "sha256": (lambda value: isinstance(value, str) and len(value) == 64, "a SHA-256"),
     },
-    "content": {
-        "location": (_is_text, "a path in the guest"),
-        "content": (_is_content, "a string"),
-        "executable": (_is_switch, "true or false"),
-    },
+    "content": _PLACED | {"content": (_is_content, "a string")},
     "transfer": {
         "location": (_is_text, "a path in the guest"),
         "interval": (_is_positive, "a positive number of seconds"),
         "destination": (_is_text, "a directory on the host"),
     },
 }
-_NEEDED = {"file": ("location", "filename"), "content": ("location", "content")}
+# By these keys an item of `ScheduleEntry.data` is known to be of a kind; and what it has if it does
+# not say so. In a schedule's text, a transfer without interval is made once.
+_MARKS = {"file": "filename", "content": "content", "transfer": "interval", "pause": "pause"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "file": {"executable": False},
+    "content": {"executable": False},
+    "transfer": {"interval": None, "destination": None},
+}
 
 
 def unknown_key(key: object, known: Iterable[str]) -> str:
@@ -2057,15 +2070,13 @@ def unknown_key(key: object, known: Iterable[str]) -> str:
     return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _key_faults(item: object, keys: _Keys, where: str, more: Iterable[str] = ()) -> list[str]:
+def _key_faults(item: object, keys: _Keys, where: str) -> list[str]:
     if not isinstance(item, dict):
         return [f"{where}: {item!r} is not a table of key = value"]
     faults = []
     for key, value in item.items():
-        if key in more:
-            continue
         if key not in keys:
-            faults.append(f"{where}: {unknown_key(key, [*keys, *more])}")
+            faults.append(f"{where}: {unknown_key(key, keys)}")
         elif not keys[key][0](value):
             told = repr(value)
             told = told if len(told) <= 200 else f"{told[:200]}…"
@@ -2079,31 +2090,23 @@ def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
 
 
 def entry_faults(item: object, where: str) -> list[str]:
-    """Return everything that is wrong with an entry as a table, one line each.
-
-    Args:
-        item: The entry as an experiment file or JSON text has it, infinities as floats.
-        where: The entry's place, put before each line.
-    """
-    faults = _key_faults(item, ENTRY_KEYS, where, DATA_KEYS)
+    """Return all that is wrong with an entry as a table, infinities being floats, a line each."""
+    faults = _key_faults(item, ENTRY_KEYS, where)
     if not isinstance(item, dict):
         return faults
     sound = _sound(item, ENTRY_KEYS)
-    for kind, keys in DATA_KEYS.items():
-        parts = item.get(kind, [])
-        if not isinstance(parts, list):
-            faults.append(f"{where}: {kind} is {parts!r}, but must be a list of tables")
-            continue
-        wrong = [_part_faults(kind, part, keys, f"{where}, {kind}") for part in parts]
-        faults += itertools.chain(*wrong)
-        if kind in item and not any(wrong):
-            sound[kind] = parts
+    for kind in DATA_KEYS:
+        wrong = [f for part in sound.get(kind, []) for f in _part_faults(kind, part, where)]
+        faults += wrong
+        if wrong:
+            del sound[kind]
     return faults + [f"{where}: {fault}" for fault in _entry_sense(sound, item.keys())]
 
 
-def _part_faults(kind: str, part: object, keys: _Keys, where: str) -> list[str]:
-    faults = _key_faults(part, keys, where)
-    missing = set(_NEEDED.get(kind, ("location",))) - set(part if isinstance(part, dict) else ())
+def _part_faults(kind: str, part: object, where: str) -> list[str]:
+    where = f"{where}, {kind}"
+    missing = {"location", _MARKS[kind]} - {"interval", *(part if isinstance(part, dict) else ())}
+    faults = _key_faults(part, DATA_KEYS[kind], where)
     return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
@@ -2116,9 +2119,9 @@ _OUR_OWN = re.compile(
 
 def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
     """Yield what makes no sense among the sound keys of an entry, `given` being all its keys."""
+    at, pause, resume = item.get("start_time", math.nan), "pause" in given, item.get("resume")
     if "start_time" not in given:
         yield "start_time is missing"
-    at, pause = item.get("start_time", math.nan), "pause" in given
     if math.isinf(at) and not (pause and at < 0):
         yield f"start_time {at} is only for a pause, and only negative"
     if at == 0 and not pause:
@@ -2126,24 +2129,22 @@ def _entry_sense(item: Mapping[str, Any], given: Collection[str]) -> Iterator[st
     if pause and at < 0 and not math.isinf(at):
         yield "a pause in negative time must be at -inf, before the first entry"
     work = [key for key in ("executable", *DATA_KEYS) if key in given and item.get(key, True)]
-    if (pause or item.get("resume")) and work:
+    if (pause or resume) and work:
         yield f"a pause or resume cannot also have {work[0]!r}"
-    if not work and not pause and not item.get("resume") and item.keys() == given:
+    if not (work or pause or resume) and item.keys() == given:
         yield "it does nothing: give executable, file, content, transfer, pause or resume"
-    if item.get("resume") and at < 0:
+    if resume and at < 0:
         yield "a resume must be at a positive time; vmrm resume ends a break at -inf"
     for part in [*item.get("file", []), *item.get("content", [])]:
         if _OUR_OWN.match(os.path.normpath(part["location"].replace("\\", "/"))):
             yield f"location {part['location']!r} is that of vmrm's own files"
     if "executable" not in given:
-        for key in ("arguments", "env", "cwd", "user", "timeout"):
-            if key in item:
-                yield f"{key} needs an executable"
+        for key in sorted(item.keys() & {"arguments", "env", "cwd", "user", "timeout"}):
+            yield f"{key} needs an executable"
     if item.get("on_host"):
         program = item.get("executable", "")
-        for key in ("user", *DATA_KEYS):
-            if key in item:
-                yield f"an on_host entry runs a program and cannot have {key!r}"
+        for key in sorted(item.keys() & {"user", *DATA_KEYS}):
+            yield f"an on_host entry runs a program and cannot have {key!r}"
         if not program.startswith("/") and not NAME_PATTERN.fullmatch(program):
             yield "on_host needs an executable: an absolute path, or the name of a stored file"
 
@@ -2159,14 +2160,16 @@ def _with_infinities(item: Any) -> Any:
     }
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value
-
-
-# The key of `ScheduleEntry.data` by which an item is known to be of a kind.
-_MARKS = {"file": "filename", "content": "content", "transfer": "interval", "pause": "pause"}
+def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table as JSON has it: callbacks called, infinities as strings, defaults left out."""
+    plain = {}
+    for key, value in table.items():
+        said = value() if callable(value) else value
+        if isinstance(said, float) and math.isinf(said):
+            said = "inf" if said > 0 else "-inf"
+        if said is not None and said is not False:
+            plain[key] = said
+    return plain
 
 
 class ScheduleEntry:
@@ -2185,9 +2188,6 @@ class ScheduleEntry:
             and `executable`), transfer (`location`, `interval`, `destination`), or `pause`.
         options: env, cwd, user, timeout, wait, rerun, on_host, resume, where given.
         ordinal: Its place in the schedule, from 1, once it is part of one.
-
-    Raises:
-        ValueError: start_time is 0 (and this is no pause), or NaN.
     """
 
     def __init__(
@@ -2221,8 +2221,7 @@ class ScheduleEntry:
             return PurePosixPath(self.executable.replace("\\", "/")).name
         if self.pause is not None:
             return "break" if math.isinf(self.pause) else f"pause {self.pause:g}"
-        kinds = [kind for kind in DATA_KEYS if self.items(kind)]
-        return kinds[0] if kinds else "resume"
+        return next((kind for kind in DATA_KEYS if self.items(kind)), "resume")
 
     @property
     def pause(self) -> float | None:
@@ -2239,6 +2238,11 @@ class ScheduleEntry:
         return bool(self.options.get("on_host"))
 
     @property
+    def is_resume(self) -> bool:
+        """Whether it ends a break."""
+        return bool(self.options.get("resume"))
+
+    @property
     def runs_script(self) -> bool:
         """Whether our script runs for it: it places files or runs a program."""
         return bool(self.executable or self.items("file") or self.items("content"))
@@ -2249,15 +2253,7 @@ class ScheduleEntry:
         return not self.executable and any(item["interval"] for item in self.items("transfer"))
 
     def set_executable(self, path: str, arguments: str | Sequence[str] | None = None) -> None:
-        """Say which program runs in the VM.
-
-        Args:
-            path: Absolute, or on the guest's PATH, or the location of a file of this entry.
-            arguments: As `append_arguments`.
-
-        Raises:
-            RuntimeError: path is not a string.
-        """
+        """Say which program runs: absolute, on the guest's PATH, or a file of this entry."""
         if not isinstance(path, str):
             raise RuntimeError(f"executable {path!r} is not a string")
         self.executable = path
@@ -2267,12 +2263,8 @@ class ScheduleEntry:
     def append_arguments(self, arguments: str | Sequence[str]) -> None:
         """Append to the program's arguments.
 
-        Args:
-            arguments: A list reaches the program as it is; a string is split by the guest's
-                shell. Of a string and a list together, the list's items are quoted.
-
-        Raises:
-            TypeError: it is neither a string nor a list of strings.
+        A list reaches the program as it is; a string is split by the guest's shell. Of a string and
+        a list together, the list's items are quoted.
         """
         if not _is_arguments(list(arguments) if isinstance(arguments, tuple) else arguments):
             raise TypeError(f"arguments {arguments!r} are neither a string nor a list of strings")
@@ -2289,108 +2281,57 @@ class ScheduleEntry:
     def add_content(
         self, location: str, content: str | Callable[[], str], executable: bool = False
     ) -> None:
-        """Place a text in the VM when the entry starts.
+        """Place a text in the VM when the entry starts; a function is called for it at storing.
 
-        Args:
-            location: Path in the VM with the file's name; relative to the entry's directory.
-            content: The text, or a function that returns it, called when the schedule is stored.
-            executable: Whether to set the file's executable flag.
+        The location has the file's name, and may be relative to the entry's directory.
         """
-        item = {"location": location, "content": content, "executable": executable}
-        self.data.append(item)
+        self.data.append({"location": location, "content": content, "executable": executable})
 
     def add_file(self, location: str, filename: str, executable: bool = False) -> None:
-        """Place a file of the `VmResourceStore` in the VM when the entry starts.
-
-        Args:
-            location: Path in the VM with the file's name; relative to the entry's directory.
-            filename: The file's name in the store.
-            executable: Whether to set the file's executable flag.
-        """
-        item = {"location": location, "filename": filename, "executable": executable}
-        self.data.append(item)
+        """Place a file of the `VmResourceStore`, by its name there, as `add_content` a text."""
+        self.data.append({"location": location, "filename": filename, "executable": executable})
 
     def add_file_transfer(
         self, location: str, interval: float | None = 30, destination: str | None = None
     ) -> None:
-        """Pull a file, directory or glob out of the VM.
+        """Pull a file, directory or glob out of the VM: once (None), or what changed at intervals.
 
-        Args:
-            location: Path in the VM.
-            interval: Seconds between two looks for changed files; None means once.
-            destination: Directory on the host; files go to <destination>/<vm_name>/<location>.
-                None means `transfers` in the state directory.
+        Files go to <destination>/<vm_name>/<location>; without one, into the state directory.
         """
         item = {"location": location, "interval": interval, "destination": destination}
         self.data.append(item)
 
     def add_pause(self, duration: float) -> None:
-        """Make this entry a pause: all later entries are shifted by it.
-
-        Args:
-            duration: Seconds; `math.inf` is a break, which lasts until a resume.
-
-        Raises:
-            ValueError: the duration is not positive.
-        """
+        """Make this entry a pause of so many seconds; `math.inf` is a break, until a resume."""
         if not _is_duration(duration):
             raise WrongValue(f"pause of {duration!r} s is not positive")
         self.data.append({"pause": duration})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as an experiment file writes it, ready for JSON.
-
-        Raises:
-            ValueError: an item of `data` is of no kind, or of several.
-        """
+        """Return the entry as an experiment file writes it, ready for JSON."""
         for part in self.data:
             marked = sum(mark in part for mark in _MARKS.values())
             if marked != 1 or ("pause" in part and len(part) > 1):
                 marks = ", ".join(_MARKS.values())
                 raise WrongValue(f"a data item has one of {marks}, and not {part!r:.200}")
-        item: dict[str, Any] = {"start_time": _to_json(self.start_time)}
-        if self.executable is not None:
-            item["executable"] = self.executable
-        if self.arguments is not None:
-            item["arguments"] = self.arguments
-        if self.ignore_failure is not False:
-            item["ignore_failure"] = self.ignore_failure
-        for kind in DATA_KEYS:
-            if parts := [_plain(part) for part in self.items(kind)]:
-                item[kind] = parts
-        if self.pause is not None:
-            item["pause"] = _to_json(self.pause)
-        return {**item, **self.options}
+        own = ("start_time", "executable", "arguments", "ignore_failure")
+        item = {key: getattr(self, key) for key in own}
+        item |= {kind: [_plain(part) for part in self.items(kind)] or None for kind in DATA_KEYS}
+        return _plain(item | {"pause": self.pause}) | self.options
 
     @classmethod
     def from_dict(cls, item: Mapping[str, Any], ordinal: int = 0) -> ScheduleEntry:
-        """Return the entry that `to_dict`, an experiment file or JSON describes.
-
-        Raises:
-            ValueError: the first thing that is wrong with it.
-        """
+        """Return the entry that `to_dict`, an experiment file or JSON describes."""
         known = _with_infinities(item)
         if faults := entry_faults(known, f"entry {ordinal}" if ordinal else "entry"):
             raise WrongValue(faults[0])
-        entry = cls(
-            known.pop("start_time"),
-            known.pop("ignore_failure", False),
-            pause=known.pop("pause", None),
-        )
-        entry.ordinal = ordinal
-        if "executable" in known:
-            entry.set_executable(known.pop("executable"), known.pop("arguments", None))
-        for part in [*known.pop("file", []), *known.pop("content", [])]:
-            entry.data.append({"executable": False, **part})
-        for part in known.pop("transfer", []):
-            entry.data.append({"interval": None, "destination": None, **part})
-        entry.options = known
+        take = known.pop
+        entry = cls(take("start_time"), take("ignore_failure", False), pause=take("pause", None))
+        entry.executable, entry.arguments = take("executable", None), take("arguments", None)
+        for kind, defaults in _DEFAULTS.items():
+            entry.data += [defaults | part for part in take(kind, [])]
+        entry.options, entry.ordinal = known, ordinal
         return entry
-
-
-def _plain(part: Mapping[str, Any]) -> dict[str, Any]:
-    called = {key: value() if callable(value) else value for key, value in part.items()}
-    return {key: value for key, value in called.items() if value is not None and value is not False}
 
 
 def schedule_text(entries: Iterable[ScheduleEntry]) -> str:
@@ -2399,11 +2340,7 @@ def schedule_text(entries: Iterable[ScheduleEntry]) -> str:
 
 
 def parse_schedule(text: str) -> list[ScheduleEntry]:
-    """Return the entries of a schedule's JSON text.
-
-    Raises:
-        ValueError: it is not JSON, not a list, or one of its entries is wrong; which, and how.
-    """
+    """Return the entries of a schedule's JSON text; a ValueError says which is wrong, and how."""
     if not isinstance(text, str):  # JSON may be bytes, but a schedule is kept as a text
         raise WrongValue(f"a schedule must be a text, and is of type {type(text).__name__}")
     try:
@@ -2420,25 +2357,17 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
-    """Return entries in the order they happen: by time, pauses last within a time, then as written.
-
-    The reference adds the smallest float to a pause's time for this; a rank changes no time.
-    """
+    """Return entries as they happen: by time, pauses last within a time, then as written."""
+    # The reference adds the smallest float to a pause's time; a rank changes no time.
     return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
 
 
 @dataclasses.dataclass(frozen=True)
 class Hold:
-    """A pause, break or resume that a command gave.
+    """A pause, break or resume that a command gave."""
 
-    Attributes:
-        time: When, in seconds of experiment time; before time 0 it counts as 0. A resume of a
-            break at -inf has -inf.
-        duration: Seconds; inf is a break, None a resume.
-    """
-
-    time: float
-    duration: float | None
+    time: float  # of the experiment; before time 0 it is 0, for a resume of a break at -inf -inf
+    duration: float | None  # in seconds; inf is a break, None a resume
 
     def __str__(self) -> str:
         if self.duration is None:
@@ -2456,10 +2385,6 @@ class Timeline:
     own time is not shifted by that break. Pauses at -inf delay negative time only and shift nothing
     here; `opening_delay` is about them. What is given never changes what happened before.
 
-    Args:
-        entries: The whole schedule.
-        holds: What commands gave, in any order.
-
     Attributes:
         times: Seconds of experiment time by ordinal; inf for what a break holds.
         breaks: When each break began and ended; it holds still if that is inf.
@@ -2472,7 +2397,7 @@ class Timeline:
         in_time = sorted((hold for hold in holds if hold.time >= 0), key=lambda hold: hold.time)
         self._resumes = [hold.time for hold in in_time if hold.duration is None]
         given = [(hold.time, hold.duration) for hold in in_time if hold.duration is not None]
-        self._planned = [entry for entry in in_order(entries) if entry.options.get("resume")]
+        self._planned = [entry for entry in in_order(entries) if entry.is_resume]
         for entry in in_order(entries):
             if entry.start_time < 0:
                 self.times[entry.ordinal] = entry.start_time
@@ -2522,7 +2447,7 @@ class Timeline:
 def effective_times(
     entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()
 ) -> dict[int, float]:
-    """Return when each entry really happens, by ordinal: `Timeline.times`."""
+    """Return when each entry really happens, by ordinal."""
     return Timeline(entries, holds).times
 
 
@@ -2541,9 +2466,6 @@ class ScheduleDb(_Rows):
         cache_name: Accepted for the reference's sake; only its type is looked at.
         log: Where to report; None means the module's logger.
         db: The database's path, an open `Database`, or None for the default database.
-
-    Raises:
-        RuntimeError: cache_name is not a text.
     """
 
     def __init__(
@@ -2566,28 +2488,12 @@ class ScheduleDb(_Rows):
         While nothing of the stored schedule has run, it is replaced. Afterwards the new one must
         begin with the stored entries (compared as JSON) and may only add more.
 
-        Args:
-            server_name: The VM; it need not exist yet.
-            text: A JSON list of entries, kept as it is.
-            vm_resources_ip: The VM's address, kept beside it.
-            broadcast: Accepted and ignored: there is one database.
-
-        Raises:
-            ValueError: the text is no schedule, or differs from what has begun to run.
-            ScheduleDbTimeoutError: the database was kept busy.
+        The VM need not exist yet; `broadcast` has no effect, for there is one database.
         """
         self._put([(server_name, text, vm_resources_ip)])
 
     def batch_put(self, sched_list: Iterable[Mapping[str, str]], broadcast: bool = False) -> None:
-        """Store many schedules in one transaction: all, or on any error none.
-
-        Args:
-            sched_list: Dictionaries with `server_name` and `text`.
-            broadcast: Accepted and ignored: there is one database.
-
-        Raises:
-            ValueError: as `put`, or a dictionary has other keys.
-        """
+        """Store many schedules, dictionaries with `server_name` and `text`: all or none."""
         schedules = []
         for item in sched_list:
             if not isinstance(item, Mapping) or item.keys() != {"server_name", "text"}:
@@ -2610,36 +2516,26 @@ class ScheduleDb(_Rows):
 
     def get(self, server_name: str) -> str | None:
         """Return a VM's schedule as the text that was put, or None if it has none."""
-        sql = "SELECT text FROM schedules WHERE server_name = :name"
-        return cast("str | None", self.db.value(sql, name=server_name))
+        text: str | None = self.db.value(
+            "SELECT text FROM schedules WHERE server_name = :name", name=server_name
+        )
+        return text
 
     def list_all(self, pattern: str | None = None) -> list[dict[str, str]]:
-        """Return the schedules as dictionaries with `server_name` and `text`.
-
-        Args:
-            pattern: Only of VMs whose name matches it, with shell wildcards; None means all.
-        """
+        """Return server_name and text of the schedules, of VMs whose name matches a pattern."""
         sql = "SELECT server_name, text FROM schedules WHERE text IS NOT NULL ORDER BY server_name"
         return [
-            row
+            dict(row)
             for row in self.db.query(sql)
             if pattern is None or fnmatch.fnmatchcase(row["server_name"], pattern)
         ]
 
     def destroy_one(self, server_name: str) -> None:
-        """Remove one VM's schedule and begin a new generation; one without is no error.
-
-        Raises:
-            Conflict: handlers live.
-        """
+        """Remove one VM's schedule and begin a new generation; one without is no error."""
         self._destroy("server_name = :name", name=server_name)
 
     def destroy_all(self) -> None:
-        """Remove all schedules and begin new generations.
-
-        Raises:
-            Conflict: handlers live.
-        """
+        """Remove all schedules and begin new generations."""
         self._destroy("TRUE")
 
     def _destroy(self, where: str, **parameters: object) -> None:
@@ -2648,7 +2544,7 @@ class ScheduleDb(_Rows):
         self.db.write(sql, durable=True, **parameters)
 
 
-def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> None:
+def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str = "") -> None:
     """Write one schedule inside the caller's transaction, if it keeps what has begun to run."""
     old = db.row(
         """SELECT text, EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
@@ -2657,7 +2553,9 @@ def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> N
            FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL""",
         name=name,
     )
-    differs = _first_difference(old["text"], text) if old else None
+    stored, new = (json.loads(old["text"]), json.loads(text)) if old else ([], [])
+    pairs = enumerate(itertools.zip_longest(stored, new[: len(stored)]), 1)
+    differs = next((ordinal for ordinal, (kept, given) in pairs if kept != given), None)
     if old and old["begun"] and differs:
         raise WrongValue(
             f"the schedule of VM {name!r} has begun to run, and entry {differs} of "
@@ -2673,15 +2571,6 @@ def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str) -> N
         {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()}
         | {"replaced": differs is not None},
     )
-
-
-def _first_difference(old: str, new: str) -> int | None:
-    """Return the ordinal of the first entry that a longer schedule does not keep, if any."""
-    kept = json.loads(new)
-    for ordinal, entry in enumerate(json.loads(old), 1):
-        if kept[ordinal - 1 : ordinal] != [entry]:
-            return ordinal
-    return None
 
 
 def read_holds(db: Database, server_name: str) -> list[Hold]:
@@ -2703,19 +2592,10 @@ def read_schedule(db: Database, server_name: str) -> tuple[list[ScheduleEntry], 
 def pause_vms(
     db: Database, server_names: Iterable[str], duration: float = math.inf
 ) -> list[dict[str, Any]]:
-    """Pause the schedules of VMs from now on; before time 0, from time 0 on.
+    """Shift what has not started in VMs by so many seconds; inf is a break.
 
-    Args:
-        db: The database.
-        server_names: The VMs.
-        duration: Seconds by which everything that has not started is shifted; inf is a break.
-
-    Returns:
-        For each VM its name, the experiment time, and what was done; a break in a break is ignored.
-
-    Raises:
-        ValueError: the duration is not positive.
-        NotFound: there is no such VM that is managed; nothing was done.
+    Returns, for each VM, its name, the experiment time, and what was done: a break in a break is
+    ignored. Before time 0 a pause is from time 0 on.
     """
     if not _is_duration(duration):
         raise WrongValue(f"pause of {duration!r} s is not positive")
@@ -2723,18 +2603,7 @@ def pause_vms(
 
 
 def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """End the break that each VM is in; one that is in none is told so, and that recorded.
-
-    Args:
-        db: The database.
-        server_names: The VMs; None means all that are in a break.
-
-    Returns:
-        As `pause_vms`.
-
-    Raises:
-        NotFound: there is no such VM that is managed; nothing was done.
-    """
+    """End the break of these VMs, or of all that are in one; return what `pause_vms` does."""
     return _give(db, None if server_names is None else list(server_names), None)
 
 
@@ -2755,9 +2624,9 @@ def _give(
 
 def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
     """Return the experiment time, and when the break that holds the VM now began, if one does."""
-    name, start = vm["server_name"], db.value("SELECT start_at FROM current_experiment")
+    start = db.value("SELECT start_at FROM current_experiment")
     now = 0.0 if start is None else max(0.0, CLOCK.wall() - start)
-    entries, holds = read_schedule(db, name)
+    entries, holds = read_schedule(db, vm["server_name"])
     waits = vm["state"] in (VMState.UNINITIALIZED, VMState.CONFIGURING)
     if waits and math.isinf(opening_delay(entries, holds)):
         return now, -math.inf
@@ -2775,13 +2644,14 @@ def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> 
 def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
     """Record one pause, break or resume inside the caller's transaction."""
     now, begun = _break_of(db, vm)
-    at = -math.inf if duration is None and begun == -math.inf else now
-    hold, done = Hold(at, duration), f"{Hold(at, duration)}"
-    ignored = begun is None if duration is None else math.isinf(duration) and begun is not None
-    if ignored:
-        done = "ignored: it is in " + ("no break" if begun is None else f"a break since {begun:g}")
-    elif begun is not None and duration is None:
+    hold = Hold(-math.inf if duration is None and begun == -math.inf else now, duration)
+    ignored, done = False, str(hold)
+    if duration is None and begun is None:
+        ignored, done = True, "ignored: it is in no break"
+    elif duration is None:
         done = f"resume: ends the break of {begun:g}"
+    elif math.isinf(duration) and begun is not None:
+        ignored, done = True, f"ignored: it is in a break since {begun:g}"
     _record_hold(db, vm["server_name"], hold, ignored)
     return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
@@ -6646,7 +6516,7 @@ class ScheduleUpdater(threading.Thread):
 def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
     if entry.pause is not None:
         return ScheduleEventType.PAUSE
-    if entry.options.get("resume"):
+    if entry.is_resume:
         return ScheduleEventType.RESUME
     return ScheduleEventType.NEW_ITEM if entry.runs_script else ScheduleEventType.TRANSFER
 
@@ -10164,7 +10034,7 @@ def _overdue(
         entry.ordinal: (line.times[entry.ordinal], row["attempt"])
         for entry, row in zip(entries, rows, strict=True)
         if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
-        if not entry.options.get("resume")
+        if not entry.is_resume
         if 0 < line.times[entry.ordinal] < now and not entry.repeats
     }
     return line, overdue
@@ -11627,7 +11497,7 @@ VM_KEYS: _Keys = {
         lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= MAX_VMS,
         f"a whole number up to {MAX_VMS}",
     ),
-    "schedule": (lambda v: isinstance(v, list), "a list of entries"),
+    "schedule": (_is_list, "a list of entries"),
 }
 
 
@@ -11796,7 +11666,7 @@ class _ExperimentReader:
 
     def _look_for_files(self, parts: object, place: str) -> None:
         for part in parts if isinstance(parts, list) else []:
-            if not _part_faults("file", part, DATA_KEYS["file"], place):
+            if not _part_faults("file", part, place):
                 self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -11917,7 +11787,7 @@ def _write_experiment(
         )
         _insert_vms(connection, vms)
         for name, text in experiment.schedules.items():
-            _put_schedule(db, name, text, "")
+            _put_schedule(db, name, text)
     return True
 
 
@@ -12173,7 +12043,7 @@ def _marks(
     times, start = effective_times(entries, given), run.experiment["start_at"] or math.inf
     for entry in entries:
         at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
-        if (entry.pause or entry.options.get("resume")) and at <= run.end:  # it has come
+        if (entry.pause or entry.is_resume) and at <= run.end:  # it has come
             label = entry.label
             found.append(Mark(at, label.split()[0], label, {"entry": entry.ordinal}))
     return sorted(found, key=lambda mark: mark.at)
@@ -14134,7 +14004,7 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
             sql = "SELECT text FROM schedules WHERE server_name = :name"
             present = json.loads(db.value(sql, name=server_name) or "[]")
             both = json.dumps(present + json.loads(text), ensure_ascii=False)
-            _put_schedule(db, server_name, both, "")
+            _put_schedule(db, server_name, both)
     return {"added": len(items)}
 
 
