@@ -4,8 +4,10 @@
 -- and the pool, which belongs to no experiment.
 -- Rows are the truth; every process keeps only caches of them. Times named …_at are UTC seconds
 -- since the epoch, as REAL, and always come from the caller, never from SQLite's clock; durations
--- are named …_s, sizes …_bytes. A change that a handler must see raises the VM's revision in the
--- same transaction (triggers below), so that a handler reads one number to know whether to look.
+-- are named …_s, sizes …_bytes. A process is a text of four words, as vmrm.Process says: its pid,
+-- its start in clock ticks after boot, the host's boot id, its pid namespace; so CAST(… AS INTEGER)
+-- is the pid. A change that a handler must see raises the VM's revision in the same transaction
+-- (triggers below), so that a handler reads one number to know whether to look.
 
 PRAGMA application_id = 1986884205;  -- 'vmrm' in ASCII: a file without it is not ours
 PRAGMA user_version = 3;             -- an older file is upgraded, a newer one refused
@@ -58,7 +60,7 @@ CREATE TABLE vms (
     agent_timeout_s REAL NOT NULL DEFAULT 300 CHECK (agent_timeout_s > 0),
     set_time INTEGER NOT NULL DEFAULT 1 CHECK (set_time IN (0, 1)),
     skew_s REAL,                               -- guest clock minus host clock, when last measured
-    handler_pid INTEGER,                       -- the live handler, or the last one
+    handler TEXT,                              -- the live handler, or the last one: a process
     finished_at REAL,                          -- all finite work of its schedule is done
     revision INTEGER NOT NULL DEFAULT 0
 ) STRICT;
@@ -136,12 +138,10 @@ CREATE TABLE requests (
     server_name TEXT NOT NULL COLLATE NOCASE,
     operation TEXT NOT NULL,
     arguments TEXT NOT NULL CHECK (json_valid(arguments)),
-    client_pid INTEGER NOT NULL,
-    client_started INTEGER NOT NULL,           -- clock ticks after boot, /proc/PID/stat field 22
-    client_boot TEXT NOT NULL,
+    client TEXT NOT NULL,                      -- a process
     created_at REAL NOT NULL,
     deadline_at REAL NOT NULL,
-    claimed_by INTEGER,                        -- the handler's pid
+    claimed_by TEXT,                           -- the handler, a process
     withdrawn INTEGER NOT NULL DEFAULT 0 CHECK (withdrawn IN (0, 1)),
     answered_at REAL,
     answer TEXT CHECK (answer IS NULL OR json_valid(answer)),
@@ -274,10 +274,7 @@ CREATE TABLE pool_vms (
     bound_to_user TEXT CHECK (bound_to_user <> ''),
     bound_sandbox TEXT NOT NULL DEFAULT '',
     token TEXT,
-    holder_pid INTEGER,
-    holder_started INTEGER,                    -- clock ticks after boot, /proc/PID/stat field 22
-    holder_boot TEXT NOT NULL DEFAULT '',
-    holder_namespace INTEGER NOT NULL DEFAULT 0,    -- inode of /proc/PID/ns/pid
+    holder TEXT,                               -- a process
     holder_seen_at REAL,                       -- when somebody last saw that it lives
     acquired_at REAL,
     lease_end_at REAL,
@@ -291,12 +288,10 @@ CREATE TABLE pool_vms (
     terminating_at REAL,                       -- the latest try
     terminate_tries INTEGER NOT NULL DEFAULT 0 CHECK (terminate_tries >= 0),
     hook TEXT NOT NULL DEFAULT '' CHECK (hook IN ('', 'spawn', 'check', 'release', 'terminate')),
-    hook_pid INTEGER,                          -- its process group, for a keeper that comes after
-    hook_started INTEGER,
-    hook_boot TEXT NOT NULL DEFAULT '',
+    hook_process TEXT,                         -- the leader of its session, a process
     CHECK (token IS NOT NULL OR state <> 'in_use'),
     CHECK (token IS NULL OR state IN ('in_use', 'held')),
-    CHECK (token IS NULL OR holder_pid IS NOT NULL OR lease_end_at IS NOT NULL),
+    CHECK (token IS NULL OR holder IS NOT NULL OR lease_end_at IS NOT NULL),
     CHECK (held_until IS NOT NULL OR state <> 'held'),
     CHECK (check_fails = 0 OR state <> 'ready'),
     CHECK (releasing_at IS NULL OR state NOT IN ('ready', 'in_use', 'held'))
@@ -320,10 +315,7 @@ CREATE TABLE pool_waiters (
     owner TEXT NOT NULL,
     sandbox TEXT NOT NULL DEFAULT '',
     priority INTEGER NOT NULL DEFAULT 0,
-    holder_pid INTEGER NOT NULL,
-    holder_started INTEGER NOT NULL,
-    holder_boot TEXT NOT NULL,
-    holder_namespace INTEGER NOT NULL,
+    holder TEXT NOT NULL,                      -- a process
     queued_at REAL NOT NULL,
     heartbeat_at REAL NOT NULL,
     deadline_at REAL
@@ -519,7 +511,7 @@ SELECT (SELECT id FROM current_experiment) AS experiment_id,
        coalesce(sum(e.outcome = 'unknown'), 0) AS unknown,
        coalesce(sum(e.outcome = 'skipped'), 0) AS skipped,
        coalesce(sum(e.outcome = 'running'), 0) AS running,
-       v.ordinal, v.handler_pid, v.path
+       v.ordinal, CAST(v.handler AS INTEGER) AS handler_pid, v.path
 FROM vms AS v
 LEFT JOIN entry_status AS e ON e.server_name = v.server_name AND e.pause IS NULL
 GROUP BY v.ordinal;

@@ -1140,7 +1140,7 @@ class Database:
         _crash("upgrade-copied")
         connection.execute("BEGIN IMMEDIATE")
         try:
-            _conform(connection)
+            _conform(connection, found)
             _take_steps(connection, found)
             if found < 3:
                 self._number_output(connection)
@@ -1335,7 +1335,30 @@ def run_directories(state_dir: Path) -> list[tuple[Path, int]]:
 OLDEST_VERSION = 2  # of the schema that can be upgraded
 
 
-def _conform(connection: sqlite3.Connection) -> None:
+def _process_text(prefix: str, namespace: str) -> str:
+    """Return SQL for the text of a process that version 2 has in several columns."""
+    return f"{prefix}_pid || ' ' || {prefix}_started || ' ' || {prefix}_boot || ' ' || {namespace}"
+
+
+def _carried_over(found: int) -> dict[tuple[str, str], str]:
+    """Return, by table and column, the SQL for columns of this schema that older ones spell so.
+
+    No process of that older vmrm lives any more: where it had a pid alone, that will do.
+    """
+    if found > 2:
+        return {}
+    boot, here = Process.of()[2:]
+    return {
+        ("pool_vms", "holder"): _process_text("holder", "holder_namespace"),
+        ("pool_vms", "hook_process"): _process_text("hook", f"{here}"),
+        ("pool_waiters", "holder"): _process_text("holder", "holder_namespace"),
+        ("requests", "client"): _process_text("client", f"{here}"),
+        ("requests", "claimed_by"): f"claimed_by || ' 0 {boot} {here}'",
+        ("vms", "handler"): f"handler_pid || ' 0 {boot} {here}'",
+    }
+
+
+def _conform(connection: sqlite3.Connection, found: int) -> None:
     """Give an older database the tables, indexes, triggers and views of schema.sql.
 
     A table that differs is made anew and takes over the rows, column by column; so a change that
@@ -1351,24 +1374,28 @@ def _conform(connection: sqlite3.Connection) -> None:
             connection.execute(f'DROP {kind} "{name}"')
     for name, kind, sql in wanted:
         if kind == "table" and present.get(name) != (kind, sql):
-            _renew_table(connection, name, sql, name in present)
+            if name in present:
+                spelt = {k: v for (table, k), v in _carried_over(found).items() if table == name}
+                _renew_table(connection, name, sql, spelt)
+            else:
+                connection.execute(sql)
     for _, kind, sql in wanted:
         if kind != "table":
             connection.execute(sql)
 
 
-def _renew_table(connection: sqlite3.Connection, name: str, sql: str, exists: bool) -> None:
-    if not exists:
-        connection.execute(sql)
-        return
+def _renew_table(
+    connection: sqlite3.Connection, name: str, sql: str, spelt: Mapping[str, str]
+) -> None:
     connection.execute(f'ALTER TABLE "{name}" RENAME TO "old {name}"')
     connection.execute(sql)
-    columns = [
+    new, old = (
         {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
         for table in (name, f"old {name}")
-    ]
-    both = ", ".join(f'"{column}"' for column in sorted(columns[0] & columns[1]))
-    connection.execute(f'INSERT INTO "{name}" ({both}) SELECT {both} FROM "old {name}"')  # noqa: S608
+    )
+    columns = {f'"{column}"': f'"{column}"' for column in sorted(new & old)} | dict(spelt)
+    names, values = ", ".join(columns), ", ".join(columns.values())
+    connection.execute(f'INSERT INTO "{name}" ({names}) SELECT {values} FROM "old {name}"')  # noqa: S608
     used = "SELECT 1 FROM sqlite_sequence WHERE name = ?"
     if connection.execute(used, (f"old {name}",)).fetchone():  # numbers that are never used again
         connection.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
@@ -1391,6 +1418,11 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
             db.execute("UPDATE vms SET address = :address WHERE server_name = :server_name", vm)
         _find_twins(db.conn)
         db.execute("UPDATE attempts SET claim = 'attempt.' || attempt")
+        for row in db.query("SELECT rowid, value FROM pool_info WHERE key = 'listed'"):
+            if (found := json.loads(row["value"])).get("hook"):
+                found["hook"] = " ".join(map(str, [*found["hook"], Process.of().namespace]))
+                row["value"] = json.dumps(found)
+                db.execute("UPDATE pool_info SET value = :value WHERE rowid = :rowid", row)
 
     for version, step in ((3, version_3),):
         if version > found:
@@ -3379,9 +3411,7 @@ def _user() -> str:
 
 
 def _holder(row: Mapping[str, Any]) -> Process | None:
-    if row["holder_pid"] is None:
-        return None
-    return Process(*(row[f"holder_{name}"] for name in Process._fields))
+    return None if row["holder"] is None else Process.parse(row["holder"])
 
 
 def _group_id(name: str) -> int | str:
@@ -3408,10 +3438,7 @@ class VmDescriptor:
     bound_to_user: str | None = None
     bound_sandbox: str = ""
     token: str | None = None
-    holder_pid: int | None = None
-    holder_started: int | None = None
-    holder_boot: str = ""
-    holder_namespace: int = 0
+    holder: str | None = None
     holder_seen_at: float | None = None
     acquired_at: float | None = None
     lease_end_at: float | None = None
@@ -3425,10 +3452,13 @@ class VmDescriptor:
     terminating_at: float | None = None
     terminate_tries: int = 0
     hook: str = ""
-    hook_pid: int | None = None
-    hook_started: int | None = None
-    hook_boot: str = ""
+    hook_process: str | None = None
     address: str = ""
+
+    @property
+    def holder_pid(self) -> int | None:
+        """The pid of the process that holds the lease, if one does."""
+        return Process.parse(self.holder).pid if self.holder else None
 
     def __str__(self) -> str:
         """Return name, state and what a person wants to know, in one line."""
@@ -3513,10 +3543,8 @@ def _insert_pool_vm(db: Database, vm_name: str, columns: Mapping[str, object]) -
 
 
 NO_LEASE: dict[str, Any] = {
-    **dict.fromkeys(("token", "holder_pid", "holder_started", "holder_seen_at")),
+    **dict.fromkeys(("token", "holder", "holder_seen_at")),
     **dict.fromkeys(("acquired_at", "lease_end_at", "task_id", "build_id", "chroot")),
-    "holder_boot": "",
-    "holder_namespace": 0,
 }
 
 
@@ -4437,7 +4465,7 @@ class VmManager(_Rows):
             task_id=request.task_id,
             build_id=request.build_id,
             chroot=request.chroot,
-            **{f"holder_{key}": value for key, value in holder._asdict().items()} if holder else {},
+            holder=holder and str(holder),
         )
 
     def _why_none(self, request: Request) -> str:
@@ -4532,22 +4560,20 @@ class VmManager(_Rows):
 
     def _queue_up(self, request: Request, left: float) -> None:
         """Enter the queue, or say that we still wait."""
-        now, waiter = CLOCK.wall(), Process.of()
+        now = CLOCK.wall()
         self.db.write(
-            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder_pid,
-                   holder_started, holder_boot, holder_namespace, queued_at, heartbeat_at,
-                   deadline_at)
-               VALUES (:token, :wants, :owner, :sandbox, :priority, :pid, :started, :boot,
-                   :namespace, :now, :now, :deadline)
+            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder, queued_at,
+                   heartbeat_at, deadline_at)
+               VALUES (:token, :wants, :owner, :sandbox, :priority, :holder, :now, :now, :deadline)
                ON CONFLICT (token) DO UPDATE SET heartbeat_at = excluded.heartbeat_at""",
             token=request.token,
             wants=json.dumps(request.wants),
             owner=request.owner,
             sandbox=request.sandbox,
             priority=request.priority,
+            holder=str(Process.of()),
             now=now,
             deadline=None if math.isinf(left) else now + left,
-            **waiter._asdict(),
         )
 
     def drop_dead_waiters(self) -> int:
@@ -4558,12 +4584,12 @@ class VmManager(_Rows):
             (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
         return len(dead)
 
-    def _dead_waiters(self) -> list[dict[str, Any]]:
+    def _dead_waiters(self) -> list[Row]:
         silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
         return [
             row
             for row in self.db.query("SELECT * FROM pool_waiters")
-            if row["heartbeat_at"] < silent or not cast(Process, _holder(row)).is_alive()
+            if row["heartbeat_at"] < silent or not Process.parse(row.holder).is_alive()
         ]
 
     def dead_leases(self) -> list[str]:
@@ -4573,7 +4599,8 @@ class VmManager(_Rows):
 
     def dead_waiters(self) -> list[str]:
         """Return who in the queue is dead; `drop_dead_waiters` removes them."""
-        return [f"queue: process {row['holder_pid']} is dead" for row in self._dead_waiters()]
+        dead = [Process.parse(row.holder).pid for row in self._dead_waiters()]
+        return [f"queue: process {pid} is dead" for pid in dead]
 
     def check(self) -> list[str]:
         """Return what is wrong with the pool's rows, which only a person can put right."""
@@ -4763,11 +4790,8 @@ class VmManager(_Rows):
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm.vm_name)
             self._own(row, vm.token)
-            keys = [f"holder_{name}" for name in Process._fields]
-            columns = {key: NO_LEASE[key] for key in keys}
-            if holder:
-                columns = dict(zip(keys, holder, strict=True))
-            move_pool_vm(db, vm.vm_name, row["state"], row=row, **columns)
+            now = holder and str(holder)
+            move_pool_vm(db, vm.vm_name, row["state"], row=row, holder=now)
 
     def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
         if lease is None:
@@ -4909,10 +4933,9 @@ def _descends_from(holder: Process) -> bool:
     return holder.is_alive()
 
 
-_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder_pid", "holder_started")
+_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder")
 _SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
-    AND token = :token AND lease_end_at IS :lease_end_at AND holder_pid IS :holder_pid
-    AND holder_started IS :holder_started"""
+    AND token = :token AND lease_end_at IS :lease_end_at AND holder IS :holder"""
 
 _READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
 
@@ -7396,22 +7419,22 @@ class Requests:
         It checks, too, that nobody was told to stop: afterwards nothing begins any more.
         """
         rows = self.db.query(
-            """SELECT id, client_pid FROM requests WHERE server_name = :name AND NOT withdrawn
-               AND answered_at IS NULL AND claimed_by IS NULL AND client_boot = :boot""",
+            """SELECT id, client FROM requests WHERE server_name = :name AND NOT withdrawn
+               AND answered_at IS NULL AND claimed_by IS NULL""",
             name=self.vm_name,
-            boot=boot_id(),
         )
         for row in rows:
+            if not Process.parse(row.client).is_alive():
+                continue
             yield from self.db.write(
-                """UPDATE requests SET claimed_by = :pid WHERE id = :id AND claimed_by IS NULL
-                   AND NOT withdrawn AND deadline_at > :now AND client_started = :started
+                """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
+                   AND NOT withdrawn AND deadline_at > :now
                    AND NOT EXISTS (SELECT 1 FROM current_experiment
                                    WHERE halt IN ('stop', 'kill'))
                    RETURNING *""",
-                pid=os.getpid(),
-                id=row["id"],
+                me=str(Process.of()),
+                id=row.id,
                 now=CLOCK.wall(),
-                started=process_started(row["client_pid"]) or -1,
             )
 
     def steps(self, row: Row, perform: Callable[..., Steps]) -> Steps:
@@ -7601,10 +7624,10 @@ class VMResourceHandler:
     def _check_in(self) -> None:
         with self.db.transaction() as db:
             db.connection.execute(
-                """UPDATE vms SET handler_pid = :pid,
+                """UPDATE vms SET handler = :me,
                        reason = CASE state WHEN 'failed' THEN reason ELSE '' END
                    WHERE server_name = :name""",
-                {"pid": os.getpid(), "name": self.vm_name},
+                {"me": str(Process.of()), "name": self.vm_name},
             )
             self.requests.answer_lost()
         self._told_trouble = ""
@@ -9038,7 +9061,7 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
     for folder in dead:
         sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
         working = db.value(sql, id=folder.name)
-        if working is None or process_started(working) is None:
+        if working is None or not Process.parse(working).is_alive():
             with contextlib.suppress(FileNotFoundError):
                 found.append((folder, (folder / "vm").read_text()))
                 continue
@@ -9229,7 +9252,7 @@ class Remote(Workplace):
             claimed = self.db.value(
                 "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL", id=self.id
             )
-        if claimed is None or process_started(claimed) is None:  # else its handler will do it
+        if claimed is None or not Process.parse(claimed).is_alive():  # else its handler will do it
             forget_request(self.db, self.folder)
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -9308,17 +9331,14 @@ class Remote(Workplace):
         answered = WakeSocket(self.db, f"c-{self.id}")
         try:
             self.db.write(
-                """INSERT OR REPLACE INTO requests (id, server_name, operation, arguments,
-                       client_pid, client_started, client_boot, created_at, deadline_at)
-                   VALUES (:id, :name, :operation, :arguments, :pid, :started, :boot, :now,
-                       :deadline)""",
+                """INSERT OR REPLACE INTO requests (id, server_name, operation, arguments, client,
+                       created_at, deadline_at)
+                   VALUES (:id, :name, :operation, :arguments, :client, :now, :deadline)""",
                 id=self.id,
                 name=self.name,
                 operation=operation,
                 arguments=json.dumps(arguments),
-                pid=os.getpid(),
-                started=process_started(os.getpid()),
-                boot=boot_id(),
+                client=str(Process.of()),
                 now=CLOCK.wall(),
                 deadline=CLOCK.wall() + self.timeout,
             )
@@ -9345,7 +9365,7 @@ class Remote(Workplace):
                     what = "its handler was stopped before it took the request"
                     raise Unavailable(f"VM {self.name!r}: {what}", "Nothing was done: try again")
                 return None
-            if row["claimed_by"] is not None and process_started(row["claimed_by"]) is None:
+            if row["claimed_by"] is not None and not Process.parse(row["claimed_by"]).is_alive():
                 return {"unknown": "it may have run: the handler died"}
             poll.poll(500)
             answered.drain()
@@ -9698,10 +9718,10 @@ class Loan:
 
     def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Be the holder of what an earlier supervisor has leased, as far as it stands."""
-        holder = {f"holder_{key}": value for key, value in Process.of()._asdict().items()}
+        holder = {"lease_end_at": None, "holder": str(Process.of())}
         with self.db.transaction(durable=True):
             for leased in _leased(self.db):
-                lease = {key: leased[key] for key in NO_LEASE} | {"lease_end_at": None} | holder
+                lease = {key: leased[key] for key in NO_LEASE} | holder
                 move_pool_vm(self.db, leased["vm_name"], leased["state"], row=leased, **lease)
 
     def _borrow(self, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -10173,7 +10193,7 @@ class Hook:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = gated(["/bin/sh", "-c", command], env=environment, **pipes)
         self.pid = self.process.pid
-        self.started = process_started(self.pid) or 0
+        self.identity = Process.of()._replace(pid=self.pid, started=process_started(self.pid) or 0)
         self.pidfd = os.pidfd_open(self.pid)
         self.out, self.err = _Output(self.process.stdout), _Output(self.process.stderr)
 
@@ -10206,7 +10226,7 @@ class Hook:
         if not self._signals:
             self.verdict += " and could not be killed"
             return True
-        signal_session(self.pid, self.started, self._signals.pop(0))
+        signal_session(self.pid, self.identity.started, self._signals.pop(0))
         self.deadline = now + grace_s
         return False
 
@@ -10225,7 +10245,7 @@ class Hook:
             except ValueError as error:
                 self.verdict = _one_line(error)
         if self.spawned is None:
-            signal_session(self.pid, self.started, signal.SIGKILL)
+            signal_session(self.pid, self.identity.started, signal.SIGKILL)
         self._close()
         # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
         self.process.poll()
@@ -10888,9 +10908,7 @@ def _plan_spawns(supply: _Supply, dues: _Dues) -> list[PoolAction]:
 
 NO_HOOK: dict[str, Any] = {
     "hook": "",
-    "hook_pid": None,
-    "hook_started": None,
-    "hook_boot": "",
+    "hook_process": None,
 }
 
 
@@ -10987,15 +11005,14 @@ class Keeper:
 
     def _bury(self) -> None:
         """End the hooks on record that are not ours, and begin again where they stopped."""
-        ours = {*self.hooks, *(hook.pid for hook in self._untold)}
+        ours = {str(hook.identity) for hook in (*self.hooks.values(), *self._untold)}
         rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
-        left = [row for row in rows if row["hook_pid"] not in ours]
+        left = [row for row in rows if row.hook_process not in ours]
         listings = {name: self._info(name, "listed") for name in self._groups()}
-        listings = {n: f for n, f in listings.items() if f.get("hook", [None])[0] not in ours}
-        sessions = [(row["hook_pid"], row["hook_started"], row["hook_boot"]) for row in left]
-        sessions += [tuple(found["hook"]) for found in listings.values() if found.get("hook")]
+        listings = {n: f for n, f in listings.items() if f.get("hook") not in (None, *ours)}
+        texts = [row.hook_process for row in left] + [f["hook"] for f in listings.values()]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
-        for pid, started, boot in sessions:
+        for pid, started, boot, _ in map(Process.parse, texts):
             while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
                 signal_session(pid, started, signal.SIGKILL)
                 if CLOCK.monotonic() >= deadline:
@@ -11003,7 +11020,7 @@ class Keeper:
                     break
                 time_to_wait(0.02)
         for row in left:
-            self._forget_hook(row["vm_name"], row["hook_pid"], again=True)
+            self._forget_hook(row.vm_name, row.hook_process, again=True)
         for name, found in listings.items():
             if found.pop("hook", None):
                 self._put_info(name, "listed", found)
@@ -11222,13 +11239,12 @@ class Keeper:
 
     def _claim(self, hook: Hook, group: Mapping[str, Any], seen: Mapping[str, Any] | None) -> bool:
         """Put a hook on record, and move its VM; return whether it may run, as things are now."""
-        now, noted = CLOCK.wall(), (hook.pid, hook.started, boot_id())
+        now, noted = CLOCK.wall(), str(hook.identity)
         if hook.kind == HookKind.LIST:
             found = self._info(group["name"], "listed") | {"at": now, "hook": noted}
             self._put_info(group["name"], "listed", found)
             return True
-        columns: dict[str, Any] = {"hook": hook.kind.value}
-        columns |= zip(("hook_pid", "hook_started", "hook_boot"), noted, strict=True)
+        columns: dict[str, Any] = {"hook": hook.kind.value, "hook_process": noted}
         if hook.kind == HookKind.SPAWN:
             return self._claim_spawn(hook, group, columns)
         with self.db.transaction() as db:
@@ -11274,17 +11290,18 @@ class Keeper:
             return
         _crash("hook-ended")
         row = self._row(hook.vm_name)
-        if row is None or row["hook_pid"] == hook.pid:  # else removed by hand, and added again
+        process = str(hook.identity)
+        if row is None or row["hook_process"] == process:  # else removed by hand, and added again
             with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
                 getattr(self, f"_end_{hook.kind}")(hook)
-        self._forget_hook(hook.vm_name, hook.pid)
+        self._forget_hook(hook.vm_name, process)
         log_hook(pool_log(self.db, hook.vm_name), hook)
 
-    def _forget_hook(self, vm_name: str, pid: int, *, again: bool = False) -> None:
+    def _forget_hook(self, vm_name: str, process: str, *, again: bool = False) -> None:
         """Take a hook off the record; `again` if what it was to do has to begin anew."""
         with self.db.transaction() as db:
             row = self._row(vm_name)
-            if row is None or row["hook_pid"] != pid:
+            if row is None or row["hook_process"] != process:
                 return
             anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
             lost = again and row["state"] == VmStates.SPAWNING
@@ -12488,14 +12505,14 @@ def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None
         forget_request(db, folder)
 
 
-def _dead_requests(db: Database) -> list[dict[str, Any]]:
+def _dead_requests(db: Database) -> list[Row]:
     """Return the requests of clients that are gone, unless a handler is carrying them out."""
     return [
         row
         for row in db.query("SELECT * FROM requests")
-        if process_started(row["client_pid"]) != row["client_started"]
+        if not Process.parse(row.client).is_alive()
         and not (
-            row["answered_at"] is None and row["claimed_by"] and process_started(row["claimed_by"])
+            row.answered_at is None and row.claimed_by and Process.parse(row.claimed_by).is_alive()
         )
     ]
 

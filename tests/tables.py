@@ -36,7 +36,8 @@ def experiment(db: Path) -> Row:
 
 def vms(db: Path) -> dict[str, Row]:
     """Return the experiment's VMs by name."""
-    return {row["server_name"]: row for row in _read(db, "SELECT * FROM vms ORDER BY ordinal")}
+    sql = "SELECT *, CAST(handler AS INTEGER) AS handler_pid FROM vms ORDER BY ordinal"
+    return {row["server_name"]: row for row in _read(db, sql)}
 
 
 def states(db: Path) -> dict[str, str]:
@@ -87,8 +88,17 @@ def generations(db: Path) -> list[int]:
 
 def pool_vms(db: Path) -> dict[str, Row]:
     """Return the pool's VMs by name, the oldest first."""
-    found = _read(db, "SELECT * FROM pool_vms ORDER BY spawned_at, vm_name")
+    sql = "SELECT *, CAST(hook_process AS INTEGER) AS hook_pid FROM pool_vms"
+    found = _read(db, f"{sql} ORDER BY spawned_at, vm_name")
     return {row["vm_name"]: row for row in found}
+
+
+def set_holder(db: Path, vm: str, **words: object) -> None:
+    """Make the holder of a VM another process, by its pid, start, boot or namespace."""
+    names = ("pid", "started", "boot", "namespace")
+    text = _read(db, "SELECT holder FROM pool_vms WHERE vm_name = ?", vm)[0]["holder"]
+    holder = dict(zip(names, text.split(), strict=True)) | words
+    put(db, "pool_vms", {"holder": " ".join(map(str, holder.values()))}, vm_name=vm)
 
 
 def pool_groups(db: Path) -> list[Row]:

@@ -343,13 +343,12 @@ def test_a_holder_of_another_boot_is_dead_and_one_of_another_namespace_is_not_ju
     pool: VmManager,
 ) -> None:
     add(pool, "a", "b")
-    for name, column, value in (("a", "holder_boot", "other"), ("b", "holder_namespace", 1)):
+    for name, word, value in (("a", "boot", "other"), ("b", "namespace", 1)):
         vm = pool.acquire_vm([7], "ann", name, ME)
-        values = {column: value, "holder_pid": 4194303}
-        tables.put(pool.db.path, "pool_vms", values, vm_name=vm.vm_name)
+        tables.set_holder(pool.db.path, vm.vm_name, pid=4194303, **{word: value})
     assert len(pool.reap()) == 1
     left = pool.get_vm_by_group_and_state_list(None, ["in_use"])
-    assert [vm.holder_namespace for vm in left] == [1]
+    assert [vm.bound_sandbox for vm in left] == ["b"]
 
 
 @pytest.fixture

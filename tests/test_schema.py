@@ -64,9 +64,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "server_name": "web",
         "operation": "info",
         "arguments": "{}",
-        "client_pid": 1,
-        "client_started": 1,
-        "client_boot": "b",
+        "client": "1 1 b 1",
         "created_at": 1.0,
         "deadline_at": 2.0,
     },
@@ -90,10 +88,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "token": "t",
         "wants": "[]",
         "owner": "ann",
-        "holder_pid": 1,
-        "holder_started": 1,
-        "holder_boot": "b",
-        "holder_namespace": 1,
+        "holder": "1 1 b 1",
         "queued_at": 1.0,
         "heartbeat_at": 1.0,
     },
@@ -155,7 +150,7 @@ REFUSED = [
     ("requests", {"arguments": "{"}),
     ("requests", {"answer": "{"}),
     ("requests", {"withdrawn": 2}),
-    ("requests", {"withdrawn": 1, "claimed_by": 7}),
+    ("requests", {"withdrawn": 1, "claimed_by": "1 1 b 1"}),
     ("files", {"name": "../a"}),
     ("files", {"name": ".a"}),
     ("files", {"name": "a" * 65}),
@@ -182,7 +177,7 @@ REFUSED = [
     ("pool_vms", {"vm_name": "../p"}),
     ("pool_vms", {"state": "idle"}),
     ("pool_vms", {"state": "in_use"}),
-    ("pool_vms", {"state": "ready", "token": "t", "holder_pid": 1}),
+    ("pool_vms", {"state": "ready", "token": "t", "holder": "1 1 b 1"}),
     ("pool_vms", {"state": "in_use", "token": "t"}),
     ("pool_vms", {"state": "held"}),
     ("pool_vms", {"state": "ready", "check_fails": 1}),
@@ -326,7 +321,7 @@ def test_a_change_that_a_handler_must_see_raises_the_revision(db: Database, chan
 def test_a_handlers_own_bookkeeping_does_not_raise_the_revision(db: Database) -> None:
     insert(db, "vms")
     insert(db, "attempts")
-    db.write("UPDATE vms SET state = 'configuring', skew_s = 1.0, handler_pid = 3")
+    db.write("UPDATE vms SET state = 'configuring', skew_s = 1.0, handler = '1 1 b 1'")
     db.write("UPDATE attempts SET outcome = 'running', pid = 4")
     assert db.value("SELECT revision FROM vms") == 0
 

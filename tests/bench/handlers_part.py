@@ -99,7 +99,7 @@ class _Experiment:
 
     def handlers(self) -> list[int]:
         """Return the handlers' pids."""
-        return [row["handler_pid"] for row in self.db.query("SELECT handler_pid FROM vms")]
+        return [row["handler_pid"] for row in self.db.query("SELECT handler_pid FROM vm_status")]
 
     def lateness_ms(self, at: float) -> list[float]:
         """Return by how much the entries of one time were sent after their planned time."""

@@ -63,9 +63,17 @@ class Plain:
         name = own or (may_bind and fresh)
         self.db.execute(
             """UPDATE pool_vms SET state = 'in_use', state_at = ?, bound_to_user = ?,
-               bound_sandbox = 's', token = ?, holder_pid = ?, acquired_at = ?, holder_seen_at = ?
+               bound_sandbox = 's', token = ?, holder = ?, acquired_at = ?, holder_seen_at = ?
                WHERE vm_name = ?""",
-            (time.time(), owner, os.urandom(16).hex(), os.getpid(), time.time(), time.time(), name),
+            (
+                time.time(),
+                owner,
+                os.urandom(16).hex(),
+                str(vmrm.Process.of()),
+                time.time(),
+                time.time(),
+                name,
+            ),
         )
         return str(name)
 
@@ -77,7 +85,7 @@ class Plain:
         select = "SELECT token, check_fails FROM pool_vms WHERE vm_name = ?"
         self.db.execute(select, (name,)).fetchone()
         self.db.execute(
-            """UPDATE pool_vms SET state = 'ready', state_at = ?, token = NULL, holder_pid = NULL,
+            """UPDATE pool_vms SET state = 'ready', state_at = ?, token = NULL, holder = NULL,
                acquired_at = NULL, holder_seen_at = NULL, last_release = ?,
                builds_count = builds_count + 1 WHERE vm_name = ?""",
             (time.time(), time.time(), name),
