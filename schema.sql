@@ -42,7 +42,7 @@ CREATE TABLE vms (
     ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
     server_uuid TEXT NOT NULL UNIQUE CHECK (server_uuid <> ''),
     server_name TEXT NOT NULL UNIQUE COLLATE NOCASE CHECK (
-        length(server_name) <= 64
+        length(server_name) <= 64 AND instr(server_name, char(0)) = 0
         AND server_name GLOB '[A-Za-z0-9]*' AND server_name NOT GLOB '*[^A-Za-z0-9._-]*'),
     state TEXT NOT NULL DEFAULT 'uninitialized' CHECK (state IN
         ('uninitialized', 'configuring', 'configured', 'failed', 'testing', 'n/a')),
@@ -153,7 +153,8 @@ CREATE INDEX open_requests ON requests (server_name) WHERE answered_at IS NULL;
 CREATE TABLE files (
     store TEXT NOT NULL,
     name TEXT NOT NULL COLLATE NOCASE CHECK (
-        length(name) <= 64 AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
+        length(name) <= 64 AND instr(name, char(0)) = 0
+        AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
     sha256 TEXT NOT NULL,
     size_bytes INTEGER NOT NULL,
     uploaded_at REAL NOT NULL,
@@ -215,7 +216,8 @@ END;
 -- group, killed after its time-out.
 CREATE TABLE pool_groups (
     name TEXT PRIMARY KEY COLLATE NOCASE CHECK (
-        length(name) <= 64 AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
+        length(name) <= 64 AND instr(name, char(0)) = 0
+        AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
     position INTEGER NOT NULL,
     max_vm_per_user INTEGER CHECK (max_vm_per_user >= 0),    -- of this group bound to one owner
     max_vm_total INTEGER NOT NULL DEFAULT 8 CHECK (max_vm_total >= 0),  -- the keeper's limit
@@ -256,7 +258,8 @@ CREATE TABLE pool_groups (
 -- release hook that cleans has succeeded. While releasing_at is set it waits, in check_health, for
 -- the keeper to run its group's release hook, and is given to nobody.
 CREATE TABLE pool_vms (
-    vm_name TEXT PRIMARY KEY COLLATE NOCASE CHECK (length(vm_name) <= 64
+    vm_name TEXT PRIMARY KEY COLLATE NOCASE CHECK (
+        length(vm_name) <= 64 AND instr(vm_name, char(0)) = 0
         AND vm_name GLOB '[A-Za-z0-9]*' AND vm_name NOT GLOB '*[^A-Za-z0-9._-]*'),
     vm_ip TEXT NOT NULL DEFAULT '',
     path TEXT NOT NULL DEFAULT '',             -- the agent's address
