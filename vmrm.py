@@ -85,6 +85,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Self,
+    TypeGuard,
     TypeVar,
     cast,
     get_args,
@@ -103,26 +104,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # === errors ======================================================================================
-#
-#   VmrmError                  message, hint; exit code 1
-#   ├── UsageError             code 2: the request is wrong
-#   │   ├── WrongValue         a value that cannot be; to scripts a ValueError
-#   │   ├── NotFound           nothing of that name
-#   │   ├── Conflict           held by, or already done by, someone else
-#   │   └── VmError            the pool's VM is not in a state, or not yours, for that
-#   │       └── VmDescriptorNotFound   also a NotFound
-#   ├── Unavailable            code 75: fine later
-#   │   ├── NoVmAvailable      the pool has no VM to give now
-#   │   ├── Busy               the database's writer lock was not free in time
-#   │   │   └── ScheduleDbTimeoutError
-#   │   └── Unwritable         the database's disk is full, for example
-#   ├── TimedOut               code 124
-#   ├── MissingPackage         this Python lacks a package
-#   └── SchemaError            code 3: the database file is not ours, damaged or of another version
 
 
 class VmrmError(Exception):
-    """What a user can understand and do something about: one line, and a hint what to do."""
+    """What a user can understand and act upon: one line, a hint what to do, and an exit code."""
 
     code = 1
 
@@ -139,11 +124,10 @@ class UsageError(VmrmError):
     code = 2
 
 
+# Where somebody gave the value, this is raised and never ValueError itself. What reaches `main` as
+# a bare ValueError or OSError is therefore a fault of ours.
 class WrongValue(UsageError, ValueError):
-    """A value that cannot be. Where somebody gave it, this is raised and never ValueError itself.
-
-    What reaches `main` as a bare ValueError or OSError is therefore a fault of ours.
-    """
+    """A value that cannot be; to scripts a ValueError."""
 
 
 class NotFound(UsageError, LookupError):
@@ -163,7 +147,7 @@ class VmDescriptorNotFound(VmError, NotFound):
 
 
 class Unavailable(VmrmError):
-    """Nothing is wrong with the request; it may well succeed later."""
+    """The request is right, and may well succeed later."""
 
     code = 75
 
@@ -176,12 +160,12 @@ class Busy(Unavailable):
     """The database's writer lock was not free in time."""
 
 
-class Unwritable(Unavailable):
-    """The database cannot be used at present: its disk is full, for example."""
-
-
 class ScheduleDbTimeoutError(Busy):
     """The schedule database did not answer in time."""
+
+
+class Unwritable(Unavailable):
+    """The database cannot be used at present: its disk is full, for example."""
 
 
 class TimedOut(VmrmError):
@@ -219,12 +203,11 @@ _State = TypeVar("_State", bound=StrEnum)
 
 def moves(states: type[_State], table: str) -> dict[_State, frozenset[_State]]:
     """Read a table of moves: on each line a state, and those it may move to; * is any of them."""
-    found = {}
-    for line in table.splitlines():
-        if words := line.partition("#")[0].split():
-            targets = states if words[1:] == ["*"] else map(states, words[1:])
-            found[states(words[0])] = frozenset(targets)
-    return found
+    lines = [line.partition("#")[0].split() for line in table.splitlines()]
+    return {
+        states(old): frozenset(states if new == ["*"] else map(states, new))
+        for old, *new in filter(None, lines)
+    }
 
 
 VM_MOVES = moves(
@@ -310,42 +293,32 @@ POOL_MOVES = moves(
 
 
 def checked_move(old: str, new: str) -> VMState:
-    """Return `new` as a state if a VM may move there from `old`; staying put is no move.
-
-    Raises:
-        ValueError: the word is no state, or the move is not in `VM_MOVES`; both are named.
-    """
-    return _checked("VM", VM_MOVES, VMState, old, new)
+    """Return `new` as a state if a VM may move there from `old`; staying put is no move."""
+    return _checked("VM", VM_MOVES, VMState(old), new)
 
 
 def checked_pool_move(old: str, new: str) -> VmStates:
     """Return `new` as a state if a VM of the pool may move there from `old`, as `checked_move`."""
-    return _checked("pool VM", POOL_MOVES, VmStates, old, new)
+    return _checked("pool VM", POOL_MOVES, VmStates(old), new)
 
 
 def _checked(
-    kind: str,
-    moves: Mapping[_State, frozenset[_State]],
-    states: type[_State],
-    old: str,
-    new: str,
+    kind: str, allowed: Mapping[_State, Collection[_State]], old: _State, new: str
 ) -> _State:
-    target = checked_word(f"{kind} state", new, states, f" (from {old!r})")
-    if old != new and target not in moves[states(old)]:
+    target = checked_word(f"{kind} state", new, type(old), f" (from {str(old)!r})")
+    if target not in (old, *allowed[old]):
         raise WrongValue(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
     return target
 
 
 def checked_word(kind: str, word: object, known: type[_State], more: str = "") -> _State:
-    """Return `word` as one of the known states, else raise `WrongValue`, which names them all."""
-    try:
-        return known(cast(str, word))
-    except ValueError:
-        choice = ", ".join(known)
-        raise WrongValue(f"unknown {kind} {word!r}{more}; one of {choice}") from None
+    """Return `word` as one of the known ones, else raise `WrongValue`, which names them all."""
+    if word in [*known]:
+        return known(str(word))
+    raise WrongValue(f"unknown {kind} {word!r}{more}; one of {', '.join(known)}")
 
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_PATTERN = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def checked_name(kind: str, name: object) -> str:
@@ -358,29 +331,14 @@ def checked_name(kind: str, name: object) -> str:
     )
 
 
-def _is_content(value: object) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # UTF-8 has none
+def _matching(pattern: str) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
 
-def _is_word(value: object) -> bool:
-    return _is_content(value) and "\0" not in cast(str, value)
-
-
-def _is_text(value: object) -> bool:
-    return _is_word(value) and value != ""
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return not math.isnan(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
-
-
-def _is_time(value: object) -> bool:
-    return _is_number(value) and (abs(cast(float, value)) <= MAX_SECONDS or math.isinf(value))  # type: ignore[arg-type]
+_is_content = _matching("[^\ud800-\udfff]*")  # a surrogate has no UTF-8
+_is_word = _matching("[^\0\ud800-\udfff]*")
+_is_text = _matching("[^\0\ud800-\udfff]+")
+_is_user = _matching("[A-Za-z_][A-Za-z0-9._-]*")
 
 
 def _is_switch(value: object) -> bool:
@@ -391,31 +349,37 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-def _is_duration(value: object) -> bool:
-    return _is_time(value) and cast(float, value) > 0
+def _is_number(value: object) -> TypeGuard[float]:
+    try:
+        return not _is_switch(value) and isinstance(value, int | float) and not math.isnan(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
-def _is_positive(value: object) -> bool:
-    return _is_duration(value) and cast(float, value) <= MAX_SECONDS
+def _is_time(value: object) -> TypeGuard[float]:
+    return _is_number(value) and (abs(value) <= MAX_SECONDS or math.isinf(value))
+
+
+def _is_duration(value: object) -> TypeGuard[float]:
+    return _is_time(value) and value > 0
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return _is_duration(value) and value <= MAX_SECONDS
 
 
 def _is_arguments(value: object) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return all(_is_word(item) for item in items)
+    return all(map(_is_word, value if isinstance(value, list) else [value]))
 
 
 def _is_environment(value: object) -> bool:
     return isinstance(value, dict) and all(
-        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
+        re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key) and _is_word(item)
         for key, item in value.items()
     )
 
 
-def _is_user(value: object) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9._-]*", value))
-
-
-_Keys = dict[str, tuple[Callable[[object], bool], str]]
+_Keys = dict[str, tuple[Callable[[object], bool], str]]  # whether a value will do; what it must be
 
 
 class Clock:
@@ -478,8 +442,8 @@ MAX_DEATHS = 10  # of one handler in a row without any progress
 REBOOT_EXIT_CODE = 10
 
 # Looked up once: between two forks the supervisor must touch as little memory as it can.
-_CRASH = os.environ.get("VMRM_CRASH", "")
-_crash_counts: dict[str, int] = {}
+_CRASH, _, _crash_nth = os.environ.get("VMRM_CRASH", "").partition(":")
+_crash_count = itertools.count(1)
 
 
 def _crash(label: str) -> None:
@@ -488,21 +452,14 @@ def _crash(label: str) -> None:
     `$VMRM_CRASH_ONCE` names a file that is created first and must not exist yet, so that of
     many processes one dies, once. With `$VMRM_CRASH_PARENT` set, our parent dies instead.
     """
-    if not _CRASH:
-        return
-    wanted, _, nth = _CRASH.partition(":")
-    if wanted != label:
-        return
-    _crash_counts[label] = _crash_counts.get(label, 0) + 1
-    if _crash_counts[label] != int(nth or 1):
+    if label != _CRASH or next(_crash_count) != int(_crash_nth or 1):
         return
     if once := os.environ.get("VMRM_CRASH_ONCE"):
         try:
             os.close(os.open(once, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return
-    victim = os.getppid() if "VMRM_CRASH_PARENT" in os.environ else os.getpid()
-    os.kill(victim, signal.SIGKILL)
+    os.kill(os.getppid() if "VMRM_CRASH_PARENT" in os.environ else os.getpid(), signal.SIGKILL)
 
 
 def counted(count: int, thing: str) -> str:
@@ -523,11 +480,7 @@ PACKAGES = {"sqlite_utils": "sqlite-utils>=4.0", "rich": "rich>=13.7", "fire": "
 
 
 def need_packages(*names: str) -> None:
-    """Make sure that packages can be imported, before anything is begun that needs them later.
-
-    Raises:
-        MissingPackage: some cannot; all of them are named, with the command that installs them.
-    """
+    """Raise `MissingPackage` now, before anything is begun, if packages cannot be imported."""
     import importlib.util
 
     if missing := [PACKAGES[name] for name in names if importlib.util.find_spec(name) is None]:
