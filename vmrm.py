@@ -2915,17 +2915,35 @@ def retry_in(
 
 MAX_UNPACKED_BYTES, MAX_MEMBERS = 64 << 30, 100_000  # of one archive
 MAX_HEADER_BYTES = 1 << 18  # before one member of a tar archive: its names and attributes
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
-_COMPRESSED_HEAD = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"]\0\0": "lzma"}
-_ARCHIVE_NAME = re.compile(r".*(\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2?|\.txz|\.zip)", re.IGNORECASE)
-
-
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma", b"]\0\0": "lzma"}
+_ARCHIVE_NAME = re.compile(r"(?i).*(\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2?|\.txz|\.zip)")
 _OUR_TEMPORARY = re.compile(r"\.vmrm-[0-9a-f]{16}")
 
 
 def temporary_name() -> str:
     """Return a name for a file that is not complete yet, by which `check` knows it after a kill."""
     return f".vmrm-{secrets.token_hex(8)}"
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path, mode: int = 0o600) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a file to be filled and then renamed to its place; if it is not, it is removed."""
+    temporary = folder / temporary_name()
+    try:
+        with temporary.open("xb") as file:
+            os.fchmod(file.fileno(), mode)
+            yield temporary, file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """Write a file that replaces another, if there is one, once it is complete."""
+    with written_aside(path.parent, mode) as (temporary, file):
+        yield file
+        file.flush()
+        temporary.rename(path)
 
 
 def refuse_full(fd: int, size: int) -> None:
@@ -2957,41 +2975,26 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     The file is complete under its final name before any row names it: a crash may leave a file
     without a row (`check` finds it), never a row without its file.
     """
-    directory, digest, size = db.directory("store"), hashlib.sha256(), 0
-    temporary = directory / temporary_name()
-    try:
-        with temporary.open("xb") as target:
-            while chunk := source.read(1 << 20):
-                refuse_full(target.fileno(), len(chunk))  # what it unpacks to, nobody knows before
-                digest.update(chunk)
-                size += target.write(chunk)
-            target.flush()
-            os.fsync(target.fileno())
-        temporary.chmod(0o600)
+    folder, digest, size = db.directory("store"), hashlib.sha256(), 0
+    with written_aside(folder) as (temporary, target):
+        while chunk := source.read(1 << 20):
+            refuse_full(target.fileno(), len(chunk))  # what it unpacks to, nobody knows before
+            digest.update(chunk)
+            size += target.write(chunk)
+        target.flush()
+        os.fsync(target.fileno())
         _crash("store-before-rename")
-        temporary.rename(directory / digest.hexdigest())
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.rename(folder / digest.hexdigest())
     return digest.hexdigest(), size
 
 
-@contextlib.contextmanager
-def adding(db: Database, kind: str) -> Iterator[None]:
-    """Keep what nothing refers to yet from being taken for left-over; many may add at once.
-
-    Args:
-        db: The database.
-        kind: The directory that is added to, store or requests.
-    """
-    with db.lock(kind).shared():
-        yield
+def adding(db: Database, kind: str) -> contextlib.AbstractContextManager[None]:
+    """Keep what is added to a directory, and not named yet, from being taken for left-over."""
+    return db.lock(kind).shared()
 
 
 def remove_unused(db: Database) -> None:
-    """Remove what no row names: what is left of purged experiments, and stored contents.
-
-    While somebody adds contents, all of them are left.
-    """
+    """Remove what purged experiments left and, unless somebody adds some, unnamed contents."""
     for path in purged_directories(db):
         remove_tree(path)
     lock = db.lock("store")
@@ -3001,6 +3004,23 @@ def remove_unused(db: Database) -> None:
                 path.unlink(missing_ok=True)
         finally:
             lock.release()
+
+
+def unused_contents(db: Database) -> list[Path]:
+    """Return the contents that nothing names, half-written ones too, unless somebody adds some."""
+    return [] if db.lock("store").is_held else _unnamed_contents(db)
+
+
+def _unnamed_contents(db: Database) -> list[Path]:
+    listed = sorted(db.directory("store").iterdir())
+    named = {row.sha256 for row in db.query("SELECT sha256 FROM named_contents")}
+    return [path for path in listed if path.name not in named]
+
+
+def purged_directories(db: Database) -> list[Path]:
+    """Return the directories of experiments that were purged."""
+    purged = {row.id for row in db.query("SELECT id FROM experiments WHERE purged")}
+    return [path for path, number in run_directories(db.state_dir) if number in purged]
 
 
 def file_sha256(path: Path) -> str:
@@ -3036,64 +3056,43 @@ class VmResourceStore(_Rows):
         self.decompress = decompress
 
     def add_file(self, path: str | os.PathLike[str], force: bool = True) -> None:
-        """Add a file under its own name; with `decompress`, what it unpacks to.
+        """Add a file under its own name, or what it unpacks to, unless `force` must replace one.
 
-        Args:
-            path: The file on this host.
-            force: Whether to replace a file of that name.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileExistsError: the name is taken and `force` is false.
-            ValueError: a name is unusable, or an archive is damaged, unpacks to too much, or
-                holds more than plain files.
+        What is there without `force` is a FileExistsError; an unusable name, and an archive that
+        is damaged, too large, or holds more than plain files, a ValueError.
         """
         source = Path(path)
         if source.is_dir():
             raise WrongValue(f"{str(source)!r} is a directory; add its files, or an archive of it")
-        with source.open("rb") as stream:
-            if not self.decompress:
-                self._add_all([(source.name, stream)], force)
-                return
-            with _damage_told(source):
-                self._add_all(_unpacked(source, stream), force)
+        with source.open("rb") as stream, _damage_told(source):
+            files = _unpacked(source, stream) if self.decompress else [(source.name, stream)]
+            self._add_all(files, force)
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
     ) -> None:
-        """Add a file with the given content (text as UTF-8); errors as `add_file`."""
+        """Add a file with the given content, text as UTF-8."""
         data = content.encode() if isinstance(content, str) else content
         self._add_all([(filename, io.BytesIO(data))], force)
 
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
         with adding(self.db, "store"):
-            stored: dict[str, tuple[str, int]] = {}
-            taken: set[str] = set()
+            stored: dict[str, tuple[str, tuple[str, int]]] = {}
             for name, stream in files:
-                checked_name("file", name)
-                if name.lower() in taken:
+                if checked_name("file", name).lower() in stored:
                     raise WrongValue(f"the archive holds two files named {name!r}")
-                taken.add(name.lower())
                 self._refuse_taken(name, force)
-                stored[name] = put_content(self.db, stream)
+                stored[name.lower()] = (name, put_content(self.db, stream))
             _crash("store-before-rows")
             with self.db.transaction():
-                for name, content in stored.items():
+                for name, (sha256, size) in stored.values():
                     self._refuse_taken(name, force)  # somebody may have been faster
-                    self._name(name, *content)
+                    row = {"store": self.store, "name": name, "sha256": sha256, "size_bytes": size}
+                    self.db.upsert("files", "store", "name", **row, uploaded_at=CLOCK.wall())
 
     def _refuse_taken(self, name: str, force: bool) -> None:
         if not force and self.check_path(name):
             raise FileExistsError(errno.EEXIST, "the store has such a file", name)
-
-    def _name(self, name: str, sha256: str, size: int) -> None:
-        self.db.connection.execute(
-            """INSERT INTO files (store, name, sha256, size_bytes, uploaded_at)
-               VALUES (?, ?, ?, ?, ?)
-               ON CONFLICT (store, name) DO UPDATE SET sha256 = excluded.sha256,
-                   size_bytes = excluded.size_bytes, uploaded_at = excluded.uploaded_at""",
-            (self.store, name, sha256, size, CLOCK.wall()),
-        )
 
     def remove_file(self, pattern: str) -> int:
         """Remove the files whose name matches a shell pattern; return how many there were.
@@ -3103,22 +3102,19 @@ class VmResourceStore(_Rows):
         names = self.list_distinct_contents(pattern)
         with self.db.transaction():
             for name in names:
-                self.db.connection.execute(
-                    "DELETE FROM files WHERE store = ? AND name = ?", (self.store, name)
-                )
+                sql = "DELETE FROM files WHERE store = :store AND name = :name"
+                self.db.write(sql, store=self.store, name=name)
         _crash("store-removed")
         remove_unused(self.db)
         return len(names)
 
     def list_contents(self, pattern: str = "*") -> list[tuple[int, str, datetime]]:
         """Return (size in bytes, name, upload time in UTC) of the files that match a pattern."""
-        rows = self.db.query(
-            "SELECT * FROM files WHERE store = :store ORDER BY name", store=self.store
-        )
+        sql = "SELECT * FROM files WHERE store = :store ORDER BY name"
         return [
-            (row["size_bytes"], row["name"], datetime.fromtimestamp(row["uploaded_at"], UTC))
-            for row in rows
-            if fnmatch.fnmatchcase(row["name"], pattern)
+            (row.size_bytes, row.name, datetime.fromtimestamp(row.uploaded_at, UTC))
+            for row in self.db.query(sql, store=self.store)
+            if fnmatch.fnmatchcase(row.name, pattern)
         ]
 
     def list_distinct_contents(self, pattern: str = "*") -> list[str]:
@@ -3130,26 +3126,18 @@ class VmResourceStore(_Rows):
         return self._row(filename) is not None
 
     def get_path(self, filename: str) -> str:
-        """Return the host's path of a file's content.
-
-        Raises:
-            FileNotFoundError: the store has no such file, or its content was lost.
-        """
+        """Return the host's path of a file's content; FileNotFoundError if there is none."""
         row = self._row(filename)
         if row is None:
             raise FileNotFoundError(errno.ENOENT, "the store has no such file", filename)
-        path = content_path(self.db, row["sha256"])
+        path = content_path(self.db, row.sha256)
         if not path.exists():
             raise FileNotFoundError(errno.ENOENT, "the store has lost its content", filename)
         return str(path)
 
     def get_file(self, filename: str) -> BinaryIO:
-        """Return a file's content opened for reading, to be used in a `with`.
-
-        Raises:
-            FileNotFoundError: as `get_path`.
-        """
-        return cast(BinaryIO, Path(self.get_path(filename)).open("rb"))
+        """Return a file's content opened for reading; FileNotFoundError if there is none."""
+        return Path(self.get_path(filename)).open("rb")
 
     def get_file_size(self, filename: str) -> int:
         """Return a file's size in bytes; FileNotFoundError if there is none."""
@@ -3158,14 +3146,14 @@ class VmResourceStore(_Rows):
     def get_file_hash(self, filename: str) -> str:
         """Return a file's SHA-256 in hexadecimal, '' if the store has none of that name."""
         row = self._row(filename)
-        return row["sha256"] if row else ""
+        return row.sha256 if row else ""
 
     def get_file_upload_date(self, filename: str) -> datetime | None:
         """Return when a file was added, in UTC; None if the store has none of that name."""
         row = self._row(filename)
-        return datetime.fromtimestamp(row["uploaded_at"], UTC) if row else None
+        return datetime.fromtimestamp(row.uploaded_at, UTC) if row else None
 
-    def _row(self, name: str) -> dict[str, Any] | None:
+    def _row(self, name: str) -> Row | None:
         sql = "SELECT * FROM files WHERE store = :store AND name = :name"
         return self.db.row(sql, store=self.store, name=name)
 
@@ -3179,25 +3167,29 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     import importlib
     import zipfile
 
-    budget = _Budget(source, MAX_UNPACKED_BYTES)
     head = stream.read(8)
     stream.seek(0)
-    kind = next((kind for begin, kind in _COMPRESSED_HEAD.items() if head.startswith(begin)), None)
-    plain = importlib.import_module(kind).open(stream) if kind else stream
-    headers = _Headers(plain)
-    if (tar := headers.opened()) is not None:
+    kind = next((kind for begin, kind in _COMPRESSED.items() if head.startswith(begin)), None)
+    unpacker = importlib.import_module(kind).open if kind else lambda stream: stream
+    too_long = "a member has over {} bytes of names and attributes"
+    headers = _Bounded(unpacker(stream), MAX_HEADER_BYTES, too_long)
+    members: Iterator[tuple[str, IO[bytes] | None]]
+    if (tar := _tar(headers)) is not None:
         members = _tar_members(tar, headers)
     elif zipfile.is_zipfile(stream):
         members = _zip_members(zipfile.ZipFile(stream))
     elif _ARCHIVE_NAME.fullmatch(source.name) or head.startswith(b"PK\3\4"):
         raise WrongValue(f"archive {source.name!r} is empty, damaged or cut short")
-    else:
+    elif source.suffix not in (".gz", ".bz2", ".xz"):
         stream.seek(0)
-        if source.suffix not in _COMPRESSED:
-            yield source.name, stream
-            return
-        opened = importlib.import_module(_COMPRESSED[source.suffix]).open(stream)
-        members = iter([(source.stem, opened)])
+        yield source.name, stream
+        return
+    elif kind:
+        stream.seek(0)
+        members = iter([(source.stem, unpacker(stream))])
+    else:
+        raise WrongValue(f"archive {source.name!r} is damaged: it is not compressed")
+    contents = _Bounded(stream, MAX_UNPACKED_BYTES, "it unpacks to over {} bytes")
     for count, (name, opened) in enumerate(members):
         parts = PurePosixPath(name).parts
         if opened is None or not parts or ".." in parts or name.startswith("/"):
@@ -3206,23 +3198,57 @@ def _unpacked(source: Path, stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
         if count >= MAX_MEMBERS:
             raise WrongValue(f"archive {source.name!r} holds over {MAX_MEMBERS} files")
         with opened:
-            budget.stream = opened
-            yield parts[-1], cast(BinaryIO, budget)
+            contents.stream = opened
+            yield parts[-1], cast(BinaryIO, contents)
 
 
-def _tar_members(tar: tarfile.TarFile, headers: _Headers) -> Iterator[tuple[str, IO[bytes] | None]]:
+class _Bounded:
+    """A stream, or several in turn, of which so many bytes may be read.
+
+    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
+    """
+
+    def __init__(self, stream: IO[bytes], limit: int, told: str) -> None:
+        self.stream, self.left, self.last = stream, limit, b""
+        self.seek, self.tell = stream.seek, stream.tell
+        self._told = told.format(limit)
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes."""
+        self.last = self.stream.read(min(size, self.left + 1))
+        self.left -= len(self.last)
+        if self.left < 0:
+            raise RuntimeError(self._told)
+        return self.last
+
+
+def _tar(headers: _Bounded) -> tarfile.TarFile | None:
+    """Return the archive that a stream is, if there is something in it.
+
+    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
+    """
+    import tarfile
+
+    try:
+        tar = tarfile.TarFile(fileobj=cast(BinaryIO, headers))
+    except _damages(ValueError) as error:
+        if isinstance(error, RuntimeError) or getattr(error, "errno", None) is not None:
+            raise  # it is too long, or about this host
+        return None
+    return tar if tar.firstmember else None  # type: ignore[attr-defined]
+
+
+def _tar_members(tar: tarfile.TarFile, headers: _Bounded) -> Iterator[tuple[str, IO[bytes] | None]]:
     """Yield each member that is no directory: its name, and its content if it is a plain file."""
-    member = tar.next()
-    while member is not None:
+    while (member := tar.next()) is not None:
         # A negative size would lead the reader back to a header it has read.
         plain = member.isreg() and member.size >= 0
         if not member.isdir():
-            with headers.unlimited():
-                yield member.name, tar.extractfile(member) if plain else None
+            headers.left = sys.maxsize - 1  # contents have a bound of their own
+            yield member.name, tar.extractfile(member) if plain else None
         cast(Any, tar).members.clear()  # else it keeps them all
         cast(Any, tar).pax_headers.clear()
         headers.left = MAX_HEADER_BYTES
-        member = tar.next()
     if headers.last != bytes(512):
         raise EOFError("it ends without its end mark")
 
@@ -3238,112 +3264,26 @@ def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, IO[bytes] | No
             yield info.filename, archive.open(info) if kind in (0, stat.S_IFREG) else None
 
 
-class _Headers:
-    """A tar archive as its reader sees it, who would take any number of bytes for a header.
-
-    To tarfile 512 zeros are an empty archive; an image of an ext4 file system begins like that.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.left, self.last = stream, float(MAX_HEADER_BYTES), b""
-        self.seek, self.tell = stream.seek, stream.tell
-
-    def opened(self) -> tarfile.TarFile | None:
-        """Return the archive, if it is one with something in it."""
-        import lzma
-        import tarfile
-        import zlib
-
-        damages = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
-        try:
-            tar = tarfile.TarFile(fileobj=cast(BinaryIO, self))
-        except damages as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # it is about this host
-            return None
-        return tar if tar.firstmember else None  # type: ignore[attr-defined]
-
-    def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; RuntimeError if that is more than headers may have."""
-        if size > self.left:
-            raise RuntimeError(
-                f"a member has over {MAX_HEADER_BYTES} bytes of names and attributes"
-            )
-        self.left -= size
-        self.last = self.stream.read(size)
-        return self.last
-
-    @contextlib.contextmanager
-    def unlimited(self) -> Iterator[None]:
-        """Let a member's content be read, which has a bound of its own."""
-        self.left = math.inf
-        yield
-
-
-class _Budget:
-    """What is read of an archive's members, one after the other, up to a limit for all of them.
-
-    Counted is what really comes: the sizes that an archive states are whatever its maker liked.
-    """
-
-    def __init__(self, source: Path, left: int) -> None:
-        self.source, self.left = source, left
-        self.stream: IO[bytes]
-
-    def read(self, size: int) -> bytes:
-        """Return up to `size` bytes of the present member; ValueError if the limit is passed."""
-        data = self.stream.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            limit = f"{MAX_UNPACKED_BYTES} bytes"
-            raise WrongValue(f"archive {self.source.name!r} unpacks to over {limit}")
-        return data
-
-
-@contextlib.contextmanager
-def _damage_told(source: Path) -> Iterator[None]:
-    """Turn what readers raise for a damaged or encrypted archive into a `ValueError`."""
+def _damages(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return what readers raise for a damaged or encrypted archive."""
     import lzma
     import tarfile
     import zipfile
     import zlib
 
-    faults = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+    broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+    return (*broken, EOFError, OSError, RuntimeError, *more)
+
+
+@contextlib.contextmanager
+def _damage_told(source: Path) -> Iterator[None]:
+    """Turn what readers raise for a damaged archive into a `WrongValue`."""
     try:
         yield
-    except (*faults, RuntimeError) as error:
-        raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
-    except OSError as error:
-        if error.errno is not None:  # it is about this host, not about the archive
+    except _damages() as error:
+        if getattr(error, "errno", None) is not None:  # it is about this host
             raise
         raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
-
-
-def purged_directories(db: Database) -> list[Path]:
-    """Return the directories of experiments that were purged."""
-    purged = {row["id"] for row in db.query("SELECT id FROM experiments WHERE purged")}
-    return [path for path, number in run_directories(db.state_dir) if number in purged]
-
-
-def unused_contents(db: Database) -> list[Path]:
-    """Return each stored content that no file and no schedule names, half-written ones included.
-
-    While somebody adds contents, there are none.
-    """
-    if db.lock("store").is_held:
-        return []
-    return _unnamed_contents(db)
-
-
-def _unnamed_contents(db: Database) -> list[Path]:
-    listed = sorted(db.directory("store").iterdir())
-    named = {row["sha256"] for row in db.query("SELECT sha256 FROM files")}
-    for row in db.query("SELECT text FROM schedules WHERE text IS NOT NULL"):
-        named.update(_SHA256.findall(row["text"]))
-    return [path for path in listed if path.name not in named]
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 # === pool ========================================================================================
@@ -7114,13 +7054,10 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
     import shutil
 
     path.parent.mkdir(exist_ok=True, mode=0o700)
-    temporary = path.with_name(temporary_name())
     opened = source.open("rb") if isinstance(source, Path) else source
-    with opened as stream, temporary.open("xb") as target:
+    with opened as stream, replacing(path, 0o700) as target:
         shutil.copyfileobj(stream, target)
-    temporary.chmod(0o700)
-    _crash("program-before-rename")
-    temporary.rename(path)
+        _crash("program-before-rename")
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
@@ -10942,11 +10879,8 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, self._stop))
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
-        temporary = tool.with_name(temporary_name())
-        script = f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'
-        temporary.write_bytes(os.fsencode(script))
-        temporary.chmod(0o700)
-        temporary.rename(tool)
+        with replacing(tool, 0o700) as file:
+            file.write(os.fsencode(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'))
         if not self.once or _booted_at() > self._server_started():
             self.manager.mark_server_start()
 
