@@ -11380,10 +11380,7 @@ def _booted_at() -> float:
 # === experiment files ============================================================================
 
 EXPERIMENT_KEYS: _Keys = {
-    "start_buffer": (
-        lambda v: v == 0 or _is_positive(v),
-        "seconds, 0 or more",
-    ),
+    "start_buffer": (lambda v: v == 0 or _is_positive(v), "seconds, 0 or more"),
     "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
 }
 VM_KEYS: _Keys = {
@@ -11424,18 +11421,13 @@ class Experiment:
 
 
 def read_experiment(path: str | os.PathLike[str]) -> Experiment:
-    """Read and check an experiment file (TOML, or JSON of the same structure); write nothing.
+    """Read and check an experiment file, TOML or JSON of the same structure; write nothing.
 
-    Raises:
-        UsageError: it cannot be read, or is faulty; all faults are told, a line each.
+    A UsageError tells all faults of it, a line each.
     """
-    source = Path(path)
-    reader = _ExperimentReader(source)
-    experiment = reader.read(_parse_file(source))
-    if reader.faults:
-        count = len(reader.faults)
-        lines = [f"{source}: {counted(count, 'fault')}"]
-        raise UsageError("\n".join([*lines, *(f"  {fault}" for fault in reader.faults)]))
+    reader = _ExperimentReader(Path(path))
+    experiment = reader.read(_parse_file(reader.source))
+    reader.refuse_faults()
     return experiment
 
 
@@ -11443,8 +11435,7 @@ def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's items, refusing what TOML refuses, too: a key that comes twice."""
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [key for key, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        (double, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
         raise WrongValue(f"key {double!r} comes twice in one object")
     return table
 
@@ -11458,14 +11449,13 @@ def _parse_file(source: Path) -> Any:
         raise UsageError(f"cannot read {str(source)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{str(source)!r} is not UTF-8 text (byte {error.start})") from error
+    kind = "JSON" if source.suffix == ".json" else "TOML"
     try:
-        if source.suffix == ".json":
-            return json.loads(
-                text, parse_constant=_refuse_constant, object_pairs_hook=_without_doubles
-            )
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        kind = "JSON" if source.suffix == ".json" else "TOML"
+        if kind == "TOML":
+            return tomllib.loads(text)
+        hook = _without_doubles
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{str(source)!r} is not {kind}: {error}") from error
 
 
@@ -11473,48 +11463,49 @@ class _ExperimentReader:
     """Turns a parsed experiment file into an `Experiment`, collecting faults instead of raising."""
 
     def __init__(self, source: Path) -> None:
-        self.source, self.faults = source, list[str]()
-        self.base = source.absolute().parent
+        self.source, self.base = source, source.absolute().parent
+        self.faults, self.vms = list[str](), list[dict[str, Any]]()
+        self.schedules: dict[str, str] = {}
         self.files: dict[str, Path] = {}
-        self._hashes: dict[Path, str] = {}
+        self._sha256 = functools.cache(file_sha256)
+
+    def refuse_faults(self) -> None:
+        """Raise `UsageError` if there are faults."""
+        if self.faults:
+            head = f"{self.source}: {counted(len(self.faults), 'fault')}"
+            raise UsageError("\n  ".join([head, *self.faults]))
 
     def read(self, document: Any) -> Experiment:
-        """Return the experiment; it is usable only if `faults` is empty afterwards."""
+        """Return the experiment; it is usable only if there are no faults."""
         if not isinstance(document, dict):
             document = {}
             self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        for key in document:
-            if key not in ("experiment", "vm"):
-                self.faults.append(unknown_key(key, ["experiment", "vm"]))
-        settings = document.get("experiment", {})
+        known = ("experiment", "vm")
+        self.faults += [unknown_key(key, known) for key in document if key not in known]
+        settings, tables = document.get("experiment", {}), document.get("vm", [])
         self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
-        tables = document.get("vm", [])
         if not isinstance(tables, list) or not tables:
             self.faults.append("there is no [[vm]]")
             tables = []
-        vms: list[dict[str, Any]] = []
-        schedules: dict[str, str] = {}
         for number, table in enumerate(tables, 1):
-            self._read_vm(table, f"vm {number}", vms, schedules)
-        self._check_unique(vms)
-        return Experiment(self.source, settings, vms, schedules, self.files)
+            self._read_vm(table, f"vm {number}")
+        self._check_unique()
+        return Experiment(self.source, settings, self.vms, self.schedules, self.files)
 
-    def _read_vm(
-        self, table: Any, where: str, vms: list[dict[str, Any]], schedules: dict[str, str]
-    ) -> None:
+    def _read_vm(self, table: Any, where: str) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
         self.faults += _key_faults(table, VM_KEYS, where)
         if not isinstance(table, dict):
             return
         sound = _sound(table, VM_KEYS)
-        entries = self._read_schedule(sound.get("schedule", []), where)
+        text = self.read_schedule(sound.get("schedule", []), where)
         if "name" not in table:
             self.faults.append(f"{where}: name is missing")
-        for complete in self._expand(sound, table.keys(), where) if "name" in sound else ():
-            vms.append(complete)
-            if entries:
-                schedules[complete["server_name"]] = entries
+        for vm in self._expand(sound, table.keys(), where) if "name" in sound else ():
+            self.vms.append(vm)
+            if text:
+                self.schedules[vm["server_name"]] = text
         try:
             driver_of(sound.get("engine", "QemuVM"))
         except UsageError as error:
@@ -11523,40 +11514,37 @@ class _ExperimentReader:
     def _expand(
         self, table: dict[str, Any], given: Collection[str], where: str
     ) -> Iterator[dict[str, Any]]:
-        """Yield the VMs of one table: one, or `count` with {n} in name and path."""
+        """Yield the VMs of one table: one, or `count` with {n} in its texts."""
         count = table.get("count")
         if count is not None and "{n}" not in table["name"]:
             self.faults.append(f"{where}: with count, the name needs {{n}}")
             return
         for n in range(1, (count or 1) + 1):
-            numbered = table if count is None else _numbered(table, n)
+            numbered = {
+                key: value.replace("{n}", str(n)) if count and isinstance(value, str) else value
+                for key, value in table.items()
+            }
             if faults := list(_vm_table_faults(numbered, given)):
                 self.faults += [f"{where}: {fault}" for fault in faults]
                 return
             yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        managed = table.get("use_vm_manager", True)
-        entry: dict[str, Any] = {
-            "server_uuid": table.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, table["name"])),
-            "server_name": table["name"],
+        name, managed = table["name"], table.get("use_vm_manager", True)
+        same = ("path", "pool", "control_ip", "engine", "launch_dir", "set_time")
+        entry = {key: table[key] for key in same if key in table} | {
+            "server_uuid": table.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
+            "server_name": name,
             "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
         }
-        if "path" in table:
-            entry["path"] = self._address(table["path"])
-        for key in ("pool", "control_ip", "engine", "launch_dir", "set_time"):
-            if key in table:
-                entry[key] = table[key]
+        if not table.get("path", "tcp:").startswith(("tcp:", "vsock:")):
+            entry["path"] = str(self.base / table["path"].removeprefix("unix:"))
         if "agent_timeout" in table:
             entry["agent_timeout_s"] = float(table["agent_timeout"])
         return VMMapping.prepare_put(entry)
 
-    def _address(self, text: str) -> str:
-        if text.startswith(("tcp:", "vsock:")):
-            return text
-        return str(self.base / text.removeprefix("unix:"))
-
-    def _read_schedule(self, items: list[Any], where: str) -> str:
+    def read_schedule(self, items: list[Any], where: str) -> str:
+        """Return the JSON text of a list of entries, '' if there is none or it has faults."""
         entries = []
         for number, item in enumerate(map(_with_infinities, items), 1):
             place = f"{where}, entry {number}"
@@ -11564,30 +11552,25 @@ class _ExperimentReader:
             self.faults += faults
             if not faults:
                 entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
-            elif isinstance(item, dict):
-                self._look_for_files(item.get("file"), place)
+            elif isinstance(item, dict):  # a missing file is no less a fault
+                parts = item.get("file")
+                for part in parts if isinstance(parts, list) else ():
+                    if not _part_faults("file", part, place):
+                        self._pinned(part, place)
         return schedule_text(entries) if len(entries) == len(items) and items else ""
-
-    def _look_for_files(self, parts: object, place: str) -> None:
-        for part in parts if isinstance(parts, list) else []:
-            if not _part_faults("file", part, place):
-                self._pinned(part, place)
 
     def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
         """Return an entry with host paths made absolute and files pinned by their content."""
         import shutil
 
-        resolved = dict(item)
-        program = item.get("executable", "")
+        resolved, program = dict(item), item.get("executable", "")
         if item.get("on_host") and program.startswith("/") and not shutil.which(program):
             self.faults.append(f"{place}: this host has no program {program!r}")
         if "file" in item:
             resolved["file"] = [self._pinned(part, place) for part in item["file"]]
         if "transfer" in item:
             resolved["transfer"] = [
-                {**part, "destination": str(self.base / part["destination"])}
-                if "destination" in part
-                else part
+                part | {key: str(self.base / part[key]) for key in part if key == "destination"}
                 for part in item["transfer"]
             ]
         return resolved
@@ -11595,66 +11578,55 @@ class _ExperimentReader:
     def _pinned(self, part: Mapping[str, Any], place: str) -> dict[str, Any]:
         path = self.base / part["filename"]
         try:
-            if path not in self._hashes:
-                if not path.is_file():
-                    raise FileNotFoundError(errno.ENOENT, "there is no such file")
-                with path.open("rb") as stream:
-                    self._hashes[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+            if not path.is_file():
+                raise FileNotFoundError(errno.ENOENT, "there is no such file")
+            sha256 = self._sha256(path)
         except OSError as error:
             self.faults.append(f"{place}, file {part['filename']!r}: {error.strerror}")
             return {**part}
-        self.files[self._hashes[path]] = path
-        return {**part, "sha256": self._hashes[path]}
+        self.files[sha256] = path
+        return {**part, "sha256": sha256}
 
-    def _check_unique(self, vms: Sequence[Mapping[str, Any]]) -> None:
-        for key, what in (("server_name", "name"), ("server_uuid", "uuid"), ("path", "path")):
+    def _check_unique(self) -> None:
+        spellings: dict[str, Callable[[str], str]] = {
+            "server_name": str.lower,
+            "server_uuid": str,
+            "path": _address_or_path,
+        }
+        for key, spelt in spellings.items():
             seen: dict[str, str] = {}
-            for vm in vms:
-                value = vm[key].lower() if key == "server_name" else vm[key]
-                value = _address_or_path(value) if key == "path" and value else value
+            for vm in self.vms:
+                value = vm[key] and spelt(vm[key])
                 if value and value in seen:
-                    self.faults.append(
-                        f"vm {vm['server_name']!r}: {what} {vm[key]!r} is already that of "
-                        f"vm {seen[value]!r}"
-                    )
+                    what, whose = key.removeprefix("server_"), f"that of vm {seen[value]!r}"
+                    name = vm["server_name"]
+                    self.faults.append(f"vm {name!r}: {what} {vm[key]!r} is already {whose}")
                 seen.setdefault(value, vm["server_name"])
 
 
 def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
     """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
-    checks: list[tuple[Callable[[str], object], str]] = [
-        (functools.partial(checked_name, "VM"), table["name"]),
-        (drivers.parse_address, table.get("path", "/")),
-        (functools.partial(checked_name, "group"), table.get("pool", "g")),
-    ]
-    for check, value in checks:
+    for check in (
+        lambda: checked_name("VM", table["name"]),
+        lambda: drivers.parse_address(table.get("path", "/")),
+        lambda: checked_name("group", table.get("pool", "g")),
+    ):
         try:
-            check(value)
+            check()
         except ValueError as error:
             yield str(error)
-    misspelt = any(key not in VM_KEYS for key in given)
-    if {"path", "pool"} <= {*given}:
+    agents = {"path", "pool"} & {*given}
+    if len(agents) > 1:
         yield "it has a path and a pool; one of them"
-    managed = table.get("use_vm_manager", True)
-    if not {"path", "pool"} & {*given} and not misspelt and managed:
+    misspelt = any(key not in VM_KEYS for key in given)
+    if not agents and not misspelt and table.get("use_vm_manager", True):
         yield "path to the guest agent is missing"
-
-
-def _numbered(table: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """Return a VM's table with {n} replaced in its texts, but not in its schedule."""
-    return {
-        key: value.replace("{n}", str(n)) if isinstance(value, str) else value
-        for key, value in table.items()
-    }
 
 
 def load_experiment(db: Database, experiment: Experiment) -> bool:
     """Write a checked experiment, all or nothing; return whether it is new.
 
     The same content again changes nothing, so that `run FILE` continues.
-
-    Raises:
-        Conflict: the database holds another experiment, or one of the VMs is the pool's.
     """
     if _is_same(db, experiment):
         return False
@@ -11663,7 +11635,21 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
         _refuse_pool_machine(db.connection, vm)
     with adding(db, "store"):
         _store_files(db, experiment.files)
-        return _write_experiment(db, experiment, vms)
+        with _changing_vms(db) as connection:
+            if _is_same(db, experiment):  # somebody was faster
+                return False
+            db.update(
+                "experiments",
+                {"destroyed_at": None},
+                source=str(experiment.source),
+                content_hash=experiment.content_hash,
+                start_buffer_s=experiment.settings.get("start_buffer", 60),
+                on_failure=experiment.settings.get("on_failure", OnFailure.ABORT),
+            )
+            _insert_vms(connection, vms)
+            for name, text in experiment.schedules.items():
+                _put_schedule(db, name, text)
+    return True
 
 
 def _store_files(db: Database, files: Mapping[str, Path]) -> None:
@@ -11673,37 +11659,13 @@ def _store_files(db: Database, files: Mapping[str, Path]) -> None:
                 raise UsageError(f"{str(path)!r} changed while it was being read")
 
 
-def _write_experiment(
-    db: Database, experiment: Experiment, vms: Iterable[Mapping[str, Any]]
-) -> bool:
-    with _changing_vms(db) as connection:
-        if _is_same(db, experiment):  # somebody was faster
-            return False
-        connection.execute(
-            """UPDATE experiments SET source = :source, content_hash = :hash,
-                   start_buffer_s = :buffer, on_failure = :policy WHERE destroyed_at IS NULL""",
-            {
-                "source": str(experiment.source),
-                "hash": experiment.content_hash,
-                "buffer": experiment.settings.get("start_buffer", 60),
-                "policy": experiment.settings.get("on_failure", "abort"),
-            },
-        )
-        _insert_vms(connection, vms)
-        for name, text in experiment.schedules.items():
-            _put_schedule(db, name, text)
-    return True
-
-
 def _is_same(db: Database, experiment: Experiment) -> bool:
     """Whether the database holds this very experiment; false if it holds none."""
     row = db.row("SELECT * FROM current_experiment")
-    if row is None:
-        return False
-    if row["content_hash"] == experiment.content_hash:
-        return True
-    if row["content_hash"] or db.value("SELECT count(*) FROM vms"):
-        name = row["source"] or "one made by hand"
+    if row is None or row.content_hash == experiment.content_hash:
+        return row is not None
+    if row.content_hash or db.value("SELECT count(*) FROM vms"):
+        name = row.source or "one made by hand"
         raise Conflict(
             f"the database holds another experiment ({name}), or this file has changed since",
             "End the old one: vmrm destroy --yes, or add to it: vmrm schedule add VM FILE",
@@ -13897,11 +13859,8 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
     items = document.get("schedule") if isinstance(document, dict) else document
     if not isinstance(items, list) or not items:
         raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
-    text = reader._read_schedule(items, f"vm {server_name!r}")
-    if reader.faults:
-        raise UsageError(
-            "\n  ".join([f"{file}: {counted(len(reader.faults), 'fault')}", *reader.faults])
-        )
+    text = reader.read_schedule(items, f"vm {server_name!r}")
+    reader.refuse_faults()
     with adding(db, "store"):
         _store_files(db, reader.files)
         with db.transaction():
