@@ -249,11 +249,6 @@ CREATE TABLE pool_groups (
 -- One row per VM of the pool; state moves as vmrm.POOL_MOVES says. The row exists before its spawn
 -- hook runs and until its terminate hook has succeeded, so that no crash can leak a machine.
 --
--- A lease is the columns from token to lease_end_at: who has the token may renew and release. The
--- holder is a process, which is dead when another boot of the host or another process of that pid
--- is seen from its own pid namespace; or nobody, and then only the end decides. A held VM is kept
--- for a person, until held_until, whether or not its lease goes on.
---
 -- A VM stays bound to the owner and sandbox that acquired it until it is terminated, or until a
 -- release hook that cleans has succeeded. While releasing_at is set it waits, in check_health, for
 -- the keeper to run its group's release hook, and is given to nobody.
@@ -276,15 +271,7 @@ CREATE TABLE pool_vms (
     check_started_at REAL,
     bound_to_user TEXT CHECK (bound_to_user <> ''),
     bound_sandbox TEXT NOT NULL DEFAULT '',
-    token TEXT,
-    holder TEXT,                               -- a process
-    holder_seen_at REAL,                       -- when somebody last saw that it lives
-    acquired_at REAL,
-    lease_end_at REAL,
-    task_id TEXT,
-    build_id TEXT,
-    chroot TEXT,
-    held_until REAL,
+    held_until REAL,                           -- by a person, whether or not a lease goes on
     releasing_at REAL,
     last_release REAL,
     builds_count INTEGER NOT NULL DEFAULT 0 CHECK (builds_count >= 0),
@@ -292,9 +279,6 @@ CREATE TABLE pool_vms (
     terminate_tries INTEGER NOT NULL DEFAULT 0 CHECK (terminate_tries >= 0),
     hook TEXT NOT NULL DEFAULT '' CHECK (hook IN ('', 'spawn', 'check', 'release', 'terminate')),
     hook_process TEXT,                         -- the leader of its session, a process
-    CHECK (token IS NOT NULL OR state <> 'in_use'),
-    CHECK (token IS NULL OR state IN ('in_use', 'held')),
-    CHECK (token IS NULL OR holder IS NOT NULL OR lease_end_at IS NOT NULL),
     CHECK (held_until IS NOT NULL OR state <> 'held'),
     CHECK (check_fails = 0 OR state <> 'ready'),
     CHECK (releasing_at IS NULL OR state NOT IN ('ready', 'in_use', 'held'))
@@ -304,9 +288,39 @@ CREATE UNIQUE INDEX pool_machines ON pool_vms (address) WHERE address <> '';
 -- What acquire asks: a ready VM bound so, or to nobody; how many an owner has; whom to look at.
 CREATE INDEX pool_choice ON pool_vms
     ("group", state, bound_to_user, bound_sandbox, last_health_check);
-CREATE INDEX pool_bound ON pool_vms ("group", bound_to_user)
+CREATE INDEX pool_bound ON pool_vms (bound_to_user, "group")
     WHERE bound_to_user IS NOT NULL AND state <> 'terminating';
-CREATE INDEX pool_leases ON pool_vms (holder_seen_at) WHERE state = 'in_use';
+
+-- One row per VM that is leased: in use, or held. Who has the token may renew and release. The holder
+-- is a process, as `Process` writes it, which is dead when another boot of the host or another
+-- process of that pid is seen from its own pid namespace; or nobody, and then only the end decides.
+CREATE TABLE leases (
+    vm_name TEXT PRIMARY KEY COLLATE NOCASE,
+    token TEXT NOT NULL,
+    holder TEXT,
+    acquired_at REAL NOT NULL,
+    lease_end_at REAL CHECK (lease_end_at IS NOT NULL OR holder IS NOT NULL),
+    task_id TEXT,
+    build_id TEXT,
+    chroot TEXT
+) STRICT, WITHOUT ROWID;
+
+CREATE TRIGGER pool_vm_added_in_use BEFORE INSERT ON pool_vms
+WHEN new.state = 'in_use' AND NOT EXISTS (SELECT 1 FROM leases WHERE vm_name = new.vm_name) BEGIN
+    SELECT RAISE(ABORT, 'CHECK: a VM in use has a lease');
+END;
+CREATE TRIGGER pool_vm_taken BEFORE UPDATE OF state ON pool_vms
+WHEN new.state = 'in_use' AND NOT EXISTS (SELECT 1 FROM leases WHERE vm_name = new.vm_name) BEGIN
+    SELECT RAISE(ABORT, 'CHECK: a VM in use has a lease');
+END;
+CREATE TRIGGER pool_lease_over AFTER UPDATE OF state ON pool_vms
+WHEN old.state IN ('in_use', 'held') AND new.state NOT IN ('in_use', 'held') BEGIN
+    DELETE FROM leases WHERE vm_name = new.vm_name;
+END;
+
+CREATE VIEW pool_list AS
+SELECT p.*, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot
+FROM pool_vms AS p LEFT JOIN leases USING (vm_name);
 
 -- The queue: one row per process that waits for VMs, all or none; served by priority, then in order
 -- of coming, unless what they want is bound to others or their owner is at its limit. A waiter
@@ -318,7 +332,7 @@ CREATE TABLE pool_waiters (
     owner TEXT NOT NULL,
     sandbox TEXT NOT NULL DEFAULT '',
     priority INTEGER NOT NULL DEFAULT 0,
-    holder TEXT NOT NULL,                      -- a process
+    holder TEXT NOT NULL,                      -- who waits
     queued_at REAL NOT NULL,
     heartbeat_at REAL NOT NULL,
     deadline_at REAL
@@ -380,6 +394,7 @@ CREATE TRIGGER pool_vm_removed AFTER DELETE ON pool_vms BEGIN
     INSERT INTO pool_history (vm_name, "group", at, old_state, owner, who, reason)
     VALUES (old.vm_name, old."group", old.state_at, old.state, old.bound_to_user, old.who,
             old.reason);
+    DELETE FROM leases WHERE vm_name = old.vm_name;
 END;
 
 -- What a VM of the pool has used up of what its group allows: from due_at on it is lent no more.

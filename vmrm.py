@@ -871,14 +871,17 @@ _AWAITED = (
     ("UPDATE OF start_at, halt ON experiments", f"{SUPERVISOR}"),
     ("UPDATE OF answered_at ON requests", "'c-' || new.id"),
     (  # a machine of the pool that the experiment has was taken back
-        """UPDATE OF token ON pool_vms WHEN old.token IS NOT new.token
-           AND EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)""",
+        "DELETE ON leases WHEN EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)",
         f"{SUPERVISOR}",
     ),
     ("INSERT ON pool_vms", f"'{POOL}'"),
     ("DELETE ON pool_vms", f"'{POOL}'"),
     ("UPDATE ON pool_vms WHEN new.state <> 'in_use'", f"'{POOL}'"),
-    ("UPDATE OF state ON pool_vms WHEN new.state = 'in_use'", f"'{KEEPER}'"),
+    (  # one less for anybody
+        """UPDATE OF bound_to_user ON pool_vms
+           WHEN new.state = 'in_use' AND old.bound_to_user IS NOT new.bound_to_user""",
+        f"'{KEEPER}'",
+    ),
     ("INSERT ON pool_groups", f"'{POOL}'"),
     ("UPDATE ON pool_groups", f"'{POOL}'"),
     ("INSERT ON pool_waiters", f"'{KEEPER}'"),
@@ -1302,7 +1305,6 @@ def _carried_over(found: int) -> dict[tuple[str, str], str]:
         return {}
     boot, here = Process.of()[2:]
     return {
-        ("pool_vms", "holder"): _process_text("holder", "holder_namespace"),
         ("pool_vms", "hook_process"): _process_text("hook", f"{here}"),
         ("pool_waiters", "holder"): _process_text("holder", "holder_namespace"),
         ("requests", "client"): _process_text("client", f"{here}"),
@@ -1315,7 +1317,8 @@ def _conform(connection: sqlite3.Connection, found: int) -> None:
     """Give an older database the tables, indexes, triggers and views of schema.sql.
 
     A table that differs is made anew and takes over the rows, column by column; so a change that
-    only adds, drops or constrains needs nothing but schema.sql.
+    only adds, drops or constrains needs nothing but schema.sql. The old table is there for the
+    steps after that, as "old NAME".
     """
     listed = "SELECT name, type, sql FROM sqlite_schema WHERE sql IS NOT NULL"
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
@@ -1354,7 +1357,6 @@ def _renew_table(
         connection.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
         sql = "UPDATE sqlite_sequence SET name = ? WHERE name = ?"
         connection.execute(sql, (name, f"old {name}"))
-    connection.execute(f'DROP TABLE "old {name}"')
 
 
 def _take_steps(connection: sqlite3.Connection, found: int) -> None:
@@ -1366,7 +1368,12 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
     steps = Migrations("vmrm")
 
     def version_3(db: Utils) -> None:
-        """Tell machines apart, and name each attempt's directory in the guest."""
+        """Write leases down, tell machines apart, name each attempt's directory in the guest."""
+        holder = _process_text("holder", "holder_namespace")
+        db.execute(
+            f"""INSERT INTO leases SELECT vm_name, token, {holder}, acquired_at, lease_end_at,
+                    task_id, build_id, chroot FROM "old pool_vms" WHERE token IS NOT NULL"""  # noqa: S608
+        )
         for vm in with_addresses(db.query("SELECT server_name, path, pool FROM vms")):
             db.execute("UPDATE vms SET address = :address WHERE server_name = :server_name", vm)
         _find_twins(db.conn)
@@ -1381,6 +1388,9 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
         if version > found:
             steps()(step)
     steps.apply(Utils(connection, execute_plugins=False))
+    old = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE 'old %'"
+    for (name,) in connection.execute(old).fetchall():
+        connection.execute(f'DROP TABLE "{name}"')
     connection.execute(f"PRAGMA user_version = {_wanted_identity()[1]}")
 
 
@@ -3303,50 +3313,22 @@ def _user() -> str:
     return f"user {os.getuid()}"
 
 
-def _holder(row: Mapping[str, Any]) -> Process | None:
-    return None if row["holder"] is None else Process.parse(row["holder"])
-
-
 def _group_id(name: str) -> int | str:
     """Return a group's name as the reference has it: those of digits only are numbers."""
     return int(name) if re.fullmatch("0|[1-9][0-9]*", name) else name
 
 
-@dataclasses.dataclass
-class VmDescriptor:
-    """A VM of the pool as its row was when it was read; schema.sql says what each field means."""
+class VmDescriptor(Row):
+    """A VM of the pool as its row of pool_list was when it was read: each column an attribute."""
 
-    vm_ip: str
-    vm_name: str
-    group: int | str
-    state: str
-    path: str = ""
-    state_at: float = 0.0
-    who: str = ""
-    reason: str = ""
-    spawned_at: float = 0.0
-    last_health_check: float | None = None
-    check_fails: int = 0
-    check_started_at: float | None = None
-    bound_to_user: str | None = None
-    bound_sandbox: str = ""
-    token: str | None = None
-    holder: str | None = None
-    holder_seen_at: float | None = None
-    acquired_at: float | None = None
-    lease_end_at: float | None = None
-    task_id: str | None = None
-    build_id: str | None = None
-    chroot: str | None = None
-    held_until: float | None = None
-    releasing_at: float | None = None
-    last_release: float | None = None
-    builds_count: int = 0
-    terminating_at: float | None = None
-    terminate_tries: int = 0
-    hook: str = ""
-    hook_process: str | None = None
-    address: str = ""
+    __slots__ = ("_read",)
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row, group=_group_id(row["group"]))
+        object.__setattr__(self, "_read", dict(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
 
     @property
     def holder_pid(self) -> int | None:
@@ -3355,32 +3337,23 @@ class VmDescriptor:
 
     def __str__(self) -> str:
         """Return name, state and what a person wants to know, in one line."""
-        words = [f"{self.vm_name}  {self.state}", self.vm_ip]
-        if self.bound_to_user:
-            words.append(f"bound to {self.bound_to_user}/{self.bound_sandbox}")
-        if self.state == VmStates.IN_USE:
-            words.append(f"process {self.holder_pid}" if self.holder_pid else "")
-            words.append(f"until {_iso(self.lease_end_at)}" if self.lease_end_at else "")
-        words.append(f"task {self.task_id}" if self.task_id else "")
-        words.append(f"{self.check_fails} failed checks" if self.check_fails else "")
-        words.append(f"({self.reason})" if self.reason and self.state != VmStates.IN_USE else "")
+        leased = self.state == VmStates.IN_USE
+        words = (
+            f"{self.vm_name}  {self.state}",
+            self.vm_ip,
+            self.bound_to_user and f"bound to {self.bound_to_user}/{self.bound_sandbox}",
+            leased and self.holder_pid and f"process {self.holder_pid}",
+            leased and self.lease_end_at and f"until {_iso(self.lease_end_at)}",
+            self.task_id and f"task {self.task_id}",
+            self.check_fails and f"{self.check_fails} failed checks",
+            self.reason and not leased and f"({self.reason})",
+        )
         return "  ".join(word for word in words if word)
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> VmDescriptor:
-        """Return the descriptor of a row of pool_vms."""
-        found = cls(**{**row, "group": _group_id(row["group"])})
-        vars(found)["_read"] = {**row, "group": found.group}
-        return found
-
-    @classmethod
     def load(cls, db: Database, vm_name: str) -> VmDescriptor:
-        """Read a VM's row.
-
-        Raises:
-            VmDescriptorNotFound: the pool has no VM of this name.
-        """
-        return cls.from_row(_pool_vm(db, vm_name))
+        """Read a VM's row, or raise `VmDescriptorNotFound`."""
+        return cls(_pool_vm(db, vm_name))
 
     def store(self, db: Database) -> None:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
@@ -3389,34 +3362,31 @@ class VmDescriptor:
             VmError: the pool has no such VM, it cannot move to this state, its fields do not go
                 together, or it is the machine of another.
         """
-        read = vars(self).get("_read", {})
-        if {("vm_ip", self.vm_ip), ("path", self.path)} - read.items():
-            vars(self).update(_pool_machine(self.vm_ip, self.path))
-        fields = dataclasses.asdict(self)
-        changed = {key: value for key, value in fields.items() if (key, value) not in read.items()}
+        if {("vm_ip", self.vm_ip), ("path", self.path)} - self._read.items():
+            self.update(_pool_machine(self.vm_ip, self.path))
+        changed = dict(self.items() - self._read.items())
         with db.transaction(durable=True):
             row = _pool_vm(db, self.vm_name)
-            changed |= {"group": str(changed["group"])} if "group" in changed else {}
             if changed.keys() & {"group", "vm_ip", "address"}:
+                changed["group"] = str(self.group)
                 _refuse_twin(db, self.vm_name, row | changed)
-            state = changed.pop("state", row["state"])
             try:
-                move_pool_vm(db, self.vm_name, state, row=row, **changed)
-            except sqlite3.IntegrityError as error:
+                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+            except (sqlite3.IntegrityError, sqlite3.OperationalError) as error:
                 raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
-        vars(self)["_read"] = fields
+        object.__setattr__(self, "_read", dict(self))
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
         """Set one field, here and in the row."""
         current = VmDescriptor.load(db, self.vm_name)
-        setattr(current, field, value)
+        current[field] = value
         current.store(db)
-        setattr(self, field, value)
-        vars(self)["_read"] = vars(self).get("_read", {}) | {field: value}
+        self[field] = self._read[field] = value
 
 
-def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
-    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+def _pool_vm(db: Database, vm_name: str) -> Row:
+    """Return a VM with its lease, if it has one."""
+    row = db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
     if row is None:
         raise VmDescriptorNotFound(
             f"the pool has no VM {vm_name!r}", "See which there are: vmrm pool list"
@@ -3424,21 +3394,11 @@ def _pool_vm(db: Database, vm_name: str) -> dict[str, Any]:
     return row
 
 
-def _insert_pool_vm(db: Database, vm_name: str, columns: Mapping[str, object]) -> None:
+def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
     """Add a row inside the caller's transaction."""
     now = CLOCK.wall()
-    values = {"vm_name": vm_name, "state_at": now, "spawned_at": now, "who": _who(os.getpid())}
-    values |= columns
-    names = ", ".join(f'"{column}"' for column in values)
-    places = ", ".join(f":{column}" for column in values)
-    sql = f"INSERT INTO pool_vms ({names}) VALUES ({places})"  # noqa: S608 (our own names)
-    db.connection.execute(sql, values)
-
-
-NO_LEASE: dict[str, Any] = {
-    **dict.fromkeys(("token", "holder", "holder_seen_at")),
-    **dict.fromkeys(("acquired_at", "lease_end_at", "task_id", "build_id", "chroot")),
-}
+    base = {"vm_name": vm_name, "group": group, "state": state.value, "state_at": now}
+    db.insert("pool_vms", **base, spawned_at=now, who=_who(os.getpid()), **columns)
 
 
 def move_pool_vm(
@@ -3447,44 +3407,36 @@ def move_pool_vm(
     state: str,
     reason: str = "",
     *,
-    row: Mapping[str, Any] | None = None,
+    old: str | None = None,
     **columns: object,
-) -> dict[str, Any]:
-    """Move one VM inside the caller's transaction; return the new row.
-
-    A lease ends where the state allows none.
+) -> None:
+    """Move one VM inside the caller's transaction; a lease ends where the state allows none.
 
     Args:
         db: The database.
         vm_name: The VM's name.
         state: Where it moves to, or stays.
         reason: Why it moves, or stays; for the history, if it moves.
-        row: The row, if it was read in this transaction already.
+        old: The state it is in, if that is known in this transaction already.
         columns: Others to set, by name.
 
     Raises:
         VmDescriptorNotFound: the pool has no such VM.
         VmError: `POOL_MOVES` does not allow the move.
     """
-    old = (row or _pool_vm(db, vm_name))["state"]
+    old = old or _pool_vm(db, vm_name)["state"]
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
         raise VmError(f"VM {vm_name!r}: {error}") from None
-    if target not in (VmStates.IN_USE, VmStates.HELD):
-        columns = {**NO_LEASE, **columns}
     if target != old:
         columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
     if target != old or reason:
-        columns |= {"reason": reason}
-    if not columns:
-        return _pool_vm(db, vm_name)
-    changes = ", ".join(f'"{column}" = :{column}' for column in columns)
-    found = db.connection.execute(
-        f"UPDATE pool_vms SET {changes} WHERE vm_name = :vm_name RETURNING *",  # noqa: S608
-        {**columns, "vm_name": vm_name},
-    )
-    return dict(found.fetchall()[0])
+        columns["reason"] = reason
+    if columns:
+        sets = ", ".join(f'"{column}" = :{column}' for column in columns)
+        sql = f"UPDATE pool_vms SET {sets} WHERE vm_name = :vm_name"  # noqa: S608 (our own names)
+        db.connection.execute(sql, {**columns, "vm_name": vm_name})
 
 
 def group_settings(db: Database) -> dict[str, str]:
@@ -3513,27 +3465,23 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
     for key in settings:
         if key not in known:
             raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
-    columns = {known[key]: value for key, value in settings.items()}
     row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
-    if row is not None and all(row[column] == value for column, value in columns.items()):
+    if row is not None and all(row[known[key]] == value for key, value in settings.items()):
         return
     with db.transaction(durable=True):
-        db.connection.execute(
-            """INSERT INTO pool_groups (name, position)
-               VALUES (?, (SELECT coalesce(max(position), 0) + 1 FROM pool_groups))
-               ON CONFLICT DO NOTHING""",
-            (name,),
-        )
-        for column, value in columns.items():
+        if row is None:
+            sql = """INSERT INTO pool_groups (name, position)
+                     SELECT :name, coalesce(max(position), 0) + 1 FROM pool_groups
+                     WHERE true ON CONFLICT DO NOTHING"""
+            db.write(sql, name=name)
+        for key, value in settings.items():
             try:
-                db.connection.execute(
-                    f'UPDATE pool_groups SET "{column}" = ? WHERE name = ?',  # noqa: S608
-                    (value, name),
-                )
+                db.update("pool_groups", {"name": name}, **{known[key]: value})
             except (*_IMPOSSIBLE, OverflowError) as error:
-                raise WrongValue(
-                    f"group {name!r}: {column.removesuffix('_s')} cannot be {value!r}"
-                ) from error
+                raise WrongValue(f"group {name!r}: {key} cannot be {value!r}") from error
+
+
+# --- who gets what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3550,24 +3498,8 @@ class Request:
     chroot: str | None = None
     priority: int = 0  # in the queue: higher ones first
     # Called with the rows of the leased VMs, inside the transaction that leases them.
-    within: Callable[[list[dict[str, Any]]], object] | None = None
+    within: Callable[[list[VmDescriptor]], object] | None = None
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
-
-    @property
-    def party(self) -> dict[str, str]:
-        """Whom VMs are bound to by it."""
-        return {"owner": self.owner, "sandbox": self.sandbox}
-
-
-def _waiting_request(row: Mapping[str, Any]) -> Request:
-    """Return what a waiter wants, by its row."""
-    return Request(
-        tuple(map(tuple, json.loads(row["wants"]))),
-        row["owner"],
-        row.get("sandbox", ""),
-        None,
-        token=row.get("token", ""),
-    )
 
 
 @dataclasses.dataclass
@@ -3577,14 +3509,13 @@ class Share:
     request: Request
     vm_names: list[str] = dataclasses.field(default_factory=list)
     missing: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    binds: bool = False  # some VM of them to its owner
 
 
 def allot(
     queue: Iterable[Request],
-    groups: Iterable[Mapping[str, Any]],
-    vms: Iterable[Mapping[str, Any]],
-    since: float,
-    now: float,
+    free: Callable[[str, str | None, str], list[str]],
+    room: Callable[[str, str], float],
 ) -> list[Share]:
     """Return who in the queue gets which VMs, in order.
 
@@ -3595,71 +3526,41 @@ def allot(
 
     Args:
         queue: The requests, the first one first.
-        groups: Rows of pool_groups.
-        vms: Rows of pool_vms.
-        since: Only health checks since then count.
-        now: Seconds since the epoch.
+        free: Returns the VMs of a group that may be lent and are bound to this owner and sandbox,
+            or to None and "", the best last. It is asked once for each.
+        room: Returns how many more VMs of a group an owner may bind, as things are before.
     """
-    limits = {group["name"].lower(): group for group in groups}
-    free: dict[tuple[str, str | None, str], list[str]] = {}
-    for vm in sorted(vms, key=lambda vm: vm["last_health_check"] or 0.0):
-        group = limits.get(vm["group"].lower())
-        if group and _may_be_lent(vm, group, since, now):
-            key = (vm["group"].lower(), vm["bound_to_user"], vm["bound_sandbox"])
-            free.setdefault(key, []).append(vm["vm_name"])
-    bound = collections.Counter(map(_binding, vms))
-    return [_share(request, limits, free, bound) for request in queue]
-
-
-def _may_be_lent(vm: Mapping[str, Any], group: Mapping[str, Any], since: float, now: float) -> bool:
-    count, age = group["reuse_max_count"], group["reuse_max_age_s"]
-    return (
-        vm["state"] == VmStates.READY
-        and (vm["last_health_check"] or 0.0) > since
-        and (count is None or vm["builds_count"] < count)
-        and (age is None or vm["spawned_at"] > now - age)
-    )
-
-
-def _binding(vm: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return for whom a VM counts, in which group; a terminating one counts for nobody."""
-    ends = vm["state"] == VmStates.TERMINATING
-    return vm["group"].lower(), None if ends else vm["bound_to_user"]
-
-
-def _share(
-    request: Request,
-    limits: Mapping[str, Mapping[str, Any]],
-    free: dict[tuple[str, str | None, str], list[str]],
-    bound: collections.Counter[tuple[str, str | None]],
-) -> Share:
-    """Take what there is for one request out of `free`, and count it in `bound`."""
-    share, taken, hopeless = Share(request), [], False
-    for groups in request.wants:
-        at_limit = True
-        for name in map(str.lower, groups):
-            limit = limits[name]["max_vm_per_user"] if name in limits else 0
-            may_bind = limit is None or bound[name, request.owner] < limit
-            own, fresh = (name, request.owner, request.sandbox), (name, None, "")
-            key = own if free.get(own) else fresh if may_bind and free.get(fresh) else None
-            if key:
-                share.vm_names.append(free[key].pop())
-                taken.append(key)
-                bound[name, request.owner] += key == fresh
-                break
-            at_limit = at_limit and not may_bind
-        else:
-            share.missing.append(groups)
-            hopeless = hopeless or at_limit
-    if hopeless:
-        for key in reversed(taken):
-            free[key].append(share.vm_names.pop())
-            bound[key[0], request.owner] -= key[1] is None
-    return share
+    free, bound, shares = functools.cache(free), collections.Counter[tuple[str, str]](), []
+    for request in queue:
+        share, taken, hopeless = Share(request), [], False
+        for groups in request.wants:
+            at_limit = True
+            for group in map(str.lower, groups):
+                key, fresh = (group, request.owner), False
+                vms = free(*key, request.sandbox)
+                if not vms and bound[key] < room(*key):
+                    vms, fresh, at_limit = free(group, None, ""), True, False
+                if vms:
+                    share.vm_names.append(vms.pop())
+                    taken.append((vms, key, fresh))
+                    bound[key] += fresh
+                    share.binds |= fresh
+                    break
+            else:
+                share.missing.append(groups)
+                hopeless = hopeless or at_limit
+        if hopeless:
+            for vms, key, fresh in reversed(taken):
+                vms.append(share.vm_names.pop())
+                bound[key] -= fresh
+        shares.append(share)
+    return shares
 
 
 class Waiting:
     """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
+
+    It is readable when there may be something for us, also since the holder of a VM has ended.
 
     Args:
         pool: The pool.
@@ -3671,31 +3572,58 @@ class Waiting:
         self.pool, self.request = pool, request
         self._deadline = CLOCK.monotonic() + seconds
         self._socket = WakeSocket(pool.db, f"wait-{request.token}")
+        self._poll, self._holders = select.epoll(), list[int]()
+        self._poll.register(self._socket.fileno(), select.EPOLLIN)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the queue; who came after may have what was kept for us."""
+        self._forget_holders()
+        self._poll.close()
         self._socket.close()
         sql = "DELETE FROM pool_waiters WHERE token = :token"
         self.pool.db.write(sql, token=self.request.token)
 
     def fileno(self) -> int:
         """Return the descriptor to wait on."""
-        return self._socket.fileno()
+        return self._poll.fileno()
 
-    def try_again(self) -> list[dict[str, Any]]:
-        """Return the rows of all VMs that are wanted, now leased; or none, and go on waiting."""
+    def try_again(self) -> list[VmDescriptor]:
+        """Return all VMs that are wanted, now leased; or none, and go on waiting."""
         self._socket.drain()
+        ended = self._poll.poll(0)
+        self._forget_holders()
         self.pool._queue_up(self.request, self._deadline - CLOCK.monotonic())
-        return self.pool._acquire(self.request)
+        if ended:
+            self.pool.reap()
+        vms = self.pool._acquire(self.request)
+        if not vms:
+            self._watch_holders()
+        return vms
+
+    def _watch_holders(self) -> None:
+        named = json.dumps([group for groups in self.request.wants for group in groups])
+        sql = """SELECT DISTINCT holder FROM pool_list WHERE state = 'in_use' AND holder IS NOT NULL
+                 AND "group" IN (SELECT value FROM json_each(:named)) LIMIT 100"""
+        for row in self.pool.db.query(sql, named=named):
+            with contextlib.suppress(OSError):  # it has ended, or is in another pid namespace
+                self._holders.append(os.pidfd_open(Process.parse(row.holder).pid))
+                self._poll.register(self._holders[-1], select.EPOLLIN)
+
+    def _forget_holders(self) -> None:
+        while self._holders:
+            os.close(self._holders.pop())
 
     def reason(self) -> str:
         """Return the place in the queue, and why there is nothing yet."""
-        token, queue = self.request.token, self.pool._queue()
-        place = len(list(itertools.takewhile(lambda other: other.token != token, queue))) + 1
+        tokens = [other.token for other in self.pool._queue()]
+        place = tokens.index(self.request.token) + 1 if self.request.token in tokens else 1
         return f"number {place} in the queue; {self.pool._why_none(self.request)}"
+
+
+# --- which machine a VM is
 
 
 def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
@@ -3704,11 +3632,8 @@ def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
     A socket goes by its real path. Names of hosts are not looked up.
 
     Args:
-        text: An address as `drivers.parse_address` reads it.
+        text: An address as `drivers.parse_address` reads it, else that raises `ValueError`.
         folder: What a relative path is relative to; '' is the working directory.
-
-    Raises:
-        ValueError: it is no address.
     """
     import ipaddress
 
@@ -3727,11 +3652,7 @@ def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
 
 
 def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
-    """Return the columns of pool_vms that say which machine a VM is.
-
-    Raises:
-        ValueError: there can be no agent at that path.
-    """
+    """Return the columns that say which machine a VM is, or raise `ValueError` for the path."""
     import ipaddress
 
     with contextlib.suppress(ValueError):
@@ -3740,15 +3661,17 @@ def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
         return {"vm_ip": vm_ip, "path": "", "address": ""}
     address, plain = agent_address(path), str(drivers.parse_address(path).target)
     if address.startswith("/"):
+        wrong = ""
         try:
             if not stat.S_ISSOCK(Path(address).stat().st_mode):
-                raise WrongValue(f"address {path!r} is none: {address!r} is no socket")
+                wrong = f"{address!r} is no socket"
         except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a guest that is off
-            if not ("/" in path or path.startswith("unix:")):
-                hint = "a path has a slash, or there is a socket of that name"
-                raise WrongValue(f"address {path!r} is none: {hint}") from None
+            if "/" not in path and not path.startswith("unix:"):
+                wrong = "a path has a slash, or there is a socket of that name"
         except OSError as error:
-            raise WrongValue(f"address {path!r} is none: {error.strerror}") from None
+            wrong = error.strerror or str(error)
+        if wrong:
+            raise WrongValue(f"address {path!r} is none: {wrong}")
         path = str(Path.cwd() / plain)
     return {"vm_ip": vm_ip, "path": path, "address": address}
 
@@ -3769,11 +3692,7 @@ def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) -> None:
-    """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction.
-
-    Raises:
-        Conflict: both are named.
-    """
+    """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction."""
     sql = "SELECT vm_name, \"group\" FROM pool_vms WHERE address <> '' AND address = :address"
     if twin := connection.execute(sql, vm).fetchone():
         raise Conflict(
@@ -3790,9 +3709,6 @@ def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None
         db: The database.
         vm_name: The VM of the pool that is to be it.
         columns: group, vm_ip and address of the VM.
-
-    Raises:
-        VmError: another VM is, of the pool or of the experiment; it is named.
     """
     machine = {key: columns[key] for key in ("address", "vm_ip", "group")}
     twin = db.row(
@@ -3824,7 +3740,7 @@ def _find_twins(connection: sqlite3.Connection) -> None:
     alone can tell what they were meant to be.
     """
     known: dict[str, str] = {}
-    rows = """SELECT vm_name, path, state FROM pool_vms WHERE path <> ''
+    rows = """SELECT vm_name, path, state FROM pool_list WHERE path <> ''
               ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
     for vm_name, path, state in connection.execute(rows).fetchall():
         address = _address_or_path(path)
@@ -3832,17 +3748,11 @@ def _find_twins(connection: sqlite3.Connection) -> None:
             sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
             connection.execute(sql, (address, vm_name))
         elif state != VmStates.TERMINATING:
-            connection.execute(
-                """UPDATE pool_vms SET state = 'held', held_until = ?, reason = ?, who = ?,
-                       releasing_at = NULL, state_at = ? WHERE vm_name = ?""",
-                (
-                    FOR_GOOD,
-                    f"it is the machine of VM {known[address]}",
-                    _who(os.getpid()),
-                    CLOCK.wall(),
-                    vm_name,
-                ),
-            )
+            sql = """UPDATE pool_vms SET state = 'held', held_until = ?, reason = ?, who = ?,
+                     releasing_at = NULL, state_at = ? WHERE vm_name = ?"""
+            reason = f"it is the machine of VM {known[address]}"
+            values = (FOR_GOOD, reason, _who(os.getpid()), CLOCK.wall(), vm_name)
+            connection.execute(sql, values)
 
 
 FOR_GOOD = 9e9  # in seconds since the epoch, of what waits for a person
@@ -3880,13 +3790,11 @@ class VmManager(_Rows):
         super().__init__(db)
         self.log = logger or _log
         self._tokens: dict[str, str] = {}  # of the leases this object has obtained
-        self._groups: list[str] | None = None
         groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
-        groups = groups or getattr(opts, "build_groups", None)
-        if groups:
-            self._groups = [str(group) for group in groups]
-            for group, given in groups.items():
-                self._put_group(str(group), given if isinstance(given, Mapping) else vars(given))
+        groups = groups or getattr(opts, "build_groups", None) or {}
+        self._groups = [str(group) for group in groups]
+        for group, given in groups.items():
+            self._put_group(str(group), given if isinstance(given, Mapping) else vars(given))
 
     def _put_group(self, name: str, given: Mapping[str, Any]) -> None:
         known = group_settings(self.db)
@@ -3903,24 +3811,20 @@ class VmManager(_Rows):
     @property
     def vm_groups(self) -> list[int | str]:
         """The ids of the groups, in order; those made of digits only are ints."""
-        names = self._groups
-        if names is None:
-            rows = self.db.query("SELECT name FROM pool_groups ORDER BY position, name")
-            names = [row["name"] for row in rows]
-        return [_group_id(name) for name in names]
+        sql = "SELECT name FROM pool_groups ORDER BY position, name"
+        return list(map(_group_id, self._groups or [row["name"] for row in self.db.query(sql)]))
+
+    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
+        sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
+        return [VmDescriptor(row) for row in self.db.query(sql, **parameters)]
 
     def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
-        """Return a VM.
-
-        Raises:
-            VmDescriptorNotFound: the pool has no VM of this name.
-        """
+        """Return a VM, or raise `VmDescriptorNotFound`."""
         return VmDescriptor.load(self.db, vm_name)
 
     def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
         """Return the VM that a task has leased, or None if it has none."""
-        found = self._select("task_id = :task", task=str(task_id))
-        return found[0] if found else None
+        return next(iter(self._select("task_id = :task", task=str(task_id))), None)
 
     def lookup_vms_by_ip(self, vm_ip: str) -> list[VmDescriptor]:
         """Return the VMs with this address."""
@@ -3951,79 +3855,51 @@ class VmManager(_Rows):
         vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
         return [vm for vm in vms if vm.state in states]
 
-    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
-        sql = f"SELECT * FROM pool_vms WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
-        return [VmDescriptor.from_row(row) for row in self.db.query(sql, **parameters)]
-
     def info(self) -> str:
         """Return all groups and VMs in a form for people."""
         lines = []
         for group in self.vm_groups:
             vms = self.get_all_vm_in_group(group)
-            states = ", ".join(
-                f"{count} {state}"
-                for state in VmStates
-                if (count := sum(vm.state == state for vm in vms))
-            )
-            lines.append(
-                f"group {group}: {counted(len(vms), 'VM')}" + (f" ({states})" if vms else "")
-            )
-            if failure := self.spawn_failure(group):
-                lines.append(_cell(f"  {failure}"))
-            lines += [_cell(f"  {vm}") for vm in vms]
+            found = collections.Counter(vm.state for vm in vms)
+            states = ", ".join(f"{found[state]} {state}" for state in VmStates if found[state])
+            lines.append(f"group {group}: {counted(len(vms), 'VM')}")
+            lines[-1] += f" ({states})" if vms else ""
+            lines += [_cell(f"  {line}") for line in (self.spawn_failure(group), *vms) if line]
         if queue := self._queue():
             lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
         return "\n".join(lines)
 
     def metrics(self) -> str:
         """Return the pool's figures as Prometheus text."""
-        rows = self.db.query(
-            """SELECT "group", state, count(*) AS n FROM pool_vms GROUP BY "group", state"""
-        )
-        present = {(row["group"].lower(), row["state"]): row["n"] for row in rows}
-        groups = [str(group) for group in self.vm_groups]
-        lines = ["# HELP vmrm_pool_vms VMs of the pool.", "# TYPE vmrm_pool_vms gauge"]
-        lines += [
-            f'vmrm_pool_vms{{group="{group}",state="{state}"}} '
-            f"{present.get((group.lower(), state), 0)}"
-            for group in groups
+        sql = 'SELECT lower("group"), state, count(*) FROM pool_vms GROUP BY 1, 2'
+        present = {(group, state): n for group, state, n in map(dict.values, self.db.query(sql))}
+        vms = [
+            (f'{{group="{group}",state="{state}"}}', present.get((str(group).lower(), state), 0))
+            for group in self.vm_groups
             for state in VmStates
         ]
-        lines += [
-            "# HELP vmrm_pool_waiters Requests in the queue.",
-            "# TYPE vmrm_pool_waiters gauge",
-        ]
-        lines += [f"vmrm_pool_waiters {len(self._queue())}"]
-        lines += [
-            "# HELP vmrm_pool_moves_total How often VMs came to a state.",
-            "# TYPE vmrm_pool_moves_total counter",
-        ]
-        lines += [
-            f'vmrm_pool_moves_total{{group="{row["group"]}",state="{row["state"]}"}} {row["times"]}'
+        moves = [
+            (f'{{group="{row["group"]}",state="{row["state"]}"}}', row["times"])
             for row in self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
         ]
+        lines = []
+        for name, kind, words, figures in (
+            ("vms", "gauge", "VMs of the pool.", vms),
+            ("waiters", "gauge", "Requests in the queue.", [("", len(self._queue()))]),
+            ("moves_total", "counter", "How often VMs came to a state.", moves),
+        ):
+            lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
+            lines += [f"vmrm_pool_{name}{labels} {figure}" for labels, figure in figures]
         return "\n".join(lines) + "\n"
 
     def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
         """Remember a value, as text, about a group."""
-        self.db.write(
-            """INSERT INTO pool_info VALUES (:group, :key, :value)
-               ON CONFLICT DO UPDATE SET value = excluded.value""",
-            group=str(group),
-            key=key,
-            value=str(value),
-        )
+        self.db.upsert("pool_info", "group", "key", group=str(group), key=key, value=str(value))
 
     def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
         """Return what was remembered about a group, or None."""
-        return cast(
-            "str | None",
-            self.db.value(
-                'SELECT value FROM pool_info WHERE "group" = :group AND key = :key',
-                group=str(group),
-                key=key,
-            ),
-        )
+        sql = 'SELECT value FROM pool_info WHERE "group" = :group AND key = :key'
+        return cast("str | None", self.db.value(sql, group=str(group), key=key))
 
     def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
         """Return what the keeper has noted about a group, by keys that no script uses."""
@@ -4036,47 +3912,32 @@ class VmManager(_Rows):
         if not failed:
             return ""
         times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
-        return (
-            f"spawn hook failed {_iso(failed['at'])}{times}: {failed.get('why', 'no reason kept')}"
-        )
+        why = failed.get("why", "no reason kept")
+        return f"spawn hook failed {_iso(failed['at'])}{times}: {why}"
 
     # --- moves ---
 
     def add_vm_to_pool(
         self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
     ) -> VmDescriptor:
-        """Add a VM that is there; it is given out once it was checked.
+        """Add an existing VM; it can be acquired once it passes a health check.
 
         Args:
             vm_ip: Its address.
-            vm_name: Its name.
+            vm_name: Its name; a `VmError` refuses one that the pool has.
             group: Its group, which there must be.
             path: The guest agent's address.
-
-        Raises:
-            VmError: the pool has a VM of this name.
-            NotFound: there is no such group.
         """
-        return self._add(VmStates.GOT_IP, vm_name, group, vm_ip, path)
-
-    def add_spawning_vm(self, vm_name: str, group: int | str) -> VmDescriptor:
-        """Add the row of a VM whose spawn hook is about to run; raises as `add_vm_to_pool`."""
-        return self._add(VmStates.SPAWNING, vm_name, group, "", "")
-
-    def _add(
-        self, state: VmStates, vm_name: str, group: int | str, vm_ip: str, path: str
-    ) -> VmDescriptor:
         checked_name("VM", vm_name)
-        group = self._group(group)["name"]
-        columns = {"group": group, "state": state.value, **_pool_machine(vm_ip, path)}
+        name, machine = self._group(group)["name"], _pool_machine(vm_ip, path)
         with self.db.transaction(durable=True) as db:
             if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
                 raise VmError(f"the pool has a VM {vm_name!r} already")
-            _refuse_twin(db, vm_name, columns)
-            _insert_pool_vm(db, vm_name, columns)
+            _refuse_twin(db, vm_name, {"group": name, **machine})
+            add_pool_vm(db, vm_name, name, VmStates.GOT_IP, **machine)
         return self.get_vm_by_name(vm_name)
 
-    def _group(self, group: int | str) -> dict[str, Any]:
+    def _group(self, group: int | str) -> Row:
         row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
         if row is None:
             raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
@@ -4084,50 +3945,33 @@ class VmManager(_Rows):
 
     def mark_server_start(self) -> None:
         """Distrust all health checks until now: VMs are given out after their next one."""
-        boot, namespace = Process.of()[2:]
-        self.db.write(
-            """INSERT INTO pool_server VALUES (1, :now, :boot, :namespace)
-               ON CONFLICT DO UPDATE SET started_at = excluded.started_at,
-                   boot = excluded.boot, namespace = excluded.namespace""",
-            durable=True,
-            now=CLOCK.wall(),
-            boot=boot,
-            namespace=namespace,
-        )
+        here = Process.of()
+        seen = {"boot": here.boot, "namespace": here.namespace}
+        with self.db.transaction(durable=True) as db:
+            db.upsert("pool_server", "id", id=1, started_at=CLOCK.wall(), **seen)
 
     def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
-        """Count a failed health check; whoever has leased the VM keeps it.
-
-        Raises:
-            VmDescriptorNotFound: the pool has no VM of this name.
-        """
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            kept = (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING)
-            state = row["state"] if row["state"] in kept else VmStates.CHECK_HEALTH_FAILED
-            self._checked(vm_name, state, reason, row["check_fails"] + 1)
+        """Count a failed health check; whoever has leased the VM keeps it."""
+        self._checked(vm_name, reason)
 
     def mark_vm_checked(self, vm_name: str) -> None:
         """Record that a VM's health check, which put it in state check_health, found it well.
 
         One that waits for its release hook goes on waiting; a leased one stays leased.
-
-        Raises:
-            VmDescriptorNotFound: the pool has no VM of this name.
         """
+        self._checked(vm_name, "")
+
+    def _checked(self, vm_name: str, fault: str) -> None:
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm_name)
-            well = row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None
-            self._checked(vm_name, VmStates.READY if well else row["state"], "", 0)
-
-    def _checked(self, vm_name: str, state: str, reason: str, fails: int) -> None:
-        now = CLOCK.wall()
-        columns: dict[str, Any] = {
-            "last_health_check": now,
-            "check_fails": fails,
-            "check_started_at": None,
-        }
-        move_pool_vm(self.db, vm_name, state, reason, **columns)
+            old = state = row["state"]
+            if fault and old not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
+                state = VmStates.CHECK_HEALTH_FAILED
+            elif not fault and old == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
+                state = VmStates.READY
+            found = {"last_health_check": CLOCK.wall(), "check_started_at": None}
+            fails = row["check_fails"] + 1 if fault else 0
+            move_pool_vm(db, vm_name, state, fault, old=old, check_fails=fails, **found)
 
     def start_vm_termination(
         self,
@@ -4146,26 +3990,19 @@ class VmManager(_Rows):
                 word "None", allows all.
             reason: For the history.
             token: As for `release_vm`; needed without `force` for a VM that somebody has leased.
-            force: Whoever holds it.
-
-        Raises:
-            VmError: the VM is in another state, or there is none; or the lease is not yours.
+            force: Even if someone else holds the lease.
         """
         with self.db.transaction(durable=True) as db:
             row = _pool_vm(db, vm_name)
             state = row["state"]
             if row["token"] is not None and not force:
                 self._own(row, token)
-            if allowed_pre_state not in (None, NOTHING) and state != allowed_pre_state:
+            if allowed_pre_state not in (None, NOTHING, state):
                 raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
-            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, releasing_at=None)
+            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, old=state, releasing_at=None)
 
     def remove_vm_from_pool(self, vm_name: str) -> None:
-        """Forget a VM.
-
-        Raises:
-            VmError: it is not in state terminating, or there is none.
-        """
+        """Forget a VM; a `VmError` refuses one that is not in state terminating."""
         with self.db.transaction(durable=True) as db:
             state = _pool_vm(db, vm_name)["state"]
             if state != VmStates.TERMINATING:
@@ -4173,11 +4010,35 @@ class VmManager(_Rows):
                     f"VM {vm_name!r} is {state}, and only a terminating one can be removed",
                     f"Terminate it first: vmrm pool terminate {vm_name}",
                 )
-            db.connection.execute(
-                "UPDATE pool_vms SET state_at = ?, who = ?, reason = '' WHERE vm_name = ?",
-                (CLOCK.wall(), _who(os.getpid()), vm_name),
-            )
-            db.connection.execute("DELETE FROM pool_vms WHERE vm_name = ?", (vm_name,))
+            here = {"state_at": CLOCK.wall(), "who": _who(os.getpid()), "reason": ""}
+            db.update("pool_vms", {"vm_name": vm_name}, **here)  # for the history
+            db.write("DELETE FROM pool_vms WHERE vm_name = :name", name=vm_name)
+
+    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
+        """Record how the release hook of a VM ended; without it the VM is given to nobody.
+
+        Args:
+            vm_name: The VM's name.
+            failure: Why the hook failed, which terminates the VM, or makes it ill if its group has
+                no terminate hook; '' if it succeeded.
+        """
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if row["releasing_at"] is None:
+                return
+            group = self._group(row["group"])
+            columns: dict[str, Any] = {"releasing_at": None}
+            if failure and not group["terminate"]:  # it stays, unlent, until it is clean
+                state = VmStates.CHECK_HEALTH_FAILED
+                columns = {"releasing_at": CLOCK.wall(), "check_fails": row["check_fails"] + 1}
+            elif failure:
+                state = VmStates.TERMINATING
+            else:  # after a failed check, the next one decides
+                well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
+                state = VmStates.READY if well else row["state"]
+                if group["release_cleans"]:
+                    columns |= {"bound_to_user": None, "bound_sandbox": ""}
+            move_pool_vm(db, vm_name, state, failure, old=row["state"], **columns)
 
     # --- leases ---
 
@@ -4186,11 +4047,8 @@ class VmManager(_Rows):
 
         A VM counts from its first lease until it is terminated, in use or not.
         """
-        limit = self._group(group)["max_vm_per_user"]
-        return limit is None or self._bound(username, str(group)) < limit
-
-    def _bound(self, owner: str, group: str) -> int:
-        return cast(int, self.db.value(f"SELECT {_BOUND}", owner=owner, group=group))
+        name = self._group(group)["name"]
+        return bool(self.db.value(_ROOM, owner=username, group=name) > 0)
 
     def acquire_vm(
         self,
@@ -4224,11 +4082,9 @@ class VmManager(_Rows):
         Raises:
             NoVmAvailable: there is none now; the message says why, per group.
             TimedOut: there was none within `wait` seconds.
-            NotFound: there is no such group.
-            UsageError: there is no such process, or it needs a `lease` with an end.
         """
         request = Request(
-            (self._group_names(groups),),
+            (tuple(map(str, groups)),),
             ownername,
             sandbox or "",
             None if pid is None else Process.of(pid),
@@ -4239,13 +4095,6 @@ class VmManager(_Rows):
             priority,
         )
         return self.acquire(request, wait)[0]
-
-    @staticmethod
-    def _group_names(groups: Iterable[int | str]) -> tuple[str, ...]:
-        names = tuple(str(group) for group in groups)
-        if not names:
-            raise UsageError("no group is named, so there is no VM to choose from")
-        return names
 
     def acquire(
         self,
@@ -4264,192 +4113,387 @@ class VmManager(_Rows):
             raise UsageError("a VM needs an owner whom it is lent to")
         if request.lease_s is not None:
             _lease_end(request.lease_s)
-        if request.holder is None and request.lease_s is None:
+        elif request.holder is None:
             raise UsageError("a lease without a process needs an end", "Name one or the other")
-        rows = self._acquire(request)
-        if not rows and wait is None:
+        if not all(request.wants):
+            raise UsageError("no group is named, so there is no VM to choose from")
+        for group in itertools.chain(*request.wants):
+            self._group(group)  # which says so if there is none
+        vms = self._acquire(request)
+        if not vms and wait is None:
             raise NoVmAvailable(self._why_none(request))
-        rows = rows or self._wait(request, wait or 0.0, tell or self.log.info)
-        for row in rows:
-            self._tokens[row["vm_name"].lower()] = request.token
-        return [VmDescriptor.from_row(row) for row in rows]
+        vms = vms or self._wait(request, wait or 0.0, tell or self.log.info)
+        self._tokens |= {vm["vm_name"].lower(): request.token for vm in vms}
+        return vms
 
-    def _acquire(self, request: Request) -> list[dict[str, Any]]:
-        """Lease what is asked for; when something is missing, after looking for the dead once."""
-        rows = self._try_to_acquire(request)
-        if not rows and (self.reap(32) or self.drop_dead_waiters()):
-            rows = self._try_to_acquire(request)
-        return rows
+    def _acquire(self, request: Request) -> list[VmDescriptor]:
+        """Lease what is asked for, or return none.
 
-    def _try_to_acquire(self, request: Request) -> list[dict[str, Any]]:
-        """Choose and lease in one transaction; return the rows, or none if one is missing."""
-        try:
-            with self.db.transaction(durable=True) as db:
-                since, waiting = self._see_server(request)
-                names = [self._choose(groups, request, since) for groups in request.wants]
-                if waiting or len(names) > 1:
-                    names = self._left_by_queue(request, since)
-                    sql = "DELETE FROM pool_waiters WHERE token = ?"
-                    db.connection.execute(sql, (request.token,))
-                rows = [self._lease(name, request) for name in names]
-                if request.within:
-                    request.within(rows)
-                _crash("pool-acquiring")
-        except NoVmAvailable:
-            return []
-        _crash("pool-acquired")
-        return rows
+        Before anybody is refused, or has another VM bound, the dead are looked for.
 
-    def _see_server(self, request: Request) -> tuple[float, bool]:
-        """Return since when health checks count, and whether there is a queue.
-
-        Raises:
-            UsageError: the holder is one that the pool's other processes cannot see.
+        To lend a process what is bound to its owner already need not survive a power cut, which
+        the process does not, either.
         """
-        row = self.db.query(
-            """SELECT started_at, boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
+        with self.db.transaction(durable=request.holder is None or request.lease_s is not None):
+            vms, share = self._lend(request, binding=False)
+        if not vms:
+            freed = self.reap(owner=request.owner) + (self.reap(32) if share.missing else [])
+            if share.binds or freed or self.drop_dead_waiters():
+                with self.db.transaction(durable=True):
+                    vms, _ = self._lend(request, binding=True)
+        _crash("pool-acquired")
+        return vms
+
+    def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
+        """Choose VMs and lease them inside the caller's transaction; say also what was chosen.
+
+        Leased is none if one is missing, or has to be bound to the owner and may not.
+        """
+        waiting = self._see_server(request)
+        queue = self._queue() if waiting else []
+        before = itertools.takewhile(lambda other: other.token != request.token, queue)
+        share = self._allot([*before, request])[-1]
+        if share.missing or (share.binds and not binding):
+            return [], share
+        now, db = CLOCK.wall(), self.db
+        end = None if request.lease_s is None else now + request.lease_s
+        holder = None if request.holder is None else str(request.holder)
+        job = (request.token, holder, now, end, request.task_id, request.build_id, request.chroot)
+        reason = f"task {request.task_id}" if request.task_id else ""
+        bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
+        for name in share.vm_names:
+            db.connection.execute(
+                "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, *job)
+            )
+            move_pool_vm(db, name, VmStates.IN_USE, reason, old=VmStates.READY, **bound)
+        vms = [VmDescriptor.load(db, name) for name in share.vm_names]
+        if waiting:
+            db.write("DELETE FROM pool_waiters WHERE token = :token", token=request.token)
+        if request.within:
+            request.within(vms)
+        _crash("pool-acquiring")
+        return vms, share
+
+    def _see_server(self, request: Request) -> bool:
+        """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
+        [row] = self.db.query(
+            """SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
                FROM (SELECT 1) LEFT JOIN pool_server"""
-        )[0]
+        )
         holder = request.holder
         if holder and row["boot"] != holder.boot:
-            self.db.connection.execute(
-                """INSERT INTO pool_server VALUES (1, 0, :boot, :namespace)
-                   ON CONFLICT DO UPDATE
-                   SET boot = excluded.boot, namespace = excluded.namespace""",
-                {"boot": holder.boot, "namespace": holder.namespace},
-            )
+            seen = {"boot": holder.boot, "namespace": holder.namespace}
+            self.db.upsert("pool_server", "id", id=1, **seen)
         elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return row["started_at"] or 0.0, bool(row["waiting"])
+        return bool(row["waiting"])
 
-    def _choose(self, groups: Iterable[str], request: Request, since: float) -> str:
-        """Return the VM for one want by what the indices tell, were it the only one.
+    def _allot(self, queue: Sequence[Request]) -> list[Share]:
+        execute, now = self.db.connection.execute, CLOCK.wall()
+        most = sum(len(request.wants) for request in queue)
 
-        Raises:
-            NoVmAvailable: there is none.
-        """
-        for group in groups:
-            found = self.db.row(
-                _CHOOSE, group=group, since=since, now=CLOCK.wall(), **request.party
-            )
-            if found is None:
-                self._group(group)  # which says that there is none
-            elif name := found["own"] or (found["may_bind"] and found["fresh"]):
-                return cast(str, name)
-        raise NoVmAvailable("no VM is available")
+        def free(group: str, owner: str | None, sandbox: str) -> list[str]:
+            found = execute(_FREE, (group, owner, sandbox, now, most))
+            return [row[0] for row in found.fetchall()][::-1]
 
-    def _lease(self, vm_name: str, request: Request) -> dict[str, Any]:
-        now, holder = CLOCK.wall(), request.holder
-        return move_pool_vm(
-            self.db,
-            vm_name,
-            VmStates.IN_USE,
-            f"task {request.task_id}" if request.task_id else "",
-            row=_READY,
-            bound_to_user=request.owner,
-            bound_sandbox=request.sandbox,
-            token=request.token,
-            acquired_at=now,
-            lease_end_at=None if request.lease_s is None else now + request.lease_s,
-            holder_seen_at=now,
-            task_id=request.task_id,
-            build_id=request.build_id,
-            chroot=request.chroot,
-            holder=holder and str(holder),
-        )
+        def room(group: str, owner: str) -> float:
+            row = execute(_ROOM, {"group": group, "owner": owner}).fetchone()
+            return cast(float, row[0]) if row else 0.0
+
+        with _telling_trouble():
+            return allot(queue, free, room)
 
     def _why_none(self, request: Request) -> str:
         names = dict.fromkeys(group for groups in request.wants for group in groups)
-        reasons = ((self._why(name, request), self.spawn_failure(name)) for name in names)
-        words = "; ".join("; ".join(filter(None, reason)) for reason in reasons)
+        reasons = [(self._why(name, request), self.spawn_failure(name)) for name in names]
+        words = "; ".join(filter(None, itertools.chain(*reasons)))
         ahead = sum(other.token != request.token for other in self._queue())
         return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
 
     def _why(self, group: str, request: Request) -> str:
         """Return in words why a group has no VM for this request."""
-        limit = self._group(group)["max_vm_per_user"]
-        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        row = self.db.query(_COUNTS, group=group, since=since, **request.party)[0]
-        bound = self._bound(request.owner, group)
+        party = {"owner": request.owner, "sandbox": request.sandbox}
+        row = self.db.row(_COUNTS, group=group, **party) or self._group(group)
         wanted = max(1, request.wants.count((group,)))
-        idle = f"{row['idle']} of them idle in other sandboxes"
+        bound = f"{row.bound} bound to {request.owner}"
+        idle = f"{row.idle} of them idle in other sandboxes"
         unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
-        if not row["vms"]:
-            return f"group {group} has no VMs{unkept if self._group(group)['spawn'] else ''}"
-        if limit is not None and bound + wanted > limit:
+        if not row.vms:
+            return f"group {group} has no VMs{unkept if row.spawn else ''}"
+        if row.most is not None and row.bound + wanted > row.most:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
-            return (
-                f"group {group}: limit reached ({bound} of {limit} bound to {request.owner}, "
-                f"{idle}{more})"
-            )
-        if row["unchecked"]:
-            return f"group {group}: {row['unchecked']} of {row['vms']} not checked yet{unkept}"
-        more = "".join(
-            f", {row[state]} {state}" for state in ("spawning", "held", "terminating") if row[state]
-        )
+            bound = bound.replace(" bound", f" of {row.most} bound", 1)
+            return f"group {group}: limit reached ({bound}, {idle}{more})"
+        if row.unchecked:
+            return f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
+        others = ("spawning", "held", "terminating")
+        more = "".join(f", {row[state]} {state}" for state in others if row[state])
         return (
-            f"group {group}: none ready ({counted(row['vms'], 'VM')}: {row['in_use']} in use, "
-            f"{row['others']} ready for others, {row['ill']} failed their check{more}; "
-            f"{bound} bound to {request.owner}, {idle})"
+            f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
+            f"{row.others} ready for others, {row.ill} failed their check{more}; {bound}, {idle})"
         )
+
+    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
+        """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
+
+        Args:
+            vm_name: The VM's name.
+            lease: So many seconds.
+            token: As for `release_vm`.
+        """
+        with self.db.transaction(durable=True) as db:
+            self._own(_pool_vm(db, vm_name), token)
+            db.update("leases", {"vm_name": vm_name}, lease_end_at=(end := _lease_end(lease)))
+        return end
+
+    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
+        """Return a VM to the pool; it stays bound to its owner and sandbox.
+
+        Args:
+            vm_name: The VM's name.
+            token: The lease's token; None means the one that this object obtained, or else that
+                the holder is this process or an ancestor of it.
+            force: Even if someone else holds the lease.
+
+        Returns:
+            Whether it was leased: one that nobody has is not released, and stays as it is.
+
+        Raises:
+            VmError: the lease is not yours, or was lost; or nobody has it who could be forced.
+        """
+        token = token or self._tokens.get(vm_name.lower())
+
+        timed = "SELECT lease_end_at IS NOT NULL FROM leases WHERE vm_name = :name"
+        with self.db.transaction(durable=bool(self.db.value(timed, name=vm_name))) as db:
+            row = _pool_vm(db, vm_name)
+            if row["token"] is None and token is None and not force:
+                return False
+            if not force or row["token"] is None:
+                self._own(row, token)
+            self._release(row, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
+        self._tokens.pop(vm_name.lower(), None)
+        return True
+
+    def _release(self, row: Mapping[str, Any], reason: str) -> None:
+        """End a lease, inside the caller's transaction."""
+        if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
+            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=row["vm_name"])
+            return
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
+        state = VmStates.CHECK_HEALTH if hook else VmStates.READY
+        move_pool_vm(
+            self.db,
+            row["vm_name"],
+            VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
+            reason,
+            old=row["state"],
+            releasing_at=now if hook else None,
+            last_release=now,
+            builds_count=row["builds_count"] + 1,
+        )
+
+    def hold_vm(
+        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
+    ) -> None:
+        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
+
+        Args:
+            vm_name: The VM's name.
+            until: In seconds since the epoch; an earlier time than before is allowed, too.
+            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
+            force: Even if someone else holds the lease.
+        """
+        words = f"until {_iso(_listable(until))}"
+        with self.db.transaction(durable=True) as db:
+            row = _pool_vm(db, vm_name)
+            if row["token"] is not None and not force:
+                self._own(row, token)
+            held = {"held_until": until, "releasing_at": None}
+            move_pool_vm(db, vm_name, VmStates.HELD, words, old=row["state"], **held)
+
+    @contextlib.contextmanager
+    def lease(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None = None,
+        *,
+        lease: float | None = None,
+        **more: Any,
+    ) -> Iterator[VmDescriptor]:
+        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
+
+        A lease with an end is renewed meanwhile. At the end the VM is released; a `VmError` says
+        then if the lease was lost meanwhile, as the log did at once.
+        """
+        vm = self.acquire_vm(groups, ownername, sandbox, os.getpid(), lease=lease, **more)
+        over = threading.Event()
+        renewing = threading.Thread(target=self._keep, args=(vm, lease, over), daemon=True)
+        renewing.start()
+        try:
+            yield vm
+        except BaseException:
+            with contextlib.suppress(VmError):
+                self.release_vm(vm.vm_name, token=vm.token)
+            raise
+        finally:
+            over.set()
+            renewing.join()
+        self.release_vm(vm.vm_name, token=vm.token)
+
+    def _keep(self, vm: VmDescriptor, lease: float | None, over: threading.Event) -> None:
+        """Renew a lease until it is over or lost."""
+        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
+        while not over.wait(pause):
+            try:
+                if lease is None:
+                    self._own(_pool_vm(self.db, vm.vm_name), vm.token)
+                else:
+                    self.renew_vm(vm.vm_name, lease, token=vm.token)
+            except Unavailable as error:
+                self.log.warning("lease of VM %s: %s", vm.vm_name, error)
+            except VmError as error:
+                self.log.error("%s", error)
+                return
+
+    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
+        """Make another process the holder of a leased VM, or nobody if the lease has an end."""
+        with self.db.transaction(durable=True) as db:
+            self._own(_pool_vm(db, vm.vm_name), vm.token)
+            now = None if holder is None else str(holder)
+            db.update("leases", {"vm_name": vm.vm_name}, holder=now)
+
+    def _own(self, row: Mapping[str, Any], token: str | None) -> None:
+        """Refuse whoever does not have the lease of a VM."""
+        name = row["vm_name"]
+        token = token or self._tokens.get(name.lower())
+        if row["token"] is None and token is None:
+            raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
+        if token is None:
+            if not row["holder"] or not _descends_from(Process.parse(row["holder"])):
+                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
+                raise VmError(message, "Name its token (--token), or use --force")
+        elif token != row["token"]:
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
+
+    # --- the dead ---
+
+    def reap(self, limit: int = -1, owner: str | None = None) -> list[str]:
+        """End leases that are over or whose holder is dead; return the names of their VMs.
+
+        Args:
+            limit: How many leases to look at, whichever; -1: all.
+            owner: Look at the leases of this owner only.
+        """
+        which = "SELECT vm_name FROM leases ORDER BY random() LIMIT :limit"
+        which = which if owner is None else _LEASED_BY
+        leased, names = "SELECT * FROM pool_list WHERE token IS NOT NULL AND vm_name", []
+        for row in self.db.query(f"{leased} IN ({which})", limit=limit, owner=owner):
+            if why := self._over(row):
+                with self.db.transaction(durable=True) as db:
+                    now = db.row(f"{leased} = :name", name=row["vm_name"])
+                    terms = ("token", "holder", "lease_end_at")
+                    if now and all(now[term] == row[term] for term in terms):
+                        self._release(now, f"taken back: {why}")
+                        names.append(row["vm_name"])
+        return names
+
+    def _over(self, row: Mapping[str, Any]) -> str:
+        """Return why a lease is over, or '' if it is not."""
+        end = row["lease_end_at"]
+        if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
+            return f"its lease ended {_iso(end)}"
+        holder = row["holder"] and Process.parse(row["holder"])
+        dead = holder and not holder.is_alive()
+        return f"its holder, process {holder.pid}, is dead" if dead else ""
+
+    def dead_leases(self) -> list[str]:
+        """Return what the dead hold of the pool; `reap` puts it right."""
+        leased = self._select("token IS NOT NULL")
+        return [f"VM {vm.vm_name}: {why}" for vm in leased if (why := self._over(vm))]
+
+    def drop_dead_waiters(self) -> int:
+        """Remove those from the queue who are dead or long silent; return how many that is."""
+        dead = self._dead_waiters()
+        for row in dead:
+            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
+            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
+        return len(dead)
+
+    def _dead_waiters(self) -> list[Row]:
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        return [
+            row
+            for row in self.db.query("SELECT * FROM pool_waiters")
+            if row["heartbeat_at"] < silent or not Process.parse(row["holder"]).is_alive()
+        ]
+
+    def dead_waiters(self) -> list[str]:
+        """Return who in the queue is dead; `drop_dead_waiters` removes them."""
+        pids = [Process.parse(row["holder"]).pid for row in self._dead_waiters()]
+        return [f"queue: process {pid} is dead" for pid in pids]
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool's rows, which only a person can put right."""
+        loose = self._select('"group" NOT IN (SELECT name FROM pool_groups)')
+        faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
+        machines: dict[str, str] = {}
+        for vm in self._select("path <> ''"):  # links may have been set anew
+            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
+            if other != vm.vm_name:
+                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
+        return faults
 
     # --- the queue ---
 
     def _queue(self) -> list[Request]:
         """Return what those want who wait and live, the first one first."""
-        return [_waiting_request(row) for row in self.waiters()]
-
-    def waiters(self) -> list[Row]:
-        """Return the rows of those who wait and live, the first one first."""
-        now = CLOCK.wall()
-        return self.db.query(
+        rows = self.db.query(
             """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
                AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
-            now=now,
+            now=(now := CLOCK.wall()),
             alive=now - self.db.timeouts.heartbeat,
         )
+        return [
+            Request(
+                tuple(map(tuple, json.loads(row.wants))),
+                row.owner,
+                row.sandbox,
+                None,
+                token=row.token,
+            )
+            for row in rows
+        ]
 
-    def _left_by_queue(self, request: Request, since: float) -> list[str]:
-        """Return the VMs for a request once those before it in the queue have theirs.
-
-        Raises:
-            NoVmAvailable: some are missing.
-        """
-        before = itertools.takewhile(lambda other: other.token != request.token, self._queue())
-        share = self._allot([*before, request], since)[-1]
-        if share.missing:
-            raise NoVmAvailable("no VM is available")
-        return share.vm_names
-
-    def _allot(self, queue: Iterable[Request], since: float) -> list[Share]:
-        groups = self.db.query("SELECT * FROM pool_groups")
-        return allot(queue, groups, self.db.query("SELECT * FROM pool_vms"), since, CLOCK.wall())
+    def shares(self) -> list[Share]:
+        """Return what there is for each of those who wait, the first one first."""
+        queue = self._queue()
+        return self._allot(queue) if queue else []
 
     def next_in_queue(self) -> list[str]:
         """Return the tokens of the waiters who would be given all they want now."""
-        if not (queue := self._queue()):
-            return []
-        since = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        shares = self._allot(queue, since)
-        return [share.request.token for share in shares if not share.missing]
+        return [share.request.token for share in self.shares() if not share.missing]
 
     def _wait(
         self, request: Request, timeout: float, tell: Callable[[str], object]
-    ) -> list[dict[str, Any]]:
+    ) -> list[VmDescriptor]:
         """Stand in the queue until there is what is wanted; leave it in any case."""
         told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
         with Waiting(self, request, timeout) as place:
             poll.register(place.fileno(), select.POLLIN)
-            while not (rows := place.try_again()):
+            while not (vms := place.try_again()):
                 if (left := deadline - CLOCK.monotonic()) <= 0:
                     raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
                 if (now := place.reason()) != told:
                     tell(told := now)
                 poll.poll(1000 * min(left, self.db.timeouts.look))
-            return rows
+            return vms
 
     def _queue_up(self, request: Request, left: float) -> None:
         """Enter the queue, or say that we still wait."""
@@ -4469,333 +4513,9 @@ class VmManager(_Rows):
             deadline=None if math.isinf(left) else now + left,
         )
 
-    def drop_dead_waiters(self) -> int:
-        """Remove those from the queue who are dead or long silent; return how many that is."""
-        dead = self._dead_waiters()
-        for row in dead:
-            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
-            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
-        return len(dead)
-
-    def _dead_waiters(self) -> list[Row]:
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        return [
-            row
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if row["heartbeat_at"] < silent or not Process.parse(row.holder).is_alive()
-        ]
-
-    def dead_leases(self) -> list[str]:
-        """Return what the dead hold of the pool; `reap` puts it right."""
-        leases = self.db.query("SELECT * FROM pool_vms WHERE state = 'in_use'")
-        return [f"VM {row['vm_name']}: {why}" for row in leases if (why := self._over(row))]
-
-    def dead_waiters(self) -> list[str]:
-        """Return who in the queue is dead; `drop_dead_waiters` removes them."""
-        dead = [Process.parse(row.holder).pid for row in self._dead_waiters()]
-        return [f"queue: process {pid} is dead" for pid in dead]
-
-    def check(self) -> list[str]:
-        """Return what is wrong with the pool's rows, which only a person can put right."""
-        loose = self.db.query(
-            """SELECT vm_name, "group" FROM pool_vms
-               WHERE "group" NOT IN (SELECT name FROM pool_groups)"""
-        )
-        faults = [f"VM {row['vm_name']}: no group {row['group']}" for row in loose]
-        machines: dict[str, str] = {}
-        for vm in self._select("path <> ''"):  # links may have been set anew
-            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
-            if other != vm.vm_name:
-                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
-        return faults
-
-    # --- renewal, release ---
-
-    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
-        """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
-
-        Raises:
-            VmError: the lease is not yours, or was lost.
-            UsageError: that is no time to come.
-        """
-        with self.db.transaction(durable=True) as db:
-            self._own(_pool_vm(db, vm_name), token)
-            end = _lease_end(lease)
-            db.connection.execute(
-                "UPDATE pool_vms SET lease_end_at = ? WHERE vm_name = ?", (end, vm_name)
-            )
-        return end
-
-    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
-        """Return a VM to the pool; it stays bound to its owner and sandbox.
-
-        Args:
-            vm_name: The VM's name.
-            token: The lease's token; None means the one that this object obtained, or else that
-                the holder is this process or an ancestor of it.
-            force: Whoever holds it.
-
-        Returns:
-            Whether it was leased: one that nobody has is not released, and stays as it is.
-
-        Raises:
-            VmError: the lease is not yours, or was lost; or nobody has it who could be forced.
-        """
-        token = token or self._tokens.get(vm_name.lower())
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            if row["token"] is None and token is None and not force:
-                return False
-            if not force or row["token"] is None:
-                self._own(row, token)
-            self._release(row, "released" if not force else "released by force")
-            _crash("pool-releasing")
-        _crash("pool-released")
-        self._tokens.pop(vm_name.lower(), None)
-        return True
-
-    def _release(self, row: Mapping[str, Any], reason: str) -> None:
-        """End a lease, inside the caller's transaction."""
-        if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            move_pool_vm(self.db, row["vm_name"], VmStates.HELD, row=row, **NO_LEASE)
-            return
-        sql = "SELECT release FROM pool_groups WHERE name = :group"
-        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
-        state = VmStates.CHECK_HEALTH if hook else VmStates.READY
-        move_pool_vm(
-            self.db,
-            row["vm_name"],
-            VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
-            reason,
-            row=row,
-            releasing_at=now if hook else None,
-            last_release=now,
-            builds_count=row["builds_count"] + 1,
-        )
-
-    def hold_vm(
-        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
-    ) -> None:
-        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
-
-        Args:
-            vm_name: The VM's name.
-            until: In seconds since the epoch; an earlier time than before is allowed, too.
-            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
-            force: Whoever holds it.
-
-        Raises:
-            VmError: the lease is not yours, or the VM is in no state to be held.
-            UsageError: there is no such time.
-        """
-        words = f"until {_iso(_listable(until))}"
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            lease = {key: row[key] for key in NO_LEASE}
-            if row["token"] is not None and not force:
-                self._own(row, token)
-            lease |= {"held_until": until, "releasing_at": None}
-            move_pool_vm(db, vm_name, VmStates.HELD, words, **lease)
-
-    @contextlib.contextmanager
-    def lease(
-        self,
-        groups: Iterable[int | str],
-        ownername: str,
-        sandbox: str | None = None,
-        *,
-        lease: float | None = None,
-        wait: float | None = None,
-        priority: int = 0,
-        task_id: object = None,
-        build_id: object = None,
-        chroot: str | None = None,
-    ) -> Iterator[VmDescriptor]:
-        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
-
-        A lease with an end is renewed meanwhile. At the end the VM is released.
-
-        Raises:
-            VmError: at the end: the lease was lost meanwhile (the log said so at once).
-        """
-        vm = self.acquire_vm(
-            groups,
-            ownername,
-            sandbox,
-            os.getpid(),
-            task_id,
-            build_id,
-            chroot,
-            lease=lease,
-            wait=wait,
-            priority=priority,
-        )
-        with self.keep(vm, lease):
-            try:
-                yield vm
-            except BaseException:
-                with contextlib.suppress(VmError):
-                    self.release_vm(vm.vm_name, token=vm.token)
-                raise
-        self.release_vm(vm.vm_name, token=vm.token)
-
-    @contextlib.contextmanager
-    def keep(
-        self,
-        vm: VmDescriptor,
-        lease: float | None,
-        lost: Callable[[VmError], object] | None = None,
-    ) -> Iterator[None]:
-        """Renew a lease for the length of the block, and look whether it still stands.
-
-        Args:
-            vm: As `acquire_vm` returned it.
-            lease: How many seconds to renew it for; None if it has no end.
-            lost: Called, in a thread, if the lease is lost; by default that is logged.
-        """
-        over = threading.Event()
-        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
-
-        def renew() -> None:
-            while not over.wait(pause):
-                try:
-                    self._still_own(vm, lease)
-                except Unavailable as error:
-                    self.log.warning("lease of VM %s: %s", vm.vm_name, error)
-                except VmError as error:
-                    (lost or self.log.error)(error)
-                    return
-
-        thread = threading.Thread(target=renew, name="vmrm-lease", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
-        """Make another process the holder of a leased VM, or nobody if the lease has an end.
-
-        Raises:
-            VmError: the lease was lost.
-        """
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm.vm_name)
-            self._own(row, vm.token)
-            now = holder and str(holder)
-            move_pool_vm(db, vm.vm_name, row["state"], row=row, holder=now)
-
-    def _still_own(self, vm: VmDescriptor, lease: float | None) -> None:
-        if lease is None:
-            self._own(_pool_vm(self.db, vm.vm_name), vm.token)
-        else:
-            self.renew_vm(vm.vm_name, lease, token=vm.token)
-
-    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
-        """Record how the release hook of a VM ended; without it the VM is given to nobody.
-
-        Args:
-            vm_name: The VM's name.
-            failure: Why the hook failed, which terminates the VM, or makes it ill if its group has
-                no terminate hook; '' if it succeeded.
-
-        Raises:
-            VmDescriptorNotFound: the pool has no VM of this name.
-        """
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            if row["releasing_at"] is None:
-                return
-            group = self._group(row["group"])
-            columns: dict[str, Any] = {"releasing_at": None}
-            if failure and not group["terminate"]:  # it stays, unlent, until it is clean
-                state = VmStates.CHECK_HEALTH_FAILED
-                columns = {"releasing_at": CLOCK.wall(), "check_fails": row["check_fails"] + 1}
-            elif failure:
-                state = VmStates.TERMINATING
-            else:  # after a failed check, the next one decides
-                well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
-                state = VmStates.READY if well else row["state"]
-                if group["release_cleans"]:
-                    columns |= {"bound_to_user": None, "bound_sandbox": ""}
-            move_pool_vm(db, vm_name, state, failure, **columns)
-
-    def _own(self, row: Mapping[str, Any], token: str | None) -> None:
-        """Refuse whoever does not have the lease of a VM."""
-        name = row["vm_name"]
-        token = token or self._tokens.get(name.lower())
-        if row["token"] is None and token is None:
-            raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
-        if token is None and (holder := _holder(row)) and _descends_from(holder):
-            return
-        if token != row["token"]:
-            if token is None:
-                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
-                raise VmError(message, "Name its token (--token), or use --force")
-            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
-
-    def reap(self, limit: int = -1) -> list[str]:
-        """Take back VMs whose holder is dead or whose lease has ended; return their names.
-
-        Args:
-            limit: How many leases to look at, those unseen for the longest time first; -1: all.
-        """
-        rows = self.db.query(
-            """SELECT * FROM pool_vms WHERE state = 'in_use'
-               ORDER BY holder_seen_at LIMIT :limit""",
-            limit=limit,
-        )
-        over = {row["vm_name"]: why for row in rows if (why := self._over(row))}
-        if not over and len(rows) != limit:  # all leases were looked at: no need to take turns
-            return []
-        now, names = CLOCK.wall(), []
-        with self.db.transaction(durable=bool(over)) as db:
-            for row in rows:
-                present = db.row(_SAME_LEASE, **{key: row[key] for key in _LEASE_KEY})
-                if present is None:
-                    continue
-                if row["vm_name"] in over:
-                    self._release(present, f"taken back: {over[row['vm_name']]}")
-                    names.append(row["vm_name"])
-                else:
-                    move_pool_vm(db, row["vm_name"], VmStates.IN_USE, holder_seen_at=now)
-        return names
-
-    def _over(self, row: Mapping[str, Any]) -> str:
-        """Return why a lease is over, or '' if it is not."""
-        end = row["lease_end_at"]
-        if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return f"its lease ended {_iso(end)}"
-        holder = _holder(row)
-        return self._dead_holder(holder.pid) if holder and not holder.is_alive() else ""
-
-    @staticmethod
-    def _dead_holder(pid: int) -> str:
-        return f"its holder, process {pid}, is dead"
-
-    def release_of(self, vm: VmDescriptor, pid: int) -> None:
-        """Release a VM whose holder has ended, unless somebody saw that first and took it back.
-
-        Raises:
-            VmError: the lease was lost before.
-        """
-        try:
-            self.release_vm(vm.vm_name, token=vm.token)
-        except VmError:
-            sql = """SELECT 1 FROM pool_history
-                     WHERE vm_name = :name AND reason = :reason AND at >= :since"""
-            reason = f"taken back: {self._dead_holder(pid)}"
-            if not self.db.value(sql, name=vm.vm_name, reason=reason, since=vm.acquired_at):
-                raise
-
 
 def _lease_end(seconds: float) -> float:
-    """Return when a lease that begins now ends.
-
-    Raises:
-        UsageError: it lasts no time, or beyond the calendar.
-    """
+    """Return when a lease that begins now ends."""
     if seconds <= 0:
         raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
     return _listable(CLOCK.wall() + seconds)
@@ -4812,10 +4532,10 @@ def _listable(at: float) -> float:
 
 def _descends_from(holder: Process) -> bool:
     """Whether this process is that one, or a descendant of it."""
-    boot, namespace = Process.of()[2:]
-    if not namespace or (holder.boot, holder.namespace) != (boot, namespace):
+    here = Process.of()
+    if not here.namespace or (holder.boot, holder.namespace) != (here.boot, here.namespace):
         return False
-    pid = os.getpid()
+    pid = here.pid
     while pid != holder.pid:
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
@@ -4826,46 +4546,44 @@ def _descends_from(holder: Process) -> bool:
     return holder.is_alive()
 
 
-_LEASE_KEY = ("vm_name", "token", "lease_end_at", "holder")
-_SAME_LEASE = """SELECT * FROM pool_vms WHERE vm_name = :vm_name AND state = 'in_use'
-    AND token = :token AND lease_end_at IS :lease_end_at AND holder IS :holder"""
+# The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
+# first. What is worn is the keeper's to end, and nobody's until then.
+_FREE = """
+SELECT vm_name FROM pool_vms
+WHERE "group" = ? AND state = 'ready' AND check_fails = 0 AND bound_to_user IS ?
+  AND bound_sandbox = ? AND last_health_check > coalesce(
+      (SELECT started_at FROM pool_server WHERE id = 1), 0)
+  AND NOT EXISTS (SELECT 1 FROM pool_worn AS w
+                  WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= ?)
+ORDER BY last_health_check DESC LIMIT ?"""
 
-_READY = {"state": VmStates.READY}  # all that a lease needs to know of the VM that was chosen
+_LEASED_BY = """
+SELECT vm_name FROM pool_vms INDEXED BY pool_bound
+WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
 
-# The owner's VMs of a group: those are what max_vm_per_user limits.
-_BOUND = """(SELECT count(*) FROM pool_vms INDEXED BY pool_bound
-    WHERE "group" = :group AND bound_to_user = :owner AND state <> 'terminating')"""
+# How many more VMs of a group an owner may bind.
+_ROOM = """
+SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
+    SELECT count(*) FROM pool_vms INDEXED BY pool_bound
+    WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
+FROM pool_groups AS g WHERE name = :group"""
 
-# What its group allows it is not used up; else it is the keeper's to end, and nobody's until then.
-_UNWORN = """NOT EXISTS (SELECT 1 FROM pool_worn AS w
-              WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= :now)"""
-
-# One row: the group's choice for an owner and sandbox. Every part is one search of an index.
-_CHOOSE = f"""
-SELECT (SELECT vm_name FROM pool_vms
-        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user = :owner
-          AND bound_sandbox = :sandbox AND last_health_check > :since AND {_UNWORN}
-        ORDER BY last_health_check DESC LIMIT 1) AS own,
-       (SELECT vm_name FROM pool_vms
-        WHERE "group" = g.name AND state = 'ready' AND check_fails = 0 AND bound_to_user IS NULL
-          AND bound_sandbox = '' AND last_health_check > :since AND {_UNWORN}
-        ORDER BY last_health_check DESC LIMIT 1) AS fresh,
-       g.max_vm_per_user IS NULL OR g.max_vm_per_user > {_BOUND} AS may_bind
-FROM pool_groups AS g WHERE g.name = :group"""  # noqa: S608 (our own text)
-
+# What there is in a group for an owner and sandbox, in figures.
 _COUNTS = """
-SELECT count(*) AS vms,
-       coalesce(sum(state = 'in_use'), 0) AS in_use,
-       coalesce(sum(state = 'check_health_failed'), 0) AS ill,
-       coalesce(sum(state = 'spawning'), 0) AS spawning,
-       coalesce(sum(state = 'held'), 0) AS held,
-       coalesce(sum(state = 'terminating'), 0) AS terminating,
-       coalesce(sum(state = 'ready' AND bound_to_user <> :owner), 0) AS others,
-       coalesce(sum(state = 'ready' AND bound_to_user = :owner
-                    AND bound_sandbox <> :sandbox), 0) AS idle,
-       coalesce(sum(state IN ('got_ip', 'check_health') OR state = 'ready'
-                    AND coalesce(last_health_check, 0) <= :since), 0) AS unchecked
-FROM pool_vms WHERE "group" = :group"""
+SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms,
+       count(*) FILTER (WHERE state = 'in_use') AS in_use,
+       count(*) FILTER (WHERE state = 'check_health_failed') AS ill,
+       count(*) FILTER (WHERE state = 'spawning') AS spawning,
+       count(*) FILTER (WHERE state = 'held') AS held,
+       count(*) FILTER (WHERE state = 'terminating') AS terminating,
+       count(*) FILTER (WHERE bound_to_user = :owner AND state <> 'terminating') AS bound,
+       count(*) FILTER (WHERE state = 'ready' AND bound_to_user <> :owner) AS others,
+       count(*) FILTER (WHERE state = 'ready' AND bound_to_user = :owner
+                        AND bound_sandbox <> :sandbox) AS idle,
+       count(*) FILTER (WHERE state IN ('got_ip', 'check_health') OR state = 'ready'
+                        AND coalesce(last_health_check, 0) <= coalesce(
+                            (SELECT started_at FROM pool_server), 0)) AS unchecked
+FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
 
 
 # === the reference's functions ===================================================================
@@ -9608,11 +9326,10 @@ class Loan:
 
     def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Be the holder of what an earlier supervisor has leased, as far as it stands."""
-        holder = {"lease_end_at": None, "holder": str(Process.of())}
-        with self.db.transaction(durable=True):
-            for leased in _leased(self.db):
-                lease = {key: leased[key] for key in NO_LEASE} | holder
-                move_pool_vm(self.db, leased["vm_name"], leased["state"], row=leased, **lease)
+        with self.db.transaction(durable=True) as db:
+            for leased in _leased(db):
+                holder = {"holder": str(Process.of()), "lease_end_at": None}
+                db.update("leases", {"vm_name": leased["vm_name"]}, **holder)
 
     def _borrow(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         if self._waiting is None:
@@ -9664,12 +9381,11 @@ class Loan:
         self.close()
         with self.db.transaction(durable=True):
             for row in _leased(self.db):
-                lease = {**NO_LEASE, "token": row["token"], "task_id": row["task_id"]}
-                lease |= {"lease_end_at": CLOCK.wall() + LOAN_S}
-                move_pool_vm(self.db, row["vm_name"], row["state"], row=row, **lease)
+                end = {"holder": None, "lease_end_at": CLOCK.wall() + LOAN_S}
+                self.db.update("leases", {"vm_name": row["vm_name"]}, **end)
 
 
-_ON_LOAN = """FROM vms AS v LEFT JOIN pool_vms AS p ON p.vm_name = v.pool_vm
+_ON_LOAN = """FROM vms AS v LEFT JOIN pool_list AS p ON p.vm_name = v.pool_vm
     AND p.token = v.pool_token WHERE v.pool_token <> ''"""
 
 
@@ -10541,7 +10257,7 @@ class PoolRows:
 
     groups: Sequence[Mapping[str, Any]]
     vms: Sequence[Mapping[str, Any]]
-    waiters: Sequence[Mapping[str, Any]] = ()
+    shares: Sequence[Share] = ()  # what there is for those who wait
     info: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
     server_started: float = 0.0
 
@@ -10579,7 +10295,7 @@ def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[Po
         group = groups.get(vm["group"].lower())
         if group and (action := _plan_vm(vm, group, pool.server_started, dues, timeouts)):
             actions.append(action)
-    supplies = _supplies(pool, now)
+    supplies = _supplies(pool)
     for group in pool.groups:
         supply = supplies[group["name"].lower()]
         actions += _plan_spawns(supply, dues)
@@ -10698,7 +10414,8 @@ class _Supply:
             if vm["vm_name"] not in kept
         ]
         self.idle = sorted(idle, key=lambda vm: vm["last_release"] or vm["spawned_at"])
-        self.bound = collections.Counter(map(_binding, mine))
+        counted_for = [vm["bound_to_user"] for vm in mine if vm["state"] != VmStates.TERMINATING]
+        self.bound = collections.Counter(counted_for)
         self.returning = collections.Counter(
             (vm["bound_to_user"], vm["bound_sandbox"]) for vm in mine if _is_returning(vm, group)
         )
@@ -10711,8 +10428,10 @@ class _Supply:
         if self.returning[own]:
             self.returning[own] -= 1
             return True
-        limit, key = self.group["max_vm_per_user"], (self.group["name"].lower(), request.owner)
-        if limit is not None and self.bound[key] >= limit:  # then one of its own has to go
+        limit = self.group["max_vm_per_user"]
+        if (
+            limit is not None and self.bound[request.owner] >= limit
+        ):  # then one of its own has to go
             return self._recycle(request, own=True)
         if self.coming:
             self.coming -= 1
@@ -10725,7 +10444,7 @@ class _Supply:
             self.leaving -= 1
         elif not self._recycle(request, own=False):
             return False
-        self.bound[key] += 1
+        self.bound[request.owner] += 1
         return True
 
     def _recycle(self, request: Request, *, own: bool) -> bool:
@@ -10761,16 +10480,14 @@ def _is_returning(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     )
 
 
-def _supplies(pool: PoolRows, now: float) -> dict[str, _Supply]:
+def _supplies(pool: PoolRows) -> dict[str, _Supply]:
     """Charge each want that nobody serves now to the first of its groups that can serve it.
 
     A group whose spawns fail comes last.
     """
-    queue = [_waiting_request(row) for row in pool.waiters]
-    shares = allot(queue, pool.groups, pool.vms, pool.server_started, now)
-    kept = {name for share in shares for name in share.vm_names}
+    kept = {name for share in pool.shares for name in share.vm_names}
     supplies = {group["name"].lower(): _Supply(pool, group, kept) for group in pool.groups}
-    for share in shares:
+    for share in pool.shares:
         for wanted in share.missing:
             named = [supplies[g.lower()] for g in map(str, wanted) if g.lower() in supplies]
             for supply in sorted(named, key=lambda supply: bool(supply.failed)):
@@ -10923,7 +10640,7 @@ class Keeper:
         self.manager.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
 
     def _row(self, vm_name: str) -> dict[str, Any] | None:
-        return self.db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
+        return self.db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
 
     # --- the loop ---
 
@@ -10947,8 +10664,8 @@ class Keeper:
         groups = self._groups()
         rows = PoolRows(
             list(groups.values()),
-            self.db.query("SELECT * FROM pool_vms ORDER BY state_at, vm_name"),
-            self.manager.waiters(),
+            self.db.query("SELECT * FROM pool_list ORDER BY state_at, vm_name"),
+            self.manager.shares(),
             {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
             self._server_started(),
         )
@@ -11154,8 +10871,7 @@ class Keeper:
             count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
             if count >= group["max_vm_total"]:
                 return False
-            spawning = {"group": group["name"], "state": VmStates.SPAWNING.value}
-            _insert_pool_vm(db, hook.vm_name, {**spawning, **columns})
+            add_pool_vm(db, hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
             db.connection.execute(
                 "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
                 (CLOCK.wall(), group["name"]),
@@ -11217,8 +10933,7 @@ class Keeper:
 
     def _add_machine(self, name: str, group: str, reason: str) -> None:
         """Add a machine that may be there, to be terminated, inside the caller's transaction."""
-        row = {"group": group, "state": VmStates.TERMINATING.value, "reason": reason}
-        _insert_pool_vm(self.db, name, row)
+        add_pool_vm(self.db, name, group, VmStates.TERMINATING, reason=reason)
 
     def _made(self, hook: Hook) -> dict[str, str]:
         """Return the columns of the machine that a spawn hook says it made."""
@@ -13470,7 +13185,7 @@ def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
 def cmd_pool_info(cli: Cli, vm: str | None = None) -> object:
     """Show everything about a VM, or the whole pool in short."""
     pool = cli.pool()
-    return pool.info() if vm is None else dataclasses.asdict(pool.get_vm_by_name(vm))
+    return pool.info() if vm is None else pool.get_vm_by_name(vm)
 
 
 @command(
@@ -13501,9 +13216,9 @@ def cmd_pool_acquire(
 ) -> object:
     """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
 
-    A COMMAND finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH, VMRM_LEASE. The
-    VM is released after it, and its exit code is passed on. Without one, name, ip, path and
-    token of the lease are printed.
+    vmrm becomes the COMMAND, which finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH,
+    VMRM_LEASE. The lease ends with it. Without one, name, ip, path and token of the lease are
+    printed.
     """
     runs = bool(cli.tail)
     if runs and pid is not None:
@@ -13512,7 +13227,9 @@ def cmd_pool_acquire(
         raise UsageError("--timeout is for --wait")
     if format is not None:
         _filled_in(format, dict.fromkeys(_LEASED, ""))
-    if pid is None and lease is None and not runs:
+    if runs:
+        lease = None  # it ends with the COMMAND
+    elif pid is None and lease is None:
         lease = 3600.0
     # We hold it until somebody was told of it, so that nothing is left if we die before.
     holder = None if pid is None else Process.of(pid)
@@ -13520,7 +13237,7 @@ def cmd_pool_acquire(
     for group in groups:
         pool._group(group)
     request = Request(
-        (pool._group_names(groups),),
+        (groups,),
         _user() if owner is None else owner,
         sandbox,
         Process.of(),
@@ -13531,7 +13248,7 @@ def cmd_pool_acquire(
     patience = None if not wait else math.inf if timeout is None else timeout
     vm = pool.acquire(request, patience, cli.screen.tell)[0]
     if runs:
-        raise SystemExit(run_leased(pool, vm, lease, cli.tail, cli.screen))
+        become(pool, vm, cli.tail)
     leased = {key: getattr(vm, field) for key, field in _LEASED.items()}
     cli.screen.deliver(
         leased if format is None else _filled_in(format, leased),
@@ -13765,82 +13482,24 @@ def _qemu_root(cli: Cli, folder: str | None) -> Path:
     return Path(folder).absolute() if folder else cli.db.state_dir / "qemu"
 
 
-def run_leased(
-    pool: VmManager, vm: VmDescriptor, lease: float | None, words: Sequence[str], screen: Screen
-) -> int:
-    """Run a command that holds a leased VM; release it afterwards; return the exit code.
-
-    The command itself becomes the holder before it begins, so that the VM is its own for as long
-    as it lives, whatever happens to us. Signals go on to it; it is ended if the lease is lost.
-    """
+def become(pool: VmManager, vm: VmDescriptor, words: Sequence[str]) -> NoReturn:
+    """Become a command, which holds a leased VM for as long as it lives: it has our pid."""
     environment = os.environ | {
         "VMRM_VM": vm.vm_name,
         "VMRM_IP": vm.vm_ip,
         "VMRM_PATH": vm.path,
         "VMRM_GROUP": str(vm.group),
-        "VMRM_LEASE": cast(str, vm.token),
+        "VMRM_LEASE": vm.token,
         "VMRM_DB": str(pool.db.path),
     }
-    pool.db.close()  # no connection crosses a fork
-    ready, go = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(go)
-        _become(words, environment, ready)
-    os.close(ready)
-    process = os.pidfd_open(child)
-
-    def send(number: int, _: object = None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(process, number)
-
-    def lost(error: VmError) -> None:
-        screen.tell(f"vmrm: {error}; the command is ended")
-        send(signal.SIGTERM)
-
-    def interrupt(number: int, _: object) -> None:
-        if not _in_foreground():  # else the terminal has told both
-            send(number)
-
-    handlers = {signal.SIGTERM: send, signal.SIGHUP: send, signal.SIGINT: interrupt}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+        signal.signal(number, signal.SIG_DFL)
     try:
-        pool.hand_over(vm, Process.of(child))
-        os.write(go, b"g")
-        with pool.keep(vm, lease, lost):
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    finally:
-        os.close(go)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(process)
-    pool.release_of(vm, child)
-    return code if code >= 0 else 128 - code
-
-
-def _in_foreground() -> bool:
-    """Whether Ctrl-C at a terminal reaches this process with its whole group."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    finally:
-        os.close(terminal)
-
-
-def _become(words: Sequence[str], environment: Mapping[str, str], ready: int) -> NoReturn:
-    """Become a command, in a forked child, once the parent says so; end if it died before."""
-    code = 127
-    try:
-        if os.read(ready, 1):
-            os.execvpe(words[0], list(words), environment)  # noqa: S606
+        os.execvpe(words[0], list(words), environment)  # noqa: S606
     except OSError as error:
-        print(f"error: {words[0]!r}: {error.strerror}", file=sys.stderr, flush=True)
-        code = 127 if isinstance(error, FileNotFoundError) else 126
-    finally:
-        os._exit(code)
+        pool.release_vm(vm.vm_name, token=vm.token)
+        missing = isinstance(error, FileNotFoundError)
+        raise VmrmError(f"{words[0]!r}: {error.strerror}", code=127 if missing else 126) from error
 
 
 def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:

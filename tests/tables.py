@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 
 
 def _read(db: Path, sql: str, *values: object) -> list[Row]:
@@ -87,8 +88,8 @@ def generations(db: Path) -> list[int]:
 
 
 def pool_vms(db: Path) -> dict[str, Row]:
-    """Return the pool's VMs by name, the oldest first."""
-    sql = "SELECT *, CAST(hook_process AS INTEGER) AS hook_pid FROM pool_vms"
+    """Return the pool's VMs with their leases by name, the oldest first."""
+    sql = "SELECT *, CAST(hook_process AS INTEGER) AS hook_pid FROM pool_list"
     found = _read(db, f"{sql} ORDER BY spawned_at, vm_name")
     return {row["vm_name"]: row for row in found}
 
@@ -96,9 +97,9 @@ def pool_vms(db: Path) -> dict[str, Row]:
 def set_holder(db: Path, vm: str, **words: object) -> None:
     """Make the holder of a VM another process, by its pid, start, boot or namespace."""
     names = ("pid", "started", "boot", "namespace")
-    text = _read(db, "SELECT holder FROM pool_vms WHERE vm_name = ?", vm)[0]["holder"]
+    text = _read(db, "SELECT holder FROM leases WHERE vm_name = ?", vm)[0]["holder"]
     holder = dict(zip(names, text.split(), strict=True)) | words
-    put(db, "pool_vms", {"holder": " ".join(map(str, holder.values()))}, vm_name=vm)
+    put(db, "leases", {"holder": " ".join(map(str, holder.values()))}, vm_name=vm)
 
 
 def pool_groups(db: Path) -> list[Row]:
@@ -114,6 +115,23 @@ def pool_history(db: Path) -> list[Row]:
 def pool_waiters(db: Path) -> list[Row]:
     """Return who waits for a VM of the pool."""
     return _read(db, "SELECT * FROM pool_waiters")
+
+
+def pool_row(group: str, state: str, **columns: object) -> Row:
+    """Return a row of a VM of the pool as the tables have it without a lease; unknown is None."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(SCHEMA.read_text())
+        names = [row[1] for row in connection.execute("PRAGMA table_info(pool_list)")]
+    row = dict.fromkeys(names) | {"vm_name": "vm1", "group": group, "state": state, "hook": ""}
+    row |= {"check_fails": 0, "builds_count": 0, "terminate_tries": 0, "bound_sandbox": ""}
+    return row | columns
+
+
+def most_bound(db: Path) -> int:
+    """Return how many VMs of the pool are bound to the owner who has most, or 0."""
+    sql = """SELECT count(*) AS n FROM pool_vms WHERE state <> 'terminating'
+             AND bound_to_user IS NOT NULL GROUP BY bound_to_user ORDER BY n DESC"""
+    return next((row["n"] for row in _read(db, sql)), 0)
 
 
 def keeper_runs(db: Path) -> bool:

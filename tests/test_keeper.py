@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shlex
@@ -32,11 +31,8 @@ NOW = 1_000_000.0
 
 def vm(state: str, **columns: Any) -> dict[str, Any]:
     """Return a row of pool_vms: well, and of group ci."""
-    row = dict.fromkeys(vmrm.VmDescriptor.__dataclass_fields__)
-    row |= {"vm_name": "vm1", "group": "CI", "state": state, "hook": "", "check_fails": 0}
-    row |= {"builds_count": 0, "terminate_tries": 0, "state_at": NOW - 30}
-    row |= {"spawned_at": NOW - 30, "last_health_check": NOW - 30}
-    return row | columns
+    then = dict.fromkeys(("state_at", "spawned_at", "last_health_check"), NOW - 30)
+    return tables.pool_row("CI", state, **then | columns)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +130,14 @@ def test_spawns_stay_within_every_limit(defaults: dict[str, Any]) -> None:
 
 
 def test_who_waits_is_spawned_for_unless_the_limit_forbids_it(defaults: dict[str, Any]) -> None:
-    waiter = {"owner": "me", "wants": json.dumps([["other", "ci"], ["ci"]])}
-    rows = {"waiters": [waiter], "vms": [vm("in_use", **BOUND)]}
+    wants = (("other", "ci"), ("ci",))
+    share = vmrm.Share(vmrm.Request(wants, "me", "", None), missing=list(wants))
+    rows = {"shares": [share], "vms": [vm("in_use", **BOUND)]}
     assert spawns(defaults, rows) == 2
     assert spawns(defaults, rows, max_vm_per_user=2) == 1
     assert spawns(defaults, rows, max_vm_per_user=1) == 0
-    assert spawns(defaults, {"waiters": [{"owner": "me", "wants": '[["other"]]'}]}) == 0
+    other = vmrm.Share(share.request, missing=[("other",)])
+    assert spawns(defaults, {"shares": [other]}) == 0
 
 
 # === what is done ================================================================================

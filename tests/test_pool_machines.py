@@ -267,8 +267,8 @@ def test_a_field_is_stored_of_a_vm_whatever_its_path_has_become(
     vm = vmrm.VmManager(db=db).add_vm_to_pool("", "a", "g", path=str(agent))
     agent.unlink()
     agent.mkdir()
-    vm.store_field(db, "task_id", "7")
-    assert vmrm.VmDescriptor.load(db, "a").task_id == "7"
+    vm.store_field(db, "builds_count", 7)
+    assert vmrm.VmDescriptor.load(db, "a").builds_count == 7
 
 
 @pytest.mark.parametrize("path", [f"/tmp/{'a' * 300}", "loop"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import time
@@ -37,10 +38,8 @@ OWNERS, BOXES, GROUPS = ("ann", "bob"), ("s", "t"), ("a", "b")
 
 def vm(number: int, group: str, bound: tuple[str, str] | None, ready: bool) -> dict[str, Any]:
     """Return a row of pool_vms."""
-    row = dict.fromkeys(vmrm.VmDescriptor.__dataclass_fields__)
-    row |= {"vm_name": f"vm{number}", "group": group, "state": "ready" if ready else "in_use"}
-    row |= {"bound_to_user": bound and bound[0], "bound_sandbox": bound[1] if bound else ""}
-    return row | {"last_health_check": 5.0 + number, "builds_count": 0, "spawned_at": 1.0}
+    row = {"vm_name": f"vm{number}", "group": group, "state": "ready" if ready else "in_use"}
+    return row | {"bound_to_user": bound and bound[0], "bound_sandbox": bound[1] if bound else ""}
 
 
 bindings = st.none() | st.tuples(st.sampled_from(OWNERS), st.sampled_from(BOXES))
@@ -71,17 +70,25 @@ def test_who_can_be_served_is_served_and_nobody_beyond_a_limit(
         {**row, "bound_to_user": row["bound_to_user"] or "zoe"} if row["state"] == "in_use" else row
         for row in vms
     ]
-    none = {"reuse_max_count": None, "reuse_max_age_s": None}
-    groups = [{"name": name, "max_vm_per_user": limits[name], **none} for name in GROUPS]
+    bound = Counter((row["group"], row["bound_to_user"]) for row in vms)
+
+    def free(group: str, owner: str | None, sandbox: str) -> list[str]:
+        wanted = {"group": group, "state": "ready", "bound_to_user": owner}
+        wanted["bound_sandbox"] = sandbox
+        return [row["vm_name"] for row in vms if wanted.items() <= row.items()]
+
+    def room(group: str, owner: str) -> float:
+        limit = limits[group]
+        return math.inf if limit is None else limit - bound[group, owner]
+
     queue = [
         vmrm.Request(tuple(map(tuple, wants)), owner, box, None) for wants, owner, box in wishes
     ]
-    shares = vmrm.allot(queue, groups, vms, 0.0, 100.0)
+    shares = vmrm.allot(queue, free, room)
     assert [share.request for share in shares] == queue
     rows = {row["vm_name"]: row for row in vms}
     given = [name for share in shares for name in share.vm_names]
     assert len(given) == len(set(given)), "nothing is given twice"
-    bound = Counter((row["group"], row["bound_to_user"]) for row in vms)
     for share in shares:
         request = share.request
         assert len(share.vm_names) + len(share.missing) <= len(request.wants)
@@ -157,7 +164,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[vmrm.Datab
     ),
 )
 @settings(deadline=None)
-def test_who_comes_alone_gets_what_the_queue_would_give_him(
+def test_who_comes_alone_gets_what_the_rows_have_for_him(
     crowd: tuple[vmrm.Database, float],
     wants: list[list[str]],
     owner: str,
@@ -173,8 +180,24 @@ def test_who_comes_alone_gets_what_the_queue_would_give_him(
         raise Taken([row["vm_name"] for row in rows])
 
     request = vmrm.Request(tuple(map(tuple, wants)), owner, box, vmrm.Process.of(ME), within=within)
-    vms, groups = tables.pool_vms(db.path).values(), tables.pool_groups(db.path)
-    [share] = vmrm.allot([request], groups, vms, since, time.time())
+    vms = sorted(tables.pool_vms(db.path).values(), key=lambda row: row["last_health_check"])
+
+    def free(group: str, owner: str | None, sandbox: str) -> list[str]:
+        wanted = {"group": group, "state": "ready", "bound_to_user": owner}
+        wanted["bound_sandbox"] = sandbox
+        return [
+            row["vm_name"]
+            for row in vms
+            if wanted.items() <= row.items() and row["last_health_check"] > since
+            if row["builds_count"] < (reuse["reuse_max_count"] or math.inf)
+            if row["spawned_at"] > time.time() - (reuse["reuse_max_age"] or math.inf)
+        ]
+
+    def room(group: str, owner: str) -> float:
+        bound = sum((row["group"], row["bound_to_user"]) == (group, owner) for row in vms)
+        return math.inf if (limit := limits[group]) is None else limit - bound
+
+    [share] = vmrm.allot([request], free, room)
     try:
         vmrm.VmManager(db=db).acquire(request)
     except Taken as taken:

@@ -21,6 +21,17 @@ from figures import ROOT, Figure, interleaved, rate
 import vmrm
 
 CONTENDERS = 4
+CHOICE = """
+SELECT (SELECT vm_name FROM pool_vms WHERE "group" = 'g' AND state = 'ready'
+        AND bound_to_user = :owner AND bound_sandbox = 's' AND last_health_check > 0
+        ORDER BY last_health_check DESC LIMIT 1),
+       (SELECT vm_name FROM pool_vms WHERE "group" = 'g' AND state = 'ready'
+        AND bound_to_user IS NULL AND bound_sandbox = '' AND last_health_check > 0
+        ORDER BY last_health_check DESC LIMIT 1),
+       max_vm_per_user,
+       (SELECT count(*) FROM pool_vms
+        WHERE "group" = 'g' AND bound_to_user = :owner AND state <> 'terminating')
+FROM pool_groups WHERE name = 'g'"""
 CHUNKS = 8  # per round: short ones, so that what else the host does falls on all alike
 
 
@@ -40,7 +51,7 @@ class Plain:
 
     def __init__(self, path: Path, lock: Path | None = None) -> None:
         self.db = sqlite3.connect(path, isolation_level=None, timeout=60)
-        self.db.execute("PRAGMA synchronous = FULL")
+        self.db.execute("PRAGMA synchronous = NORMAL")  # as for VMs bound to their owner already
         self.lock = os.open(lock, os.O_RDWR | os.O_CREAT) if lock else None
 
     def _within(self, work: Callable[[], str]) -> str:
@@ -58,22 +69,16 @@ class Plain:
         return self._within(functools.partial(self._acquire, owner))
 
     def _acquire(self, owner: str) -> str:
-        choice = {"owner": owner, "sandbox": "s", "group": "g", "since": 0.0, "now": 0.0}
-        own, fresh, may_bind = self.db.execute(vmrm._CHOOSE, choice).fetchone()
-        name = own or (may_bind and fresh)
+        own, fresh, limit, bound = self.db.execute(CHOICE, {"owner": owner}).fetchone()
+        name, now = own or (bound < limit and fresh), time.time()
+        self.db.execute(
+            "INSERT INTO leases (vm_name, token, holder, acquired_at) VALUES (?, ?, ?, ?)",
+            (name, os.urandom(16).hex(), f"{os.getpid()}", now),
+        )
         self.db.execute(
             """UPDATE pool_vms SET state = 'in_use', state_at = ?, bound_to_user = ?,
-               bound_sandbox = 's', token = ?, holder = ?, acquired_at = ?, holder_seen_at = ?
-               WHERE vm_name = ?""",
-            (
-                time.time(),
-                owner,
-                os.urandom(16).hex(),
-                str(vmrm.Process.of()),
-                time.time(),
-                time.time(),
-                name,
-            ),
+               bound_sandbox = 's' WHERE vm_name = ?""",
+            (now, owner, name),
         )
         return str(name)
 
@@ -82,11 +87,10 @@ class Plain:
         return self._within(functools.partial(self._release, name))
 
     def _release(self, name: str) -> str:
-        select = "SELECT token, check_fails FROM pool_vms WHERE vm_name = ?"
+        select = "SELECT token, check_fails FROM pool_list WHERE vm_name = ?"
         self.db.execute(select, (name,)).fetchone()
-        self.db.execute(
-            """UPDATE pool_vms SET state = 'ready', state_at = ?, token = NULL, holder = NULL,
-               acquired_at = NULL, holder_seen_at = NULL, last_release = ?,
+        self.db.execute(  # which ends the lease, by a trigger
+            """UPDATE pool_vms SET state = 'ready', state_at = ?, last_release = ?,
                builds_count = builds_count + 1 WHERE vm_name = ?""",
             (time.time(), time.time(), name),
         )
@@ -133,7 +137,7 @@ def measure(
             f"acquire + release, {vms} VMs",
             "pairs/s",
             (statistics.median(found[vms][0]), statistics.median(found[vms][1])),
-            0.5,
+            0.3,
         )
         for vms in sizes
     ]
