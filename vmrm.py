@@ -6810,7 +6810,7 @@ def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Plan:
     """What rows say that a VM is to do. Taking the same plan twice changes nothing."""
 
@@ -6820,10 +6820,11 @@ class Plan:
     start_at: float | None
     halt: Halt | None
     holds: list[Hold]
+    entries: list[ScheduleEntry]
 
     @classmethod
-    def read(cls, db: Database, server_name: str) -> Plan:
-        """Read the plan of a VM.
+    def read(cls, db: Database, server_name: str, known: Plan | None = None) -> Plan:
+        """Read the plan of a VM; entries of the one known before are taken from it.
 
         Raises:
             _Leave: the experiment has no such VM any more.
@@ -6838,8 +6839,444 @@ class Plan:
         )
         if row is None:
             raise _Leave("the VM was taken out")
+        entries = known.entries if known else []
+        if known is None or row["text"] != known.text:  # in a generation, entries are only added
+            entries = entries + parse_schedule(row["text"])[len(entries) :]
         halt = Halt(row.pop("halt")) if row["halt"] else row.pop("halt")
-        return cls(**row, halt=halt, holds=read_holds(db, server_name))
+        return cls(**row, halt=halt, holds=read_holds(db, server_name), entries=entries)
+
+    @functools.cached_property
+    def times(self) -> dict[int, float]:
+        """When each entry really happens, by ordinal."""
+        return effective_times(self.entries, self.holds)
+
+
+class StartTime:
+    """Time 0 on both clocks, converted once: the plan stands whatever is done to the wall clock."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
+        self.wall: float | None = None
+        self.monotonic = math.inf
+
+    def plan(self, start_at: float | None) -> None:
+        """Take the common start, which never changes once it is set."""
+        if start_at is None or self.wall is not None:
+            return
+        self.wall = float(int(start_at))
+        self.monotonic = CLOCK.monotonic() + (self.wall - CLOCK.wall())
+        self.log.info("the experiment starts at %s", _iso(self.wall))
+
+    def check(self) -> None:
+        """Notice a step of the wall clock, and say so once."""
+        if self.wall is None:
+            return
+        step = (CLOCK.wall() - self.wall) - (CLOCK.monotonic() - self.monotonic)
+        if abs(step) > 1:
+            self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
+            self.wall += step
+
+
+class Patience:
+    """How long a VM may be in trouble without getting on, before that is its end."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.calm = 0.0  # seconds since the last trouble in which nothing was asked of the agent
+        self._since: float | None = None
+        self._count = 0
+        self._refused = ""  # the last thing that the agent did not do
+        self._reached: set[Hashable] = set()  # how far the VM ever came
+
+    def progress(self, *point: Hashable) -> None:
+        """Note that the VM gets on, so that past trouble is forgiven.
+
+        Args:
+            point: How far it came. Only the first time counts: a guest that reboots for ever
+                comes to the same again and again. Without it, it always counts.
+        """
+        if point and point in self._reached:
+            return
+        self._reached.add(point)
+        self._since, self._refused, self._count = None, "", 0
+
+    def trouble(self, error: drivers.DriverError) -> float:
+        """Return after how many seconds to connect anew.
+
+        Raises:
+            VMFailed: nobody is there, it is forbidden, it was refused twice, or it takes too long.
+        """
+        refused, self._refused = self._refused, str(error)
+        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
+        # An agent that was restarted knows neither our files nor our programs; one that is frozen
+        # will be thawed.
+        passing = (drivers.UnknownPid, drivers.Frozen)
+        again = isinstance(error, drivers.AgentError) and refused == str(error)
+        if isinstance(error, final) or (again and not isinstance(error, passing)):
+            raise VMFailed(str(error)) from error
+        now = CLOCK.monotonic()
+        if self._since is None or self.calm > self.limit:
+            self._since = now
+        self.calm = 0.0
+        if now - self._since > self.limit:
+            raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
+        self._count += 1
+        return float(0.05 * 1.5 ** min(self._count - 1, 50))
+
+
+class HandledVM:
+    """One VM, as long as a process deals with it: its rows and logs, its agent, its guest.
+
+    Args:
+        config: As `handler_config` returns it.
+        wait: Waits inside driver calls, as `drivers.WaitHook`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], wait: drivers.WaitHook) -> None:
+        self.config, self.wait = config, wait
+        self.name: str = config["vm_name"]
+        self.db = _database(config.get("db"))
+        self.timeouts = self.db.timeouts
+        self.log = logging.getLogger(f"vmrm.{self.name}")
+        self.limit = float(config.get("agent_timeout") or 300)
+        self.driver: drivers.AbstractDriver = cast(Any, None)
+        self.guest: Guest = cast(Any, None)  # once it was connected to
+        self.start = StartTime(self.log)
+        self.patience = Patience(self.limit)
+        self._told: str | None = None  # in the VM's row, once this is its handler
+        self.open_output()
+
+    @functools.cached_property
+    def journal(self) -> Journal:
+        """The attempts at this generation of its schedule."""
+        return Journal(self.db, self.name)
+
+    @functools.cached_property
+    def host(self) -> HostGuest:
+        """This host, where entries may run, too."""
+        return HostGuest(self.db, self.name, self.journal.token)
+
+    @property
+    def token(self) -> str:
+        """What a script of ours must be told before it begins."""
+        return f"{self.config['vm_uuid']}.{self.journal.token}"
+
+    def open_output(self) -> None:
+        """Begin to write logs; anew, where there may be room again."""
+        self.output = OutputLog(run_directory(self.db, "logs"), self.name, self.log)
+
+    def place(self, entry: ScheduleEntry) -> Guest:
+        """Return where an entry's script runs."""
+        return self.host if entry.on_host else self.guest
+
+    def state(self) -> str:
+        """Return the state that the VM's row says."""
+        sql = "SELECT state FROM vms WHERE server_name = :name"
+        return cast(str, self.db.value(sql, name=self.name))
+
+    def set_state(self, state: str, reason: str = "") -> None:
+        """Move the VM to a state; the last one to be configured sets the start time by this."""
+        with _changing_vms(self.db) as connection:
+            move_vm(connection, self.name, state, reason)
+        self.log.info("the VM is %s", state)
+
+    def check_in(self) -> None:
+        """Say, in the caller's transaction, that this process is the VM's handler now."""
+        self.db.connection.execute(
+            """UPDATE vms SET handler = :me,
+                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+               WHERE server_name = :name""",
+            {"me": str(Process.of()), "name": self.name},
+        )
+        self._told = ""
+
+    def tell(self, reason: str) -> None:
+        """Have `status` say what the VM waits for, as long as it does; not for lone commands."""
+        if self._told not in (None, reason):
+            sql = "UPDATE vms SET reason = :reason WHERE server_name = :name AND state <> 'failed'"
+            self.db.write(sql, reason=reason, name=self.name)
+            self._told = reason
+
+    # --- its agent
+
+    def driver_class(self) -> type[drivers.AbstractDriver]:
+        """Return the driver class whose engine is this VM's."""
+        try:
+            return driver_of(self.config.get("engine") or "QemuVM")
+        except UsageError as error:
+            raise VMFailed(f"{error} ({error.hint})" if error.hint else str(error)) from error
+
+    def _make_driver(self) -> drivers.AbstractDriver:
+        chosen = self.driver_class()
+        settings = {**self.config, "name": self.name, "timeout": self.timeouts.call}
+        try:
+            driver = chosen(settings, self.log)
+        except Exception as error:  # a plug-in is anybody's code
+            raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
+        driver.wait = self.wait
+        return driver
+
+    def connect(self, seconds: float | None = None) -> None:
+        """Reach the agent within so many seconds (its time-out), and learn the guest's boot."""
+        self.driver = self.driver or self._make_driver()
+        limit = seconds or self.limit
+        deadline, soon = CLOCK.monotonic() + limit, min(limit, self.timeouts.reconnect)
+        no_answer = (drivers.NoSocket, drivers.NoAnswer, drivers.LinkLost, drivers.DriverTimeout)
+        try:
+            self.driver.connect_timeout = soon
+            self.driver.connect()
+        except no_answer as error:
+            if soon == limit:
+                raise
+            self.tell(f"{WAITS}{error}")
+            self.driver.connect_timeout = limit - soon
+            self.driver.connect()
+        if self.guest is None:
+            launch_dir = str(self.config.get("launch_dir") or "")
+            self.guest = guest_of(self.driver, launch_dir, self.timeouts.call, self.limit)
+        while not (boot := self.driver.boot_id()) and self.guest.always_tells_boot:
+            if CLOCK.monotonic() > deadline:  # it runs no programs yet
+                raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
+            self.wait(-1, 0, 1)
+        if not boot and any(attempt.boot_id for attempt in self.journal.latest().values()):
+            raise drivers.LinkLost("the guest does not tell its boot now; is it frozen?")
+        self.guest.boot = boot
+
+    def close(self) -> None:
+        """Close the connection to the agent, if there ever was one."""
+        if self.driver is not None:
+            self.driver.close()
+
+    def reboot_steps(self) -> Steps:
+        """Reboot the guest and wait until its agent answers again; nothing else goes on meanwhile.
+
+        Raises:
+            VMFailed: it did not go down, or did not come back, within the agent time-out.
+        """
+        guest, driver = self.guest, self.driver
+        self.log.info("rebooting the VM")
+        driver.reboot()
+        _crash("rebooted")
+        deadline = CLOCK.monotonic() + self.limit
+        going_down = CLOCK.monotonic() + min(self.limit, self.timeouts.reboot_start)
+        while True:
+            try:
+                driver.connect_timeout = max(0.1, deadline - CLOCK.monotonic())
+                driver.connect()
+                boot = driver.boot_id()
+            except drivers.ConnectError as error:
+                raise VMFailed(f"the VM did not come back from its reboot: {error}") from error
+            except drivers.DriverError as error:  # it went down while we were asking
+                self.log.debug("still going down: %s", error)
+                boot = guest.boot
+            booting = guest.always_tells_boot and not boot
+            if boot != guest.boot and not booting:
+                break
+            if CLOCK.monotonic() > (deadline if booting else going_down):
+                what = "does not come back" if booting else "does not go down"
+                raise VMFailed(f"the VM accepted a reboot but {what}")
+            driver.close()
+            self.wait(-1, 0, 0.2)
+        guest.boot = boot
+        self.log.info("the VM is back (boot %s)", boot)
+        yield 0
+
+    def clock_steps(self) -> Steps:
+        """Set the guest's clock, in negative time only, and measure by how much it is off."""
+        may_set, refused = self.start.wall is None and self.config.get("set_time", True), ""
+        if may_set:
+            try:
+                self.driver.set_time()
+            except drivers.AgentError as error:
+                refused = f"; the agent could not set it: {error}"
+        try:
+            skew = self._skew()
+            if may_set and abs(skew) > 1 and not self.driver.is_windows:
+                # An agent needs hwclock for it. `date` takes whole seconds, so one is waited for.
+                pause = 1 - CLOCK.wall() % 1
+                at = round(CLOCK.wall() + pause)
+                yield pause
+                with contextlib.suppress(drivers.AgentError):
+                    yield from self.guest.finish(["date", "-u", "-s", f"@{at}"])
+                skew = self._skew()
+        except drivers.AgentError as error:
+            self.log.warning("the guest's clock cannot be read: %s", error)
+            return
+        if abs(skew) > 1:
+            self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
+        self.db.write(
+            "UPDATE vms SET skew_s = :skew WHERE server_name = :name", skew=skew, name=self.name
+        )
+        yield 0
+
+    def _skew(self) -> float:
+        """Return by how many seconds the guest's clock is off for sure."""
+        before = CLOCK.wall()
+        guest = self.driver.get_time() / 1e9
+        after = CLOCK.wall()
+        skew = guest - (before + after) / 2
+        # What the answer's way may have taken is no fault of the clock.
+        return math.copysign(max(0.0, abs(skew) - (after - before) / 2), skew)
+
+
+class Staging:
+    """Brings contents and scripts to where entries run, once for each boot of the guest."""
+
+    def __init__(self, vm: HandledVM) -> None:
+        self.vm = vm
+        self._boot = ""
+        self._ready: set[int] = set()  # ordinals
+        self._faulty: set[int] = set()  # of these, what could not be loaded
+
+    def is_ready(self, entry: ScheduleEntry) -> bool:
+        """Whether an entry was prepared, be it in vain."""
+        return entry.ordinal in self._ready
+
+    def missing(self, entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
+        """Return the entries that must be prepared in the present boot of the guest."""
+        if self._boot != self.vm.guest.boot:
+            self._ready, self._boot = set(), self.vm.guest.boot
+        return [entry for entry in entries if not self.is_ready(entry)]
+
+    def forgive(self) -> None:
+        """Have what could not be loaded tried again: its file may have come since, or a retry."""
+        self._ready -= self._faulty
+        self._faulty.clear()
+
+    def steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
+        """Prepare entries; raise VMFailed if the VM cannot do without one that cannot be loaded."""
+        for entry in entries:
+            if entry.on_host:
+                self._install(entry)
+                yield 0
+        if staged := [entry for entry in entries if entry.runs_script and not entry.on_host]:
+            yield from self._stage_steps(staged)
+        self._ready.update(entry.ordinal for entry in entries)
+        self.vm.patience.progress("ready", len(self._ready))
+
+    def _install(self, entry: ScheduleEntry) -> None:
+        """Write what an entry on this host runs."""
+        if not self.vm.db.value("SELECT allow_host FROM current_experiment"):
+            self._not_loadable(entry, "it runs on the host: run --allow-host")
+            return
+        try:
+            self.vm.host.install(entry, self._title(entry), self.vm.token)
+        except OSError as error:
+            self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+
+    def _title(self, entry: ScheduleEntry) -> str:
+        where = ", on the host" if entry.on_host else ""
+        return f"VM {self.vm.name}, entry {entry.ordinal} ({entry}){where}"
+
+    def _not_loadable(self, entry: ScheduleEntry, why: str) -> None:
+        vm = self.vm
+        if entry.start_time < 0 and not entry.ignore_failure:
+            raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
+        latest = vm.journal.latest().get(entry.ordinal)
+        if next_step(entry, latest, vm.guest.boot) is NextStep.RUN:
+            attempt = vm.journal.arm({entry.ordinal: None}, vm.guest.boot)[entry.ordinal]
+            vm.journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
+        self._faulty.add(entry.ordinal)
+
+    def _stage_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
+        guest = self.vm.guest
+        present = yield from self._list_steps(entries)
+        layout: list[str] = []  # what is to be done with all that was pushed
+        for entry in entries:
+            try:
+                placed = self._contents(entry)
+                modes = [(staged.sha256, mode) for staged, mode in placed]
+                scripts = guest.scripts(entry, self._title(entry), self.vm.token, modes)
+            except FileNotFoundError as error:
+                self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            except ValueError as error:
+                self._not_loadable(entry, str(error))
+            else:
+                contents = [staged for staged, _ in placed]
+                layout += yield from self._load_steps(contents, scripts, present)
+            _crash("files-loaded")
+            yield 0  # what is due goes first
+        path = yield from self._push_steps(text_content(guest.layout(layout)), guest.script_suffix)
+        status = yield from guest.finish(guest.command(path))
+        if status.exitcode != 0:
+            raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
+
+    def _list_steps(self, entries: Iterable[ScheduleEntry]) -> Steps:
+        """Make the stage and return hashes and sizes of what lies there.
+
+        In full, as a reset may cut short what was not synced. An older experiment's folders are
+        moved aside.
+        """
+        vm, guest = self.vm, self.vm.guest
+        fresh = not (self._ready or vm.journal.latest())
+        scripts = [guest.flavour(entry.call_arguments_filename) for entry in entries]
+        folders = sorted({script.parent.parent.name for script in scripts})
+        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+        owner = vm.journal.experiment, vm.config["vm_uuid"]
+        status = yield from guest.prepare(old, fresh, *owner, folders)
+        if status.exitcode != 0:
+            raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
+        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
+        return {(sha256, int(size)) for size, sha256 in listed}
+
+    def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
+        """Return what an entry places, each with its file mode."""
+        guest, placed = self.vm.guest, []
+        own_program = guest.path(entry, entry.executable or "")
+        for item in entry_files(entry):
+            location = guest.path(entry, item["location"])
+            if "content" in item:
+                staged = text_content(guest.content(location, item["content"]))
+            else:
+                staged = self._stored(item)
+            is_program = item.get("executable") or location == own_program
+            placed.append((staged, "755" if is_program else "644"))
+        return placed
+
+    def _stored(self, item: Mapping[str, Any]) -> Staged:
+        db, name = self.vm.db, item["filename"]
+        path = content_path(db, item.get("sha256") or VmResourceStore(db=db).get_file_hash(name))
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "the file store has no such file", name)
+        return Staged(path.name, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
+
+    def _load_steps(
+        self,
+        contents: list[Staged],
+        scripts: Iterable[tuple[str, str, str]],
+        present: set[tuple[str, int]],
+    ) -> Steps:
+        """Push what the stage lacks; return the lines of the layout that put it in its place."""
+        guest, lines, puts = self.vm.guest, [], []
+        for text, path, user in scripts:
+            staged = text_content(text)
+            line = guest.text(staged.sha256, text)
+            if line is None:
+                contents.append(staged)
+            elif (staged.sha256, staged.size) not in present:
+                present.add((staged.sha256, staged.size))
+                lines.append(line)
+            puts.append(guest.put(staged.sha256, path, user))
+        for staged in contents:
+            if (staged.sha256, staged.size) not in present:
+                yield from self._push_steps(staged)
+                present.add((staged.sha256, staged.size))
+                lines.append(guest.keep(staged.sha256, staged.size))
+        return lines + puts
+
+    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
+        """Copy a content into the stage; return its path there."""
+        guest = self.vm.guest
+        path = guest.join(guest.stage, staged.sha256 + suffix)
+        with staged.source() as source:
+            try:
+                for sent in guest.driver.push(source, path):
+                    self.vm.patience.progress("staged", staged.sha256, sent >> 20)
+                    yield 0
+            except drivers.AgentError:  # a full disk, for example
+                guest.driver.delete_file(path)
+                raise
+        return path
 
 
 class Transfers:
@@ -6887,6 +7324,11 @@ class Transfers:
                 return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
             if not self.ending:
                 yield cast(float, interval)
+
+    def item_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        """Do what one `transfer` of an entry says."""
+        location = self.guest.path(entry, item["location"])
+        return self.steps(str(entry), location, item["interval"], item["destination"])
 
     def pass_steps(self, location: str, root: Path) -> Steps:
         """Bring what changed at a guest's path or glob to the host; return what went wrong."""
@@ -7074,13 +7516,654 @@ class Requests:
         )
 
 
+class EntryRun:
+    """One entry in one life of its handler: its attempt on the agenda, and what it transfers."""
+
+    def __init__(self, entry: ScheduleEntry) -> None:
+        self.entry = entry
+        self.lead = 1 + secrets.randbelow(4000) / 1000  # seconds between arming and due
+        self.attempt: Attempt | None = None  # the one that `task` takes to its end …
+        self.task: Task | None = None
+        self.due: float | None = None  # … for this effective time, if it was armed for one
+        self.repeating: list[Task] | None = None  # transfers that come again
+        self.missed: list[str] = []  # what their last pass did not bring
+
+
+class Limit(NamedTuple):
+    """Until when an attempt may last, by monotonic time, and what is said then."""
+
+    at: float
+    why: str
+
+
+_KILL = Limit(-math.inf, KILLED)
+
+
+class AttemptRun:
+    """Takes one armed attempt to its end: sends, watches, transfers, closes the journal.
+
+    Args:
+        vm: Connected, unless the entry runs on this host.
+        run: The entry.
+        attempt: Open.
+        transfers: Copy what the entry wants out of the guest.
+        due: The monotonic time that it was armed for, if for one.
+    """
+
+    def __init__(
+        self,
+        vm: HandledVM,
+        run: EntryRun,
+        attempt: Attempt,
+        transfers: Transfers | None = None,
+        due: float | None = None,
+    ) -> None:
+        self.vm, self.run, self.attempt, self.transfers = vm, run, attempt, transfers
+        self.entry, self.due = run.entry, due
+        self.guest = vm.place(run.entry)
+        self.folder = self.guest.attempt_dir(run.entry, attempt)
+
+    @functools.cached_property
+    def limit(self) -> Limit:
+        """Until when it may last, counted from now, or from when it was sent."""
+        seconds = self.entry.options.get("timeout") or (
+            self.vm.timeouts.negative_entry if self.entry.start_time < 0 else math.inf
+        )
+        at = CLOCK.monotonic() + seconds
+        if self.attempt.sent_at is not None:  # by the wall clock, which may have been set back
+            at -= max(0.0, CLOCK.wall() - self.attempt.sent_at)
+        return Limit(at, f"timed out after {seconds:g} s")
+
+    def steps(self, found: Found | None = None) -> Steps:
+        """Take the attempt to its end.
+
+        Args:
+            found: What the guest already shows of it; None: send it now.
+        """
+        entry, exit_code, reboot, outcome = self.entry, None, False, Outcome.FAILED
+        killing = self.limit is _KILL  # from here on the limit counts
+        may_reboot = entry.start_time < 0 and self.guest.reboots
+        try:
+            if entry.runs_script:
+                found = yield from self._watch_steps(found or (yield from self._send_steps()))
+                exit_code, reboot = found.exit_code, found.reboot
+            else:
+                self._record_start(CLOCK.wall(), None, self._planned())
+            yield from self._transfer_steps()
+            if killing and exit_code == CLAIM_FAILED:
+                raise _EntryFailed(KILLED)
+            failed = exit_code and not (may_reboot and exit_code == REBOOT_EXIT_CODE)
+            error = f"exit code {exit_code}" if failed else ""
+            outcome = Outcome.FAILED if failed else Outcome.DONE
+        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
+            raise
+        except (_EntryFailed, RuntimeError, drivers.AgentError) as failure:
+            error = str(failure)
+        except _Unknown as unknown:
+            error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
+        asks = may_reboot and (reboot or exit_code == REBOOT_EXIT_CODE)
+        self.vm.output.end(entry, self.attempt)
+        _crash("before-journal")
+        self.end(
+            outcome,
+            error or self.vm.output.loss(self.attempt),
+            exit_code=exit_code,
+            reboot=asks and outcome is Outcome.DONE,
+        )
+        _crash("journal-closed")
+
+    def end(self, outcome: Outcome, error: str, **more: Any) -> None:
+        """Close the journal of the attempt."""
+        self.vm.journal.ended(self.attempt, outcome, error=error, **more)
+        self.vm.log.info("entry %d (%s) %s %s", self.entry.ordinal, self.entry, outcome, error)
+        self.vm.patience.progress("ended", self.attempt.id)
+
+    def _send_steps(self) -> Steps:
+        """Start the entry's script. Nothing is committed between here and guest-exec."""
+        guest, journal = self.guest, self.vm.journal
+        script = str(self.entry.call_arguments_filename)
+        argv = guest.command(script, self.attempt.claim, guest.token(self.vm.token))
+        journal.check()  # a read: whatever kept the word from us, nothing starts after it
+        sent, planned = CLOCK.wall(), self._planned()  # a pause may come meanwhile
+        pid = guest.driver.start(argv, capture=guest.captures)
+        _crash("exec-answered")
+        yield 0  # what else is due goes first
+        self._record_start(sent, pid, planned)
+        _crash("running-recorded")
+        self.vm.log.info("entry %d (%s) started, pid %d", self.entry.ordinal, self.entry, pid)
+        self.vm.patience.progress("sent", self.attempt.id)
+        return Found(claimed=True, pid=pid)
+
+    def _record_start(self, sent: float, pid: int | None, planned: float | None) -> None:
+        self.vm.journal.started(self.attempt, sent, pid, self.entry.start_time, planned)
+
+    def _planned(self) -> float | None:
+        """Return the attempt's plan; where the host's clock was set since the arming, so is it."""
+        planned = self.attempt.planned_at
+        if planned is None or self.due is None:
+            return planned
+        by_plan = CLOCK.wall() - (CLOCK.monotonic() - self.due)
+        return planned if abs(by_plan - planned) < 1 else by_plan
+
+    def _within(self, limit: Limit, steps: Steps) -> Steps:
+        """Take steps up to a limit, at which they meet _EntryFailed."""
+        resume = functools.partial(next, steps)
+        while True:
+            try:
+                wish = resume()
+            except StopIteration as end:
+                return end.value
+            if isinstance(wish, int | float):
+                wish = min(wish, max(0.0, limit.at - CLOCK.monotonic()))
+            yield wish
+            if CLOCK.monotonic() >= limit.at:
+                resume = functools.partial(steps.throw, _EntryFailed(limit.why))
+
+    def _transfer_steps(self) -> Steps:
+        """Bring out of the guest what comes once; of an entry that only transfers, all."""
+        for item in self.entry.items("transfer"):
+            if not item["interval"]:
+                if self.transfers is None:
+                    raise _EntryFailed(self.limit.why)
+                yield from self._within(self.limit, self.transfers.item_steps(self.entry, item))
+        if not self.entry.runs_script and self.entry.start_time > 0:  # else it never ended
+            yield self.run.repeating or []
+            if self.run.missed:
+                raise _EntryFailed("; ".join(self.run.missed[:5]))
+
+    def _watch_steps(self, found: Found) -> Steps:
+        """Follow a started program to its end, and kill it at the limit; return what it left."""
+        interval, fetch_at, (at, why) = self.vm.timeouts.poll_first, 0.0, self.limit
+        while True:
+            yield min(interval, max(0.0, at - CLOCK.monotonic()))
+            interval = min(interval * 1.5, self.vm.timeouts.poll_last)
+            found = yield from self._look_steps(found)
+            if found.exit_code is not None or CLOCK.monotonic() >= at:
+                break
+            if CLOCK.monotonic() >= fetch_at:
+                with contextlib.suppress(_EntryFailed):
+                    yield from self._within(self.limit, self._fetch_steps())
+                fetch_at = CLOCK.monotonic() + self.vm.timeouts.poll_last / 2
+        if found.exit_code is None:
+            yield from self._kill_steps(found.pid)
+        # What a program wrote before its end, in time or not, gets a moment in any case.
+        grace = Limit(max(at, CLOCK.monotonic() + self.vm.timeouts.term_grace), why)
+        try:
+            yield from self._within(grace, self._fetch_steps(last=True))
+        except _EntryFailed:
+            if found.exit_code is not None:
+                raise
+        if found.exit_code is None:
+            raise _EntryFailed(why if self.limit is _KILL else f"{why} and was killed")
+        return found
+
+    def _look_steps(self, found: Found) -> Steps:
+        """Look once how the attempt is; return it as found now, with an exit code if it has ended.
+
+        The agent is asked first, then the guest's own files; an agent that does not know the pid
+        (it was restarted) leaves the probe of the process itself.
+
+        Raises:
+            _EntryFailed: it was never begun, or died by a signal.
+        """
+        guest = self.guest
+        if found.exit_code is not None:
+            return found
+        if found.pid is None:
+            return (yield from self._claim_steps())
+        try:
+            status = guest.driver.status(found.pid)
+        except drivers.UnknownPid:
+            guest.check_boot()
+            return (yield from self._claim_steps())
+        self.vm.patience.progress()
+        if not status.exited:
+            return found
+        with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
+            exit_file = guest.driver.read_bytes(guest.join(self.folder, "exit"), limit=64)
+            code, reboot = parse_exit(exit_file.decode())
+            return dataclasses.replace(found, exit_code=code, reboot=reboot)
+        guest.check_boot()  # after a reboot, another program may have this pid
+        left = guest.look([self.folder])[0]
+        if left.exit_code is not None:
+            return left
+        # A script of ours has nothing to tell the agent once it has made its claim.
+        if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
+            why = printable(status.err) or "no reason given"
+            raise _EntryFailed(f"the {guest.name} did not begin it: {why}")
+        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
+        if left.claimed and refused:  # another start of this attempt was faster
+            return (yield from self._claim_steps())
+        if status.exitcode is None:
+            raise _EntryFailed(f"killed by signal {status.signal}")
+        reboot_file = str(self.entry.reboot_filepath)  # the guest's disk was full
+        reboot = guest.reboots and bool(guest.driver.file_exists(reboot_file))
+        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
+
+    def _claim_steps(self) -> Steps:
+        """Ask an attempt's own files how it is, and give it a moment to say who it is.
+
+        Raises:
+            LinkLost: it has not begun; recovery knows what to do with it.
+            _Unknown: it has begun, and ended without a word.
+        """
+        deadline = CLOCK.monotonic() + self.vm.timeouts.claim_grace
+        while True:
+            found = self.guest.look([self.folder])[0]
+            if found.exit_code is not None or found.alive:
+                return found
+            if not found.claimed:
+                raise drivers.LinkLost("the agent was restarted")
+            if found.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it ended, and nobody saw how")
+            yield self.vm.timeouts.claim_grace / 10
+
+    def _kill_steps(self, pid: int | None) -> Steps:
+        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
+        timeouts = self.vm.timeouts
+        if pid is None or not self.guest.signal("TERM", pid):
+            return
+        pause, deadline = timeouts.poll_first, CLOCK.monotonic() + timeouts.term_grace
+        while CLOCK.monotonic() < deadline:
+            yield pause
+            if not self.guest.signal("0", pid):
+                return
+            pause = min(2 * pause, timeouts.poll_last)
+        self.guest.signal("KILL", pid)
+
+    def _fetch_steps(self, last: bool = False) -> Steps:
+        """Append what the program has written since the last time to the host's logs.
+
+        While a program runs, Windows lets the agent not read what it has written so far.
+        """
+        guest, output, attempt = self.guest, self.vm.output, self.attempt
+        for stream in ("out", "err"):
+            while (room := output.room(self.entry, attempt)) > 0:
+                offset, limit = output.size(attempt, stream), min(room, _OUTPUT_PIECE)
+                try:
+                    data = guest.read(guest.join(self.folder, stream), limit, offset, last)
+                except drivers.AgentError:  # there is no output file, on a full disk for example
+                    break
+                if not data or not output.append(self.entry, attempt, stream, data):
+                    break
+                if len(data) < limit:
+                    break
+                yield 0  # what is due goes first
+
+    def recover(self, found: Found, due: bool) -> NextStep:
+        """Return what becomes of the attempt, which somebody else began: RUN, WATCH or FAILED.
+
+        In the last case its journal is closed.
+        """
+        same_boot = self.attempt.boot_id == self.guest.boot
+        step = recovered(found, same_boot=same_boot, due=due)
+        if step is NextStep.FAILED:
+            why = "nobody saw its end" if same_boot else f"the {self.guest.name} was rebooted"
+            self.end(Outcome.UNKNOWN, f"it may have run: {why}")
+        return step
+
+    def watch(self, found: Found) -> Steps:
+        """Go on with an attempt that was found again; on a full disk nobody noted the pid there."""
+        pid = found.pid if found.pid is not None else self.attempt.pid
+        return self.steps(dataclasses.replace(found, pid=pid))
+
+
+def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> None:
+    """End the programs of all open attempts in a guest; what has not begun there never will."""
+    entries, latest = [entry for entry in entries if guest.runs(entry)], vm.journal.latest()
+    guest.name_places(entries)
+    runs = [
+        AttemptRun(vm, EntryRun(entry), latest[entry.ordinal])
+        for entry in entries
+        if entry.runs_script and entry.ordinal in latest and latest[entry.ordinal].is_open
+    ]
+    if not runs:
+        return
+    folders = [run.folder for run in runs]
+    guest.forbid(folders)
+    agenda, tasks = Agenda(), []
+    with contextlib.closing(agenda):
+        for run, found in zip(runs, guest.look(folders), strict=True):
+            run.limit = _KILL
+            forbidden = found.exit_code == CLAIM_FAILED and found.pid is None
+            if forbidden and run.attempt.outcome is Outcome.ARMED:  # another run may begin it
+                why = f"{KILLED}: it did not begin"
+                run.end(Outcome.FAILED, why, exit_code=CLAIM_FAILED, retried=True)
+            elif run.recover(found, due=True) is NextStep.WATCH:
+                tasks.append(agenda.spawn(run.watch(found)))
+        for task in tasks:
+            agenda.finish(task, lambda seconds: vm.wait(-1, 0, seconds))
+
+
+def arming_meanwhile(steps: Steps, arm: Callable[[], float]) -> Steps:
+    """Take steps, and call `arm` at the monotonic times that it returns: what is due goes on."""
+    arming = -math.inf
+    for wish in steps:
+        if CLOCK.monotonic() >= arming:
+            arming = arm()
+        yield wish
+
+
+class Life:
+    """A VM's way through its schedule, from connecting to its end or to trouble with the link.
+
+    All that a reconnect forgets is here: the next life finds it again, by rows and by what the
+    guest's own files say, as a fresh handler does.
+    """
+
+    def __init__(self, vm: HandledVM, staging: Staging) -> None:
+        self.vm, self.staging, self.journal = vm, staging, vm.journal
+        self.agenda = Agenda()
+        self.transfers = Transfers(vm.guest, vm.name, run_directory(vm.db, "transfers"), vm.log)
+        self.plan: Plan = cast(Any, None)  # taken before anything begins
+        self.runs: dict[int, EntryRun] = {}  # by ordinal
+        self.task: Task | None = None
+
+    def close(self) -> None:
+        """End all that this life has begun: nothing of it goes on in the next one."""
+        self.agenda.close()
+
+    def begin(self) -> Task:
+        """Put the VM's way on the agenda."""
+        self.task = self.agenda.spawn(self._steps())
+        return self.task
+
+    def take(self, plan: Plan) -> None:
+        """Take what rows say now."""
+        if plan.generation != self.journal.generation:
+            raise _Replaced("the schedule was replaced")
+        self.plan = plan
+        self.vm.start.plan(plan.start_at)
+        self.staging.forgive()
+        for entry in plan.entries[len(self.runs) :]:
+            self.runs[entry.ordinal] = EntryRun(entry)
+        self._withdraw_moved()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.task:  # and nobody else: an armed entry sleeps until it is due
+            self.agenda.wake(self.task)
+
+    def _steps(self) -> Steps:
+        """The VM's way: prepare, negative times, configured, wait for time 0, positive times."""
+        vm = self.vm
+        yield from self._prepare_steps()
+        self._recover()
+        yield from _discard_all_steps(vm.db, vm.name, vm.driver)
+        yield from vm.clock_steps()
+        if vm.state() == VMState.UNINITIALIZED:
+            vm.set_state(VMState.CONFIGURING)
+        if vm.state() == VMState.CONFIGURING:
+            yield from self._delay_steps()
+            yield from self._all_negative_steps()
+            if self.plan.halt is not Halt.ABORT:
+                _crash("before-configured")
+                vm.set_state(VMState.CONFIGURED)
+                _crash("configured")
+        while vm.start.wall is None and self.plan.halt is not Halt.ABORT:
+            yield from self._all_negative_steps()
+            if vm.start.wall is None:
+                yield math.inf
+            if self.plan.halt is Halt.END:
+                return
+        if self.plan.halt is not Halt.ABORT:
+            yield from self._positive_steps()
+
+    def _prepare_steps(self) -> Steps:
+        """Bring all contents and scripts into the guest, unless this very boot has them already."""
+        while missing := self.staging.missing(self.plan.entries):
+            for guest in (self.vm.host, self.vm.guest):
+                guest.name_places(entry for entry in self.plan.entries if guest.runs(entry))
+            yield from self.staging.steps(missing)
+
+    # --- one entry
+
+    def _ready(self) -> list[EntryRun]:
+        """Return what can be run: all entries but pauses, as far as they are prepared."""
+        runs = self.runs.values()
+        return [r for r in runs if r.entry.pause is None and self.staging.is_ready(r.entry)]
+
+    def _needs(self, runs: Iterable[EntryRun]) -> dict[NextStep, list[EntryRun]]:
+        latest = self.journal.latest()
+        needs: dict[NextStep, list[EntryRun]] = {step: [] for step in NextStep}
+        for run in runs:
+            step = next_step(run.entry, latest.get(run.entry.ordinal), self.vm.guest.boot)
+            needs[step].append(run)
+        return needs
+
+    def _arm(self, planned: Mapping[int, float | None]) -> dict[int, Attempt]:
+        """Arm entries by ordinal, for a wall time or, in negative time, for now."""
+        self.vm.guest.check_boot()
+        host = {ordinal for ordinal in planned if self.runs[ordinal].entry.on_host}
+        armed = self.journal.arm(planned, self.vm.guest.boot, host)
+        _crash("armed")
+        return armed
+
+    def _spawn(self, run: EntryRun, attempt: Attempt, found: Found | None = None) -> None:
+        """Put an attempt on the agenda, for the time it was armed for or for now."""
+        at = None if run.due is None else self.vm.start.monotonic + run.due
+        attempt_run = AttemptRun(self.vm, run, attempt, self.transfers, at)
+        run.attempt = attempt
+        run.task = self.agenda.spawn(self._attempt_steps(attempt_run, found), at)
+
+    def _attempt_steps(self, attempt: AttemptRun, found: Found | None) -> Steps:
+        self._repeat(attempt.run)
+        yield from attempt.watch(found) if found else attempt.steps()
+        self._wake()
+
+    def run_once(self, entry: ScheduleEntry) -> Attempt:
+        """Arm one attempt of an entry, take it to its end, and return it."""
+        run = self.runs[entry.ordinal] = EntryRun(entry)
+        self._spawn(run, self._arm({entry.ordinal: None})[entry.ordinal])
+        self.agenda.finish(cast(Task, run.task), lambda seconds: self.vm.wait(-1, 0, seconds))
+        return self.journal.latest()[entry.ordinal]
+
+    def _repeat(self, run: EntryRun) -> None:
+        """Start an entry's repeating transfers, once."""
+        if run.repeating is None:
+            run.repeating = [
+                self.agenda.spawn(self._repeat_steps(run, item))
+                for item in run.entry.items("transfer")
+                if item["interval"]
+            ]
+
+    def _repeat_steps(self, run: EntryRun, item: Mapping[str, Any]) -> Steps:
+        run.missed += yield from self.transfers.item_steps(run.entry, item)
+
+    # --- negative time
+
+    def _all_negative_steps(self) -> Steps:
+        """Every negative time that is not done, in order; later ones come by retry or addition."""
+        while self.plan.halt is not Halt.ABORT:
+            yield from self._prepare_steps()
+            runs = [run for run in self._ready() if run.entry.start_time < 0]
+            done = self._needs(runs)[NextStep.NOTHING]
+            at = min((run.entry.start_time for run in runs if run not in done), default=None)
+            if at is None:
+                return
+            VMMapping(db=self.vm.db).set_vm_time_by_uuid(self.vm.config["vm_uuid"], _plain_time(at))
+            yield from self._negative_steps(at)
+
+    def _delay_steps(self) -> Steps:
+        """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
+        launched = self.vm.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
+        negative = {e.ordinal for e in self.plan.entries if e.start_time < 0}
+        while self.plan.halt is None and not negative & self.journal.latest().keys():
+            delay = opening_delay(self.plan.entries, self.plan.holds)
+            if (left := launched + delay - CLOCK.wall()) <= 0:
+                return
+            yield left
+
+    def _negative_steps(self, at: float) -> Steps:
+        """One negative time: start all its entries together, go on when the last has ended."""
+        while True:
+            needs = self._needs(run for run in self._ready() if run.entry.start_time == at)
+            if ready := needs[NextStep.RUN]:
+                armed = self._arm({run.entry.ordinal: None for run in ready})
+                for run in ready:
+                    self._spawn(run, armed[run.entry.ordinal])
+            if tasks := [cast(Task, run.task) for run in ready + needs[NextStep.WATCH]]:
+                yield tasks
+                continue
+            if failed := needs[NextStep.FAILED]:
+                entry = failed[0].entry
+                attempt = self.journal.latest()[entry.ordinal]
+                why = attempt.error or attempt.outcome
+                raise VMFailed(f"entry {entry.ordinal} ({entry}): {why}")
+            if not (again := needs[NextStep.REBOOT]):
+                return
+            yield from self._rerun_steps([run.entry for run in again])
+
+    def _rerun_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
+        """Reboot once for all entries that asked for it; they run again afterwards."""
+        latest, driver = self.journal.latest(), self.vm.driver
+        for entry in entries:
+            if latest[entry.ordinal].attempt > MAX_REBOOTS:
+                what = f"entry {entry.ordinal} ({entry})"
+                raise VMFailed(f"{what} asks for over {MAX_REBOOTS} reboots")
+            if driver.file_exists(str(entry.reboot_filepath)):
+                driver.delete_file(str(entry.reboot_filepath))
+        _crash("before-reboot")
+        yield from self.vm.reboot_steps()
+        yield from self._prepare_steps()
+        yield from self.vm.clock_steps()
+
+    # --- recovery
+
+    def _recover(self) -> None:
+        """Find every open attempt again: by rows, then by what the guest's files say."""
+        latest = self.journal.latest()
+        begun = [run for ordinal, run in self.runs.items() if ordinal in latest]
+        opened = [run for run in begun if latest[run.entry.ordinal].is_open]
+        for guest in (self.vm.guest, self.vm.host):
+            runs = [run for run in opened if run.entry.runs_script and guest.runs(run.entry)]
+            attempts = [AttemptRun(self.vm, run, latest[run.entry.ordinal]) for run in runs]
+            lefts = guest.look([attempt.folder for attempt in attempts])
+            for attempt, found in zip(attempts, lefts, strict=True):
+                self._recover_attempt(attempt, found)
+        for run in begun:
+            if not latest[run.entry.ordinal].is_open:
+                self._repeat(run)
+            elif not run.entry.runs_script:  # a transfer: pulling again does no harm
+                self._again(run, latest[run.entry.ordinal])
+        _crash("recovered")
+
+    def _recover_attempt(self, begun: AttemptRun, found: Found) -> None:
+        entry, attempt = begun.entry, begun.attempt
+        planned = (attempt.planned_at or 0) <= CLOCK.wall()
+        step = begun.recover(found, planned or self._due(entry) <= CLOCK.monotonic())
+        if step is NextStep.RUN:
+            self.vm.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
+            self._again(begun.run, attempt)
+        elif step is NextStep.WATCH:
+            self._spawn(begun.run, attempt, found)
+
+    def _again(self, run: EntryRun, attempt: Attempt) -> None:
+        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
+        entry = run.entry
+        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
+            self._spawn(run, attempt)
+            return
+        row = current_experiment(self.vm.db)
+        skips = row["late"] == Late.SKIP and attempt.armed_at < (row["continued_at"] or 0)
+        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
+            self.journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
+        else:
+            self.journal.withdraw([attempt])
+
+    def _due(self, entry: ScheduleEntry) -> float:
+        """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
+        if entry.start_time < 0:
+            return CLOCK.monotonic()
+        return self.vm.start.monotonic + self.plan.times[entry.ordinal]
+
+    # --- positive time
+
+    def _withdraw_moved(self) -> None:
+        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
+        runs = self.runs.values()
+        armed = [r for r in runs if r.task and r.due is not None and not r.task.begun]
+        moved = [run for run in armed if run.due != self.plan.times[run.entry.ordinal]]
+        if moved:
+            self.journal.withdraw(cast(Attempt, run.attempt) for run in moved)
+        for run in moved:
+            self.agenda.cancel(cast(Task, run.task))
+            run.task = run.due = None
+
+    def _positive_steps(self) -> Steps:
+        """Arm entries shortly before they are due, and see the VM to the end of its work."""
+        _crash("start-seen")
+        while True:
+            yield from arming_meanwhile(self._prepare_steps(), self._arm_due)
+            yield from self._all_negative_steps()
+            if self.staging.missing(self.plan.entries):  # added meanwhile
+                continue
+            next_arming = self._arm_due()
+            if math.isinf(next_arming) and self._is_finished():
+                if (yield from self._end_steps()):
+                    return
+                continue
+            yield max(0.0, next_arming - CLOCK.monotonic())
+
+    def _arm_due(self) -> float:
+        """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
+        start, times = self.vm.start, self.plan.times
+        now, soon, later = CLOCK.monotonic() - start.monotonic, [], math.inf
+        for run in self._needs(r for r in self._ready() if r.entry.start_time > 0)[NextStep.RUN]:
+            at = times[run.entry.ordinal]
+            if at - run.lead <= now:
+                soon.append((at, run))
+            else:
+                later = min(later, at - run.lead)
+        if soon:
+            assert start.wall is not None
+            armed = self._arm({run.entry.ordinal: start.wall + at for at, run in soon})
+            for at, run in sorted(soon, key=lambda s: (s[0], s[1].entry.ordinal)):
+                run.due = at
+                self._spawn(run, armed[run.entry.ordinal])
+        return start.monotonic + later
+
+    def _is_finished(self) -> bool:
+        """Whether nothing finite is left; what repeats or need not be waited for is not."""
+        for run in self.runs.values():
+            entry, running = run.entry, run.task and not run.task.done
+            if running and entry.options.get("wait", True) and not entry.repeats:
+                return False
+        held = (e for e in self.plan.entries if math.isinf(self.plan.times[e.ordinal]))
+        return all(e.pause is not None or e.repeats or e.start_time < 0 for e in held)
+
+    def _end_steps(self) -> Steps:
+        """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
+
+        Returns whether the end has come; false means that there is new work.
+        """
+        self.vm.db.write(
+            """UPDATE vms SET finished_at = :now
+               WHERE server_name = :name AND finished_at IS NULL AND revision = :revision""",
+            now=CLOCK.wall(),
+            name=self.vm.name,
+            revision=self.plan.revision,
+        )
+        _crash("finished")
+        alone = self.vm.config.get("alone")  # nobody will say when all is done
+        if not alone and self.plan.halt is not Halt.END:
+            yield math.inf
+        if not alone and self.plan.halt is not Halt.END:
+            return False
+        self.transfers.ending = True
+        repeating = [task for run in self.runs.values() for task in run.repeating or ()]
+        for task in repeating:
+            self.agenda.wake(task)
+        yield [*repeating, *(r.task for r in self.runs.values() if r.task and r.entry.repeats)]
+        return True
+
+
 class VMResourceHandler:
     """Takes one VM through its schedule: one process, one thread, one wait.
 
-    Everything that takes time is a generator on the agenda. All waiting, also inside driver calls,
-    is in `_wait`, which sees the agent's socket, our wake-up socket and the lifeline. After any
-    trouble with the link everything in memory is dropped and rebuilt from rows and from what the
-    guest's own files say: the same code that a fresh handler runs.
+    Everything that takes time is a generator on the agenda of its life. All waiting, also inside
+    driver calls, is in `_wait`, which sees the agent's socket, our wake-up socket and the lifeline.
+    After any trouble with the link that life ends, and another begins.
 
     Args:
         config: As `handler_config` returns it: vm_name, vm_uuid, path, engine, db, and optionally
@@ -7091,116 +8174,21 @@ class VMResourceHandler:
 
     def __init__(self, config: Mapping[str, Any], check_interval: float = 10) -> None:
         self.config = dict(config)
-        self.vm_name: str = config["vm_name"]
         self.check_interval = check_interval
-        self.db = _database(config.get("db"))
-        self.timeouts = self.db.timeouts
-        self.log = logging.getLogger(f"vmrm.{self.vm_name}")
+        self.vm = HandledVM(self.config, self._wait)
+        self.db, self.log, self.vm_name = self.vm.db, self.vm.log, self.vm.name
         self.mapping = VMMapping(db=self.db)
-        self.store = VmResourceStore(db=self.db)
-        self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
-        self.requests = Requests(self.db, self.vm_name)
-        self.agenda = Agenda()
-        self.driver: drivers.AbstractDriver = cast(Any, None)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
-        self._seen = -1  # the revision of the plan that was taken last
-        self._text = ""  # the schedule's
-        self.schedule: list[ScheduleEntry] = []
-        self.start_at: float | None = None  # time 0 on the wall clock
-        self._start_monotonic = math.inf  # the same instant on the other one
-        self._holds: list[Hold] = []
-        self._halt: Halt | None = None
-        self._ready: set[int] = set()  # ordinals of what lies in the guest of this boot:
-        self._ready_boot = ""
-        self._faulty: set[int] = set()  # of these, what could not be loaded
-        self._tasks: dict[int, Task] = {}  # by ordinal: who watches an open attempt
-        self._armed: dict[int, tuple[Attempt, float]] = {}  # by ordinal: and for which time
-        self._repeating: dict[int, list[Task]] = {}  # by ordinal: transfers that come again
-        self._missed: dict[int, list[str]] = {}  # by ordinal: what their last pass did not bring
-        self._lead: dict[int, float] = {}  # by ordinal: seconds between arming and due
-        self._life: Task | None = None
+        self._requests = Requests(self.db, self.vm_name)
+        self._staging = Staging(self.vm)
+        self._plan: Plan | None = None  # the one read last
+        self._seen = -1  # its revision, once it was taken
         self._wake: WakeSocket | None = None
         self._woken = True
-        self._killing = False  # on the way out, with all guest programs
+        self._obeyed: Halt | None = None
         self._look_at = 0.0
         # Drawn once: a look's price is the cold memory it touches.
-        self._look_interval = self.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
-        self._trouble_at: float | None = None
-        self._troubles = 0  # in a row, without an entry getting on
-        self._refused = ""  # the last thing that the agent did not do
-        self._told_trouble: str | None = None  # in the VM's row, once this is its handler
-        self._calm = 0.0  # seconds since the last trouble in which nothing was asked of the agent
-        self._reached: set[Hashable] = set()  # how far the VM ever came
-
-    # --- drivers
-
-    @staticmethod
-    def _check_driver(obj: object) -> bool:
-        """Return whether an object is a driver class that can be instantiated."""
-        import inspect
-
-        is_driver = isinstance(obj, type) and issubclass(obj, drivers.AbstractDriver)
-        return is_driver and not inspect.isabstract(obj)
-
-    def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
-        """Return the set of available driver classes."""
-        return set(plug_ins().values())
-
-    def import_driver(self) -> type[drivers.AbstractDriver]:
-        """Return the driver class whose engine is this VM's.
-
-        Raises:
-            VMFailed: there is none, or a plug-in is faulty.
-        """
-        try:
-            return driver_of(self.config.get("engine") or "QemuVM")
-        except UsageError as error:
-            raise VMFailed(f"{error} ({error.hint})" if error.hint else str(error)) from error
-
-    def connect_to_driver(self) -> bool:
-        """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
-        try:
-            self._connect()
-        except (drivers.DriverError, VMFailed) as error:
-            self.log.error("%s", error)
-            return False
-        return True
-
-    def _connect(self, timeout: float | None = None) -> None:
-        if self.driver is None:
-            chosen = self.import_driver()
-            settings = {**self.config, "name": self.vm_name, "timeout": self.timeouts.call}
-            try:
-                self.driver = cast(drivers.AbstractDriver, chosen(settings, self.log))
-            except Exception as error:  # a plug-in is anybody's code
-                raise VMFailed(f"{chosen.__name__} cannot be made: {_one_line(error)}") from error
-            self.driver.wait = self._wait
-        limit = timeout or self._agent_timeout
-        deadline = CLOCK.monotonic() + limit
-        soon = min(limit, self.timeouts.reconnect)
-        try:
-            self.driver.connect_timeout = soon
-            self.driver.connect()
-        except (
-            drivers.NoSocket,
-            drivers.NoAnswer,
-            drivers.LinkLost,
-            drivers.DriverTimeout,
-        ) as error:
-            if soon == limit:
-                raise
-            self._tell_trouble(f"{WAITS}{error}")
-            self.driver.connect_timeout = limit - soon
-            self.driver.connect()
-        boot = self.driver.boot_id()
-        while self._guest.always_tells_boot and not boot:  # it runs no programs yet
-            if CLOCK.monotonic() > deadline:
-                raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
-            self._wait(-1, 0, 1)
-            boot = self.driver.boot_id()
-        if not boot and any(attempt.boot_id for attempt in self._journal.latest().values()):
-            raise drivers.LinkLost("the guest does not tell its boot now; is it frozen?")
-        self._guest.boot = boot
+        self._look_interval = self.db.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
 
     # --- life
 
@@ -7217,28 +8205,21 @@ class VMResourceHandler:
         try:
             self._check_in()
             forget_abandoned(self.db)
-            nap = lambda seconds: self._wait(-1, 0, seconds)  # noqa: E731
-            with agent_lock(self.config["path"], self.db.path, nap, self.timeouts.lock):
+            patience = self.db.timeouts.lock
+            with agent_lock(self.config["path"], self.db.path, self._nap, patience):
                 self._run_until_told()
         except _Leave as leave:  # while it waited for the agent
             self.log.info("leaving: %s", leave)
         finally:
-            if self.driver is not None:
-                self.driver.close()
+            self.vm.close()
             self._wake.close()
             lock.release()
         return 0
 
     def _check_in(self) -> None:
-        with self.db.transaction() as db:
-            db.connection.execute(
-                """UPDATE vms SET handler = :me,
-                       reason = CASE state WHEN 'failed' THEN reason ELSE '' END
-                   WHERE server_name = :name""",
-                {"me": str(Process.of()), "name": self.vm_name},
-            )
-            self.requests.answer_lost()
-        self._told_trouble = ""
+        with self.db.transaction():
+            self.vm.check_in()
+            self._requests.answer_lost()
 
     def _run_until_told(self) -> None:
         try:
@@ -7252,127 +8233,104 @@ class VMResourceHandler:
         except _Leave as leave:
             self.log.info("leaving: %s", leave)
             self.replaced = isinstance(leave, _Replaced)
+            self._obeyed = leave.halt
             if leave.halt is Halt.KILL:
                 self._kill_all()
 
     def _await_database(self, error: Unavailable) -> None:
         """Wait until rows can be written again; what happens meanwhile stays in the guest."""
         self.log.error("%s; waiting, the programs in the VM go on", error)
-        if self.driver is not None:
-            self.driver.close()
+        self.vm.close()
         while True:
             with contextlib.suppress(Unavailable):
-                self._wait(-1, 0, self.timeouts.reconnect)
+                self._nap(self.db.timeouts.reconnect)
                 self._check_in()
                 break
-        # Where there may be room again.
-        self.output = OutputLog(run_directory(self.db, "logs"), self.vm_name, self.log)
+        self.vm.open_output()
         self.log.warning("the database can be used again")
 
     def _run(self) -> None:
-        """Connect, work until done; after trouble with the link, drop all memory and begin anew."""
+        """Connect and work until done; after trouble with the link, forget all and begin anew."""
         try:
             while True:
                 try:
-                    self._connect()
-                    self._loop()
+                    self.vm.connect()
+                    self._live()
                     return
                 except drivers.DriverError as error:
-                    if self._is_final(error):
-                        raise VMFailed(str(error)) from error
-                    self._link_trouble(error)
+                    pause = self.vm.patience.trouble(error)
+                    self.log.warning("trouble with the agent, connecting anew: %s", error)
+                    self.vm.close()
+                    with self.db.transaction():
+                        self._requests.answer_lost()
+                    self.vm.tell(f"{WAITS}{error}")
+                    self._nap(min(self.db.timeouts.reconnect, pause))
         except VMFailed as failed:
-            self._fail(str(failed))
+            self.log.error("the VM failed: %s", failed)
+            self.vm.set_state(VMState.FAILED, str(failed))
+            _crash("vm-failed")
 
-    def _is_final(self, error: drivers.DriverError) -> bool:
-        """Whether another try is no use: nobody is there, it is forbidden, or refused twice.
-
-        Once is not enough: an agent that was restarted knows neither our files nor our programs.
-        """
-        refused, self._refused = self._refused, str(error)
-        final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
-        again = isinstance(error, drivers.AgentError) and refused == str(error)
-        passing = (drivers.UnknownPid, drivers.Frozen)  # it was restarted, or will be thawed
-        return isinstance(error, final) or (again and not isinstance(error, passing))
-
-    @property
-    def _agent_timeout(self) -> float:
-        return float(self.config.get("agent_timeout") or 300)
-
-    def _link_trouble(self, error: drivers.DriverError) -> None:
-        now = CLOCK.monotonic()
-        if self._trouble_at is None or self._calm > self._agent_timeout:
-            self._trouble_at = now
-        self._calm = 0.0
-        self.log.warning("trouble with the agent, connecting anew: %s", error)
-        self.driver.close()
-        with self.db.transaction():
-            self.requests.answer_lost()
-        self._tell_trouble(f"{WAITS}{error}")
-        if now - self._trouble_at > self._agent_timeout:
-            raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
-        self._wait(-1, 0, min(self.timeouts.reconnect, 0.05 * 1.5 ** min(self._troubles, 50)))
-        self._troubles += 1
-
-    def _progress(self, *point: Hashable) -> None:
-        """Note that the VM gets on, so that past trouble is forgiven.
-
-        Args:
-            point: How far it came. Only the first time counts: a guest that reboots for ever
-                comes to the same again and again. Without it, it always counts.
-        """
-        if point and point in self._reached:
-            return
-        self._reached.add(point)
-        self._trouble_at, self._refused, self._troubles = None, "", 0
-
-    def _tell_trouble(self, reason: str) -> None:
-        """Have `status` say what the VM waits for, as long as it does; not for lone commands."""
-        if self._told_trouble not in (None, reason):
-            sql = "UPDATE vms SET reason = :reason WHERE server_name = :name AND state <> 'failed'"
-            self.db.write(sql, reason=reason, name=self.vm_name)
-            self._told_trouble = reason
-
-    def _fail(self, reason: str) -> None:
-        self.log.error("the VM failed: %s", reason)
-        self.mapping.set_vm_state_by_uuid(self.config["vm_uuid"], VMState.FAILED, reason=reason)
-        _crash("vm-failed")
-
-    def _loop(self) -> None:
-        """One life: do what is due and wait for what is next, until the VM's work is over.
-
-        Whatever ends it ends all that it has begun: nothing of it goes on in the next one.
-        """
+    def _live(self) -> None:
+        """Do what is due and wait for what is next, until the VM's work is over."""
         self._woken, self._seen = True, -1
-        try:
-            self._refresh()
-            self._life = self.agenda.spawn(self._life_steps())
-            while not self._life.done:
-                self._refresh()
-                pause = self.agenda.next_due() - CLOCK.monotonic()
+        with contextlib.closing(Life(self.vm, self._staging)) as life:
+            self._refresh(life)
+            way, agenda = life.begin(), life.agenda
+            while not way.done:
+                self._refresh(life)
+                pause = agenda.next_due() - CLOCK.monotonic()
                 if pause > 0:
                     self._idle(pause)
                 elif not self._woken:
                     self._poll(-1, 0, 0)
                 if not self._woken:  # a pause that was given before an entry is due holds it
-                    self.agenda.run_next()
-        finally:
-            self._life = None
-            self._tasks, self._armed, self._repeating, self._missed = {}, {}, {}, {}
-            self.agenda.close()
-            self.__dict__.pop("_transfers", None)
+                    agenda.run_next()
+
+    def _refresh(self, life: Life) -> None:
+        """Look at the database if woken, or by and by anyway; read more only if something moved."""
+        now = CLOCK.monotonic()
+        if not self._woken and now < self._look_at:
+            return
+        self._look_at = now + self._look_interval
+        self.vm.start.check()
+        self._woken = False
+        sql = "SELECT revision FROM vms WHERE server_name = :name"
+        if self.db.value(sql, name=self.vm_name) == self._seen:
+            return
+        self._leave_if_told()
+        known, plan = self._plan, Plan.read(self.db, self.vm_name, self._plan)
+        for hold in plan.holds[len(known.holds) if known else 0 :]:
+            self.log.info("%s at %.3f", hold, hold.time)
+        self._plan = plan
+        life.take(plan)
+        for request in self._requests.claim():
+            life.agenda.spawn(self._requests.steps(request, self._perform))
+        self._seen = plan.revision  # last: what an error kept from being taken is news still
+
+    def _perform(self, operation: str, arguments: Mapping[str, Any], folder: Path) -> Steps:
+        """Do what a command asks for; return the answer."""
+        if operation == "reboot":
+            yield from self.vm.reboot_steps()
+            return {"boot": self.vm.guest.boot}
+        return (yield from operation_steps(self.vm.driver, operation, arguments, folder))
+
+    # --- waiting
 
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
-        seconds = min(seconds, self._look_at - CLOCK.monotonic(), self.timeouts.recheck_start)
+        now = CLOCK.monotonic()
+        seconds = min(seconds, self._look_at - now, self.db.timeouts.recheck_start)
         if self._woken or seconds <= 0:
             return
-        self._tell_trouble("")
-        fd, began = self.driver.fileno(), CLOCK.monotonic()
+        self.vm.tell("")
+        fd = self.vm.driver.fileno()
         spoke = fd in self._poll(fd, select.POLLIN, seconds)
-        self._calm += CLOCK.monotonic() - began
+        self.vm.patience.calm += CLOCK.monotonic() - now
         if spoke:
             raise drivers.LinkLost("the agent hung up, or spoke without being asked")
+
+    def _nap(self, seconds: float) -> None:
+        self._wait(-1, 0, seconds)
 
     def _wait(self, fd: int, events: int, seconds: float) -> bool:
         """Wait for a descriptor (-1: just wait) inside a driver call; return whether it is ready.
@@ -7406,301 +8364,60 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        if self._killing:
-            return
         halt = self.db.value("SELECT halt FROM current_experiment")
-        if halt in (Halt.STOP, Halt.KILL):
+        if halt in (Halt.STOP, Halt.KILL) and self._obeyed is None:
             raise _Leave(f"told to {halt}", Halt(halt))
 
-    def _refresh(self) -> None:
-        """Look at the database if woken, or by and by anyway; read more only if something moved."""
-        now = CLOCK.monotonic()
-        if not self._woken and now < self._look_at:
-            return
-        self._look_at = now + self._look_interval
-        self._check_wall_clock()
-        self._woken = False
-        sql = "SELECT revision FROM vms WHERE server_name = :name"
-        if self.db.value(sql, name=self.vm_name) != self._seen:
-            self._leave_if_told()
-            plan = Plan.read(self.db, self.vm_name)
-            self._take(plan)
-            for request in self.requests.claim():
-                self.agenda.spawn(self.requests.steps(request, self._perform))
-            self._withdraw_moved()
-            if self._life:  # and nobody else: an armed entry sleeps until it is due
-                self.agenda.wake(self._life)
-            self._seen = plan.revision  # last: what an error kept from being taken is news still
-
-    def _take(self, plan: Plan) -> None:
-        if plan.generation != self._journal.generation:
-            raise _Replaced("the schedule was replaced")
-        if plan.text != self._text:  # within a generation, entries are only added
-            for entry in parse_schedule(plan.text)[len(self.schedule) :]:
-                self.schedule.append(entry)
-                self._lead[entry.ordinal] = 1 + secrets.randbelow(4000) / 1000
-            self._text = plan.text
-        for hold in plan.holds[len(self._holds) :]:
-            self.log.info("%s at %.3f", hold, hold.time)
-        self._holds, self._halt = plan.holds, plan.halt
-        if plan.start_at is not None and self.start_at is None:
-            self._plan_start(float(int(plan.start_at)))
-        again = self._faulty & self._ready  # a file may have come since, and a retry with it
-        self._ready, self._faulty = self._ready - again, self._faulty - again
-
-    @functools.cached_property
-    def updater(self) -> ScheduleUpdater:
-        """Tells a script what is new, as events; the handler itself reads rows."""
-        from queue import PriorityQueue
-
-        return ScheduleUpdater(
-            self.config,
-            PriorityQueue(),
-            threading.Condition(),
-            self.store,
-            ScheduleDb(db=self.db),
-            None,
-            self.log,
-            None,
-            interval_time=self.check_interval,
-        )
-
-    def get_events(self) -> list[ScheduleEvent]:
-        """Take all events off the updater's queue, in the order of their times."""
-        events, queue = [], self.updater.priority_queue
-        with self.updater.condition:
-            while not queue.empty():
-                events.append(queue.get_nowait()[1])
-        return events
-
-    def _plan_start(self, start_at: float) -> None:
-        """Convert the common start to monotonic time, once: the plan stands whatever the clock."""
-        self.start_at = start_at
-        self._start_monotonic = CLOCK.monotonic() + (start_at - CLOCK.wall())
-        self.log.info("the experiment starts at %s", _iso(start_at))
-
-    def _check_wall_clock(self) -> None:
-        if self.start_at is None:
-            return
-        step = (CLOCK.wall() - self.start_at) - (CLOCK.monotonic() - self._start_monotonic)
-        if abs(step) > 1:
-            self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
-            self.start_at += step  # so that the same step is told once
-
-    def _life_steps(self) -> Steps:
-        """The VM's way: prepare, negative times, configured, wait for time 0, positive times."""
-        yield from self._prepare_steps()
-        self._recover()
-        yield from _discard_all_steps(self.db, self.vm_name, self.driver)
-        yield from self._clock_steps()
-        if self._state() == VMState.UNINITIALIZED:
-            self.set_state(VMState.CONFIGURING)
-        if self._state() == VMState.CONFIGURING:
-            yield from self._configure_steps()
-        if self._halt is Halt.ABORT:
-            return
-        while self.start_at is None:
-            yield from self._all_negative_steps()
-            if self.start_at is None:
-                yield math.inf
-            if self._halt in (Halt.ABORT, Halt.END):
-                return
-        yield from self._positive_steps()
-
-    def _state(self) -> str:
-        return cast(str, self.mapping.get(self.config["vm_uuid"])["state"])
-
-    # --- preparing the guest
-
-    @functools.cached_property
-    def _guest(self) -> Guest:
-        launch_dir = str(self.config.get("launch_dir") or "")
-        return guest_of(self.driver, launch_dir, self.timeouts.call, self._agent_timeout)
-
-    @functools.cached_property
-    def _transfers(self) -> Transfers:
-        default = run_directory(self.db, "transfers")
-        return Transfers(self._guest, self.vm_name, default, self.log)
-
-    @functools.cached_property
-    def _host(self) -> HostGuest:
-        return HostGuest(self.db, self.vm_name, self._journal.token)
-
-    @functools.cached_property
-    def _token(self) -> str:
-        return f"{self.config['vm_uuid']}.{self._journal.token}"
-
-    @functools.cached_property
-    def _journal(self) -> Journal:
-        return Journal(self.db, self.vm_name)
-
-    def _prepare_steps(self) -> Steps:
-        """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        if self._ready_boot != self._guest.boot:
-            self._ready, self._ready_boot = set(), self._guest.boot
-        while added := self._unprepared():
-            for guest in (self._host, self._guest):
-                self._name_places(guest)
-            for entry in added:
-                if entry.on_host:
-                    yield from self._prepare_host_steps(entry)
-            work = [entry for entry in added if entry.runs_script and not entry.on_host]
-            if work:
-                yield from self._stage_steps(work)
-            self._ready.update(entry.ordinal for entry in added)
-            self._progress("ready", len(self._ready))
-
-    def _prepare_host_steps(self, entry: ScheduleEntry) -> Steps:
-        """Write what an entry on this host runs."""
-        if not self.db.value("SELECT allow_host FROM current_experiment"):
-            yield from self._not_loadable(entry, "it runs on the host: run --allow-host")
-            return
-        try:
-            self._host.install(entry, self._title(entry), self._token)
-        except OSError as error:
-            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-
-    def _place(self, entry: ScheduleEntry) -> Guest:
-        """Return the guest in which an entry's script runs, which may be this host."""
-        return self._host if entry.on_host else self._guest
-
-    def _title(self, entry: ScheduleEntry) -> str:
-        """Return what is said at the head of an entry's script."""
-        where = ", on the host" if entry.on_host else ""
-        return f"VM {self.vm_name}, entry {entry.ordinal} ({entry}){where}"
-
-    def _unprepared(self) -> list[ScheduleEntry]:
-        return [entry for entry in self.schedule if entry.ordinal not in self._ready]
-
-    def _name_places(self, guest: Guest) -> None:
-        guest.name_places(entry for entry in self.schedule if guest.runs(entry))
-
-    def _stage_steps(self, work: Sequence[ScheduleEntry]) -> Steps:
-        present = yield from self._list_stage_steps(
-            work
-        )  # in full: a reset may cut short what was not synced
-        layout: list[str] = []
-        for entry in work:
-            yield from self._load_steps(entry, present, layout)
-            _crash("files-loaded")
-            yield 0  # what is due goes first
-        yield from self._lay_out(layout)
-
-    def _list_stage_steps(self, work: Iterable[ScheduleEntry]) -> Steps:
-        """Make the stage and return the names and sizes of what lies there.
-
-        An older experiment's folders are moved aside.
-        """
-        fresh, guest = not (self._ready or self._journal.latest()), self._guest
-        scripts = [guest.flavour(entry.call_arguments_filename) for entry in work]
-        folders = sorted({script.parent.parent.name for script in scripts})
-        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-        owner = self._journal.experiment, self.config["vm_uuid"]
-        status = yield from guest.prepare(old, fresh, *owner, folders)
-        if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
-        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
-        return {(sha256, int(size)) for size, sha256 in listed}
-
-    def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
-        """Return what an entry places, each with its file mode.
-
-        Raises:
-            FileNotFoundError: the store does not have a file.
-        """
-        placed = []
-        guest = self._guest
-        own_program = guest.path(entry, entry.executable or "")
-        for item in entry_files(entry):
-            location = guest.path(entry, item["location"])
-            if "content" in item:
-                staged = text_content(guest.content(location, item["content"]))
-            else:
-                staged = self._stored(item)
-            is_program = item.get("executable") or location == own_program
-            placed.append((staged, "755" if is_program else "644"))
-        return placed
-
-    def _stored(self, item: Mapping[str, Any]) -> Staged:
-        sha256 = item.get("sha256") or self.store.get_file_hash(item["filename"])
-        path = content_path(self.db, sha256 or "-")
-        if not path.is_file():
-            raise FileNotFoundError(
-                errno.ENOENT, "the file store has no such file", item["filename"]
-            )
-        return Staged(sha256, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
-
-    def _load_steps(
-        self, entry: ScheduleEntry, present: set[tuple[str, int]], layout: list[str]
-    ) -> Steps:
-        """Push what an entry needs and the stage lacks; note in `layout` what to do with it."""
-        guest = self._guest
-        try:
-            placed = self._contents(entry)
-            scripts = guest.scripts(
-                entry,
-                self._title(entry),
-                self._token,
-                [(staged.sha256, mode) for staged, mode in placed],
-            )
-        except FileNotFoundError as error:
-            yield from self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-            return
-        except ValueError as error:
-            yield from self._not_loadable(entry, str(error))
-            return
-        contents, puts = [staged for staged, _ in placed], []
-        for text, path, user in scripts:
-            staged = text_content(text)
-            line = guest.text(staged.sha256, text)
-            if line is None:
-                contents.append(staged)
-            elif (staged.sha256, staged.size) not in present:
-                present.add((staged.sha256, staged.size))
-                layout.append(line)
-            puts.append(guest.put(staged.sha256, path, user))
-        for staged in contents:
-            if (staged.sha256, staged.size) not in present:
-                yield from self._push_steps(staged)
-                present.add((staged.sha256, staged.size))
-                layout.append(guest.keep(staged.sha256, staged.size))
-        layout += puts
-
-    def _not_loadable(self, entry: ScheduleEntry, why: str) -> Steps:
-        if entry.start_time < 0 and not entry.ignore_failure:
-            raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
-        if (
-            next_step(entry, self._journal.latest().get(entry.ordinal), self._guest.boot)
-            is NextStep.RUN
-        ):
-            attempt = self._journal.arm({entry.ordinal: None}, self._guest.boot)[entry.ordinal]
-            self._journal.ended(attempt, Outcome.FAILED, error=f"cannot be loaded: {why}")
-        self._faulty.add(entry.ordinal)
-        yield 0
-
-    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
-        """Copy a content into the stage; return its path there."""
-        path = self._guest.join(self._guest.stage, staged.sha256 + suffix)
-        with staged.source() as source:
+    def _kill_all(self) -> None:
+        """End the programs of all open attempts, on the way out; those on this host first."""
+        for on_host in (True, False):
             try:
-                for sent in self.driver.push(source, path):
-                    self._progress("staged", staged.sha256, sent >> 20)
-                    yield 0
-            except drivers.AgentError:  # a full disk, for example
-                self.driver.delete_file(path)
-                raise
-        return path
+                if not on_host:
+                    self.vm.connect(self.db.timeouts.lock)
+                plan = Plan.read(self.db, self.vm_name, self._plan)
+                kill_open(self.vm, self.vm.host if on_host else self.vm.guest, plan.entries)
+            except (drivers.DriverError, VMFailed, _Leave) as error:
+                self.log.error("could not kill everything: %s", error)
 
-    def _lay_out(self, layout: Sequence[str]) -> Steps:
-        script = text_content(self._guest.layout(layout))
-        path = yield from self._push_steps(script, self._guest.script_suffix)
-        status = yield from self._guest.finish(self._guest.command(path))
-        if status.exitcode != 0:
-            raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
+    # --- the reference's methods, for scripts
+
+    @property
+    def driver(self) -> drivers.AbstractDriver:
+        """The VM's driver, once it was connected."""
+        return self.vm.driver
+
+    @staticmethod
+    def _check_driver(obj: object) -> bool:
+        """Return whether an object is a driver class that can be instantiated."""
+        import inspect
+
+        is_driver = isinstance(obj, type) and issubclass(obj, drivers.AbstractDriver)
+        return is_driver and not inspect.isabstract(obj)
+
+    def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
+        """Return the set of available driver classes."""
+        return set(plug_ins().values())
+
+    def import_driver(self) -> type[drivers.AbstractDriver]:
+        """Return the driver class whose engine is this VM's; VMFailed if there is none."""
+        return self.vm.driver_class()
+
+    def connect_to_driver(self) -> bool:
+        """Try for `agent_timeout` seconds to reach the VM's agent; return whether it worked."""
+        return self._quietly(self.vm.connect)
+
+    def _quietly(self, action: Callable[..., object], *arguments: Any) -> bool:
+        """Do something; log a failure and return false instead of raising it."""
+        try:
+            action(*arguments)
+        except (drivers.DriverError, VMFailed, _EntryFailed, OSError) as error:
+            self.log.error("%s", error)
+            return False
+        return True
 
     def load_files_in_target(self, schedule_entry: ScheduleEntry) -> bool:
         """Bring what one entry needs into the guest's stage; return whether that worked."""
-        return self._quietly(self._load_one_steps([schedule_entry]))
+        return self._quietly(self._stage, [schedule_entry])
 
     def preload_files(self) -> bool:
         """Bring everything all entries need into the guest before the first one runs.
@@ -7708,222 +8425,12 @@ class VMResourceHandler:
         So nothing is written to the guest's disk by us right after a reboot, which Windows does
         not take well. Returns whether that worked.
         """
-        self._ready_boot = ""
-        return self._quietly(self._prepare_steps())
+        return self._quietly(self._stage, Plan.read(self.db, self.vm_name).entries)
 
-    def _load_one_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
-        everything, self.schedule = self.schedule, list(entries)
-        try:
-            self._ready_boot = ""
-            yield from self._prepare_steps()
-        finally:
-            self.schedule = everything
-            self._ready_boot = ""
-
-    def _quietly(self, steps: Steps) -> bool:
-        """Run steps to their end; log a failure and return false instead of raising it."""
-        try:
-            self._drain(steps)
-        except (drivers.DriverError, VMFailed, _EntryFailed, OSError) as error:
-            self.log.error("%s", error)
-            return False
-        return True
-
-    def _drain(self, steps: Steps) -> None:
-        """Run steps to their end, here and now: for scripts, which have no agenda of their own."""
-        agenda, self.agenda = self.agenda, Agenda()
-        try:
-            self.agenda.finish(self.agenda.spawn(steps), lambda s: self._wait(-1, 0, s))
-        finally:
-            self.agenda.close()
-            self.agenda = agenda
-
-    # --- negative time
-
-    def _configure_steps(self) -> Steps:
-        yield from self._delay_steps()
-        yield from self._all_negative_steps()
-        if self._halt is Halt.ABORT:
-            return
-        _crash("before-configured")
-        self.set_state(VMState.CONFIGURED)
-        _crash("configured")
-
-    def _all_negative_steps(self) -> Steps:
-        """Every negative time that is not done, in order; later ones come by retry or addition."""
-        while self._halt is not Halt.ABORT:
-            yield from self._prepare_steps()
-            if (at := self._next_negative()) is None:
-                return
-            self.set_current_time(at)
-            yield from self._negative_steps(at)
-
-    def _delay_steps(self) -> Steps:
-        """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
-        launched = self.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
-        negative = {entry.ordinal for entry in self.schedule if entry.start_time < 0}
-        while self._halt is None and not negative & self._journal.latest().keys():
-            left = launched + opening_delay(self.schedule, self._holds) - CLOCK.wall()
-            if left <= 0:
-                return
-            yield left
-
-    def _at(self, at: float) -> list[ScheduleEntry]:
-        return [e for e in self._unpaused() if e.start_time == at]
-
-    def _unpaused(self) -> list[ScheduleEntry]:
-        """Return what can be run: all entries but pauses, as far as they are prepared."""
-        return [e for e in self.schedule if e.pause is None and e.ordinal in self._ready]
-
-    def _needs(self, entries: Iterable[ScheduleEntry]) -> dict[NextStep, list[ScheduleEntry]]:
-        latest = self._journal.latest()
-        needs: dict[NextStep, list[ScheduleEntry]] = {step: [] for step in NextStep}
-        for entry in entries:
-            needs[next_step(entry, latest.get(entry.ordinal), self._guest.boot)].append(entry)
-        return needs
-
-    def _next_negative(self) -> float | None:
-        entries = [e for e in self._unpaused() if e.start_time < 0]
-        needs = self._needs(entries)
-        todo = [e.start_time for e in entries if e not in needs[NextStep.NOTHING]]
-        return min(todo, default=None)
-
-    def _negative_steps(self, at: float) -> Steps:
-        """One negative time: start all its entries together, go on when the last has ended."""
-        while True:
-            needs = self._needs(self._at(at))
-            if run := needs[NextStep.RUN]:
-                self._guest.check_boot()
-                host = {entry.ordinal for entry in run if entry.on_host}
-                planned = dict.fromkeys((entry.ordinal for entry in run), None)
-                armed = self._journal.arm(planned, self._guest.boot, host)
-                _crash("armed")
-                for entry in run:
-                    self._spawn_attempt(entry, armed[entry.ordinal])
-            if tasks := [self._tasks[e.ordinal] for e in run + needs[NextStep.WATCH]]:
-                yield tasks
-                continue
-            if failed := needs[NextStep.FAILED]:
-                raise VMFailed(self._failure(failed[0]))
-            if not (again := needs[NextStep.REBOOT]):
-                return
-            yield from self._rerun_steps(again)
-
-    def _failure(self, entry: ScheduleEntry) -> str:
-        attempt = self._journal.latest()[entry.ordinal]
-        return f"entry {entry.ordinal} ({entry}): {attempt.error or attempt.outcome}"
-
-    def _rerun_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
-        """Reboot once for all entries that asked for it; they run again afterwards."""
-        latest = self._journal.latest()
-        for entry in entries:
-            if latest[entry.ordinal].attempt > MAX_REBOOTS:
-                raise VMFailed(
-                    f"entry {entry.ordinal} ({entry}) asks for over {MAX_REBOOTS} reboots"
-                )
-            if self.check_for_reboot(str(entry.reboot_filepath)):
-                self.driver.delete_file(str(entry.reboot_filepath))
-        _crash("before-reboot")
-        yield from self._reboot_steps()
-        yield from self._prepare_steps()
-        yield from self._clock_steps()
-
-    def _spawn_attempt(
-        self,
-        entry: ScheduleEntry,
-        attempt: Attempt,
-        found: Found | None = None,
-        at: float | None = None,
-    ) -> None:
-        steps = self._attempt_steps(entry, attempt, found)
-        self._tasks[entry.ordinal] = self.agenda.spawn(steps, at)
-
-    def check_for_reboot(self, reboot_filepath: str) -> bool:
-        """Return whether the guest has a reboot file at this path, which asks for a reboot."""
-        return bool(self.driver.file_exists(reboot_filepath))
-
-    def reboot(self) -> None:
-        """Reboot the VM; return when its agent answers again after it.
-
-        Raises:
-            VMFailed: it did not come back, or did not go down, within the agent time-out.
-        """
-        self._drain(self._reboot_steps())
-
-    def _perform(self, operation: str, arguments: Mapping[str, Any], folder: Path) -> Steps:
-        """Do what a command asks for; return the answer."""
-        if operation == "reboot":
-            yield from self._reboot_steps()
-            return {"boot": self._guest.boot}
-        return (yield from operation_steps(self.driver, operation, arguments, folder))
-
-    def _reboot_steps(self) -> Steps:
-        guest, limit = self._guest, self._agent_timeout
-        self.log.info("rebooting the VM")
-        self.driver.reboot()
-        _crash("rebooted")
-        deadline = CLOCK.monotonic() + limit
-        going_down = CLOCK.monotonic() + min(limit, self.timeouts.reboot_start)
-        while True:
-            try:
-                self.driver.connect_timeout = max(0.1, deadline - CLOCK.monotonic())
-                self.driver.connect()
-                boot = self.driver.boot_id()
-            except drivers.ConnectError as error:
-                raise VMFailed(f"the VM did not come back from its reboot: {error}") from error
-            except drivers.DriverError as error:  # it went down while we were asking
-                self.log.debug("still going down: %s", error)
-                boot = guest.boot
-            booting = guest.always_tells_boot and not boot
-            if boot != guest.boot and not booting:
-                break
-            if CLOCK.monotonic() > (deadline if booting else going_down):
-                what = "does not come back" if booting else "does not go down"
-                raise VMFailed(f"the VM accepted a reboot but {what}")
-            self.driver.close()
-            self._wait(-1, 0, 0.2)  # all others wait, too: there is no agent to talk to
-        guest.boot = boot
-        self.log.info("the VM is back (boot %s)", boot)
-        yield 0
-
-    def _clock_steps(self) -> Steps:
-        """Set the guest's clock, in negative time only, and measure by how much it is off."""
-        may_set, refused = self.start_at is None and self.config.get("set_time", True), ""
-        if may_set:
-            try:
-                self.driver.set_time()
-            except drivers.AgentError as error:
-                refused = f"; the agent could not set it: {error}"
-        try:
-            skew = self._skew()
-            if may_set and abs(skew) > 1 and not self.driver.is_windows:
-                # An agent needs hwclock for it. `date` takes whole seconds, so one is waited for.
-                pause = 1 - CLOCK.wall() % 1
-                at = round(CLOCK.wall() + pause)
-                yield pause
-                with contextlib.suppress(drivers.AgentError):
-                    yield from self._guest.finish(["date", "-u", "-s", f"@{at}"])
-                skew = self._skew()
-        except drivers.AgentError as error:
-            self.log.warning("the guest's clock cannot be read: %s", error)
-            return
-        if abs(skew) > 1:
-            self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
-        self.db.write(
-            "UPDATE vms SET skew_s = :skew WHERE server_name = :name", skew=skew, name=self.vm_name
-        )
-        yield 0
-
-    def _skew(self) -> float:
-        """Return by how many seconds the guest's clock is off for sure."""
-        before = CLOCK.wall()
-        guest = self.driver.get_time() / 1e9
-        after = CLOCK.wall()
-        skew = guest - (before + after) / 2
-        # What the answer's way may have taken is no fault of the clock.
-        return math.copysign(max(0.0, abs(skew) - (after - before) / 2), skew)
-
-    # --- one attempt
+    def _stage(self, entries: list[ScheduleEntry]) -> None:
+        for guest in (self.vm.host, self.vm.guest):
+            guest.name_places(entry for entry in entries if guest.runs(entry))
+        run_steps(Staging(self.vm).steps(entries), self._nap)
 
     def run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
@@ -7934,513 +8441,36 @@ class VMResourceHandler:
             schedule_entry: The entry, part of this VM's stored schedule.
             queue: Gets the entry if it asks for a reboot.
         """
-        self._quietly(self._run_vm_resource(schedule_entry, queue))
+        self._quietly(self._run_vm_resource, schedule_entry, queue)
 
     def _run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
-    ) -> Steps:
-        """Arm one attempt of an entry and take it to its end."""
-        ordinal = schedule_entry.ordinal
-        host = {ordinal} if schedule_entry.on_host else ()
-        attempt = self._journal.arm({ordinal: None}, self._guest.boot, host)[ordinal]
-        yield from self._attempt_steps(schedule_entry, attempt, None)
-        if queue is not None and self._journal.latest()[ordinal].reboot:
+    ) -> None:
+        with contextlib.closing(Life(self.vm, self._staging)) as life:
+            attempt = life.run_once(schedule_entry)
+        if queue is not None and attempt.reboot:
             queue.put(schedule_entry)
 
-    def _attempt_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found | None) -> Steps:
-        """Take one armed attempt to its end: send, watch, transfer, close the journal.
+    def check_for_reboot(self, reboot_filepath: str) -> bool:
+        """Return whether the guest has a reboot file at this path, which asks for a reboot."""
+        return bool(self.driver.file_exists(reboot_filepath))
 
-        Args:
-            entry: The entry.
-            attempt: Its open attempt.
-            found: What the guest already shows of it, after a recovery; None: send it now.
-        """
-        exit_code, reboot, outcome = None, False, Outcome.FAILED
-        repeating, limit = self._repeat(entry), self._limit(entry, attempt)
-        try:
-            if entry.runs_script:
-                if found is None:
-                    found = yield from self._send_steps(entry, attempt)
-                exit_code, reboot = yield from self._watch_steps(entry, attempt, found, limit)
-            else:
-                planned = self._planned(entry, attempt)
-                self._journal.started(attempt, CLOCK.wall(), None, entry.start_time, planned)
-            yield from self._within(limit, self._transfer_once_steps(entry))
-            if not entry.runs_script and entry.start_time > 0:  # else negative time never ended
-                yield repeating
-                if missed := self._missed.get(entry.ordinal):
-                    raise _EntryFailed("; ".join(missed[:5]))
-            error = self._judge(entry, exit_code)
-            outcome = Outcome.FAILED if error else Outcome.DONE
-        except drivers.Frozen:  # for a backup's moment; it is no verdict on the entry
-            raise
-        except (_EntryFailed, RuntimeError, drivers.AgentError) as failed:
-            error = str(failed)
-        except _Unknown as unknown:
-            error, outcome = f"it may have run: {unknown}", Outcome.UNKNOWN
-        self.output.end(entry, attempt)
-        _crash("before-journal")
-        again = (
-            outcome is Outcome.DONE
-            and entry.start_time < 0
-            and self._place(entry).reboots
-            and (reboot or exit_code == REBOOT_EXIT_CODE)
-        )
-        error = error or self.output.loss(attempt)
-        self._journal.ended(attempt, outcome, exit_code=exit_code, reboot=again, error=error)
-        self.log.info("entry %d (%s) %s %s", entry.ordinal, entry, outcome, error)
-        self._progress("ended", attempt.id)
-        _crash("journal-closed")
-        if self._life:
-            self.agenda.wake(self._life)
-
-    def _judge(self, entry: ScheduleEntry, exit_code: int | None) -> str:
-        """Return what is wrong with an exit code, '' if nothing is."""
-        if self._killing and exit_code == CLAIM_FAILED:
-            return KILLED
-        reboots = (
-            entry.start_time < 0 and exit_code == REBOOT_EXIT_CODE and self._place(entry).reboots
-        )
-        return "" if not exit_code or reboots else f"exit code {exit_code}"
-
-    def _send_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Start the entry's script. Nothing is committed between here and guest-exec."""
-        script, guest = str(entry.call_arguments_filename), self._place(entry)
-        argv = guest.command(script, attempt.claim, guest.token(self._token))
-        self._journal.check()  # a read: whatever kept the word from us, nothing starts after it
-        sent, planned = CLOCK.wall(), self._planned(entry, attempt)  # a pause may come meanwhile
-        pid = guest.driver.start(argv, capture=guest.captures)
-        _crash("exec-answered")
-        yield 0  # what else is due goes first
-        self._journal.started(attempt, sent, pid, entry.start_time, planned)
-        _crash("running-recorded")
-        self.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
-        self._progress("sent", attempt.id)
-        return Found(claimed=True, pid=pid)
-
-    def _planned(self, entry: ScheduleEntry, attempt: Attempt) -> float | None:
-        """Return an attempt's plan; where the host's clock was set since the arming, so is it."""
-        planned = attempt.planned_at
-        if planned is not None:
-            by_plan = CLOCK.wall() - (CLOCK.monotonic() - self._due(entry))
-            planned = planned if abs(by_plan - planned) < 1 else by_plan
-        return planned
-
-    def _limit(self, entry: ScheduleEntry, attempt: Attempt) -> tuple[float, str]:
-        """Return until when an attempt may last, whatever its parts take, and what is said then."""
-        seconds = entry.options.get("timeout") or (
-            self.timeouts.negative_entry if entry.start_time < 0 else math.inf
-        )
-        if self._killing:
-            return -math.inf, KILLED
-        deadline = CLOCK.monotonic() + seconds
-        if attempt.sent_at is not None:  # by the wall clock, which may have been set back
-            deadline -= max(0.0, CLOCK.wall() - attempt.sent_at)
-        return deadline, f"timed out after {seconds:g} s"
-
-    @staticmethod
-    def _within(limit: tuple[float, str], steps: Steps) -> Steps:
-        """Take steps of an attempt up to its limit, at which they meet _EntryFailed."""
-        (deadline, why), resume = limit, functools.partial(next, steps)
-        while True:
-            try:
-                wish = resume()
-            except StopIteration as end:
-                return end.value
-            if isinstance(wish, int | float):
-                wish = min(wish, max(0.0, deadline - CLOCK.monotonic()))
-            yield wish
-            if CLOCK.monotonic() >= deadline:
-                resume = functools.partial(steps.throw, _EntryFailed(why))
-
-    def _watch_steps(
-        self, entry: ScheduleEntry, attempt: Attempt, found: Found, limit: tuple[float, str]
-    ) -> Steps:
-        """Follow a started program to its end; return its exit code and its wish for a reboot."""
-        interval, fetch_at, (deadline, why) = self.timeouts.poll_first, 0.0, limit
-        while True:
-            yield min(interval, max(0.0, deadline - CLOCK.monotonic()))
-            interval = min(interval * 1.5, self.timeouts.poll_last)
-            found = yield from self._look_steps(entry, attempt, found)
-            # What a program wrote before its end, in time or not, gets a moment in any case.
-            grace = max(deadline, CLOCK.monotonic() + self.timeouts.term_grace), why
-            if found.exit_code is not None:
-                yield from self._within(grace, self._fetch_steps(entry, attempt, last=True))
-                return found.exit_code, found.reboot
-            if CLOCK.monotonic() >= fetch_at:
-                with contextlib.suppress(_EntryFailed):
-                    yield from self._within(limit, self._fetch_steps(entry, attempt))
-                fetch_at = CLOCK.monotonic() + self.timeouts.poll_last / 2
-            if CLOCK.monotonic() >= deadline:
-                yield from self._kill_steps(self._place(entry), found.pid)
-                with contextlib.suppress(_EntryFailed):
-                    yield from self._within(grace, self._fetch_steps(entry, attempt, last=True))
-                raise _EntryFailed(why if self._killing else f"{why} and was killed")
-
-    def _look_steps(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> Steps:
-        """Look once how an attempt is; return it as found now, with an exit code if it has ended.
-
-        The agent is asked first, then the guest's own files; an agent that does not know the pid
-        (it was restarted) leaves the probe of the process itself.
-
-        Raises:
-            _EntryFailed: it was never begun, or died by a signal.
-        """
-        guest = self._place(entry)
-        if found.exit_code is not None:
-            return found
-        if found.pid is None:
-            return (yield from self._claim_steps(entry, attempt))
-        try:
-            status = guest.driver.status(found.pid)
-        except drivers.UnknownPid:
-            guest.check_boot()
-            return (yield from self._claim_steps(entry, attempt))
-        self._progress()
-        if not status.exited:
-            return found
-        here = guest.attempt_dir(entry, attempt)
-        with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            exit_file = guest.driver.read_bytes(guest.join(here, "exit"), limit=64)
-            code, reboot = parse_exit(exit_file.decode())
-            return dataclasses.replace(found, exit_code=code, reboot=reboot)
-        guest.check_boot()  # after a reboot, another program may have this pid
-        left = self._look(entry, attempt)
-        if left.exit_code is not None:
-            return left
-        # A script of ours has nothing to tell the agent once it has made its claim.
-        if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
-            why = printable(status.err) or "no reason given"
-            raise _EntryFailed(f"the {guest.name} did not begin it: {why}")
-        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
-        if left.claimed and refused:  # another start of this attempt was faster
-            return (yield from self._claim_steps(entry, attempt))
-        if status.exitcode is None:
-            raise _EntryFailed(f"killed by signal {status.signal}")
-        reboot = guest.reboots and self.check_for_reboot(str(entry.reboot_filepath))
-        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
-
-    def _claim_steps(self, entry: ScheduleEntry, attempt: Attempt) -> Steps:
-        """Ask an attempt's own files how it is, and give it a moment to say who it is.
-
-        Raises:
-            LinkLost: it has not begun; recovery knows what to do with it.
-            _Unknown: it has begun, and ended without a word.
-        """
-        deadline = CLOCK.monotonic() + self.timeouts.claim_grace
-        while True:
-            found = self._look(entry, attempt)
-            if found.exit_code is not None or found.alive:
-                return found
-            if not found.claimed:
-                raise drivers.LinkLost("the agent was restarted")
-            if found.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it ended, and nobody saw how")
-            yield self.timeouts.claim_grace / 10
-
-    def _kill_steps(self, guest: Guest, pid: int | None) -> Steps:
-        """End a program and what it started: TERM, and KILL if anything is left after the grace."""
-        left = pid is not None and guest.signal("TERM", pid)
-        pause, deadline = self.timeouts.poll_first, CLOCK.monotonic() + self.timeouts.term_grace
-        while pid is not None and left and CLOCK.monotonic() < deadline:
-            yield pause
-            left, pause = guest.signal("0", pid), min(2 * pause, self.timeouts.poll_last)
-        if pid is not None and left:
-            guest.signal("KILL", pid)
+    def reboot(self) -> None:
+        """Reboot the VM; return when its agent answers again. VMFailed if that takes too long."""
+        run_steps(self.vm.reboot_steps(), self._nap)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
-        """Write a program's output, as the agent has it, to the VM's log.
-
-        Args:
-            schedule_entry: Named in the log.
-            pid: The program's pid in the guest.
-        """
-        for name, output in (
-            ("out", self.driver.get_stdout(pid)),
-            ("err", self.driver.get_stderr(pid)),
-        ):
-            self._print_stream(output, str(schedule_entry), name)
+        """Write the output of the guest's process `pid`, as the agent has it, to the VM's log."""
+        self._print_stream(self.driver.get_stdout(pid), str(schedule_entry), "out")
+        self._print_stream(self.driver.get_stderr(pid), str(schedule_entry), "err")
 
     def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
         """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
-        self.output.lines(stream, stream_name, (output or "").splitlines())
+        self.vm.output.lines(stream, stream_name, (output or "").splitlines())
 
     def log_json(self, content: str | Mapping[str, Any]) -> None:
         """Write every line of a text that is a JSON object (or a dictionary) to the JSON log."""
-        self.output.json_lines(content)
-
-    def _fetch_steps(self, entry: ScheduleEntry, attempt: Attempt, last: bool = False) -> Steps:
-        """Append what the program has written since the last time to the host's logs.
-
-        While a program runs, Windows lets the agent not read what it has written so far.
-        """
-        guest = self._place(entry)
-        here = guest.attempt_dir(entry, attempt)
-        for stream in ("out", "err"):
-            while (room := self.output.room(entry, attempt)) > 0:
-                offset, limit = self.output.size(attempt, stream), min(room, _OUTPUT_PIECE)
-                try:
-                    data = guest.read(guest.join(here, stream), limit, offset, last)
-                except drivers.AgentError:  # there is no output file, on a full disk for example
-                    break
-                if not data or not self.output.append(entry, attempt, stream, data):
-                    break
-                if len(data) < limit:
-                    break
-                yield 0  # what is due goes first
-
-    # --- recovery
-
-    def _look(self, entry: ScheduleEntry, attempt: Attempt) -> Found:
-        guest = self._place(entry)
-        return guest.look([guest.attempt_dir(entry, attempt)])[0]
-
-    def _recover(self, only: Guest | None = None) -> None:
-        """Find every open attempt again: by rows, then by what the guest's files say.
-
-        Args:
-            only: Where; None: everywhere.
-        """
-        latest = self._journal.latest()
-        opened = [e for e in self.schedule if e.ordinal in latest and latest[e.ordinal].is_open]
-        for guest in (self._guest, self._host) if only is None else (only,):
-            scripts = [e for e in opened if e.runs_script and guest.runs(e)]
-            places = [guest.attempt_dir(e, latest[e.ordinal]) for e in scripts]
-            if self._killing and places:
-                guest.forbid(places)
-            for entry, left in zip(scripts, guest.look(places), strict=True):
-                self._recover_attempt(entry, latest[entry.ordinal], left)
-        if self._killing:
-            return
-        for entry in opened:
-            if not entry.runs_script:  # a transfer: pulling again does no harm
-                self._again(entry, latest[entry.ordinal])
-        for entry in self.schedule:
-            if entry.ordinal in latest and not latest[entry.ordinal].is_open:
-                self._repeat(entry)
-        _crash("recovered")
-
-    def _recover_attempt(self, entry: ScheduleEntry, attempt: Attempt, found: Found) -> None:
-        same_boot = attempt.boot_id == self._place(entry).boot
-        planned = (attempt.planned_at or 0) <= CLOCK.wall()
-        due = planned or self._due(entry) <= CLOCK.monotonic()
-        step = recovered(found, same_boot=same_boot, due=due)
-        forbidden = self._killing and found.exit_code == CLAIM_FAILED and found.pid is None
-        if forbidden and attempt.outcome is Outcome.ARMED:  # another run may begin it
-            why = f"{KILLED}: it did not begin"
-            self._journal.ended(
-                attempt, Outcome.FAILED, exit_code=CLAIM_FAILED, error=why, retried=True
-            )
-        elif step is NextStep.RUN:
-            self.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            if not self._killing:  # else it is not even laid out
-                self._again(entry, attempt)
-        elif step is NextStep.WATCH:  # on a full disk the guest has no note of the pid
-            pid = found.pid if found.pid is not None else attempt.pid
-            self._spawn_attempt(entry, attempt, dataclasses.replace(found, pid=pid))
-        else:
-            where = self._place(entry).name
-            why = "nobody saw its end" if same_boot else f"the {where} was rebooted"
-            self._journal.ended(attempt, Outcome.UNKNOWN, error=f"it may have run: {why}")
-
-    def _again(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Go on with an open attempt that has not begun; one of positive time is armed anew."""
-        if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
-            self._spawn_attempt(entry, attempt)
-            return
-        run = current_experiment(self.db)
-        skips = run["late"] == Late.SKIP and attempt.armed_at < (run["continued_at"] or 0)
-        if skips and self._due(entry) < CLOCK.monotonic() and not entry.repeats:
-            self._journal.ended(attempt, Outcome.SKIPPED, error=SKIPPED)
-        else:
-            self._journal.withdraw([attempt])
-
-    def _times(self) -> dict[int, float]:
-        return effective_times(self.schedule, self._holds)
-
-    def _due(self, entry: ScheduleEntry) -> float:
-        """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
-        if entry.start_time < 0:
-            return CLOCK.monotonic()
-        return self._start_monotonic + self._times()[entry.ordinal]
-
-    def _withdraw_moved(self) -> None:
-        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
-        times = self._times() if self._armed else {}
-        moved = [
-            attempt
-            for ordinal, (attempt, at) in self._armed.items()
-            if not self._tasks[ordinal].begun and times[ordinal] != at
-        ]
-        if moved:
-            self._journal.withdraw(moved)
-        for attempt in moved:
-            self.agenda.cancel(self._tasks.pop(attempt.ordinal))
-            del self._armed[attempt.ordinal]
-
-    # --- positive time
-
-    def _positive_steps(self) -> Steps:
-        """Arm entries shortly before they are due, and see the VM to the end of its work."""
-        _crash("start-seen")
-        while True:
-            yield from self._prepare_added_steps()
-            yield from self._all_negative_steps()
-            if self._unprepared():  # added meanwhile
-                continue
-            next_arming = self._arm_due()
-            if math.isinf(next_arming) and self._is_finished():
-                if (yield from self._end_steps()):
-                    return
-                continue
-            yield max(0.0, next_arming - CLOCK.monotonic())
-
-    def _prepare_added_steps(self) -> Steps:
-        """Prepare what was added, while what is prepared goes on starting on time."""
-        arming = -math.inf
-        for wish in self._prepare_steps():
-            if CLOCK.monotonic() >= arming:
-                arming = self._arm_due()
-            yield wish
-
-    def _arm_due(self) -> float:
-        """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
-        times = self._times()
-        entries = [e for e in self._unpaused() if e.start_time > 0]
-        now, soon, later = CLOCK.monotonic() - self._start_monotonic, {}, math.inf
-        for entry in self._needs(entries)[NextStep.RUN]:
-            at = times[entry.ordinal]
-            if at - self._lead[entry.ordinal] <= now:
-                soon[entry] = at
-            else:
-                later = min(later, at - self._lead[entry.ordinal])
-        if soon:
-            self._arm(soon)
-        return self._start_monotonic + later
-
-    def _arm(self, soon: Mapping[ScheduleEntry, float]) -> None:
-        """Arm entries by their effective times, and put them on the agenda in that order."""
-        self._guest.check_boot()
-        assert self.start_at is not None
-        planned = {entry.ordinal: self.start_at + at for entry, at in soon.items()}
-        host = {entry.ordinal for entry in soon if entry.on_host}
-        armed = self._journal.arm(planned, self._guest.boot, host)
-        _crash("armed")
-        for entry in sorted(soon, key=lambda e: (soon[e], e.ordinal)):
-            self._armed[entry.ordinal] = armed[entry.ordinal], soon[entry]
-            due = self._start_monotonic + soon[entry]
-            self._spawn_attempt(entry, armed[entry.ordinal], at=due)
-
-    def _is_finished(self) -> bool:
-        """Whether nothing finite is left; what repeats or need not be waited for is not."""
-        times = self._times()
-        for ordinal, task in self._tasks.items():
-            entry = self._entry(ordinal)
-            if not task.done and entry.options.get("wait", True) and not entry.repeats:
-                return False
-        held = (e for e in self.schedule if math.isinf(times[e.ordinal]) and e.start_time > 0)
-        return not any(e.pause is None and not e.repeats for e in held)
-
-    def _entry(self, ordinal: int) -> ScheduleEntry:
-        return next(entry for entry in self.schedule if entry.ordinal == ordinal)
-
-    def _end_steps(self) -> Steps:
-        """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
-
-        Returns whether the end has come; false means that there is new work.
-        """
-        self.db.write(
-            """UPDATE vms SET finished_at = :now
-               WHERE server_name = :name AND finished_at IS NULL AND revision = :revision""",
-            now=CLOCK.wall(),
-            name=self.vm_name,
-            revision=self._seen,
-        )
-        _crash("finished")
-        if not (self._halt is Halt.END or self.config.get("alone")):
-            yield math.inf
-        if not (self._halt is Halt.END or self.config.get("alone")):
-            return False
-        self._transfers.ending = True
-        repeating = [task for tasks in self._repeating.values() for task in tasks]
-        for task in repeating:
-            self.agenda.wake(task)
-        whole = [t for o, t in self._tasks.items() if self._entry(o).repeats]
-        yield [*repeating, *whole]
-        return True
-
-    def set_current_time(self, cur_time: float) -> None:
-        """Record the schedule time that the VM has reached.
-
-        Args:
-            cur_time: Schedule time in seconds.
-        """
-        self.mapping.set_vm_time_by_uuid(self.config["vm_uuid"], _plain_time(cur_time))
-
-    def set_state(self, state: str) -> None:
-        """Record the VM's state; if it was the last to be configured, this sets the start time.
-
-        Args:
-            state: One of `VMState`.
-
-        Raises:
-            ValueError: the state is unknown or the move is not allowed.
-        """
-        self.mapping.set_vm_state_by_uuid(self.config["vm_uuid"], state)
-        self.log.info("the VM is %s", state)
-
-    def stop(self, exitcode: int) -> NoReturn:
-        """End this process at once; guest programs go on.
-
-        Args:
-            exitcode: The process's exit code.
-        """
-        if self.driver is not None:
-            self.driver.close()
-        sys.exit(exitcode)
-
-    def _kill_all(self) -> None:
-        """End the programs of all open attempts, on the way out; those on this host first."""
-        self._killing = True
-        for here in (True, False):
-            try:
-                if not here:
-                    self._connect(self.timeouts.lock)
-                self._drain(self._kill_all_steps(self._host if here else self._guest))
-            except (drivers.DriverError, VMFailed, _Leave) as error:
-                self.log.error("could not kill everything: %s", error)
-
-    def _kill_all_steps(self, guest: Guest) -> Steps:
-        """Find every open attempt as a recovery does; to watch one means to kill it now."""
-        self._take(Plan.read(self.db, self.vm_name))
-        self._name_places(guest)
-        self._recover(guest)
-        yield list(self._tasks.values())
-
-    # --- transfers out of the guest
-
-    def _repeat(self, entry: ScheduleEntry) -> list[Task]:
-        """Return the tasks of an entry's repeating transfers, started by the first call."""
-        if entry.ordinal not in self._repeating:
-            self._repeating[entry.ordinal] = [
-                self.agenda.spawn(self._repeat_steps(entry, item))
-                for item in entry.items("transfer")
-                if item["interval"]
-            ]
-        return self._repeating[entry.ordinal]
-
-    def _repeat_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        faults = yield from self._transfer_item(entry, item)
-        self._missed.setdefault(entry.ordinal, []).extend(faults)
-
-    def _transfer_item(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        location = self._guest.path(entry, item["location"])
-        return self._transfer_data(str(entry), location, item["interval"], item["destination"])
-
-    def _transfer_once_steps(self, entry: ScheduleEntry) -> Steps:
-        for item in entry.items("transfer"):
-            if not item["interval"]:
-                yield from self._transfer_item(entry, item)
+        self.vm.output.json_lines(content)
 
     def transfer_data(
         self,
@@ -8460,7 +8490,7 @@ class VMResourceHandler:
         Raises:
             RuntimeError: the location is not absolute, or the VM cannot list it.
         """
-        self._drain(self._transfer_data(name, location, interval, destination))
+        run_steps(self._transfer_data(name, location, interval, destination), self._nap)
 
     def _transfer_data(
         self,
@@ -8472,7 +8502,54 @@ class VMResourceHandler:
         """Return the steps of `transfer_data`."""
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
-        return self._transfers.steps(name, location, interval, destination)
+        default = run_directory(self.db, "transfers")
+        transfers = Transfers(self.vm.guest, self.vm_name, default, self.log)
+        return transfers.steps(name, location, interval, destination)
+
+    def set_current_time(self, cur_time: float) -> None:
+        """Record the schedule time, in seconds, that the VM has reached."""
+        self.mapping.set_vm_time_by_uuid(self.config["vm_uuid"], _plain_time(cur_time))
+
+    def set_state(self, state: str) -> None:
+        """Record the VM's state; if it was the last to be configured, this sets the start time.
+
+        Args:
+            state: One of `VMState`.
+
+        Raises:
+            ValueError: the state is unknown or the move is not allowed.
+        """
+        self.vm.set_state(state)
+
+    def stop(self, exitcode: int) -> NoReturn:
+        """End this process at once, with this exit code; guest programs go on."""
+        self.vm.close()
+        sys.exit(exitcode)
+
+    @functools.cached_property
+    def updater(self) -> ScheduleUpdater:
+        """Tells a script what is new, as events; the handler itself reads rows."""
+        from queue import PriorityQueue
+
+        return ScheduleUpdater(
+            self.config,
+            PriorityQueue(),
+            threading.Condition(),
+            VmResourceStore(db=self.db),
+            ScheduleDb(db=self.db),
+            None,
+            self.log,
+            None,
+            interval_time=self.check_interval,
+        )
+
+    def get_events(self) -> list[ScheduleEvent]:
+        """Take all events off the updater's queue, in the order of their times."""
+        events, queue = [], self.updater.priority_queue
+        with self.updater.condition:
+            while not queue.empty():
+                events.append(queue.get_nowait()[1])
+        return events
 
 
 # === commands on a VM at once ====================================================================
@@ -8899,13 +8976,13 @@ class Remote(Workplace):
         begun, deadline = False, drivers.Deadline(self.timeout)
         try:
             with agent_lock(self.config["path"], self.db.path, self._nap, self.timeout):
-                handler._connect(max(0.1, deadline.remaining()))
+                handler.vm.connect(max(0.1, deadline.remaining()))
                 discard = _discard_all_steps(self.db, self.name, handler.driver)
                 run_steps(discard, time_to_wait)
                 begun = True
                 if operation == "reboot":
                     handler.reboot()
-                    return {"boot": handler._guest.boot}
+                    return {"boot": handler.vm.guest.boot}
                 steps = operation_steps(handler.driver, operation, arguments, self.folder)
                 try:
                     return cast("dict[str, Any]", run_steps(steps, time_to_wait))
@@ -8924,14 +9001,13 @@ class Remote(Workplace):
             what = "it may have run: " if begun and operation == "exec" else ""
             raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
         finally:
-            if handler.driver is not None:
-                handler.driver.close()
+            handler.vm.close()
 
     def _discard(self, handler: VMResourceHandler) -> None:
         """After the connection was lost, or we were told to end: leave nothing in the guest."""
         if (self.folder / _BROKEN_OFF).exists():
             with contextlib.suppress(drivers.DriverError, VMFailed):
-                handler._connect(min(self.timeout, 5))
+                handler.vm.connect(min(self.timeout, 5))
                 run_steps(_discard_steps(handler.driver, self.folder), time_to_wait)
 
     def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:

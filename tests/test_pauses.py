@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -299,9 +300,7 @@ def test_a_vm_that_is_testing_is_named_by_who_waits_for_it(lab: Lab) -> None:
     assert "VM 'vm2' is testing: it is not run, and all wait for it\n" in detached.stderr
 
 
-def test_a_step_of_the_wall_clock_moves_no_plan(
-    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_the_wall_clock_moves_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stepped(vmrm.Clock):
         step = 0.0
 
@@ -310,24 +309,19 @@ def test_a_step_of_the_wall_clock_moves_no_plan(
 
     clock = Stepped()
     monkeypatch.setattr(vmrm, "CLOCK", clock)
-    put(db, {"start_time": 50, "executable": "x"})
-    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
-    handler.schedule = vmrm.parse_schedule(vmrm.ScheduleDb(db=db).get("web") or "")
-    handler._plan_start(clock.wall() + 10)
-    due = handler._due(handler.schedule[0])
-    assert due == pytest.approx(clock.monotonic() + 60, abs=5)
+    start = vmrm.StartTime(logging.getLogger("vmrm.web"))
+    start.plan(clock.wall() + 10)
+    due = start.monotonic
+    assert due == pytest.approx(clock.monotonic() + 10, abs=5)
     for clock.step in (3600, -3600):
-        handler._check_wall_clock()
-        assert handler._due(handler.schedule[0]) == due
+        start.check()
+        assert start.monotonic == due
 
 
-def test_what_is_due_is_armed_while_added_files_are_pushed(
-    db: vmrm.Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handler = vmrm.VMResourceHandler({"vm_name": "web", "vm_uuid": "u-web", "path": "-", "db": db})
+def test_what_is_due_is_armed_while_added_files_are_pushed() -> None:
     done: list[str] = []
 
-    def push() -> Iterator[float]:
+    def push() -> vmrm.Steps:
         for _ in range(3):
             done.append("chunk")
             yield 0
@@ -336,9 +330,7 @@ def test_what_is_due_is_armed_while_added_files_are_pushed(
         done.append("arm")
         return -math.inf if done.count("arm") < 2 else math.inf
 
-    monkeypatch.setattr(handler, "_prepare_steps", push)
-    monkeypatch.setattr(handler, "_arm_due", arm)
-    assert list(handler._prepare_added_steps()) == [0, 0, 0]
+    assert list(vmrm.arming_meanwhile(push(), arm)) == [0, 0, 0]
     assert done == ["chunk", "arm", "chunk", "arm", "chunk"]
 
 

@@ -478,11 +478,15 @@ def test_a_windows_that_cannot_run_programs_yet_is_asked_again(tmp_path: Path) -
 
     with vmrm.Database(tmp_path / "lab.db") as db:
         vmrm.VMMapping(db=db).put("u", "w", path=str(tmp_path / "none.sock"))
-        handler = vmrm.VMResourceHandler(vmrm.handler_config(db, "w"))
-        handler.driver = Booting(handler.config, handler.log)
-        handler._wait = lambda fd, events, seconds: bool(waits.append(seconds))  # type: ignore[method-assign, func-returns-value]
-        handler._connect()
-        assert (handler._guest.boot, len(waits)) == ("77", 2)
+
+        def wait(fd: int, events: int, seconds: float) -> bool:
+            waits.append(seconds)
+            return False
+
+        vm = vmrm.HandledVM(vmrm.handler_config(db, "w"), wait)
+        vm.driver = Booting(vm.config, vm.log)
+        vm.connect()
+        assert (vm.guest.boot, len(waits)) == ("77", 2)
 
 
 SHOW_BATCH = "@echo off\n>shown.txt echo [%~1][%~2]\n"
