@@ -7516,19 +7516,6 @@ class Requests:
         )
 
 
-class EntryRun:
-    """One entry in one life of its handler: its attempt on the agenda, and what it transfers."""
-
-    def __init__(self, entry: ScheduleEntry) -> None:
-        self.entry = entry
-        self.lead = 1 + secrets.randbelow(4000) / 1000  # seconds between arming and due
-        self.attempt: Attempt | None = None  # the one that `task` takes to its end …
-        self.task: Task | None = None
-        self.due: float | None = None  # … for this effective time, if it was armed for one
-        self.repeating: list[Task] | None = None  # transfers that come again
-        self.missed: list[str] = []  # what their last pass did not bring
-
-
 class Limit(NamedTuple):
     """Until when an attempt may last, by monotonic time, and what is said then."""
 
@@ -7539,33 +7526,34 @@ class Limit(NamedTuple):
 _KILL = Limit(-math.inf, KILLED)
 
 
-class AttemptRun:
-    """Takes one armed attempt to its end: sends, watches, transfers, closes the journal.
+class EntryRun:
+    """One entry in one life: its attempt on the way from being armed to its end, and its transfers.
 
     Args:
         vm: Connected, unless the entry runs on this host.
-        run: The entry.
-        attempt: Open.
+        entry: Its places are known.
         transfers: Copy what the entry wants out of the guest.
-        due: The monotonic time that it was armed for, if for one.
     """
 
     def __init__(
-        self,
-        vm: HandledVM,
-        run: EntryRun,
-        attempt: Attempt,
-        transfers: Transfers | None = None,
-        due: float | None = None,
+        self, vm: HandledVM, entry: ScheduleEntry, transfers: Transfers | None = None
     ) -> None:
-        self.vm, self.run, self.attempt, self.transfers = vm, run, attempt, transfers
-        self.entry, self.due = run.entry, due
-        self.guest = vm.place(run.entry)
-        self.folder = self.guest.attempt_dir(run.entry, attempt)
+        self.vm, self.entry, self.transfers = vm, entry, transfers
+        self.guest = vm.place(entry)
+        self.lead = 1 + secrets.randbelow(4000) / 1000  # seconds between arming and due
+        self.attempt: Attempt = cast(Any, None)
+        self.due: float | None = None  # the effective time that the attempt was armed for, if any
+        self.task: Task | None = None  # takes the attempt to its end
+        self.limit = _KILL
+        self.repeating: list[Task] | None = None  # transfers that come again
+        self.missed: list[str] = []  # what their last pass did not bring
 
-    @functools.cached_property
-    def limit(self) -> Limit:
-        """Until when it may last, counted from now, or from when it was sent."""
+    @property
+    def folder(self) -> str:
+        """Where the attempt leaves what became of it."""
+        return self.guest.attempt_dir(self.entry, self.attempt)
+
+    def _own_limit(self) -> Limit:
         seconds = self.entry.options.get("timeout") or (
             self.vm.timeouts.negative_entry if self.entry.start_time < 0 else math.inf
         )
@@ -7574,15 +7562,16 @@ class AttemptRun:
             at -= max(0.0, CLOCK.wall() - self.attempt.sent_at)
         return Limit(at, f"timed out after {seconds:g} s")
 
-    def steps(self, found: Found | None = None) -> Steps:
-        """Take the attempt to its end.
+    def steps(self, found: Found | None = None, limit: Limit | None = None) -> Steps:
+        """Take the attempt to its end: send, watch, transfer, close the journal.
 
         Args:
             found: What the guest already shows of it; None: send it now.
+            limit: None: as the entry says.
         """
         entry, exit_code, reboot, outcome = self.entry, None, False, Outcome.FAILED
-        killing = self.limit is _KILL  # from here on the limit counts
         may_reboot = entry.start_time < 0 and self.guest.reboots
+        self.limit = limit or self._own_limit()
         try:
             if entry.runs_script:
                 found = yield from self._watch_steps(found or (yield from self._send_steps()))
@@ -7590,7 +7579,7 @@ class AttemptRun:
             else:
                 self._record_start(CLOCK.wall(), None, self._planned())
             yield from self._transfer_steps()
-            if killing and exit_code == CLAIM_FAILED:
+            if limit is _KILL and exit_code == CLAIM_FAILED:
                 raise _EntryFailed(KILLED)
             failed = exit_code and not (may_reboot and exit_code == REBOOT_EXIT_CODE)
             error = f"exit code {exit_code}" if failed else ""
@@ -7642,7 +7631,7 @@ class AttemptRun:
         planned = self.attempt.planned_at
         if planned is None or self.due is None:
             return planned
-        by_plan = CLOCK.wall() - (CLOCK.monotonic() - self.due)
+        by_plan = CLOCK.wall() + self.vm.start.monotonic + self.due - CLOCK.monotonic()
         return planned if abs(by_plan - planned) < 1 else by_plan
 
     def _within(self, limit: Limit, steps: Steps) -> Steps:
@@ -7667,9 +7656,9 @@ class AttemptRun:
                     raise _EntryFailed(self.limit.why)
                 yield from self._within(self.limit, self.transfers.item_steps(self.entry, item))
         if not self.entry.runs_script and self.entry.start_time > 0:  # else it never ended
-            yield self.run.repeating or []
-            if self.run.missed:
-                raise _EntryFailed("; ".join(self.run.missed[:5]))
+            yield self.repeating or []
+            if self.missed:
+                raise _EntryFailed("; ".join(self.missed[:5]))
 
     def _watch_steps(self, found: Found) -> Steps:
         """Follow a started program to its end, and kill it at the limit; return what it left."""
@@ -7802,35 +7791,33 @@ class AttemptRun:
             self.end(Outcome.UNKNOWN, f"it may have run: {why}")
         return step
 
-    def watch(self, found: Found) -> Steps:
-        """Go on with an attempt that was found again; on a full disk nobody noted the pid there."""
-        pid = found.pid if found.pid is not None else self.attempt.pid
-        return self.steps(dataclasses.replace(found, pid=pid))
+
+def look_at(guest: Guest, runs: Sequence[EntryRun]) -> Iterator[tuple[EntryRun, Found]]:
+    """Ask a guest what open attempts have left in it."""
+    for run, found in zip(runs, guest.look([run.folder for run in runs]), strict=True):
+        pid = found.pid if found.pid is not None else run.attempt.pid  # on a full disk
+        yield run, dataclasses.replace(found, pid=pid)
 
 
 def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> None:
     """End the programs of all open attempts in a guest; what has not begun there never will."""
     entries, latest = [entry for entry in entries if guest.runs(entry)], vm.journal.latest()
     guest.name_places(entries)
-    runs = [
-        AttemptRun(vm, EntryRun(entry), latest[entry.ordinal])
-        for entry in entries
-        if entry.runs_script and entry.ordinal in latest and latest[entry.ordinal].is_open
-    ]
-    if not runs:
+    runs = [EntryRun(vm, e) for e in entries if e.runs_script and e.ordinal in latest]
+    for run in runs:
+        run.attempt = latest[run.entry.ordinal]
+    if not (runs := [run for run in runs if run.attempt.is_open]):
         return
-    folders = [run.folder for run in runs]
-    guest.forbid(folders)
-    agenda, tasks = Agenda(), []
-    with contextlib.closing(agenda):
-        for run, found in zip(runs, guest.look(folders), strict=True):
-            run.limit = _KILL
+    guest.forbid([run.folder for run in runs])
+    tasks = []
+    with contextlib.closing(Agenda()) as agenda:
+        for run, found in look_at(guest, runs):
             forbidden = found.exit_code == CLAIM_FAILED and found.pid is None
             if forbidden and run.attempt.outcome is Outcome.ARMED:  # another run may begin it
                 why = f"{KILLED}: it did not begin"
                 run.end(Outcome.FAILED, why, exit_code=CLAIM_FAILED, retried=True)
             elif run.recover(found, due=True) is NextStep.WATCH:
-                tasks.append(agenda.spawn(run.watch(found)))
+                tasks.append(agenda.spawn(run.steps(found, _KILL)))
         for task in tasks:
             agenda.finish(task, lambda seconds: vm.wait(-1, 0, seconds))
 
@@ -7876,7 +7863,7 @@ class Life:
         self.vm.start.plan(plan.start_at)
         self.staging.forgive()
         for entry in plan.entries[len(self.runs) :]:
-            self.runs[entry.ordinal] = EntryRun(entry)
+            self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
         self._withdraw_moved()
         self._wake()
 
@@ -7942,18 +7929,17 @@ class Life:
     def _spawn(self, run: EntryRun, attempt: Attempt, found: Found | None = None) -> None:
         """Put an attempt on the agenda, for the time it was armed for or for now."""
         at = None if run.due is None else self.vm.start.monotonic + run.due
-        attempt_run = AttemptRun(self.vm, run, attempt, self.transfers, at)
         run.attempt = attempt
-        run.task = self.agenda.spawn(self._attempt_steps(attempt_run, found), at)
+        run.task = self.agenda.spawn(self._attempt_steps(run, found), at)
 
-    def _attempt_steps(self, attempt: AttemptRun, found: Found | None) -> Steps:
-        self._repeat(attempt.run)
-        yield from attempt.watch(found) if found else attempt.steps()
+    def _attempt_steps(self, run: EntryRun, found: Found | None) -> Steps:
+        self._repeat(run)
+        yield from run.steps(found)
         self._wake()
 
     def run_once(self, entry: ScheduleEntry) -> Attempt:
         """Arm one attempt of an entry, take it to its end, and return it."""
-        run = self.runs[entry.ordinal] = EntryRun(entry)
+        run = self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
         self._spawn(run, self._arm({entry.ordinal: None})[entry.ordinal])
         self.agenda.finish(cast(Task, run.task), lambda seconds: self.vm.wait(-1, 0, seconds))
         return self.journal.latest()[entry.ordinal]
@@ -8034,33 +8020,32 @@ class Life:
         """Find every open attempt again: by rows, then by what the guest's files say."""
         latest = self.journal.latest()
         begun = [run for ordinal, run in self.runs.items() if ordinal in latest]
-        opened = [run for run in begun if latest[run.entry.ordinal].is_open]
+        for run in begun:
+            run.attempt = latest[run.entry.ordinal]
+        opened = [run for run in begun if run.attempt.is_open]
         for guest in (self.vm.guest, self.vm.host):
             runs = [run for run in opened if run.entry.runs_script and guest.runs(run.entry)]
-            attempts = [AttemptRun(self.vm, run, latest[run.entry.ordinal]) for run in runs]
-            lefts = guest.look([attempt.folder for attempt in attempts])
-            for attempt, found in zip(attempts, lefts, strict=True):
-                self._recover_attempt(attempt, found)
+            for run, found in look_at(guest, runs):
+                self._recover_attempt(run, found)
         for run in begun:
-            if not latest[run.entry.ordinal].is_open:
+            if not run.attempt.is_open:
                 self._repeat(run)
             elif not run.entry.runs_script:  # a transfer: pulling again does no harm
-                self._again(run, latest[run.entry.ordinal])
+                self._again(run)
         _crash("recovered")
 
-    def _recover_attempt(self, begun: AttemptRun, found: Found) -> None:
-        entry, attempt = begun.entry, begun.attempt
-        planned = (attempt.planned_at or 0) <= CLOCK.wall()
-        step = begun.recover(found, planned or self._due(entry) <= CLOCK.monotonic())
+    def _recover_attempt(self, run: EntryRun, found: Found) -> None:
+        planned = (run.attempt.planned_at or 0) <= CLOCK.wall()
+        step = run.recover(found, planned or self._due(run.entry) <= CLOCK.monotonic())
         if step is NextStep.RUN:
-            self.vm.log.info("entry %d (%s) did not run yet", entry.ordinal, entry)
-            self._again(begun.run, attempt)
+            self.vm.log.info("entry %d (%s) did not run yet", run.entry.ordinal, run.entry)
+            self._again(run)
         elif step is NextStep.WATCH:
-            self._spawn(begun.run, attempt, found)
+            self._spawn(run, run.attempt, found)
 
-    def _again(self, run: EntryRun, attempt: Attempt) -> None:
+    def _again(self, run: EntryRun) -> None:
         """Go on with an open attempt that has not begun; one of positive time is armed anew."""
-        entry = run.entry
+        entry, attempt = run.entry, run.attempt
         if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
             self._spawn(run, attempt)
             return
@@ -8085,7 +8070,7 @@ class Life:
         armed = [r for r in runs if r.task and r.due is not None and not r.task.begun]
         moved = [run for run in armed if run.due != self.plan.times[run.entry.ordinal]]
         if moved:
-            self.journal.withdraw(cast(Attempt, run.attempt) for run in moved)
+            self.journal.withdraw(run.attempt for run in moved)
         for run in moved:
             self.agenda.cancel(cast(Task, run.task))
             run.task = run.due = None
