@@ -6729,13 +6729,7 @@ class NextStep(Enum):
 
 
 def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextStep:
-    """Return what an entry needs next; the one place that decides whether something runs again.
-
-    Args:
-        entry: The entry.
-        latest: Its latest attempt, if there is one.
-        boot: The guest's present boot id.
-    """
+    """Return what an entry needs next; the one place that decides whether something runs again."""
     if latest is None or latest.retried:
         return NextStep.RUN
     if latest.is_open:
@@ -6750,13 +6744,7 @@ def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextSt
 
 
 def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
-    """Return what becomes of an open attempt that somebody else began: RUN, WATCH or FAILED.
-
-    Args:
-        found: What it has left in the guest.
-        same_boot: Whether the guest still runs the boot it was armed in.
-        due: Whether it may have been sent at all.
-    """
+    """Return what becomes of an open attempt that somebody else began: RUN, WATCH or FAILED."""
     if not found.claimed:  # what a reboot may have erased was perhaps there
         return NextStep.RUN if same_boot or not due else NextStep.FAILED
     return NextStep.WATCH if same_boot or found.exit_code is not None else NextStep.FAILED
@@ -6779,35 +6767,23 @@ def _write_program(path: Path, source: Path | BinaryIO) -> None:
 
 
 def handler_config(db: Database, server_name: str) -> dict[str, Any]:
-    """Return a VM's row as the configuration that `VMResourceHandler` takes.
-
-    Raises:
-        NotFound: there is no such VM.
-        UsageError: it is not managed, or has no path to an agent.
-    """
-    row = db.row("SELECT * FROM vms WHERE server_name = :name", name=server_name)
+    """Return a VM's row as the configuration that `VMResourceHandler` takes."""
+    row = db.row(
+        """SELECT server_name AS vm_name, server_uuid AS vm_uuid, ordinal, path, engine, control_ip,
+               launch_dir, agent_timeout_s AS agent_timeout, set_time, pool, pool_token
+           FROM vms WHERE server_name = :name""",
+        name=server_name,
+    )
     if row is None:
         raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
-    if row["pool"] and (not row["pool_token"] or row["server_name"] in lost_vms(db)):
-        raise UsageError(
-            f"VM {server_name!r} has no machine of the pool now", "See the pool: vmrm pool info"
-        )
+    pool, token = row.pop("pool"), row.pop("pool_token")
+    if pool and (not token or row["vm_name"] in lost_vms(db)):
+        fault = f"VM {server_name!r} has no machine of the pool now"
+        raise UsageError(fault, "See the pool: vmrm pool info")
     if not row["path"]:
-        raise UsageError(
-            f"VM {server_name!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
-        )
-    return {
-        "vm_name": row["server_name"],
-        "vm_uuid": row["server_uuid"],
-        "ordinal": row["ordinal"],
-        "path": row["path"],
-        "engine": row["engine"],
-        "control_ip": row["control_ip"],
-        "launch_dir": row["launch_dir"],
-        "agent_timeout": row["agent_timeout_s"],
-        "set_time": bool(row["set_time"]),
-        "db": db,
-    }
+        fault = f"VM {server_name!r} has no path to a guest agent"
+        raise UsageError(fault, "Give it one: path = …, by add_vm")
+    return {**row, "db": db}
 
 
 @dataclasses.dataclass
@@ -6824,11 +6800,7 @@ class Plan:
 
     @classmethod
     def read(cls, db: Database, server_name: str, known: Plan | None = None) -> Plan:
-        """Read the plan of a VM; entries of the one known before are taken from it.
-
-        Raises:
-            _Leave: the experiment has no such VM any more.
-        """
+        """Read the plan of a VM; what is known of its entries already is taken over."""
         row = db.row(
             """SELECT v.revision, coalesce(s.generation, 1) AS generation,
                    coalesce(s.text, '[]') AS text, e.start_at, e.halt
@@ -6891,9 +6863,7 @@ class Patience:
     def progress(self, *point: Hashable) -> None:
         """Note that the VM gets on, so that past trouble is forgiven.
 
-        Args:
-            point: How far it came. Only the first time counts: a guest that reboots for ever
-                comes to the same again and again. Without it, it always counts.
+        A point counts only the first time: a guest that reboots for ever always comes to the same.
         """
         if point and point in self._reached:
             return
@@ -6901,11 +6871,7 @@ class Patience:
         self._since, self._refused, self._count = None, "", 0
 
     def trouble(self, error: drivers.DriverError) -> float:
-        """Return after how many seconds to connect anew.
-
-        Raises:
-            VMFailed: nobody is there, it is forbidden, it was refused twice, or it takes too long.
-        """
+        """Return after how many seconds to connect anew. Raises VMFailed if that is no use."""
         refused, self._refused = self._refused, str(error)
         final = (drivers.ConnectError, drivers.CommandDisabled, drivers.CommandMissing)
         # An agent that was restarted knows neither our files nor our programs; one that is frozen
@@ -6925,12 +6891,7 @@ class Patience:
 
 
 class HandledVM:
-    """One VM, as long as a process deals with it: its rows and logs, its agent, its guest.
-
-    Args:
-        config: As `handler_config` returns it.
-        wait: Waits inside driver calls, as `drivers.WaitHook`.
-    """
+    """One VM, as long as a process deals with it: its rows and logs, its agent, its guest."""
 
     def __init__(self, config: Mapping[str, Any], wait: drivers.WaitHook) -> None:
         self.config, self.wait = config, wait
@@ -7048,11 +7009,7 @@ class HandledVM:
             self.driver.close()
 
     def reboot_steps(self) -> Steps:
-        """Reboot the guest and wait until its agent answers again; nothing else goes on meanwhile.
-
-        Raises:
-            VMFailed: it did not go down, or did not come back, within the agent time-out.
-        """
+        """Reboot the guest; nothing else goes on until its agent answers again."""
         guest, driver = self.guest, self.driver
         self.log.info("rebooting the VM")
         driver.reboot()
@@ -7280,14 +7237,7 @@ class Staging:
 
 
 class Transfers:
-    """Copies files of a guest to this host. Names, sizes and contents are what the guest says.
-
-    Args:
-        guest: Connected.
-        vm_name: Names the directory below a destination.
-        default: The destination where none is given.
-        log: The VM's.
-    """
+    """Copies files of a guest to this host, into `<destination>/<vm_name>`."""
 
     def __init__(self, guest: Guest, vm_name: str, default: Path, log: logging.Logger) -> None:
         self.guest, self.vm_name, self.default, self.log = guest, vm_name, default, log
@@ -7464,10 +7414,7 @@ class Requests:
         self.db, self.vm_name = db, vm_name
 
     def claim(self) -> Iterator[Row]:
-        """Claim the requests still wanted, each by one UPDATE that checks client and time.
-
-        It checks, too, that nobody was told to stop: afterwards nothing begins any more.
-        """
+        """Claim the requests still wanted, each by one UPDATE: after a stop nothing begins."""
         rows = self.db.query(
             """SELECT id, client FROM requests WHERE server_name = :name AND NOT withdrawn
                AND answered_at IS NULL AND claimed_by IS NULL""",
@@ -7527,13 +7474,7 @@ _KILL = Limit(-math.inf, KILLED)
 
 
 class EntryRun:
-    """One entry in one life: its attempt on the way from being armed to its end, and its transfers.
-
-    Args:
-        vm: Connected, unless the entry runs on this host.
-        entry: Its places are known.
-        transfers: Copy what the entry wants out of the guest.
-    """
+    """One entry in one life: its attempt, on the way from being armed to its end; its transfers."""
 
     def __init__(
         self, vm: HandledVM, entry: ScheduleEntry, transfers: Transfers | None = None
@@ -7563,12 +7504,7 @@ class EntryRun:
         return Limit(at, f"timed out after {seconds:g} s")
 
     def steps(self, found: Found | None = None, limit: Limit | None = None) -> Steps:
-        """Take the attempt to its end: send, watch, transfer, close the journal.
-
-        Args:
-            found: What the guest already shows of it; None: send it now.
-            limit: None: as the entry says.
-        """
+        """Take the attempt to its end: send it, if nothing was found of it, watch, transfer."""
         entry, exit_code, reboot, outcome = self.entry, None, False, Outcome.FAILED
         may_reboot = entry.start_time < 0 and self.guest.reboots
         self.limit = limit or self._own_limit()
@@ -7691,9 +7627,6 @@ class EntryRun:
 
         The agent is asked first, then the guest's own files; an agent that does not know the pid
         (it was restarted) leaves the probe of the process itself.
-
-        Raises:
-            _EntryFailed: it was never begun, or died by a signal.
         """
         guest = self.guest
         if found.exit_code is not None:
@@ -7730,19 +7663,14 @@ class EntryRun:
         return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
 
     def _claim_steps(self) -> Steps:
-        """Ask an attempt's own files how it is, and give it a moment to say who it is.
-
-        Raises:
-            LinkLost: it has not begun; recovery knows what to do with it.
-            _Unknown: it has begun, and ended without a word.
-        """
+        """Ask the attempt's own files how it is, and give it a moment to say who it is."""
         deadline = CLOCK.monotonic() + self.vm.timeouts.claim_grace
         while True:
             found = self.guest.look([self.folder])[0]
             if found.exit_code is not None or found.alive:
                 return found
             if not found.claimed:
-                raise drivers.LinkLost("the agent was restarted")
+                raise drivers.LinkLost("the agent was restarted")  # what to do, recovery knows
             if found.pid is not None or CLOCK.monotonic() >= deadline:
                 raise _Unknown("it ended, and nobody saw how")
             yield self.vm.timeouts.claim_grace / 10
@@ -7761,10 +7689,7 @@ class EntryRun:
         self.guest.signal("KILL", pid)
 
     def _fetch_steps(self, last: bool = False) -> Steps:
-        """Append what the program has written since the last time to the host's logs.
-
-        While a program runs, Windows lets the agent not read what it has written so far.
-        """
+        """Append what the program has written since the last time to the host's logs."""
         guest, output, attempt = self.guest, self.vm.output, self.attempt
         for stream in ("out", "err"):
             while (room := output.room(self.entry, attempt)) > 0:
@@ -7780,10 +7705,7 @@ class EntryRun:
                 yield 0  # what is due goes first
 
     def recover(self, found: Found, due: bool) -> NextStep:
-        """Return what becomes of the attempt, which somebody else began: RUN, WATCH or FAILED.
-
-        In the last case its journal is closed.
-        """
+        """Return what becomes of the attempt, which somebody else began; FAILED closes it."""
         same_boot = self.attempt.boot_id == self.guest.boot
         step = recovered(found, same_boot=same_boot, due=due)
         if step is NextStep.FAILED:
@@ -7834,8 +7756,7 @@ def arming_meanwhile(steps: Steps, arm: Callable[[], float]) -> Steps:
 class Life:
     """A VM's way through its schedule, from connecting to its end or to trouble with the link.
 
-    All that a reconnect forgets is here: the next life finds it again, by rows and by what the
-    guest's own files say, as a fresh handler does.
+    The next life finds all of it again, by rows and what the guest's own files say.
     """
 
     def __init__(self, vm: HandledVM, staging: Staging) -> None:
@@ -8118,9 +8039,9 @@ class Life:
         return all(e.pause is not None or e.repeats or e.start_time < 0 for e in held)
 
     def _end_steps(self) -> Steps:
-        """Say that the VM's work is done; wait until all VMs' is, then see transfers to their end.
+        """Say that the VM's work is done and wait for all others, then see transfers to their end.
 
-        Returns whether the end has come; false means that there is new work.
+        Returns false if there is new work instead.
         """
         self.vm.db.write(
             """UPDATE vms SET finished_at = :now
@@ -8178,11 +8099,7 @@ class VMResourceHandler:
     # --- life
 
     def run(self) -> int:
-        """Take the VM through its schedule; return 0 once rows say how far it came.
-
-        Raises:
-            Conflict: another handler has this VM, or another client its agent.
-        """
+        """Take the VM through its schedule; return 0 once rows say how far it came."""
         lock = handler_lock(self.db, self.config["ordinal"])
         if not lock.take():
             raise Conflict(f"VM {self.vm_name!r} has a handler already: {lock.holder_name}")
@@ -8318,11 +8235,7 @@ class VMResourceHandler:
         self._wait(-1, 0, seconds)
 
     def _wait(self, fd: int, events: int, seconds: float) -> bool:
-        """Wait for a descriptor (-1: just wait) inside a driver call; return whether it is ready.
-
-        Raises:
-            _Leave: the supervisor is gone, or everybody is told to leave at once.
-        """
+        """Wait, in driver calls too, for a descriptor (-1: none); return whether it is ready."""
         deadline = CLOCK.monotonic() + seconds
         while True:
             if fd in self._poll(fd, events, deadline - CLOCK.monotonic()) and fd >= 0:
@@ -8405,10 +8318,9 @@ class VMResourceHandler:
         return self._quietly(self._stage, [schedule_entry])
 
     def preload_files(self) -> bool:
-        """Bring everything all entries need into the guest before the first one runs.
+        """Bring everything all entries need into the guest; return whether that worked.
 
-        So nothing is written to the guest's disk by us right after a reboot, which Windows does
-        not take well. Returns whether that worked.
+        So we write nothing to its disk right after a reboot, which Windows does not take well.
         """
         return self._quietly(self._stage, Plan.read(self.db, self.vm_name).entries)
 
@@ -8420,11 +8332,9 @@ class VMResourceHandler:
     def run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
     ) -> None:
-        """Run one entry now and wait for its end; errors go to the log.
+        """Run one entry of the VM's stored schedule to its end; errors go to the log.
 
-        Args:
-            schedule_entry: The entry, part of this VM's stored schedule.
-            queue: Gets the entry if it asks for a reboot.
+        The queue gets it if it asks for a reboot.
         """
         self._quietly(self._run_vm_resource, schedule_entry, queue)
 
@@ -8464,16 +8374,13 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> None:
-        """Pull a file, directory or glob out of the VM; with an interval, again and again.
+        """Pull a file, directory or glob out of the VM; RuntimeError if that cannot be done.
 
         Args:
             name: What the log calls it.
             location: Absolute path in the VM.
             interval: Seconds between two looks for changed files; None: once.
             destination: Directory on the host; None: `transfers` in the state directory.
-
-        Raises:
-            RuntimeError: the location is not absolute, or the VM cannot list it.
         """
         run_steps(self._transfer_data(name, location, interval, destination), self._nap)
 
@@ -8496,14 +8403,7 @@ class VMResourceHandler:
         self.mapping.set_vm_time_by_uuid(self.config["vm_uuid"], _plain_time(cur_time))
 
     def set_state(self, state: str) -> None:
-        """Record the VM's state; if it was the last to be configured, this sets the start time.
-
-        Args:
-            state: One of `VMState`.
-
-        Raises:
-            ValueError: the state is unknown or the move is not allowed.
-        """
+        """Record a `VMState`; the last VM to be configured sets the start time by this."""
         self.vm.set_state(state)
 
     def stop(self, exitcode: int) -> NoReturn:
