@@ -468,6 +468,11 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing if count == 1 else many}"
 
 
+def backoff(tries: int, first: float, longest: float) -> float:
+    """Return how long to wait after so many failures in a row: twice as long each time."""
+    return min(first * 2.0 ** min(tries - 1, 60), longest)
+
+
 def _signal_name(number: int) -> str:
     """Return a signal's name; most real-time signals have none."""
     with contextlib.suppress(ValueError):
@@ -857,22 +862,22 @@ class _Connection(sqlite3.Connection):
             self.execute(f"{trigger} BEGIN SELECT wake_up({who}); END")
 
 
-SUPERVISOR = 0  # its place among the wake-up sockets; VMs use their ordinals
-KEEPER = "keeper"  # its place there
+SUPERVISOR = "supervisor"  # its lock, and its wake-up socket; those of VMs are their ordinals
+KEEPER = "keeper"  # the same
 POOL = "pool"  # the keeper, and those who wait for a VM and would be given one now
 
 # What changes, and the wake-up socket of whom that concerns. The schema's triggers raise the
 # revision of a VM with all that its handler must see.
 _AWAITED = (
     ("UPDATE OF revision ON vms", "new.ordinal"),
-    ("UPDATE OF state, finished_at ON vms", f"{SUPERVISOR}"),
-    ("INSERT ON vms", f"{SUPERVISOR}"),
-    ("DELETE ON vms", f"{SUPERVISOR}"),
-    ("UPDATE OF start_at, halt ON experiments", f"{SUPERVISOR}"),
+    ("UPDATE OF state, finished_at ON vms", f"'{SUPERVISOR}'"),
+    ("INSERT ON vms", f"'{SUPERVISOR}'"),
+    ("DELETE ON vms", f"'{SUPERVISOR}'"),
+    ("UPDATE OF start_at, halt ON experiments", f"'{SUPERVISOR}'"),
     ("UPDATE OF answered_at ON requests", "'c-' || new.id"),
     (  # a machine of the pool that the experiment has was taken back
         "DELETE ON leases WHEN EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)",
-        f"{SUPERVISOR}",
+        f"'{SUPERVISOR}'",
     ),
     ("INSERT ON pool_vms", f"'{POOL}'"),
     ("DELETE ON pool_vms", f"'{POOL}'"),
@@ -1485,7 +1490,7 @@ def dead_sockets(db: Database) -> list[Path]:
 
 def remove_dead_sockets(db: Database) -> None:
     """Remove them, but none that somebody is just binding anew: who may do so has its lock."""
-    owners = {str(SUPERVISOR): db.lock("supervisor"), KEEPER: db.lock(KEEPER)}
+    owners = {name: db.lock(name) for name in (SUPERVISOR, KEEPER)}
     for path in dead_sockets(db):
         lock = owners.get(path.name)
         if path.name.isdigit() and lock is None:
@@ -8966,65 +8971,96 @@ def time_to_wait(seconds: float) -> None:
 # === supervisor ==================================================================================
 
 
+class Seat:
+    """The place of the one process that runs a database's experiment, or that keeps its pool.
+
+    Its lock keeps others out. Its wait ends with a wake-up, a signal, or what else is waited for:
+    signals are acted upon in the loop, never in the middle of a transaction.
+    """
+
+    def __init__(
+        self, db: Database, name: str, what: str, hint: str, *stops: signal.Signals
+    ) -> None:
+        self.told_to_stop, self._stops = False, stops
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(db.lock(name).held(what, hint))
+            self._wake = WakeSocket(db, name)
+            stack.callback(self._wake.close)
+            self._signals, sent = (stack.enter_context(end) for end in socket.socketpair())
+            self._signals.setblocking(False)
+            sent.setblocking(False)
+            before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+            stack.callback(signal.set_wakeup_fd, before)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+                stack.callback(signal.signal, number, signal.signal(number, self._note))
+            self._stack = stack.pop_all()
+
+    def _note(self, number: int, _: object) -> None:  # ignored, programs would inherit that
+        self.told_to_stop |= number in self._stops
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def wait(self, seconds: float, *descriptors: int) -> set[int]:
+        """Wait for so long, but not past a wake-up; return which descriptors have something."""
+        poll = select.poll()
+        for descriptor in (self._wake.fileno(), self._signals.fileno(), *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(math.ceil(max(0.0, seconds) * 1000))}
+        self.drain()
+        return ready
+
+    def drain(self) -> None:
+        """Forget all wake-ups until now: the rows are looked at next."""
+        self._wake.drain()
+        with contextlib.suppress(BlockingIOError):
+            while self._signals.recv(4096):
+                pass
+
+
+@dataclasses.dataclass
+class _Charge:
+    """What the supervisor knows of the handlers of one VM."""
+
+    pid: int = 0  # of the live one
+    deaths: int = 0  # in a row, without progress
+    progress: object = None  # at the last of them
+    not_before: float = -math.inf  # when another one may be started
+    last_rites: bool = False  # one was started only to end the VM's programs
+
+
 class Supervisor:
     """Forks one handler per VM, starts those that died again, and decides when all is done.
 
     It runs in a fresh interpreter with one thread, so that a fork is safe and a thousand handlers
-    share its memory. It alone holds the write end of the lifeline.
-
-    Args:
-        db: The database.
-        stay: Whether to go on when all work is done, for schedules that will be added to.
+    share its memory. It alone holds the write end of the lifeline. With `stay` it keeps running
+    when all work is done, so that entries can still be added.
     """
 
     def __init__(self, db: Database, stay: bool = False) -> None:
-        self.db, self.stay = db, stay
-        self.timeouts = db.timeouts
+        self.db, self.stay, self.timeouts = db, stay, db.timeouts
         self.log = logging.getLogger("vmrm")
         self._began = CLOCK.wall(), CLOCK.monotonic()
-        self._children: dict[int, str] = {}  # pid: VM
-        self._deaths: dict[str, int] = {}  # in a row, without progress
-        self._progress: dict[str, object] = {}
-        self._not_before: dict[str, float] = {}  # when a dead handler may be started again
+        self._charges = collections.defaultdict[str, _Charge](_Charge)  # by VM
         self._leave_by = math.inf
         self._hurrying: Halt | None = None
-        self._told_to_stop = False
         self._trouble = False  # with the database, and told so
-        self._last_rites: set[str] = set()  # VMs whose programs were sent a handler to kill them
         self._loan = Loan(db)
 
     def run(self) -> int:
-        """Supervise until the experiment is over; return 0.
-
-        Raises:
-            Conflict: another supervisor runs; it is named.
-        """
+        """Supervise until the experiment is over; return 0."""
         what, hint = (
             "the experiment is being run already",
             "Watch it: vmrm run, or end it: vmrm stop",
         )
-        with self.db.lock("supervisor").held(what, hint):
+        with Seat(self.db, SUPERVISOR, what, hint, signal.SIGTERM) as self._seat:
             self._prepare()
             while not self._ended():
                 self._pause()
         return 0
-
-    def _ended(self) -> bool:
-        """Do what is to be done now; return whether the experiment is over, or we must leave.
-
-        While the database cannot be used nothing is decided; handlers wait for it as we do.
-        """
-        try:
-            if self._step():
-                self._end()
-                return True
-        except Unavailable as error:
-            if not self._trouble:
-                self.log.error("%s; waiting", error)
-            self._trouble = True
-            return self._told_to_stop  # which no row can say now: the lifeline does
-        self._trouble = False
-        return False
 
     def _prepare(self) -> None:
         import gc
@@ -9035,43 +9071,40 @@ class Supervisor:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
-        self.wake = WakeSocket(self.db, SUPERVISOR)
         self._lifeline, self._held = os.pipe()
-        signals, sent = socket.socketpair()
-        signals.setblocking(False)
-        sent.setblocking(False)
-        self._signals, self._signals_sent = signals, sent
-        signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, self._terminate)
-        signal.signal(signal.SIGINT, lambda *_: None)  # programs would inherit SIG_IGN
         self.db.close()  # no connection crosses a fork
         gc.collect()
         gc.freeze()
 
-    def _terminate(self, *_: object) -> None:
-        self._told_to_stop = True  # acted upon in the loop, never in the middle of a transaction
+    def _ended(self) -> bool:
+        """Do what is to be done now; return whether the experiment is over, or we must leave.
+
+        While the database cannot be used nothing is decided; handlers wait for it as we do.
+        """
+        try:
+            if over := self._step():
+                self._end()
+            self._trouble = False
+        except Unavailable as error:
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            self._trouble = True
+            return self._seat.told_to_stop  # which no row can say now: the lifeline does
+        return over
 
     def _pause(self) -> None:
-        poll = select.poll()
-        for descriptor in (self.wake.fileno(), self._signals.fileno(), *self._loan.descriptors()):
-            poll.register(descriptor, select.POLLIN)
-        now, dues = CLOCK.monotonic(), [self._leave_by, *self._not_before.values()]
-        wait = min(
-            [self.timeouts.watch, *(due - now for due in dues if due > now)]
-        )  # what is past had its turn
-        poll.poll(math.ceil(wait * 1000))
-        self.wake.drain()
-        with contextlib.suppress(BlockingIOError):
-            while self._signals.recv(4096):
-                pass
+        now = CLOCK.monotonic()
+        dues = [self._leave_by, *(charge.not_before for charge in self._charges.values())]
+        look = self.timeouts.watch
+        wait = min([look, *(due - now for due in dues if due > now)])  # what is past had its turn
+        self._seat.wait(wait, *self._loan.descriptors())
 
     def _step(self) -> bool:
         """Look at everything once; return whether the experiment is over."""
         self._reap()
-        if self._told_to_stop:
+        if self._seat.told_to_stop:
             halt_experiment(self.db, Halt.STOP)
-            self._told_to_stop = False
+            self._seat.told_to_stop = False
         halt = self.db.value("SELECT halt FROM current_experiment")
         if halt is None and self._end_if_over():
             halt = Halt.END
@@ -9080,7 +9113,7 @@ class Supervisor:
             self._see_to_loan()
         elif halt == Halt.KILL:
             self._start_killers()
-        if halt is not None and not self._children:
+        if halt is not None and not any(charge.pid for charge in self._charges.values()):
             return True
         if halt in (Halt.STOP, Halt.KILL):
             self._hurry(Halt(halt))
@@ -9089,19 +9122,18 @@ class Supervisor:
 
     def _see_to_loan(self) -> None:
         """Start handlers once all VMs of the pool are here; give up those that were taken away."""
+        lost, why = [], "its machine of the pool was taken back"
         try:
             if not self._loan.obtain():
                 return
+            lost = lost_vms(self.db)
         except UsageError as error:
-            for row in self._loan.vms():
-                if row["state"] != VMState.FAILED:
-                    self._give_up(row["server_name"], str(error))
-        for name in lost_vms(self.db):
-            sql = "SELECT state FROM vms WHERE server_name = :name"
-            if self.db.value(sql, name=name) != VMState.FAILED:
-                self._give_up(name, "its machine of the pool was taken back")
-            for pid in [pid for pid, child in self._children.items() if child == name]:
-                os.kill(pid, signal.SIGKILL)
+            lost, why = [row["server_name"] for row in self._loan.vms()], str(error)
+        for name in lost:
+            sql = "SELECT 1 FROM vms WHERE server_name = :name AND state <> 'failed'"
+            if self.db.value(sql, name=name):
+                self._give_up(name, why)
+            self._kill(name)
         self._start_handlers()
 
     def _end_if_over(self) -> bool:
@@ -9116,102 +9148,97 @@ class Supervisor:
 
     def _is_over(self) -> bool:
         """Whether no VM has anything left to do, or none is left that could."""
-        row = self.db.row(
-            """SELECT e.start_at, e.on_failure,
-                   (SELECT count(*) FROM vms WHERE state NOT IN ('n/a', 'failed')) AS alive,
-                   (SELECT count(*) FROM vms WHERE state NOT IN ('n/a', 'failed')
-                    AND finished_at IS NULL) AS busy,
-                   (SELECT count(*) FROM vms WHERE state = 'failed') AS failed
-               FROM current_experiment AS e"""
+        return not self.db.value(
+            """SELECT iif(start_at IS NULL,
+                   EXISTS (SELECT 1 FROM vms WHERE state NOT IN ('n/a', 'failed')) OR
+                   on_failure = 'wait' AND EXISTS (SELECT 1 FROM vms WHERE state = 'failed'),
+                   EXISTS (SELECT 1 FROM vms WHERE state NOT IN ('n/a', 'failed')
+                           AND finished_at IS NULL))
+               FROM current_experiment"""
         )
-        if row is None:
-            return True
-        if row["start_at"] is None:
-            waits = row["failed"] and row["on_failure"] == OnFailure.WAIT
-            return row["alive"] == 0 and not waits
-        return cast(int, row["busy"]) == 0
 
     def _start_handlers(self) -> None:
-        wanted = self.db.query(
+        now = CLOCK.monotonic()
+        for row in self.db.query(
             """SELECT server_name FROM vms WHERE state IN
                    ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
-        )
-        now = CLOCK.monotonic()
-        for name in self._without_handler(row["server_name"] for row in wanted):
-            if self._not_before.get(name, 0) <= now:
-                self._not_before.pop(name, None)
-                self._fork(name)
+        ):
+            if self._charges[row["server_name"]].not_before <= now:
+                self._fork(row["server_name"])
 
     def _start_killers(self) -> None:
         """Where a program is left without a handler, start one, once: it knows what to do."""
-        for name in self._without_handler(vms_with_programs(self.db)):
-            if name not in self._last_rites:
-                self._last_rites.add(name)
-                self._fork(name)
+        for name in vms_with_programs(self.db):
+            if not self._charges[name].last_rites:
+                self._charges[name].last_rites = self._fork(name)
 
-    def _without_handler(self, names: Iterable[str]) -> list[str]:
-        present = set(self._children.values())
-        return [name for name in names if name not in present]
-
-    def _fork(self, name: str) -> None:
+    def _fork(self, name: str) -> bool:
+        """Start the handler of a VM unless it has one; return whether one was started."""
+        charge = self._charges[name]
+        if charge.pid:
+            return False
         self.db.close()  # no connection crosses a fork
         _crash("before-fork")
         try:
-            pid = os.fork()
+            charge.pid = os.fork()
         except OSError as error:  # too many processes, or too little memory, for the moment
             self.log.error("cannot start the handler of %s: %s", name, error)
-            self._not_before[name] = CLOCK.monotonic() + 1
-            return
-        if pid == 0:
+            charge.not_before = CLOCK.monotonic() + 1
+            return False
+        if charge.pid == 0:
             handler_process(self.db.path, name, self._lifeline)
-        self._children[pid] = name
+        return True
 
     def _reap(self) -> None:
-        while self._children:
+        """Take note of the handlers that have ended, and when the next may be started."""
+        while any(charge.pid for charge in self._charges.values()):
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            name = self._children.pop(pid, "")
-            code = os.waitstatus_to_exitcode(status)
-            if name and code != 0:
-                self._died(name, code)
-            elif name:
-                self._left(name)
+            for name, charge in self._charges.items():
+                if charge.pid == pid:
+                    charge.pid, code = 0, os.waitstatus_to_exitcode(status)
+                    pause = self._died(name, charge, code) if code else self._left(charge)
+                    charge.not_before = CLOCK.monotonic() + pause
 
-    def _left(self, name: str) -> None:
-        """A handler that left in good order comes again only if its VM still has work."""
-        self._deaths[name] = 0
-        self._not_before[name] = CLOCK.monotonic() + 0.5
+    def _left(self, charge: _Charge) -> float:
+        charge.deaths = 0
+        return 0.5  # another one comes if the VM still has work
 
-    def _died(self, name: str, code: int) -> None:
+    def _died(self, name: str, charge: _Charge, code: int) -> float:
+        """Return for how long to wait after a handler's death; give its VM up if that is no use."""
         if code == Unavailable.code:  # it can do nothing without the database, nor can we
-            self._not_before[name] = CLOCK.monotonic() + self.timeouts.reconnect
-            return
+            return self.timeouts.reconnect
         if code == SchemaError.code:
             raise SchemaError(f"the handler of {name} found the database unusable", RESTORE)
         how = _signal_name(-code) if code < 0 else f"exit code {code}"
-        progress = self.db.row(
-            """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
+        before, charge.progress = (
+            charge.progress,
+            self.db.row(
+                """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
                    (SELECT state FROM vms WHERE server_name = :name) AS state
                FROM attempts WHERE server_name = :name""",
-            name=name,
+                name=name,
+            ),
         )
-        again = progress == self._progress.get(name)
-        self._progress[name] = progress
-        self._deaths[name] = deaths = self._deaths.get(name, 0) + 1 if again else 1
-        if deaths >= MAX_DEATHS:
+        charge.deaths = charge.deaths + 1 if charge.progress == before else 1
+        if charge.deaths >= MAX_DEATHS:
             sql = "SELECT reason FROM vms WHERE server_name = :name"
             last = self.db.value(sql, name=name) or how
-            self._give_up(name, f"its handler died {deaths} times in a row: {last}")
-            return
-        pause = min(0.05 * 2**deaths, self.timeouts.restart)
-        self._not_before[name] = CLOCK.monotonic() + pause
+            self._give_up(name, f"its handler died {charge.deaths} times in a row: {last}")
+            return 0.0
+        pause = backoff(charge.deaths, 0.1, self.timeouts.restart)
         self.log.warning("the handler of %s died (%s); again in %.1f s", name, how, pause)
+        return pause
 
     def _give_up(self, name: str, reason: str) -> None:
         self.log.error("%s: %s", name, reason)
         with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
             move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
+
+    def _kill(self, name: str) -> None:
+        if pid := self._charges[name].pid:
+            os.kill(pid, signal.SIGKILL)
 
     def _hurry(self, halt: Halt) -> None:
         """Give handlers a while to leave, then kill them."""
@@ -9221,8 +9248,8 @@ class Supervisor:
         if halt is not self._hurrying:
             self._hurrying, self._leave_by = halt, now + grace
         if now >= self._leave_by:
-            for pid in self._children:
-                os.kill(pid, signal.SIGKILL)
+            for name in self._charges:
+                self._kill(name)
 
     def _end(self) -> None:
         now, (began, since) = CLOCK.wall(), self._began
@@ -9233,7 +9260,6 @@ class Supervisor:
         self._loan.give_back() if over else self._loan.leave()
         self.log.info("the experiment has ended")
         self.db.checkpoint(truncate=True)
-        self.wake.close()
         self.db.close()
 
 
@@ -9273,8 +9299,7 @@ class Loan:
     def obtain(self) -> bool:
         """Return whether all VMs are here; while they are not, stand in the queue.
 
-        Raises:
-            UsageError: they cannot be had.
+        `UsageError`: they cannot be had.
         """
         if not self._have:
             rows = self.vms()
@@ -9400,8 +9425,7 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
 def handle(db: Database, name: str, **more: Any) -> int:
     """Run one VM's handler in this process; a VM that cannot be run becomes `failed`.
 
-    Raises:
-        Conflict: the VM has a handler already, or its agent another client.
+    `Conflict`: the VM has a handler already, or its agent another client.
     """
     logger = logging.getLogger(f"vmrm.{name}")
     log_to(logger, run_directory(db, "logs") / f"{name}.log")
@@ -9422,11 +9446,7 @@ def handle(db: Database, name: str, **more: Any) -> int:
 
 
 def halt_experiment(db: Database, halt: Halt) -> None:
-    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill.
-
-    Raises:
-        Unwritable: the database cannot be used, and there is nobody who could be told otherwise.
-    """
+    """Tell the supervisor and all handlers what to do now; the first word stands, but for kill."""
     try:
         with db.transaction():
             _set_halt(db, halt)
@@ -9491,11 +9511,6 @@ def launch(
 
     Returns:
         The entries that are repeated, and the failed VMs that get another chance.
-
-    Raises:
-        UsageError: there are no VMs, or a managed one has no path, or an entry runs on this host
-            and may not.
-        Unavailable: its programs are still being ended, after which nothing starts.
     """
     refuse_damaged(db.connection)
     rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
@@ -9538,12 +9553,7 @@ def launch(
 
 
 def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to go on with other machines of the pool than those on which work was done.
-
-    Raises:
-        NotFound: the pool has no such group.
-        Conflict: the experiment's machines were given, or taken, back.
-    """
+    """Refuse to go on with other machines of the pool than those on which work was done."""
     pooled = [row for row in rows if row["pool"]]
     for row in pooled:
         VmManager(db=db)._group(row["pool"])
@@ -9561,11 +9571,7 @@ def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_host_entries(schedules: Mapping[str, str], allowed: bool) -> None:
-    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not.
-
-    Raises:
-        UsageError: there are some; they are named.
-    """
+    """Refuse schedules (JSON texts by VM) with entries that run on this host and may not."""
     found = [
         f"VM {name}, entry {entry.ordinal} ({entry})"
         for name, text in schedules.items()
@@ -9588,72 +9594,49 @@ def _settle_late(db: Database, late: str) -> None:
     that they stay together; but one that had failed gets its own, and one in a break none.
     Attempts that are armed may have begun: with these, the handler does as the guest says.
     """
-    experiment = current_experiment(db)
-    start = experiment["start_at"]
-    now = CLOCK.wall() - start if start is not None else -math.inf
-    if late == Late.START or now <= 0:
+    experiment, now = current_experiment(db), CLOCK.wall()
+    since = now - experiment["start_at"] if experiment["start_at"] is not None else -math.inf
+    if late == Late.START or since <= 0:
         return
-    lines: dict[str, Timeline] = {}
-    first: dict[str, float] = {}
-    failed = {row["server_name"] for row in db.query("SELECT * FROM vms WHERE state = 'failed'")}
-    for row in db.query("SELECT server_name FROM vms WHERE state <> 'n/a'"):
-        name = row["server_name"]
-        lines[name], overdue = _overdue(db, name, now)
-        if late == Late.SKIP:
-            _skip(db, experiment, name, overdue)
-        elif overdue:
-            first[name] = min(at for at, _ in overdue.values())
-    together = min((at for name, at in first.items() if name not in failed), default=math.inf)
-    for name, line in lines.items() if late == Late.SHIFT else ():
-        since = first.get(name, math.inf) if name in failed else together
-        if since < now and line.break_at(since) is None:
-            _record_hold(db, name, Hold(since, now - since))
+    vms = []
+    for vm in db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'"):
+        line, overdue = _overdue(db, vm.server_name, since)
+        vms.append((vm, line, min((at for at, _ in overdue), default=math.inf)))
+        for at, row in overdue if late == Late.SKIP else ():
+            if row.attempt is None:
+                entry = {key: row[key] for key in ("server_name", "generation", "ordinal")}
+                times = {"planned_at": experiment["start_at"] + at, "armed_at": now}
+                how = {"outcome": Outcome.SKIPPED.value, "error": SKIPPED, "ended_at": now}
+                of = experiment["id"]
+                db.insert("attempts", experiment_id=of, attempt=1, **entry, **times, **how)
+    together = min((at for vm, _, at in vms if vm.state != VMState.FAILED), default=math.inf)
+    for vm, line, first in vms if late == Late.SHIFT else ():
+        begin = first if vm.state == VMState.FAILED else together
+        if begin < since and line.break_at(begin) is None:
+            _record_hold(db, vm.server_name, Hold(begin, since - begin))
 
 
-def _overdue(
-    db: Database, name: str, now: float
-) -> tuple[Timeline, dict[int, tuple[float, int | None]]]:
-    """Return a VM's timeline, and what should have begun before now: time and attempt, if any."""
+def _overdue(db: Database, name: str, since: float) -> tuple[Timeline, list[tuple[float, Row]]]:
+    """Return a VM's timeline, and what should have begun by that time of it: when, and which."""
     rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
-    entries = [ScheduleEntry.from_dict(json.loads(r["entry"]), r["ordinal"]) for r in rows]
+    entries = [ScheduleEntry.from_dict(json.loads(row.entry), row.ordinal) for row in rows]
     line = Timeline(entries, read_holds(db, name))
-    overdue = {
-        entry.ordinal: (line.times[entry.ordinal], row["attempt"])
+    return line, [
+        (line.times[entry.ordinal], row)
         for entry, row in zip(entries, rows, strict=True)
-        if row["outcome"] in (None, Outcome.ARMED) and entry.pause is None
+        if row.outcome in (None, Outcome.ARMED) and entry.pause is None
         if not entry.is_resume
-        if 0 < line.times[entry.ordinal] < now and not entry.repeats
-    }
-    return line, overdue
-
-
-def _skip(
-    db: Database,
-    experiment: Mapping[str, Any],
-    name: str,
-    overdue: Mapping[int, tuple[float, int | None]],
-) -> None:
-    for ordinal, (at, attempt) in overdue.items():
-        if attempt is None:
-            db.connection.execute(
-                """INSERT INTO attempts (experiment_id, server_name, generation, ordinal, attempt,
-                       outcome, planned_at, armed_at, ended_at, error)
-                   SELECT :id, :name, generation, :ordinal, 1, 'skipped', :planned, :now, :now,
-                       :error FROM schedules WHERE server_name = :name""",
-                {"id": experiment["id"], "name": name, "ordinal": ordinal}
-                | {"planned": experiment["start_at"] + at, "now": CLOCK.wall(), "error": SKIPPED},
-            )
+        if 0 < line.times[entry.ordinal] < since and not entry.repeats
+    ]
 
 
 def supervisor_pid(db: Database) -> int | None:
     """Return the pid of the live supervisor, or None."""
-    return db.lock("supervisor").holder
+    return db.lock(SUPERVISOR).holder
 
 
 def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
-    import subprocess
-
     words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
     with (run_directory(db, "logs") / "supervisor.log").open("ab") as log:
         return subprocess.Popen(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -624,14 +625,20 @@ def test_a_log_without_room_breaks_nothing_and_says_so_later(tmp_path: Path) -> 
 
 
 def test_a_host_without_room_for_processes_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    asked = []
+
     def refuse() -> int:
+        asked.append(time.monotonic())
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", refuse)
     with vmrm.Database(tmp_path / "a.db") as db:
-        supervisor = vmrm.Supervisor(db)
-        supervisor._fork("vm1")
-        assert supervisor._not_before["vm1"] > time.monotonic()
-        assert not supervisor._children
+        vmrm.VMMapping(db=db).put("u1", "vm1", path="/a.sock")
+        assert vmrm.Supervisor(db).run() == 0
+    gc.unfreeze()
+    assert asked[1] > asked[0] + 0.9
+    assert caplog.text.count("cannot start the handler of vm1: ") == 2
