@@ -461,6 +461,21 @@ SELECT vm_name, 'check', last_health_check,
            last_health_check + vm_health_check_period_s, 0), ''
 FROM idle WHERE state = 'ready' OR (state = 'in_use' AND "check" <> '');
 
+-- Every VM of the pool, and what one who waits may hope for of it: coming (it is, or by itself
+-- becomes, one that anybody may be given), returning (to its owner, from a check or release),
+-- idle (bound to others and in no use), leaving (its place in the group). One that could not be
+-- ended is waited for once more: the hook may fail for the next one, too.
+CREATE VIEW pool_prospects AS
+SELECT p.*, CASE
+    WHEN state = 'terminating' THEN iif(hook = 'terminate' OR terminate_tries < 2, 'leaving', '')
+    WHEN check_fails THEN ''
+    WHEN state IN ('spawning', 'got_ip', 'check_health', 'ready')
+         AND (bound_to_user IS NULL OR (releasing_at IS NOT NULL AND release_cleans)) THEN 'coming'
+    WHEN state = 'check_health' AND (hook <> '' OR releasing_at IS NOT NULL) THEN 'returning'
+    WHEN state = 'ready' AND hook = '' THEN 'idle'
+    ELSE '' END AS prospect
+FROM pool_list AS p LEFT JOIN pool_groups AS g ON g.name = p."group" ORDER BY state_at, vm_name;
+
 CREATE VIEW current_experiment AS SELECT * FROM experiments WHERE destroyed_at IS NULL;
 
 -- The experiment's start condition in one row: launched, nobody missing, somebody configured.

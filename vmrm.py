@@ -81,7 +81,6 @@ from typing import (
     Any,
     BinaryIO,
     ClassVar,
-    Literal,
     NamedTuple,
     NoReturn,
     Self,
@@ -9739,7 +9738,7 @@ class Hook:
         self._signals = [signal.SIGTERM, signal.SIGKILL]  # still to be tried
         self.exit_code: int | None = None  # negative for a signal; None until `end`
         self.seconds = 0.0
-        self.spawned: Spawned | None = None  # by a spawn hook that succeeded
+        self.spawned, self.machine = "", dict[str, str]()  # by a spawn hook that succeeded
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = gated(["/bin/sh", "-c", command], env=environment, **pipes)
         self.pid = self.process.pid
@@ -9791,14 +9790,21 @@ class Hook:
         self.seconds = CLOCK.monotonic() - self.began_at
         if self.kind == HookKind.SPAWN and not self.fault:
             try:
-                self.spawned = parse_spawned("\n".join(self.out.lines()), self.vm_name)
+                spawned = parse_spawned("\n".join(self.out.lines()), self.vm_name)
+                self.machine = _pool_machine(spawned.ip, spawned.path)
+                self.spawned = spawned.name
             except ValueError as error:
                 self.verdict = _one_line(error)
-        if self.spawned is None:
+        if not self.spawned:
             signal_session(self.pid, self.identity.started, signal.SIGKILL)
         self._close()
         # Reaped last: a zombie keeps its pid, which is its session's name, from all others.
         self.process.poll()
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether it is a check that does not count either way."""
+        return self.kind == HookKind.CHECK and (self.killed or self.exit_code == EX_TEMPFAIL)
 
     @property
     def fault(self) -> str:
@@ -10175,35 +10181,27 @@ def qemu_running(root: Path) -> list[str]:
 
 # === the keeper ==================================================================================
 #
-# keeper_plan says what is to be done about the pool's rows at some instant, and knows nothing but
-# them. The keeper does it: it starts a hook behind its gate, claims the row for it in one
-# transaction (a move, and the hook's pid), opens the gate, and writes down its end in another one.
-# So a machine never exists without its row, and who comes after a killed keeper finds every hook.
+# keeper_plan says what is to be done at some instant: what the view pool_dues has of single VMs,
+# and what the pool as a whole lacks. The keeper does it: it starts a hook behind its gate, claims
+# the row for it in one transaction (a move, and the hook's pid), opens the gate, and writes down
+# its end in another one. So a machine never exists without its row, and who comes after a killed
+# keeper finds every hook.
 
 MAX_HOOKS = 8  # of one kind at once; spawns have limits of their own
 KEPT_S = 30 * 86400.0  # the history, and the hooks' logs of VMs that are gone
 SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
+_URGENCY = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolAction:
     """One thing to do: run a hook, move a VM to `terminating`, or kill the hook it has."""
 
-    what: HookKind | Literal["end", "kill"]
+    what: str
+    row: Mapping[str, Any] = dataclasses.field(compare=False)  # of the group, and of the VM if any
     group: str
     vm_name: str = ""
     reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolRows:
-    """What the keeper knows of the pool when it plans: rows, at one instant."""
-
-    groups: Sequence[Mapping[str, Any]]
-    vms: Sequence[Mapping[str, Any]]
-    shares: Sequence[Share] = ()  # what there is for those who wait
-    info: Mapping[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
-    server_started: float = 0.0
 
 
 class _Dues:
@@ -10212,158 +10210,84 @@ class _Dues:
     def __init__(self, now: float) -> None:
         self.now, self.next_at = now, math.inf
 
-    def passed(self, at: float | None) -> bool:
-        if at is None:
-            return False
-        if at > self.now:
-            self.next_at = min(self.next_at, at)
-        return at <= self.now
+    def passed(self, at: float, since: float | None = None) -> bool:
+        """Whether a time has come; one that counts since a time to come is another clock's."""
+        if at <= self.now or (since or 0.0) > self.now + 1:
+            return True
+        self.next_at = min(self.next_at, at)
+        return False
 
     def again(self, last_at: float | None, pause: float) -> bool:
-        """Whether a pause since the last time is over; a last time to come is of another clock."""
-        last_at = last_at or 0.0
-        return last_at > self.now + 1 or self.passed(last_at + pause)
+        """Whether a pause since the last time is over."""
+        return self.passed((last_at or 0.0) + pause, last_at)
 
 
-def keeper_plan(pool: PoolRows, now: float, timeouts: Timeouts) -> tuple[list[PoolAction], float]:
-    """Return what is to be done now, most urgent first, and when to look again at the latest.
-
-    Args:
-        pool: The rows.
-        now: Seconds since the epoch.
-        timeouts: Supplies `recheck` and `young`.
-    """
-    dues, groups = _Dues(now), {group["name"].lower(): group for group in pool.groups}
-    actions: list[PoolAction] = []
-    for vm in pool.vms:
-        group = groups.get(vm["group"].lower())
-        if group and (action := _plan_vm(vm, group, pool.server_started, dues, timeouts)):
-            actions.append(action)
-    supplies = _supplies(pool)
-    for group in pool.groups:
-        supply = supplies[group["name"].lower()]
-        actions += _plan_spawns(supply, dues)
+def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
+    """Return what is to be done now, most urgent first, and when to look again at the latest."""
+    dues, groups = _Dues(now), db.query("SELECT * FROM pool_groups ORDER BY position, name")
+    vms = db.query("SELECT * FROM pool_prospects")
+    actions = _plan_vms(db, {vm["vm_name"]: vm for vm in vms}, groups, dues)
+    pool = VmManager(db=db)
+    for supply in _supplies(pool, groups, vms):
+        group, name = supply.group, supply.group["name"]
+        actions += [PoolAction("spawn", group, name)] * supply.spawns_now(dues)
         actions += supply.recycled
-        listed = pool.info.get((group["name"], "listed")) or {"at": 0}
+        listed = pool.keeper_info(name, "listed")
         doubtful = listed.get("missing") or listed.get("strangers")
-        period = timeouts.young if doubtful else group["vm_health_check_period_s"]
+        period = db.timeouts.young if doubtful else group["vm_health_check_period_s"]
         wanted = group["list"] and group["terminate"]  # without the one, the other ends nothing
-        if wanted and not listed.get("hook") and dues.again(listed["at"], period):
-            actions.append(PoolAction(HookKind.LIST, group["name"]))
-    order = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
-    return sorted(actions, key=lambda action: order.index(action.what)), dues.next_at
+        if wanted and not listed.get("hook") and dues.again(listed.get("at"), period):
+            actions.append(PoolAction("list", group, name))
+    return sorted(actions, key=lambda action: _URGENCY.index(action.what)), dues.next_at
 
 
-def _plan_vm(
-    vm: Mapping[str, Any],
-    group: Mapping[str, Any],
-    server_started: float,
+def _plan_vms(
+    db: Database,
+    vms: Mapping[str, Mapping[str, Any]],
+    groups: Iterable[Mapping[str, Any]],
     dues: _Dues,
-    timeouts: Timeouts,
-) -> PoolAction | None:
-    do = functools.partial(PoolAction, group=group["name"], vm_name=vm["vm_name"])
-    if vm["hook"]:
-        stale = vm["state"] == VmStates.TERMINATING and vm["hook"] != HookKind.TERMINATE
-        return do("kill", reason="its VM is to be terminated") if stale else None
-    if vm["state"] == VmStates.TERMINATING:
-        pause = group["vm_terminating_timeout_s"] if vm["terminate_tries"] else 0.0
-        return do(HookKind.TERMINATE) if dues.again(vm["terminating_at"], pause) else None
-    if reason := _why_to_end(vm, group, dues):
-        return do("end", reason=reason)
-    if vm["releasing_at"] is not None:
-        ill = vm["state"] == VmStates.CHECK_HEALTH_FAILED and not group["terminate"]
-        pause = group["vm_health_check_period_s"] if ill else 0.0
-        return do(HookKind.RELEASE) if dues.again(vm["releasing_at"], pause) else None
-    return do(HookKind.CHECK) if _check_is_due(vm, group, server_started, dues, timeouts) else None
-
-
-def _why_to_end(vm: Mapping[str, Any], group: Mapping[str, Any], dues: _Dues) -> str:
-    """Return why a VM that is not terminating has to, '' if it has not."""
-
-    def passed(since: float, limit: float | None) -> bool:
-        return limit is not None and dues.passed(since + limit)
-
-    state = vm["state"]
-    if state == VmStates.SPAWNING:
-        return "its spawn hook was lost"
-    if not group["terminate"]:  # nobody would end its machine, so it is kept
-        return ""
-    if state == VmStates.HELD and dues.passed(vm["held_until"]):
-        return "it was held until now"
-    if state == VmStates.CHECK_HEALTH_FAILED and vm["check_fails"] > group["vm_max_check_fails"]:
-        return f"it failed {counted(vm['check_fails'], 'check')} in a row"
-    if state == VmStates.READY:
-        used_at = vm["last_release"] or vm["spawned_at"]
-        count = group["reuse_max_count"]
-        if count is not None and vm["builds_count"] >= count:
-            return f"it was used {counted(vm['builds_count'], 'time')}"
-        if passed(vm["spawned_at"], group["reuse_max_age_s"]):
-            return f"it is over {group['reuse_max_age_s']:g} s old"
-        if passed(used_at, group["reuse_max_idle_s"]):
-            return f"nobody acquired it for {group['reuse_max_idle_s']:g} s"
-        dirty = group["vm_dirty_terminating_timeout_s"]
-        if vm["bound_to_user"] and passed(used_at, dirty):
-            return f"{vm['bound_to_user']} did not acquire it again for {dirty:g} s"
-    return ""
-
-
-def _check_is_due(
-    vm: Mapping[str, Any],
-    group: Mapping[str, Any],
-    server_started: float,
-    dues: _Dues,
-    timeouts: Timeouts,
-) -> bool:
-    """Whether to check a VM's health now.
-
-    The agent of a VM in use is its holder's, so only a check hook of the group's own looks there.
-    A check that told nothing is repeated after `recheck` seconds.
-    """
-    if not dues.again(vm["check_started_at"], timeouts.recheck):
-        return False
-    period, last_at = group["vm_health_check_period_s"], vm["last_health_check"] or 0.0
-    state = vm["state"]
-    if state in (VmStates.GOT_IP, VmStates.CHECK_HEALTH):
-        return True
-    if state == VmStates.CHECK_HEALTH_FAILED:
-        return dues.again(vm["state_at"], period)
-    if state == VmStates.READY or (state == VmStates.IN_USE and group["check"]):
-        return last_at <= server_started or dues.again(last_at, period)
-    return False
+) -> list[PoolAction]:
+    """Return the most urgent of what is due for each VM; a check is not begun at once again."""
+    by_name, actions = {group["name"].lower(): group for group in groups}, {}
+    rows = db.query(
+        "SELECT d.* FROM pool_dues AS d JOIN pool_vms USING (vm_name) ORDER BY state_at"
+    )
+    for row in sorted(rows, key=lambda row: _URGENCY.index(row["what"])):
+        name, what, vm = row["vm_name"], row["what"], vms[row["vm_name"]]
+        group = by_name.get(vm["group"].lower())
+        if group is None or name in actions or not dues.passed(row["due_at"] or 0.0, row["since"]):
+            continue
+        if what != "check" or dues.again(vm["check_started_at"], db.timeouts.recheck):
+            actions[name] = PoolAction(what, {**group, **vm}, group["name"], name, row["reason"])
+    return list(actions.values())
 
 
 class _Supply:
     """What a group can come up with for those whom `allot` leaves without a VM."""
 
-    def __init__(self, pool: PoolRows, group: Mapping[str, Any], kept: Collection[str]) -> None:
-        self.group = group
-        mine = [vm for vm in pool.vms if vm["group"].lower() == group["name"].lower()]
-        self.failed = pool.info.get((group["name"], "failed"))
-        self.spawning = sum(vm["state"] == VmStates.SPAWNING for vm in mine)
-        self.coming = sum(_is_coming(vm, group) and vm["vm_name"] not in kept for vm in mine)
-        self.unbound = self.coming
-        self.room = group["max_vm_total"] - len(mine)
-        # One that could not be ended is waited for once more: the hook may fail for the next, too.
-        self.leaving = sum(
-            vm["state"] == VmStates.TERMINATING
-            and (vm["hook"] == HookKind.TERMINATE or vm["terminate_tries"] < 2)
-            for vm in mine
-        )
+    def __init__(
+        self,
+        group: Mapping[str, Any],
+        vms: Sequence[Mapping[str, Any]],
+        kept: Collection[str],
+        failed: Mapping[str, Any],
+    ) -> None:
+        self.group, self.failed, self.wanted = group, failed, 0
+        hopes = collections.defaultdict[str, list[Mapping[str, Any]]](list)
+        for vm in vms:
+            if vm["vm_name"] not in kept:
+                hopes[vm["prospect"]].append(vm)
+        self.spawning = sum(vm["state"] == VmStates.SPAWNING for vm in vms)
+        self.unbound = self.coming = len(hopes["coming"])
+        self.room, self.leaving = group["max_vm_total"] - len(vms), len(hopes["leaving"])
         # While spawns fail, room for one is enough to see whether they still do.
-        self.in_vain = bool(self.failed) and max(self.room, self.leaving, self.spawning) > 0
-        idle = [
-            vm
-            for vm in mine
-            if vm["state"] == VmStates.READY and vm["bound_to_user"] and not vm["hook"]
-            if vm["vm_name"] not in kept
-        ]
-        self.idle = sorted(idle, key=lambda vm: vm["last_release"] or vm["spawned_at"])
-        counted_for = [vm["bound_to_user"] for vm in mine if vm["state"] != VmStates.TERMINATING]
-        self.bound = collections.Counter(counted_for)
+        self.in_vain = bool(failed) and max(self.room, self.leaving, self.spawning) > 0
+        self.idle = sorted(hopes["idle"], key=lambda vm: vm["last_release"] or vm["spawned_at"])
+        ends = VmStates.TERMINATING
+        self.bound = collections.Counter(vm["bound_to_user"] for vm in vms if vm["state"] != ends)
         self.returning = collections.Counter(
-            (vm["bound_to_user"], vm["bound_sandbox"]) for vm in mine if _is_returning(vm, group)
+            (vm["bound_to_user"], vm["bound_sandbox"]) for vm in hopes["returning"]
         )
-        self.spawns = 0
         self.recycled: list[PoolAction] = []
 
     def serves(self, request: Request) -> bool:
@@ -10373,9 +10297,7 @@ class _Supply:
             self.returning[own] -= 1
             return True
         limit = self.group["max_vm_per_user"]
-        if (
-            limit is not None and self.bound[request.owner] >= limit
-        ):  # then one of its own has to go
+        if limit is not None and self.bound[request.owner] >= limit:  # one of its own has to go
             return self._recycle(request, own=True)
         if self.coming:
             self.coming -= 1
@@ -10383,7 +10305,7 @@ class _Supply:
             return False
         elif self.room > 0:
             self.room -= 1
-            self.spawns += 1
+            self.wanted += 1
         elif self.leaving:
             self.leaving -= 1
         elif not self._recycle(request, own=False):
@@ -10393,411 +10315,104 @@ class _Supply:
 
     def _recycle(self, request: Request, *, own: bool) -> bool:
         """End the VM that is idle for the longest time: of all of them, or of the owner's own."""
-        if not (self.group["spawn"] and self.group["terminate"]) or (self.in_vain and not own):
+        idle = [vm for vm in self.idle if not own or vm["bound_to_user"] == request.owner]
+        if not (self.group["spawn"] and self.group["terminate"] and idle):
             return False
-        for vm in self.idle:
-            if vm["bound_to_user"] == request.owner if own else True:
-                self.idle.remove(vm)
-                self.in_vain = bool(self.failed)
-                reason = f"{request.owner} waits for one, and there is no room"
-                name = self.group["name"]
-                self.recycled.append(PoolAction("end", name, vm["vm_name"], reason))
-                return True
-        return False
+        if self.in_vain and not own:
+            return False
+        self.idle.remove(idle[0])
+        self.in_vain = bool(self.failed)
+        reason, name = f"{request.owner} waits for one, and there is no room", idle[0]["vm_name"]
+        row = {**self.group, **idle[0]}
+        self.recycled.append(PoolAction("end", row, self.group["name"], name, reason))
+        return True
+
+    def spawns_now(self, dues: _Dues) -> int:
+        """Return how many VMs to spawn: up to `min_ready`, or for all who wait, within limits."""
+        group, failed = self.group, self.failed
+        room = min(self.room + self.wanted, group["max_spawn_processes"] - self.spawning)
+        count = min(max(group["min_ready"] - self.unbound, self.wanted), room)
+        if count <= 0 or not group["spawn"]:
+            return 0
+        interval = group["vm_spawn_min_interval_s"]
+        pause = backoff(failed["times"], 1.0, SPAWN_BACKOFF_S) if failed else 0.0
+        rested = dues.again(group["last_spawn_at"], interval)
+        if not rested or (failed and not dues.again(failed["at"], pause)):
+            return 0
+        return 1 if interval else count
 
 
-def _is_coming(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether a VM is, or by itself becomes, one that anybody may be given."""
-    fresh = (VmStates.SPAWNING, VmStates.GOT_IP, VmStates.CHECK_HEALTH, VmStates.READY)
-    unbinds = vm["releasing_at"] is not None and group["release_cleans"]
-    return (
-        vm["state"] in fresh and not vm["check_fails"] and bool(unbinds or not vm["bound_to_user"])
-    )
-
-
-def _is_returning(vm: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether its owner may soon have a VM again, which is being checked or released now."""
-    busy = vm["hook"] or vm["releasing_at"] is not None
-    unbinds = vm["releasing_at"] is not None and group["release_cleans"]
-    return bool(
-        vm["state"] == VmStates.CHECK_HEALTH and busy and not unbinds and not vm["check_fails"]
-    )
-
-
-def _supplies(pool: PoolRows) -> dict[str, _Supply]:
+def _supplies(
+    pool: VmManager, groups: Sequence[Mapping[str, Any]], vms: Sequence[Mapping[str, Any]]
+) -> Collection[_Supply]:
     """Charge each want that nobody serves now to the first of its groups that can serve it.
 
     A group whose spawns fail comes last.
     """
-    kept = {name for share in pool.shares for name in share.vm_names}
-    supplies = {group["name"].lower(): _Supply(pool, group, kept) for group in pool.groups}
-    for share in pool.shares:
+    shares, supplies = pool.shares(), {}
+    kept = {name for share in shares for name in share.vm_names}
+    mine = collections.defaultdict[str, list[Mapping[str, Any]]](list)
+    for vm in vms:
+        mine[vm["group"].lower()].append(vm)
+    for group in groups:
+        key, failed = group["name"].lower(), pool.keeper_info(group["name"], "failed")
+        supplies[key] = _Supply(group, mine[key], kept, failed)
+    for share in shares:
         for wanted in share.missing:
             named = [supplies[g.lower()] for g in map(str, wanted) if g.lower() in supplies]
             for supply in sorted(named, key=lambda supply: bool(supply.failed)):
                 if supply.serves(share.request):
                     break
-    return supplies
+    return supplies.values()
 
 
-def _plan_spawns(supply: _Supply, dues: _Dues) -> list[PoolAction]:
-    """Return the spawns for a group: up to `min_ready`, or for all who wait, within its limits."""
-    group, failed = supply.group, supply.failed
-    lacking = max(group["min_ready"] - supply.unbound, supply.spawns)
-    room = min(supply.room + supply.spawns, group["max_spawn_processes"] - supply.spawning)
-    count = min(lacking, room)
-    if count <= 0 or not group["spawn"]:
-        return []
-    interval = group["vm_spawn_min_interval_s"]
-    pause = min(2.0 ** min(failed["times"], 30) / 2, SPAWN_BACKOFF_S) if failed else 0.0
-    if not dues.again(group["last_spawn_at"], interval):
-        return []
-    if failed and not dues.again(failed["at"], pause):
-        return []
-    return [PoolAction(HookKind.SPAWN, group["name"])] * (1 if interval else count)
+NO_HOOK: dict[str, Any] = {"hook": "", "hook_process": None}
 
 
-NO_HOOK: dict[str, Any] = {
-    "hook": "",
-    "hook_process": None,
-}
+class _Book:
+    """What the rows say of hooks: how they are put on record, and what follows from their end."""
 
+    def __init__(self, db: Database, log: logging.Logger) -> None:
+        self.db, self.log, self.timeouts = db, log, db.timeouts
+        self.pool = VmManager(logger=log, db=db)
 
-class Keeper:
-    """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
+    def info(self, group: str, key: str) -> dict[str, Any]:
+        """Return what is noted of a group: `failed`, its spawns, and `listed`, its machines."""
+        return self.pool.keeper_info(group, key)
 
-    One process, one thread, one wait; several hooks at once. It may be killed at any instruction.
+    def put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
+        """Note something of a group."""
+        self.pool.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
 
-    Args:
-        db: The database.
-        once: Do what is due and what follows from it, then leave; for cron.
-    """
-
-    def __init__(self, db: Database, once: bool = False) -> None:
-        self.db, self.once, self.timeouts = db, once, db.timeouts
-        self.log = logging.getLogger("vmrm.keeper")
-        self.manager = VmManager(logger=self.log, db=db)
-        self.hooks: dict[int, Hook] = {}  # by pid
-        self._untold: list[Hook] = []  # that have ended, and whose rows do not say so yet
-        self._buried = self._trouble = False
-        self._stopping = False
-        self._reap_at = self._checkpoint_at = self._sweep_at = self._rest_until = -math.inf
-        self._not_before = -math.inf  # when to fork again, after the system refused
-        self._seen = -1  # PRAGMA data_version
-        self._done: set[PoolAction] = set()  # what `once` does not do twice
-
-    def run(self) -> int:
-        """Keep the pool until SIGTERM or SIGINT, or once; return 0.
-
-        Raises:
-            Conflict: another keeper runs; it is named.
-        """
-        what, hint = "the pool is being kept already", "Let it, or stop it first"
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.db.lock(KEEPER).held(what, hint))
-            self._prepare(stack)
-            while self._goes_on():
-                pass
-            self.db.checkpoint(truncate=True)
-        return 0
-
-    def _goes_on(self) -> bool:
-        """Look once, and wait; return whether there is more to do.
-
-        What could not be read or written is tried again: until then the machines stay as they are.
-        """
-        try:
-            if not self._buried:
-                self._bury()
-                self._buried = True
-            self._tell_ended()
-            begun = self._step()
-            going = begun or bool(self.hooks) or not (self.once or self._stopping)
-            if going:
-                self._wait(begun)
-            self._trouble = False
-        except Unavailable as error:
-            if self.once or self._stopping:
-                raise
-            if not self._trouble:
-                self.log.error("%s; waiting", error)
-            # A commit that failed may be there: of a hook that we do not have, for example.
-            self._trouble, self._buried = True, False
-            poll = select.poll()
-            poll.register(self._signals.fileno(), select.POLLIN)
-            poll.poll(math.ceil(self.timeouts.reconnect * 1000))
-            return True
-        return going
-
-    def _prepare(self, stack: contextlib.ExitStack) -> None:
-        self.wake = WakeSocket(self.db, KEEPER)
-        stack.callback(self.wake.close)
-        self._signals, sent = socket.socketpair()
-        for end in (self._signals, sent):
-            end.setblocking(False)
-            stack.callback(end.close)
-        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sent.fileno()))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, self._stop))
-        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
-        with replacing(tool, 0o700) as file:
-            file.write(os.fsencode(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'))
-        if not self.once or _booted_at() > self._server_started():
-            self.manager.mark_server_start()
-
-    def _stop(self, *_: object) -> None:
-        self._stopping = True  # acted upon in the loop, never in the middle of a transaction
-
-    def _server_started(self) -> float:
-        return cast(float, self.db.value("SELECT started_at FROM pool_server") or 0.0)
-
-    def _bury(self) -> None:
-        """End the hooks on record that are not ours, and begin again where they stopped."""
-        ours = {str(hook.identity) for hook in (*self.hooks.values(), *self._untold)}
-        rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
-        left = [row for row in rows if row.hook_process not in ours]
-        listings = {name: self._info(name, "listed") for name in self._groups()}
-        listings = {n: f for n, f in listings.items() if f.get("hook") not in (None, *ours)}
-        texts = [row.hook_process for row in left] + [f["hook"] for f in listings.values()]
-        deadline = CLOCK.monotonic() + self.timeouts.term_grace
-        for pid, started, boot, _ in map(Process.parse, texts):
-            while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
-                signal_session(pid, started, signal.SIGKILL)
-                if CLOCK.monotonic() >= deadline:
-                    self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
-                    break
-                time_to_wait(0.02)
-        for row in left:
-            self._forget_hook(row.vm_name, row.hook_process, again=True)
-        for name, found in listings.items():
-            if found.pop("hook", None):
-                self._put_info(name, "listed", found)
-
-    def _groups(self) -> dict[str, dict[str, Any]]:
-        rows = self.db.query("SELECT * FROM pool_groups ORDER BY position, name")
-        return {row["name"]: row for row in rows}
-
-    def _info(self, group: str, key: str) -> dict[str, Any]:
-        return self.manager.keeper_info(group, key)
-
-    def _put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
-        self.manager.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
-
-    def _row(self, vm_name: str) -> dict[str, Any] | None:
+    def row(self, vm_name: str) -> dict[str, Any] | None:
+        """Return the row of a VM, if it is there."""
         return self.db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
 
-    # --- the loop ---
-
-    def _step(self) -> bool:
-        """Look at everything once and begin what is due; return whether something was."""
-        self.wake.drain()  # our own commits woke us, too
-        began = CLOCK.monotonic()
-        if self._stopping:
-            for hook in self.hooks.values():
-                hook.kill("the keeper was stopped")
-            self._again_at = self._reap_at = math.inf
-            return False
-        if CLOCK.monotonic() >= self._sweep_at:
-            self._sweep_at = CLOCK.monotonic() + 86400
-            self._sweep()
-        if CLOCK.monotonic() >= self._reap_at:
-            self._reap_at = CLOCK.monotonic() + self.timeouts.look
-            for name in self.manager.reap():
-                self.log.info("%s was taken back: its lease was over", name)
-        self.manager.drop_dead_waiters()  # no machine is ended for them
-        groups = self._groups()
-        rows = PoolRows(
-            list(groups.values()),
-            self.db.query("SELECT * FROM pool_list ORDER BY state_at, vm_name"),
-            self.manager.shares(),
-            {(name, key): self._info(name, key) for name in groups for key in ("listed", "failed")},
-            self._server_started(),
-        )
-        actions, self._again_at = keeper_plan(rows, CLOCK.wall(), self.timeouts)
-        seen = {row["vm_name"]: row for row in rows.vms}
-        begun = [self._do(a, groups[a.group], seen.get(a.vm_name)) for a in actions]
-        # However big the pool, and however busy its users: looking takes a fifth of the time.
-        self._rest_until = CLOCK.monotonic() + 4 * (CLOCK.monotonic() - began)
-        return any(begun)
-
-    def _sweep(self) -> None:
-        """Forget what has been history for long, and the logs of VMs long gone."""
-        before = CLOCK.wall() - KEPT_S
-        self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
-        for path in self.db.directory("pool", "logs").iterdir():
-            name = path.name.removesuffix(".1").removesuffix(".log")
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < before and self._row(name) is None:
-                    path.unlink()
-
-    def _wait(self, begun: bool) -> None:
-        """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
-        due = False
-        while not begun:
-            poll = select.poll()
-            fds = {fd for hook in self.hooks.values() for fd in hook.descriptors()}
-            mine = {self.wake.fileno(), self._signals.fileno()}
-            for fd in fds | mine:
-                poll.register(fd, select.POLLIN)
-            now = CLOCK.monotonic()
-            dues = [hook.deadline - now for hook in self.hooks.values()]
-            dues += [self._reap_at - now, self._again_at - CLOCK.wall()]
-            look = self.timeouts.watch
-            wait = max(0.0, self._rest_until - now if due else min([look, *dues]))
-            ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
-            self.wake.drain()
-            with contextlib.suppress(BlockingIOError):
-                while self._signals.recv(4096):
-                    pass
-            self._checkpoint()
-            changed = self._seen != (version := self.db.data_version())
-            self._seen = version
-            late = CLOCK.wall() >= self._again_at or CLOCK.monotonic() >= self._reap_at
-            if self._attend(ready) or ready & mine or changed or (late and not self._stopping):
-                due = True
-            if due and CLOCK.monotonic() >= self._rest_until:
-                return
-
-    def _attend(self, ready: set[int]) -> bool:
-        """Read what hooks print and hold them to their deadlines; return whether one has ended."""
-        ended = []
-        for hook in self.hooks.values():
-            for fd, output in hook.descriptors().items():
-                if output and fd in ready:
-                    output.read()
-            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
-                ended.append(hook)
-        for hook in ended:
-            del self.hooks[hook.pid]
-            hook.end()
-        self._untold += ended
-        self._tell_ended()
-        return bool(ended)
-
-    def _tell_ended(self) -> None:
-        """Write down how hooks ended; one stays in the list until that is done."""
-        while self._untold:
-            hook = self._untold[0]
-            name = hook.vm_name
-            try:
-                self._ended(hook)
-            except Unavailable:
-                hook.vm_name = name  # a new one was rolled back
-                raise
-            del self._untold[0]
-
-    def _checkpoint(self) -> None:
-        if CLOCK.monotonic() >= self._checkpoint_at:
-            self._checkpoint_at = CLOCK.monotonic() + 1.0
-            checkpoint_wal(self.db)
+    def is_as_planned(self, action: PoolAction) -> dict[str, Any] | None:
+        """Return a VM's row if it is still as it was when something was planned for it."""
+        columns = ("state", "hook", "token", "releasing_at", "last_release", "held_until")
+        row = self.row(action.vm_name)
+        return row if row and all(row[c] == action.row[c] for c in columns) else None
 
     # --- beginning ---
 
-    def _do(
-        self, action: PoolAction, group: Mapping[str, Any], seen: Mapping[str, Any] | None
-    ) -> bool:
-        """Begin an action; return whether the rows are no longer those that were planned with."""
-        if action.what == "kill":
-            for hook in self.hooks.values():
-                if hook.vm_name == action.vm_name:
-                    hook.kill(action.reason)
-            return False
-        if action.what == "end":
-            return self._end_vm(action, seen)
-        if action.what == HookKind.TERMINATE and not group["terminate"]:
-            with contextlib.suppress(VmError):  # it came by hand, and goes by hand
-                self.manager.remove_vm_from_pool(action.vm_name)
-            return True
-        busy = sum(hook.kind == action.what for hook in self.hooks.values())
-        full = busy >= MAX_HOOKS and action.what != HookKind.SPAWN
-        if full or CLOCK.monotonic() < self._not_before or (self.once and action in self._done):
-            return False
-        try:
-            hook = self._hook(action.what, group, seen)
-        except OSError as error:
-            if self.once:
-                raise Unavailable(f"no hook can be started: {error}") from error
-            self.log.error("no hook can be started: %s", error)
-            self._not_before = CLOCK.monotonic() + self.timeouts.recheck
-            return False
-        try:
-            claimed = self._claim(hook, group, seen)
-        except Unavailable:
-            hook.abandon()
-            raise
-        if not claimed:
-            hook.abandon()
-            return True  # somebody moved it meanwhile: look again
-        self.hooks[hook.pid] = hook
-        if self.once and action.what != HookKind.SPAWN:
-            self._done.add(action)
-        _crash("hook-claimed")
-        open_gate(hook.process)
-        _crash("hook-begun")
-        return True
-
-    def _end_vm(self, action: PoolAction, seen: Mapping[str, Any] | None) -> bool:
-        with self.db.transaction(durable=True) as db:
-            if not self._is_as(self._row(action.vm_name), seen):
-                return True  # somebody has acquired it meanwhile, perhaps: look again
-            state = VmStates.TERMINATING
-            move_pool_vm(db, action.vm_name, state, action.reason, releasing_at=None)
-        self.log.info("%s is terminated: %s", action.vm_name, action.reason)
-        return True
-
-    @staticmethod
-    def _is_as(row: Mapping[str, Any] | None, seen: Mapping[str, Any] | None) -> bool:
-        """Whether a VM is still as it was when something was planned for it."""
-        columns = ("state", "hook", "token", "releasing_at", "last_release", "held_until")
-        return row is not None and seen is not None and all(row[c] == seen[c] for c in columns)
-
-    def _hook(
-        self, kind: HookKind, group: Mapping[str, Any], seen: Mapping[str, Any] | None
-    ) -> Hook:
-        """Start a hook of a group behind its gate."""
-        vm = seen or {}
-        name = vm.get("vm_name", "")
-        if kind == HookKind.SPAWN:
-            name = f"{group['name'][:57]}-{secrets.token_hex(3)}"
-        limit = group["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
-        command = group[kind]
-        if not command:
-            # It may be booting; one that was spawned is looked at again soon, if there is a soon.
-            fresh = vm["last_health_check"] is None and (self.once or not group["spawn"])
-            patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
-            words = shlex.join(own_command("_check_agent"))
-            command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
-        told = {
-            "HOOK": kind.value,
-            "VM": name,
-            "GROUP": group["name"],
-            "IP": vm.get("vm_ip"),
-            "PATH": vm.get("path"),
-            "STATE": vm.get("state"),
-            "OWNER": vm.get("bound_to_user"),
-            "SANDBOX": vm.get("bound_sandbox"),
-            "DB": str(self.db.path),
-            "STATE_DIR": str(self.db.state_dir),
-        }
-        # Owners and sandboxes are anybody's words: they must not keep a hook from being started.
-        plain = {key: (value or "").replace("\0", "")[:4096] for key, value in told.items()}
-        environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
-        environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
-        return Hook(kind, group["name"], name, command, environment, limit)
-
-    def _claim(self, hook: Hook, group: Mapping[str, Any], seen: Mapping[str, Any] | None) -> bool:
+    def claim(self, hook: Hook, action: PoolAction) -> bool:
         """Put a hook on record, and move its VM; return whether it may run, as things are now."""
         now, noted = CLOCK.wall(), str(hook.identity)
         if hook.kind == HookKind.LIST:
-            found = self._info(group["name"], "listed") | {"at": now, "hook": noted}
-            self._put_info(group["name"], "listed", found)
+            found = self.info(hook.group, "listed") | {"at": now, "hook": noted}
+            self.put_info(hook.group, "listed", found)
             return True
         columns: dict[str, Any] = {"hook": hook.kind.value, "hook_process": noted}
-        if hook.kind == HookKind.SPAWN:
-            return self._claim_spawn(hook, group, columns)
-        with self.db.transaction() as db:
-            row = self._row(hook.vm_name)
-            if row is None or not self._is_as(row, seen):
+        with self.db.transaction(durable=hook.kind == HookKind.SPAWN) as db:
+            if hook.kind == HookKind.SPAWN:
+                sql = 'SELECT count(*) FROM pool_vms WHERE "group" = :g'
+                if db.value(sql, g=hook.group) >= action.row["max_vm_total"]:
+                    return False
+                add_pool_vm(db, hook.vm_name, hook.group, VmStates.SPAWNING, **columns)
+                db.update("pool_groups", {"name": hook.group}, last_spawn_at=now)
+                return True
+            if (row := self.is_as_planned(action)) is None:
                 return False
             state = row["state"]
             if hook.kind == HookKind.CHECK:
@@ -10808,27 +10423,21 @@ class Keeper:
             move_pool_vm(db, hook.vm_name, state, **columns)
         return True
 
-    def _claim_spawn(
-        self, hook: Hook, group: Mapping[str, Any], columns: Mapping[str, object]
-    ) -> bool:
+    def end_vm(self, action: PoolAction) -> None:
+        """Have a VM terminated, unless somebody has acquired it meanwhile, perhaps."""
         with self.db.transaction(durable=True) as db:
-            count = db.value('SELECT count(*) FROM pool_vms WHERE "group" = :g', g=group["name"])
-            if count >= group["max_vm_total"]:
-                return False
-            add_pool_vm(db, hook.vm_name, group["name"], VmStates.SPAWNING, **columns)
-            db.connection.execute(
-                "UPDATE pool_groups SET last_spawn_at = ? WHERE name = ?",
-                (CLOCK.wall(), group["name"]),
-            )
-        return True
+            if self.is_as_planned(action) is None:
+                return
+            state = VmStates.TERMINATING
+            move_pool_vm(db, action.vm_name, state, action.reason, releasing_at=None)
+        self.log.info("%s is terminated: %s", action.vm_name, action.reason)
 
     # --- ending ---
 
-    def _ended(self, hook: Hook) -> None:
+    def ended(self, hook: Hook) -> None:
         """Write down how a hook ended."""
         name = hook.vm_name or hook.group
-        undecided = hook.kind == HookKind.CHECK and hook.exit_code == EX_TEMPFAIL
-        if hook.fault and not undecided:
+        if hook.fault and not hook.tells_nothing:
             self.log.warning("%s: %s hook: %s", name, hook.kind, hook.fault)
         elif hook.kind not in (HookKind.CHECK, HookKind.LIST):
             self.log.info("%s: %s hook done in %.1f s", name, hook.kind, hook.seconds)
@@ -10836,18 +10445,18 @@ class Keeper:
             self._listed(hook)
             return
         _crash("hook-ended")
-        row = self._row(hook.vm_name)
+        row = self.row(hook.vm_name)
         process = str(hook.identity)
         if row is None or row["hook_process"] == process:  # else removed by hand, and added again
             with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
                 getattr(self, f"_end_{hook.kind}")(hook)
-        self._forget_hook(hook.vm_name, process)
+        self.forget(hook.vm_name, process)
         log_hook(pool_log(self.db, hook.vm_name), hook)
 
-    def _forget_hook(self, vm_name: str, process: str, *, again: bool = False) -> None:
+    def forget(self, vm_name: str, process: str, *, again: bool = False) -> None:
         """Take a hook off the record; `again` if what it was to do has to begin anew."""
         with self.db.transaction() as db:
-            row = self._row(vm_name)
+            row = self.row(vm_name)
             if row is None or row["hook_process"] != process:
                 return
             anew: dict[str, Any] = {"terminate_tries": 0, "check_started_at": None} if again else {}
@@ -10857,106 +10466,90 @@ class Keeper:
             move_pool_vm(db, vm_name, state, reason, **anew, **NO_HOOK)
 
     def _end_spawn(self, hook: Hook) -> None:
-        machine = self._made(hook)
         with self.db.transaction(durable=True) as db:
-            row = self._row(hook.vm_name)
+            row = self.row(hook.vm_name)
             if row is None:  # a machine may be there
                 self._add_machine(hook.vm_name, hook.group, "it was removed while it was spawned")
             elif row["state"] == VmStates.SPAWNING:
-                if hook.spawned is not None and not hook.fault:
-                    self._settle(hook, row, hook.spawned.name, machine)
+                if hook.spawned:
+                    self._settle(hook, hook.spawned)
                 if hook.fault:
                     reason = f"spawn hook: {hook.fault}"
                     move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
-        failed = self._info(hook.group, "failed")
+        failed = self.info(hook.group, "failed")
         if not hook.fault and failed:
-            self._put_info(hook.group, "failed", {})
+            self.put_info(hook.group, "failed", {})
         elif hook.fault and not hook.killed:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall(), "why": hook.fault}
-            self._put_info(hook.group, "failed", failed)
+            self.put_info(hook.group, "failed", failed)
 
     def _add_machine(self, name: str, group: str, reason: str) -> None:
         """Add a machine that may be there, to be terminated, inside the caller's transaction."""
         add_pool_vm(self.db, name, group, VmStates.TERMINATING, reason=reason)
 
-    def _made(self, hook: Hook) -> dict[str, str]:
-        """Return the columns of the machine that a spawn hook says it made."""
-        if hook.spawned is not None:
-            try:
-                return _pool_machine(hook.spawned.ip, hook.spawned.path)
-            except ValueError as error:
-                hook.verdict = hook.verdict or _one_line(error)
-        return {}
-
-    def _settle(
-        self, hook: Hook, row: Mapping[str, Any], name: str, machine: Mapping[str, str]
-    ) -> None:
+    def _settle(self, hook: Hook, name: str) -> None:
         """Give a spawned VM's row the name and machine it has, unless they are another VM's."""
         if name.lower() != hook.vm_name.lower():
-            if self._row(name):
+            if self.row(name):
                 hook.verdict = f"it says its VM is {name!r}, which the pool has already"
                 return
-            sql = "UPDATE pool_vms SET vm_name = ? WHERE vm_name = ?"
-            self.db.connection.execute(sql, (name, hook.vm_name))
+            sql = "UPDATE pool_vms SET vm_name = :name WHERE vm_name = :old"
+            self.db.write(sql, name=name, old=hook.vm_name)
             hook.vm_name = name
         try:
-            _refuse_twin(self.db, name, {**machine, "group": row["group"]})
+            _refuse_twin(self.db, name, {**hook.machine, "group": hook.group})
         except VmError as error:  # by its name alone it may be terminated: the machine is another's
             hook.verdict = str(error)
             return
         # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
-        settled: dict[str, Any] = {**machine, "spawned_at": CLOCK.wall(), **NO_HOOK}
+        settled: dict[str, Any] = {**hook.machine, "spawned_at": CLOCK.wall(), **NO_HOOK}
         move_pool_vm(self.db, name, VmStates.GOT_IP, **settled)
 
     def _end_check(self, hook: Hook) -> None:
-        if hook.killed or hook.exit_code == EX_TEMPFAIL or self._may_boot(hook):
+        row = _pool_vm(self.db, hook.vm_name)
+        if hook.tells_nothing or (hook.fault and self._may_boot(row)):
             with self.db.transaction() as db:  # what the check before it told goes on to hold
                 row = _pool_vm(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
                 if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
                     move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
-        elif hook.fault:
-            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {hook.fault}")
-        elif twin := self._twin(hook.vm_name):
-            self.manager.mark_vm_check_failed(hook.vm_name, f"check: {twin}")
+        elif wrong := hook.fault or self._twin(row):
+            self.pool.mark_vm_check_failed(hook.vm_name, f"check: {wrong}")
         else:
-            self.manager.mark_vm_checked(hook.vm_name)
+            self.pool.mark_vm_checked(hook.vm_name)
 
-    def _twin(self, vm_name: str) -> str:
+    def _may_boot(self, row: Mapping[str, Any]) -> bool:
+        """Whether a spawned VM has never answered, and still has time to do so."""
+        group = self.pool._group(row["group"])
+        young = CLOCK.wall() < row["spawned_at"] + group["spawn_timeout_s"]
+        return bool(group["spawn"] and row["last_health_check"] is None and young)
+
+    def _twin(self, row: Mapping[str, Any]) -> str:
         """Note where a VM's path leads to by now; return whose machine that is, '' if its own."""
-        row = _pool_vm(self.db, vm_name)
         address = _address_or_path(row["path"]) if row["path"] else ""
         if address == row["address"]:
             return ""
-        others = self.manager._select("address = :address", address=address)
+        others = self.pool._select("address = :address", address=address)
         # Of those that have moved, too, the next check says where to.
         moved = [(vm.vm_name, vm.path) for vm in others if _address_or_path(vm.path) != address]
         sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ? AND path = ?"
         with self.db.transaction(durable=True) as db:
             db.connection.executemany(sql, [("", *other) for other in moved])
             try:
-                _refuse_twin(db, vm_name, row | {"address": address})
+                _refuse_twin(db, row["vm_name"], {**row, "address": address})
             except VmError as error:
                 return _one_line(error)
-            db.connection.execute(sql, (address, vm_name, row["path"]))
+            db.connection.execute(sql, (address, row["vm_name"], row["path"]))
         return ""
-
-    def _may_boot(self, hook: Hook) -> bool:
-        """Whether a check failed of a spawned VM that never answered, and has time to do so."""
-        row = _pool_vm(self.db, hook.vm_name)
-        group = self.manager._group(row["group"])
-        never = group["spawn"] and row["last_health_check"] is None
-        young = CLOCK.wall() < row["spawned_at"] + group["spawn_timeout_s"]
-        return bool(hook.fault and never and young)
 
     def _end_release(self, hook: Hook) -> None:
         if not hook.killed:
             failure = hook.fault and f"release hook: {hook.fault}"
-            self.manager.mark_vm_released(hook.vm_name, failure)
+            self.pool.mark_vm_released(hook.vm_name, failure)
 
     def _end_terminate(self, hook: Hook) -> None:
         if not hook.fault:
-            self.manager.remove_vm_from_pool(hook.vm_name)
+            self.pool.remove_vm_from_pool(hook.vm_name)
             return
         self.db.write(
             """UPDATE pool_vms SET reason = :reason,
@@ -10971,42 +10564,41 @@ class Keeper:
 
         Young VMs are spared: a listing may be older than they are.
         """
-        found, now = self._info(hook.group, "listed"), CLOCK.wall()
+        found, now = self.info(hook.group, "listed"), CLOCK.wall()
         found.pop("hook", None)
         names = " ".join(hook.out.lines()).split()
-        wrong = hook.fault or next(
-            (f"it printed {n!r:.80}, which is no VM's name" for n in names if not _is_name(n)), ""
-        )
-        if hook.out.dropped:
-            wrong = "it printed too much"
+        wrong = hook.fault or ("it printed too much" if hook.out.dropped else "")
+        for name in names:
+            if not NAME_PATTERN.fullmatch(name):
+                wrong = wrong or f"it printed {name!r:.80}, which is no VM's name"
         if wrong:
-            self._put_info(hook.group, "listed", found)
-            self.log.warning("the list of group %s is of no use: %s", hook.group, wrong)
+            self.put_info(hook.group, "listed", found)
+            self.log.warning("ignoring the list hook's output for group %s: %s", hook.group, wrong)
             return
         there, old = {name.lower(): name for name in names}, now - self.timeouts.young
-        began = now - hook.seconds
+        rows = {row["vm_name"].lower(): row for row in self.db.query("SELECT * FROM pool_vms")}
         settled = (VmStates.SPAWNING, VmStates.TERMINATING)
-        rows = self.db.query("SELECT * FROM pool_vms")
-        missing = {
-            row["vm_name"]: began
-            for row in rows
-            if row["group"].lower() == hook.group.lower() and row["vm_name"].lower() not in there
-            if row["state"] not in settled and row["spawned_at"] < old
+        doubts = {
+            "missing": [
+                row["vm_name"]
+                for key, row in rows.items()
+                if row["group"].lower() == hook.group.lower() and key not in there
+                if row["state"] not in settled and row["spawned_at"] < old
+            ],
+            "strangers": [name for key, name in there.items() if key not in rows],
         }
-        known = {row["vm_name"].lower() for row in rows}
-        strangers = {name: began for name in there.values() if name.lower() not in known}
-        for kind, present in (("missing", missing), ("strangers", strangers)):
-            before = found.get(kind, {})
-            present |= {name: at for name, at in before.items() if name in present}
-            for name in [name for name, at in present.items() if at < old]:
-                del present[name]
+        for kind, doubtful in doubts.items():
+            before, began = found.get(kind, {}), now - hook.seconds
+            since = {name: before.get(name, began) for name in doubtful}
+            found[kind] = {name: at for name, at in since.items() if at >= old}
+            for name in since.keys() - found[kind].keys():
                 self._reconcile(kind, name, hook.group)
-        self._put_info(hook.group, "listed", {**found, "missing": missing, "strangers": strangers})
+        self.put_info(hook.group, "listed", found)
 
     def _reconcile(self, kind: str, name: str, group: str) -> None:
         """End a VM without a machine, or a machine without a VM, in the way of all others."""
         with self.db.transaction(durable=True) as db:
-            row = self._row(name)
+            row = self.row(name)
             if kind == "missing" and row and row["state"] != VmStates.TERMINATING:
                 reason = "its machine is gone"
                 move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
@@ -11018,8 +10610,255 @@ class Keeper:
         self.log.warning("%s is terminated: %s", name, reason)
 
 
-def _is_name(name: str) -> bool:
-    return NAME_PATTERN.fullmatch(name) is not None
+class Keeper:
+    """Keeps the pool: spawns, checks, releases, terminates and counts its VMs, by hooks.
+
+    One process, one thread, one wait; several hooks at once. It may be killed at any instruction.
+    With `once` it does what is due and what follows from it, then leaves: for cron.
+    """
+
+    def __init__(self, db: Database, once: bool = False) -> None:
+        self.db, self.once, self.timeouts = db, once, db.timeouts
+        self.log = logging.getLogger("vmrm.keeper")
+        self.book = _Book(db, self.log)
+        self.hooks: dict[int, Hook] = {}  # by pid
+        self._untold: list[Hook] = []  # that have ended, and whose rows do not say so yet
+        self._buried = self._trouble = False
+        self._reap_at = self._checkpoint_at = self._sweep_at = self._rest_until = -math.inf
+        self._not_before = -math.inf  # when to fork again, after the system refused
+        self._again_at = -math.inf  # when something is due next, in wall time
+        self._seen = -1  # PRAGMA data_version
+        self._done: set[PoolAction] = set()  # what `once` does not do twice
+
+    def run(self) -> int:
+        """Keep the pool until SIGTERM or SIGINT, or once; return 0."""
+        what, hint = "the pool is being kept already", "Let it, or stop it first"
+        stops = signal.SIGTERM, signal.SIGINT
+        with Seat(self.db, KEEPER, what, hint, *stops) as self._seat:
+            self._prepare()
+            while self._goes_on():
+                pass
+            self.db.checkpoint(truncate=True)
+        return 0
+
+    def _prepare(self) -> None:
+        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
+        temporary = tool.with_name(temporary_name())
+        script = f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'
+        temporary.write_bytes(os.fsencode(script))
+        temporary.chmod(0o700)
+        temporary.rename(tool)
+        booted_at = CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        started_at = self.db.value("SELECT started_at FROM pool_server") or 0.0
+        if not self.once or booted_at > started_at:
+            self.book.pool.mark_server_start()
+
+    def _goes_on(self) -> bool:
+        """Look once, and wait; return whether there is more to do.
+
+        What could not be read or written is tried again: until then the machines stay as they are.
+        """
+        try:
+            if not self._buried:
+                self._bury()
+                self._buried = True
+            self._tell_ended()
+            begun = self._step()
+            going = begun or bool(self.hooks) or not (self.once or self._seat.told_to_stop)
+            if going and not begun:
+                self._wait()
+            self._trouble = False
+        except Unavailable as error:
+            if self.once or self._seat.told_to_stop:
+                raise
+            if not self._trouble:
+                self.log.error("%s; waiting", error)
+            # A commit that failed may be there: of a hook that we do not have, for example.
+            self._trouble, self._buried = True, False
+            self._seat.wait(self.timeouts.reconnect)
+            return True
+        return going
+
+    def _bury(self) -> None:
+        """End the hooks on record that are not ours, and begin again where they stopped."""
+        ours = {str(hook.identity) for hook in (*self.hooks.values(), *self._untold)}
+        rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
+        left = [row for row in rows if row.hook_process not in ours]
+        groups = [row["name"] for row in self.db.query("SELECT name FROM pool_groups")]
+        listings = {name: self.book.info(name, "listed") for name in groups}
+        listings = {n: f for n, f in listings.items() if f.get("hook") not in (None, *ours)}
+        texts = [row.hook_process for row in left] + [f["hook"] for f in listings.values()]
+        deadline = CLOCK.monotonic() + self.timeouts.term_grace
+        for pid, started, boot, _ in map(Process.parse, texts):
+            while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
+                signal_session(pid, started, signal.SIGKILL)
+                if CLOCK.monotonic() >= deadline:
+                    self.log.warning("process %d of a dead keeper's hook cannot be killed", pid)
+                    break
+                time_to_wait(0.02)
+        for row in left:
+            self.book.forget(row.vm_name, row.hook_process, again=True)
+        for name, found in listings.items():
+            del found["hook"]
+            self.book.put_info(name, "listed", found)
+
+    # --- the loop ---
+
+    def _step(self) -> bool:
+        """Look at everything once and begin what is due; return whether something was."""
+        self._seat.drain()  # our own commits woke us, too
+        began = CLOCK.monotonic()
+        if self._seat.told_to_stop:
+            for hook in self.hooks.values():
+                hook.kill("the keeper was stopped")
+            self._again_at = self._reap_at = math.inf
+            return False
+        if began >= self._sweep_at:
+            self._sweep_at = began + 86400
+            self._sweep()
+        if began >= self._reap_at:
+            self._reap_at = began + self.timeouts.look
+            for name in self.book.pool.reap():
+                self.log.info("%s was taken back: its lease was over", name)
+        self.book.pool.drop_dead_waiters()  # no machine is ended for them
+        actions, self._again_at = keeper_plan(self.db, CLOCK.wall())
+        begun = [self._do(action) for action in actions]
+        # However big the pool, and however busy its users: looking takes a fifth of the time.
+        self._rest_until = CLOCK.monotonic() + 4 * (CLOCK.monotonic() - began)
+        return any(begun)
+
+    def _sweep(self) -> None:
+        """Forget what has been history for long, and the logs of VMs long gone."""
+        before = CLOCK.wall() - KEPT_S
+        self.db.write("DELETE FROM pool_history WHERE at < :before", before=before)
+        for path in self.db.directory("pool", "logs").iterdir():
+            name = path.name.removesuffix(".1").removesuffix(".log")
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before and self.book.row(name) is None:
+                    path.unlink()
+
+    def _wait(self) -> None:
+        """Attend to hooks until one ends, we are woken, the database changed or a time has come."""
+        due = False
+        while not due or CLOCK.monotonic() < self._rest_until:
+            hooks = [hook.descriptors() for hook in self.hooks.values()]
+            waited = {fd: output for descriptors in hooks for fd, output in descriptors.items()}
+            now = CLOCK.monotonic()
+            dues = [hook.deadline for hook in self.hooks.values()]
+            dues += [self._reap_at, now + self._again_at - CLOCK.wall(), now + self.timeouts.watch]
+            ready = self._seat.wait((self._rest_until if due else min(dues)) - now, *waited)
+            if (now := CLOCK.monotonic()) >= self._checkpoint_at:
+                self._checkpoint_at = now + 1.0
+                checkpoint_wal(self.db)
+            for output in filter(None, map(waited.get, ready)):
+                output.read()
+            before, self._seen = self._seen, self.db.data_version()
+            late = now >= self._reap_at or CLOCK.wall() >= self._again_at
+            woken = late or self._seen != before or not ready <= waited.keys()
+            due = self._bring_to_end(ready) or woken or due
+
+    def _bring_to_end(self, ready: Collection[int]) -> bool:
+        """Hold hooks to their deadlines; return whether one has ended."""
+        for hook in list(self.hooks.values()):
+            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
+                del self.hooks[hook.pid]
+                hook.end()
+                self._untold.append(hook)
+        ended = bool(self._untold)
+        self._tell_ended()
+        return ended
+
+    def _tell_ended(self) -> None:
+        """Write down how hooks ended; one stays in the list until that is done."""
+        while self._untold:
+            hook = self._untold[0]
+            name = hook.vm_name
+            try:
+                self.book.ended(hook)
+            except Unavailable:
+                hook.vm_name = name  # a new one was rolled back
+                raise
+            del self._untold[0]
+
+    # --- beginning ---
+
+    def _do(self, action: PoolAction) -> bool:
+        """Begin an action; return whether the rows are no longer those that were planned with."""
+        if action.what == "kill":
+            for hook in self.hooks.values():
+                if hook.vm_name == action.vm_name:
+                    hook.kill(action.reason)
+            return False
+        if action.what == "end":
+            self.book.end_vm(action)
+            return True
+        if action.what == HookKind.TERMINATE and not action.row["terminate"]:
+            with contextlib.suppress(VmError):  # it came by hand, and goes by hand
+                self.book.pool.remove_vm_from_pool(action.vm_name)
+            return True
+        busy = sum(hook.kind == action.what for hook in self.hooks.values())
+        full = busy >= MAX_HOOKS and action.what != HookKind.SPAWN
+        if full or CLOCK.monotonic() < self._not_before or action in self._done:
+            return False
+        try:
+            hook = self._hook(action)
+        except OSError as error:
+            if self.once:
+                raise Unavailable(f"no hook can be started: {error}") from error
+            self.log.error("no hook can be started: %s", error)
+            self._not_before = CLOCK.monotonic() + self.timeouts.recheck
+            return False
+        return self._begin(hook, action)
+
+    def _begin(self, hook: Hook, action: PoolAction) -> bool:
+        """Claim a hook's row and open its gate, or leave it behind that if its VM was moved."""
+        try:
+            claimed = self.book.claim(hook, action)
+        except Unavailable:
+            hook.abandon()
+            raise
+        if not claimed:
+            hook.abandon()
+            return True
+        self.hooks[hook.pid] = hook
+        if self.once and hook.kind != HookKind.SPAWN:
+            self._done.add(action)
+        _crash("hook-claimed")
+        open_gate(hook.process)
+        _crash("hook-begun")
+        return True
+
+    def _hook(self, action: PoolAction) -> Hook:
+        """Start a hook of a group behind its gate."""
+        kind, row = HookKind(action.what), action.row
+        name = action.vm_name
+        if kind == HookKind.SPAWN:
+            name = f"{action.group[:57]}-{secrets.token_hex(3)}"
+        limit = row["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
+        command = row[kind]
+        if not command:
+            # It may be booting; one that was spawned is looked at again soon, if there is a soon.
+            fresh = row["last_health_check"] is None and (self.once or not row["spawn"])
+            patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
+            words = shlex.join(own_command("_check_agent"))
+            command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
+        told = {
+            "HOOK": kind.value,
+            "VM": name,
+            "GROUP": action.group,
+            "IP": row.get("vm_ip"),
+            "PATH": row.get("path"),
+            "STATE": row.get("state"),
+            "OWNER": row.get("bound_to_user"),
+            "SANDBOX": row.get("bound_sandbox"),
+            "DB": str(self.db.path),
+            "STATE_DIR": str(self.db.state_dir),
+        }
+        # Owners and sandboxes are anybody's words: they must not keep a hook from being started.
+        plain = {key: (value or "").replace("\0", "")[:4096] for key, value in told.items()}
+        environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
+        environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
+        return Hook(kind, action.group, name, command, environment, limit)
 
 
 def _is_of_hook(pid: int) -> bool:
@@ -11029,11 +10868,6 @@ def _is_of_hook(pid: int) -> bool:
     except OSError:
         return False
     return b"VMRM_HOOK=" in words or not words  # it has none while it becomes another program
-
-
-def _booted_at() -> float:
-    """Return when this host was booted, in seconds since the epoch."""
-    return CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 # === experiment files ============================================================================

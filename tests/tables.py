@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 
 
 def _read(db: Path, sql: str, *values: object) -> list[Row]:
@@ -117,16 +116,6 @@ def pool_waiters(db: Path) -> list[Row]:
     return _read(db, "SELECT * FROM pool_waiters")
 
 
-def pool_row(group: str, state: str, **columns: object) -> Row:
-    """Return a row of a VM of the pool as the tables have it without a lease; unknown is None."""
-    with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(SCHEMA.read_text())
-        names = [row[1] for row in connection.execute("PRAGMA table_info(pool_list)")]
-    row = dict.fromkeys(names) | {"vm_name": "vm1", "group": group, "state": state, "hook": ""}
-    row |= {"check_fails": 0, "builds_count": 0, "terminate_tries": 0, "bound_sandbox": ""}
-    return row | columns
-
-
 def most_bound(db: Path) -> int:
     """Return how many VMs of the pool are bound to the owner who has most, or 0."""
     sql = """SELECT count(*) AS n FROM pool_vms WHERE state <> 'terminating'
@@ -148,6 +137,26 @@ def put(db: Path, table: str, values: Row, **where: object) -> None:
     which = " AND ".join(f"{name} = ?" for name in where) or "1"
     sql = f"UPDATE {table} SET {change} WHERE {which}"  # noqa: S608
     _change(db, sql, *values.values(), *where.values())
+
+
+def add(db: Path, table: str, row: Row) -> None:
+    """Add a row to a table."""
+    columns, places = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+    _change(db, f"INSERT INTO {table} ({columns}) VALUES ({places})", *row.values())  # noqa: S608
+
+
+def add_pool_vm(db: Path, row: Row) -> None:
+    """Add a VM to the pool, in any state; one in use has a lease without a process."""
+    if row["state"] == "in_use":
+        lease = {"token": "t", "acquired_at": row["state_at"], "lease_end_at": 9e9}
+        add(db, "leases", {"vm_name": row["vm_name"], **lease})
+    add(db, "pool_vms", row)
+
+
+def note_spawn_failures(db: Path, group: str, times: int, at: float) -> None:
+    """Make so many spawn hooks of a group fail in a row, the last one at that time."""
+    said = json.dumps({"times": times, "at": at, "why": "no reason"})
+    _change(db, "REPLACE INTO pool_info VALUES (?, 'keeper.failed', ?)", group, said)
 
 
 def empty(db: Path, table: str) -> None:

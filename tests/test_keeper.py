@@ -10,7 +10,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,9 @@ NOW = 1_000_000.0
 
 
 def vm(state: str, **columns: Any) -> dict[str, Any]:
-    """Return a row of pool_vms: well, and of group ci."""
-    then = dict.fromkeys(("state_at", "spawned_at", "last_health_check"), NOW - 30)
-    return tables.pool_row("CI", state, **then | columns)
-
-
-@pytest.fixture(scope="module")
-def defaults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the row of a group with nothing set."""
-    with vmrm.Database(tmp_path_factory.mktemp("plan") / "lab.db") as database:
-        vmrm.put_group(database, "ci", {"min_ready": 0, "terminate": "x"})
-        return tables.pool_groups(database.path)[0]
+    """Return the columns of a VM of group ci that is well."""
+    row = {"vm_name": "vm1", "group": "CI", "state": state, "state_at": NOW - 30}
+    return row | {"spawned_at": NOW - 30, "last_health_check": NOW - 30} | columns
 
 
 CHECKED = {"last_health_check": NOW - 130}  # the period is 120 s
@@ -70,74 +62,96 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any], str, float]] = {
     "ended while checked": ({}, vm("terminating", hook="check"), "kill", 0),
     "ended in vain": ({}, vm("terminating", terminate_tries=1, terminating_at=NOW - 1), "", 599),
     "ended again": ({}, vm("terminating", terminate_tries=1, terminating_at=1.0), "terminate", 0),
-    "dirty": ({"vm_dirty_terminating_timeout_s": 12}, vm("ready", **BOUND), "end", 0),
-    "dirty, clean": ({"vm_dirty_terminating_timeout_s": 12}, vm("ready"), "", 90),
+    "dirty": ({"vm_dirty_terminating_timeout": 12}, vm("ready", **BOUND), "end", 0),
+    "dirty, clean": ({"vm_dirty_terminating_timeout": 12}, vm("ready"), "", 90),
     "dirty, lately": (
-        {"vm_dirty_terminating_timeout_s": 12},
+        {"vm_dirty_terminating_timeout": 12},
         vm("ready", **BOUND, last_release=NOW - 2),
         "",
         10,
     ),
     "used up": ({"reuse_max_count": 2}, vm("ready", builds_count=2), "end", 0),
     "used up, in use": ({"reuse_max_count": 2}, vm("in_use", builds_count=2), "", 0),
-    "old": ({"reuse_max_age_s": 30}, vm("ready"), "end", 0),
-    "idle": ({"reuse_max_idle_s": 20}, vm("ready", last_release=NOW - 25), "end", 0),
+    "old": ({"reuse_max_age": 30}, vm("ready"), "end", 0),
+    "idle": ({"reuse_max_idle": 20}, vm("ready", last_release=NOW - 25), "end", 0),
     "clock set back": ({}, vm("ready", last_health_check=NOW + 3600), "check", 0),
     "group gone": ({"name": "other"}, vm("got_ip"), "", 0),
-    "not idle": ({"reuse_max_idle_s": 20}, vm("ready", last_release=NOW - 5), "", 15),
+    "not idle": ({"reuse_max_idle": 20}, vm("ready", last_release=NOW - 5), "", 15),
 }
 
 
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vmrm.Database]:
+    """Yield a database with the time-outs of real life, for plans one after the other."""
+    folder = tmp_path_factory.mktemp("plans")
+    with vmrm.Database(folder / "lab.db", timeouts=vmrm.Timeouts()) as database:
+        assert database.connection
+        yield database
+
+
 @pytest.mark.parametrize("case", PLANS)
-def test_the_plan_for_a_vm(case: str, defaults: dict[str, Any]) -> None:
+def test_the_plan_for_a_vm(case: str, patient: vmrm.Database) -> None:
     settings, row, what, wait = PLANS[case]
-    started = NOW - 60 if case == "before the server" else 0.0
-    rows = vmrm.PoolRows([defaults | settings], [row], server_started=started)
-    actions, again_at = vmrm.keeper_plan(rows, NOW, vmrm.Timeouts())
+    settings = {"min_ready": 0, "terminate": "x", **settings}
+    for table in ("pool_groups", "pool_vms", "pool_server"):
+        tables.empty(patient.path, table)
+    vmrm.put_group(patient, str(settings.pop("name", "ci")), settings)
+    if case == "before the server":
+        vmrm.VmManager(db=patient).mark_server_start()
+        tables.put(patient.path, "pool_server", {"started_at": NOW - 60})
+    tables.add_pool_vm(patient.path, row)
+    actions, again_at = vmrm.keeper_plan(patient, NOW)
     assert [action.what for action in actions] == ([what] if what else [])
     assert again_at == (NOW + wait if wait else float("inf"))
 
 
-def spawns(defaults: dict[str, Any], rows: dict[str, Any], **settings: Any) -> int:
-    """Return how many VMs a plan spawns; `rows` are PoolRows's, but for the group."""
-    hooked = defaults | {"spawn": "x", "vm_spawn_min_interval_s": 0.0, **settings}
-    actions, _ = vmrm.keeper_plan(
-        vmrm.PoolRows([hooked], **({"vms": []} | rows)), NOW, vmrm.Timeouts()
-    )
+def spawns(db: vmrm.Database, vms: Sequence[dict[str, Any]] = (), **settings: Any) -> int:
+    """Return how many VMs a plan spawns for a group with these settings and VMs."""
+    hooks = {"spawn": "x", "terminate": "x"}
+    limits = {"max_vm_total": 8, "max_vm_per_user": None, "max_spawn_processes": 2}
+    vmrm.put_group(db, "ci", {**hooks, "vm_spawn_min_interval": 0, **limits, **settings})
+    tables.empty(db.path, "pool_vms")
+    for number, row in enumerate(vms):
+        tables.add_pool_vm(db.path, {**row, "vm_name": f"vm{number}"})
+    actions, _ = vmrm.keeper_plan(db, NOW)
     return sum(action.what == "spawn" for action in actions)
 
 
-def test_spawns_stay_within_every_limit(defaults: dict[str, Any]) -> None:
-    assert spawns(defaults, {}, min_ready=0) == 0
-    assert spawns(defaults, {}, min_ready=5) == 2  # max_spawn_processes
-    assert spawns(defaults, {}, min_ready=5, spawn="") == 0
-    assert spawns(defaults, {}, min_ready=5, max_spawn_processes=9) == 5
-    assert spawns(defaults, {}, min_ready=5, max_spawn_processes=9, max_vm_total=3) == 3
-    assert spawns(defaults, {}, min_ready=5, vm_spawn_min_interval_s=1) == 1
-    late = {"vm_spawn_min_interval_s": 10, "last_spawn_at": NOW - 5}
-    assert spawns(defaults, {}, min_ready=5, **late) == 0
+def test_spawns_stay_within_every_limit(db: vmrm.Database) -> None:
+    assert spawns(db, min_ready=0) == 0
+    assert spawns(db, min_ready=5) == 2  # max_spawn_processes
+    assert spawns(db, min_ready=5, spawn="") == 0
+    assert spawns(db, min_ready=5, max_spawn_processes=9) == 5
+    assert spawns(db, min_ready=5, max_spawn_processes=9, max_vm_total=3) == 3
+    assert spawns(db, min_ready=5, vm_spawn_min_interval=1) == 1
+    tables.put(db.path, "pool_groups", {"last_spawn_at": NOW - 5})
+    assert spawns(db, min_ready=5, vm_spawn_min_interval=10) == 0
     coming = [vm(state) for state in ("spawning", "got_ip", "ready", "check_health")]
     gone = [vm("terminating"), vm("in_use", **BOUND), vm("ready", **BOUND)]
     ill = [vm("check_health_failed", check_fails=1)]
-    assert spawns(defaults, {"vms": coming}, min_ready=4) == 0
-    assert spawns(defaults, {"vms": coming}, min_ready=6, max_spawn_processes=2) == 1
-    assert spawns(defaults, {"vms": [*gone, *ill]}, min_ready=1) == 1
-    assert spawns(defaults, {"vms": [*gone, *ill]}, min_ready=1, max_vm_total=4) == 0
-    failed = {"info": {("ci", "failed"): {"times": 4, "at": NOW - 7}}}
-    assert spawns(defaults, failed, min_ready=1) == 0
-    failed["info"]["ci", "failed"]["times"] = 3
-    assert spawns(defaults, failed, min_ready=1) == 1
+    assert spawns(db, coming, min_ready=4) == 0
+    assert spawns(db, coming, min_ready=6, max_spawn_processes=2) == 1
+    assert spawns(db, [*gone, *ill], min_ready=1) == 1
+    assert spawns(db, [*gone, *ill], min_ready=1, max_vm_total=4) == 0
+    tables.note_spawn_failures(db.path, "ci", 4, NOW - 7)
+    assert spawns(db, min_ready=1) == 0
+    tables.note_spawn_failures(db.path, "ci", 3, NOW - 7)
+    assert spawns(db, min_ready=1) == 1
 
 
-def test_who_waits_is_spawned_for_unless_the_limit_forbids_it(defaults: dict[str, Any]) -> None:
+def test_who_waits_is_spawned_for_unless_the_limit_forbids_it(db: vmrm.Database) -> None:
+    pool, mine = vmrm.VmManager(db=db), [vm("in_use", **BOUND)]
+    vmrm.put_group(db, "ci", {"min_ready": 0})
+    vmrm.put_group(db, "other", {"min_ready": 0})
     wants = (("other", "ci"), ("ci",))
-    share = vmrm.Share(vmrm.Request(wants, "me", "", None), missing=list(wants))
-    rows = {"shares": [share], "vms": [vm("in_use", **BOUND)]}
-    assert spawns(defaults, rows) == 2
-    assert spawns(defaults, rows, max_vm_per_user=2) == 1
-    assert spawns(defaults, rows, max_vm_per_user=1) == 0
-    other = vmrm.Share(share.request, missing=[("other",)])
-    assert spawns(defaults, {"shares": [other]}) == 0
+    with vmrm.Waiting(pool, vmrm.Request(wants, "me", "box", vmrm.Process.of())) as place:
+        assert not place.try_again()
+        assert spawns(db, mine, min_ready=0) == 2
+        assert spawns(db, mine, min_ready=0, max_vm_per_user=2) == 1
+        assert spawns(db, mine, min_ready=0, max_vm_per_user=1) == 0
+    with vmrm.Waiting(pool, vmrm.Request((("other",),), "me", "box", vmrm.Process.of())) as place:
+        assert not place.try_again()
+        assert spawns(db, min_ready=0) == 0
 
 
 # === what is done ================================================================================
