@@ -11206,38 +11206,28 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     entries, holds = read_schedule(db, server_name)
     times, rows = effective_times(entries, holds), []
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
-    status = {row["ordinal"]: row for row in db.query(sql, name=server_name)}
+    status = {row.ordinal: row for row in db.query(sql, name=server_name)}
     for entry in in_order(entries):
         row, at = status[entry.ordinal], times[entry.ordinal]
-        planned = row["planned_at"]
-        if planned is None and start is not None and 0 < at < math.inf:
-            planned = start + at
-        late = row["late_s"] if entry.start_time > 0 else None
-        happened = {
-            "outcome": row["outcome"] or "",
-            "attempt": row["attempt"],
-            "exit_code": row["exit_code"],
-            "planned": _iso_or_none(planned),
-            "sent": _iso_or_none(row["sent_at"]),
-            "ended": _iso_or_none(row["ended_at"]),
-            "late_s": None if late is None else round(late, 3),
-            "error": row["error"] or "",
-        }
-        rows.append(_planned(entry, at) | happened)
+        if row.planned_at is None and start is not None and 0 < at < math.inf:
+            row["planned_at"] = start + at
+        happened = {"outcome": row.outcome or "", "attempt": row.attempt}
+        happened |= {"exit_code": row.exit_code, **_instants(row)}
+        rows.append(
+            _planned(entry, at) | happened | {"late_s": row.late_s, "error": row.error or ""}
+        )
     return rows
 
 
 def _planned(entry: ScheduleEntry, at: float) -> dict[str, Any]:
-    return {
-        "entry": entry.ordinal,
-        "time": _plain_time(entry.start_time),
-        "at": "held" if at == math.inf else _plain_time(round(at, 3)),
-        "what": entry.label,
-    }
+    effective = "held" if at == math.inf else _plain_time(round(at, 3))
+    time = _plain_time(entry.start_time)
+    return {"entry": entry.ordinal, "time": time, "at": effective, "what": entry.label}
 
 
-def _iso_or_none(at: float | None) -> str | None:
-    return _iso(at) if at else None
+def _instants(attempt: Mapping[str, Any]) -> dict[str, str | None]:
+    times = {key: attempt[f"{key}_at"] for key in ("planned", "sent", "ended")}
+    return {key: _iso(at) if at else None for key, at in times.items()}
 
 
 def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
@@ -11272,10 +11262,7 @@ def _plan_row(entry: ScheduleEntry, files: Mapping[str, Path]) -> dict[str, Any]
     }
     return {
         "files": [{"location": item["location"], "bytes": size} for item, size in sizes],
-        "transfers": [
-            {key: item[key] for key in ("location", "interval", "destination") if item[key]}
-            for item in entry.items("transfer")
-        ],
+        "transfers": [{k: v for k, v in item.items() if v} for item in entry.items("transfer")],
         "notes": [words for words, holds in notes.items() if holds],
     }
 
@@ -11302,11 +11289,10 @@ class VMRun(NamedTuple):
     name: str
     state: str = ""  # or its last one
     reason: str = ""
-    row: dict[str, Any] | None = None  # of vm_status, while the VM is there
+    row: Row | None = None  # of vm_status, while the VM is there
     entries: Sequence[ScheduleEntry] = ()  # of the schedule's last generation
-    latest: Mapping[int, dict[str, Any]] = {}  # attempt of each, by ordinal
-    first: Mapping[int, dict[str, Any]] = {}
-    attempts: Sequence[dict[str, Any]] = ()  # of all generations
+    tries: Sequence[Row] = ()  # attempts of these
+    attempts: Sequence[Row] = ()  # of all generations
     marks: Sequence[Mark] = ()  # what else happened
 
 
@@ -11314,7 +11300,7 @@ class VMRun(NamedTuple):
 class Run:
     """One experiment as its rows tell it, also while it runs and after it was destroyed."""
 
-    experiment: dict[str, Any]
+    experiment: Row
     begin: float  # its launch
     end: float  # when it ended, or was read or destroyed
     vms: list[VMRun]  # in the order they were added
@@ -11335,71 +11321,66 @@ def read_run(db: Database, number: int | None = None) -> Run:
         raise NotFound(f"there is no {what}", hint)
 
     def of_vms(view: str, order: str = "id") -> dict[str, list[Row]]:
-        sql = f"SELECT * FROM {view} WHERE experiment_id = :id ORDER BY {order}"  # noqa: S608
         found = collections.defaultdict(list)
-        for row in db.query(sql, id=experiment["id"]):
-            found[row["server_name"].lower()].append(row)
+        sql = f"SELECT * FROM {view} WHERE experiment_id = :id ORDER BY {order}"  # noqa: S608
+        for row in db.query(sql, id=experiment.id):
+            found[row.server_name.lower()].append(row)
         return found
 
     moves, holds, present = of_vms("history"), of_vms("holds"), of_vms("vm_status", "ordinal")
     attempts = of_vms("attempt_times")  # before the schedules: no entry is younger
     schedules = of_vms("run_schedules", "generation")
     parsed = functools.cache(parse_schedule)  # `count` gives many VMs one text
-    begin, now = experiment["launched_at"], experiment["destroyed_at"] or CLOCK.wall()
-    ends = [a["ended_at"] for tries in attempts.values() for a in tries if a["ended_at"]]
-    end = max(begin or now, experiment["ended_at"] or now, *ends)
-    run = Run(experiment, begin or math.inf, end, [], [])
+    now = experiment.destroyed_at or CLOCK.wall()
+    ends = [a.ended_at for tries in attempts.values() for a in tries if a.ended_at]
+    end = max(experiment.launched_at or now, experiment.ended_at or now, *ends)
+    run = Run(experiment, experiment.launched_at or math.inf, end, [], [])
     for key, moved in moves.items():
-        texts = {s["generation"]: parsed(s["text"] or "[]") for s in schedules.pop(key, ())}
-        tries = [_attempt_of(row, texts.get(row["generation"], []), now) for row in attempts[key]]
+        texts = {s.generation: parsed(s.text or "[]") for s in schedules.pop(key, ())}
+        for row in attempts[key]:
+            _add_to_attempt(row, texts.get(row.generation, []), now)
         last = max(texts, default=0)  # it stays, also that of a removed schedule
-        entries, of_last = texts.get(last, []), [a for a in tries if a["generation"] == last]
-        row = next(iter(present.get(key, ())), None)
-        state, reason = moved[-1]["new_state"], (row or moved[-1])["reason"]
-        latest, first = ({a["ordinal"]: a for a in o} for o in (of_last, reversed(of_last)))
-        marks = _marks(run, moved, holds[key], tries, entries)
-        vm = (moved[0]["server_name"], state, reason, row, entries, latest, first, tries, marks)
-        run.vms.append(VMRun(*vm))
-    run.loose = sorted(s[-1]["server_name"] for s in schedules.values() if s[-1]["text"])
+        tries = [row for row in attempts[key] if row.generation == last]
+        there = next(iter(present.get(key, ())), None)
+        entries, reason = texts.get(last, []), (there or moved[-1]).reason
+        marks = _marks(run, moved, holds[key], attempts[key], entries)
+        vm = (moved[0].server_name, moved[-1].new_state, reason, there)
+        run.vms.append(VMRun(*vm, entries, tries, attempts[key], marks))
+    run.loose = sorted(s[-1].server_name for s in schedules.values() if s[-1].text)
     return run
 
 
-def _attempt_of(row: dict[str, Any], entries: list[ScheduleEntry], now: float) -> dict[str, Any]:
-    """Return an attempt with what its entry says, and when it is to be drawn."""
-    entry = next(iter(entries[row["ordinal"] - 1 :]), None)
+def _add_to_attempt(row: Row, entries: list[ScheduleEntry], now: float) -> None:
+    """Add to an attempt what its entry says, and until when it is drawn."""
+    entry = next(iter(entries[row.ordinal - 1 :]), None)
     on_host = entry is not None and entry.on_host
-    return row | {
-        "label": f"{entry or 'entry {}'.format(row['ordinal'])}{' on the host' * on_host}",
-        "on_host": on_host,
-        "ignored": bool(entry and entry.ignore_failure),
-        "end": max(row["begin"], row["ended_at"] or now),
-    }
+    label = str(entry) if entry else f"entry {row.ordinal}"
+    row.update(label=f"{label} on the host" if on_host else label, on_host=on_host)
+    row.update(ignored=entry and entry.ignore_failure, end=max(row.begin, row.ended_at or now))
 
 
 def _marks(
     run: Run,
-    moves: Iterable[Mapping[str, Any]],
-    holds: Iterable[Mapping[str, Any]],
-    attempts: Iterable[Mapping[str, Any]],
+    moves: Iterable[Row],
+    holds: Iterable[Row],
+    attempts: Iterable[Row],
     entries: Sequence[ScheduleEntry],
 ) -> list[Mark]:
     """Return what happened to a VM besides its attempts, oldest first."""
     found, given = [], []
     for row in moves:
-        if row["at"] >= run.begin:
-            why = {"reason": row["reason"]} if row["reason"] else {}
-            found.append(Mark(row["at"], "state", row["new_state"], why))
+        if row.at >= run.begin:
+            why = {"reason": row.reason} if row.reason else {}
+            found.append(Mark(row.at, "state", row.new_state, why))
     for row in holds:
-        hold, ignored = Hold(row["experiment_time"], row["duration_s"]), bool(row["ignored"])
+        hold, ignored = Hold(row.experiment_time, row.duration_s), bool(row.ignored)
         given += [] if ignored else [hold]
         text = f"{hold} given"
-        found.append(Mark(row["at"], text.split()[0], text, {"ignored": ignored}))
-    boots = [a for a in attempts if a["boot_id"] and not a["on_host"]]
-    for before, after in itertools.pairwise(boots):
-        if after["boot_id"] != before["boot_id"]:
-            boot = {"boot_id": after["boot_id"]}
-            found.append(Mark(after["armed_at"], "reboot", "rebooted", boot))
-    times, start = effective_times(entries, given), run.experiment["start_at"] or math.inf
+        found.append(Mark(row.at, text.split()[0], text, {"ignored": ignored}))
+    for before, after in itertools.pairwise(a for a in attempts if a.boot_id and not a.on_host):
+        if after.boot_id != before.boot_id:
+            found.append(Mark(after.armed_at, "reboot", "rebooted", {"boot_id": after.boot_id}))
+    times, start = effective_times(entries, given), run.experiment.start_at or math.inf
     for entry in entries:
         at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
         if (entry.pause or entry.is_resume) and at <= run.end:  # it has come
@@ -11424,65 +11405,68 @@ class Report:
 
 def report_of(run: Run) -> Report:
     """Return how an experiment went."""
-    vms = [vm for vm in run.vms if vm.row or run.experiment["destroyed_at"]]
-    faults = [fault for vm in vms for fault in _vm_faults(vm)]
-    stopped = run.experiment["halt"] in (Halt.STOP, Halt.KILL)
-    for vm in vms if stopped else ():
-        if vm.row and vm.row["finished_at"] is None and vm.state not in (VMState.FAILED, "n/a"):
-            faults.append(f"{vm.name}: was stopped before its work was done")
+    experiment, vms = (
+        run.experiment,
+        [vm for vm in run.vms if vm.row or run.experiment.destroyed_at],
+    )
+    stopped = experiment.halt in (Halt.STOP, Halt.KILL)
+    faults = [fault for vm in vms for fault in _vm_faults(vm, stopped)]
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
-    if run.experiment["start_at"] is None:
+    if experiment.start_at is None:
         faults.append("the experiment did not reach its start time")
     rows = list(map(_vm_row, vms))
-    skipped = sum(a["outcome"] == Outcome.SKIPPED for vm in vms for a in vm.latest.values())
-    return Report(rows, faults, _summary(run.experiment, rows, skipped))
+    entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
+    words = [counted(len(rows), "VM"), f"{done} of {entries} entries done"]
+    launched, start, ended = experiment.launched_at, experiment.start_at, experiment.ended_at
+    words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
+    words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
+    latest = [a.outcome for vm in vms for a in _by_ordinal(vm.tries).values()]
+    skipped = latest.count(Outcome.SKIPPED)
+    words += [f"{skipped} skipped"] if skipped else []
+    return Report(rows, faults, ", ".join(words))
+
+
+def _by_ordinal(attempts: Iterable[Row]) -> dict[int, Row]:
+    """Return the last one given of each entry's attempts."""
+    return {a.ordinal: a for a in attempts}
 
 
 def _vm_row(vm: VMRun) -> dict[str, Any]:
-    latest = [a for o, a in vm.latest.items() if vm.entries[o - 1].pause is None]
-    outcomes = [a["outcome"] for a in latest if not (a["outcome"] == "done" and a["reboot"])]
-    first = [a for a in vm.first.values() if not a["overdue"]]
-    late = sorted(a["late_s"] for a in first if a["late_s"] is not None)
+    latest = [a for a in _by_ordinal(vm.tries).values() if vm.entries[a.ordinal - 1].pause is None]
+    outcomes = [a.outcome for a in latest if not (a.outcome == "done" and a.reboot)]
+    first = _by_ordinal(reversed(vm.tries)).values()
+    late = sorted(a.late_s * 1000 for a in first if a.late_s is not None and not a.overdue)
+    counts = {key: outcomes.count(key) for key in ("done", "failed", "unknown")}
     return {
         "vm": vm.name,
         "state": vm.state,
         "entries": sum(entry.pause is None for entry in vm.entries),
-        "done": outcomes.count(Outcome.DONE),
-        "failed": outcomes.count(Outcome.FAILED),
-        "unknown": outcomes.count(Outcome.UNKNOWN),
-        "late_p50_ms": round(late[len(late) // 2] * 1000, 1) if late else None,
-        "late_worst_ms": round(late[-1] * 1000, 1) if late else None,
+        **counts,
+        "late_p50_ms": round(late[len(late) // 2], 1) if late else None,
+        "late_worst_ms": round(late[-1], 1) if late else None,
     }
 
 
-def _vm_faults(vm: VMRun) -> Iterator[str]:
+def _vm_faults(vm: VMRun, stopped: bool) -> Iterator[str]:
+    latest = _by_ordinal(vm.tries)
     if vm.state == VMState.FAILED:
         yield f"{vm.name}: failed: {vm.reason}"
+    elif stopped and vm.row and vm.row.finished_at is None and vm.state != VMState.NOT_APPLICABLE:
+        yield f"{vm.name}: was stopped before its work was done"
     for entry in vm.entries:
-        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", vm.latest.get(entry.ordinal)
+        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", latest.get(entry.ordinal)
         if attempt is None:
             if entry.pause is None and vm.state != VMState.NOT_APPLICABLE:
                 yield f"{where}: did not run"
-        elif _counts_as_failed(attempt) and not entry.ignore_failure:
-            yield f"{where}: {attempt['outcome']}: {attempt['error']}"
+        elif attempt.outcome in FAILED_OUTCOMES and not entry.ignore_failure:
+            yield f"{where}: {attempt.outcome}: {attempt.error}"
 
 
-def _counts_as_failed(attempt: Mapping[str, Any]) -> bool:
-    return attempt["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN)
+FAILED_OUTCOMES = (Outcome.FAILED, Outcome.UNKNOWN)
 
 
 def _row_label(row: Mapping[str, Any]) -> str:
     return ScheduleEntry.from_dict(json.loads(row["entry"])).label
-
-
-def _summary(experiment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], skipped: int) -> str:
-    entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [counted(len(rows), "VM"), f"{done} of {counted(entries, 'entry')} done"]
-    launched, start, ended = (experiment[k] for k in ("launched_at", "start_at", "ended_at"))
-    words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
-    words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
-    words += [f"{skipped} skipped"] if skipped else []
-    return ", ".join(words)
 
 
 TRACE_COLOURS = {  # of chrome://tracing's own palette
@@ -11501,7 +11485,7 @@ def trace(run: Run) -> dict[str, Any]:
     Each VM is a process. Its attempts are complete events on as many threads as overlap, since
     what shares a thread must nest; its marks are instants. Times are microseconds from the launch.
     """
-    start, source = run.experiment["start_at"], run.experiment["source"]
+    start, source = run.experiment.start_at, run.experiment.source
     zero = {"launch": run.begin, "start time": start}
     everybody = [Mark(at, "experiment", text, {}) for text, at in zero.items() if at is not None]
     experiment = VMRun(f"experiment {source}".strip(), marks=everybody)
@@ -11529,32 +11513,29 @@ def trace(run: Run) -> dict[str, Any]:
             add("M", "thread_name", args={"name": f"attempts {lane + 1}" if lane else "attempts"})
             add("M", "thread_sort_index", args={"sort_index": tid})
             for attempt in attempts:
-                begin, end = (microseconds(attempt[key]) for key in ("begin", "end"))
-                colour, args = TRACE_COLOURS[attempt["outcome"]], _trace_arguments(attempt)
-                more = {"cat": "attempt", "ts": begin, "dur": end - begin, "cname": colour}
-                add("X", attempt["label"], **more, args=args)
-    about = {"vmrm": __version__, "experiment": run.experiment["id"], "source": source}
-    times = {"launched": _iso(run.begin), "start": _iso_or_none(start)}
+                begin, end = microseconds(attempt.begin), microseconds(attempt.end)
+                more = {"cat": "attempt", "cname": TRACE_COLOURS[attempt.outcome]}
+                args = _trace_arguments(attempt)
+                add("X", attempt.label, **more, ts=begin, dur=end - begin, args=args)
+    about = {"vmrm": __version__, "experiment": run.experiment.id, "source": source}
+    times = {"launched": _iso(run.begin), "start": _iso(start) if start else None}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about | times}
 
 
-def _trace_arguments(attempt: Mapping[str, Any]) -> dict[str, Any]:
-    known = {key: _iso_or_none(attempt[f"{key}_at"]) for key in ("planned", "sent", "ended")}
+def _trace_arguments(attempt: Row) -> dict[str, Any]:
     keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
-    known |= {"entry": attempt["ordinal"], **{key: attempt[key] for key in keys}}
+    known = {"entry": attempt.ordinal, **_instants(attempt), **{k: attempt[k] for k in keys}}
     return {key: value for key, value in known.items() if value not in (None, "")}
 
 
-def lanes(
-    attempts: Iterable[Mapping[str, Any]], place: Callable[[float], float]
-) -> list[list[Mapping[str, Any]]]:
+def lanes(attempts: Iterable[Row], place: Callable[[float], float]) -> list[list[Row]]:
     """Deal attempts out to as few lanes as they need so that none overlaps another of its lane.
 
     Args:
         attempts: With `begin` and `end`.
         place: Where a time is drawn: what touches there counts as free.
     """
-    dealt: list[list[Mapping[str, Any]]] = []
+    dealt: list[list[Row]] = []
     for attempt in sorted(attempts, key=lambda a: (place(a["begin"]), place(a["end"]))):
         begin = place(attempt["begin"])
         lane = next((lane for lane in dealt if place(lane[-1]["end"]) <= begin), None)
@@ -11616,14 +11597,18 @@ def report_page(db: Database, run: Run) -> str:
 
     Whatever comes from a guest stays text.
     """
-    outcome, ended, start = report_of(run), run.experiment["ended_at"], run.experiment["start_at"]
+    outcome, experiment, ended = report_of(run), run.experiment, run.experiment.ended_at
     word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
     if not ended:
         word, colour = ("running" if supervisor_pid(db) else "unfinished"), "running"
-    times = {"launched": run.begin, "time 0": start, "ended" if ended else "seen": run.end}
+    times = {
+        "launched": run.begin,
+        "time 0": experiment.start_at,
+        "ended" if ended else "seen": run.end,
+    }
     faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
     return _PAGE.substitute(
-        source=_html(Path(run.experiment["source"]).name or "an experiment made by hand"),
+        source=_html(Path(experiment.source).name or "an experiment made by hand"),
         word=word,
         colour=colour,
         colours=" ".join(f".{o} {{ fill: var(--{o}); stroke: var(--{o}); }}" for o in Outcome),
@@ -11636,7 +11621,7 @@ def report_page(db: Database, run: Run) -> str:
         version=__version__,
         python=sys.version.split()[0],
         sqlite=sqlite3.sqlite_version,
-        id=run.experiment["id"],
+        id=experiment.id,
     )
 
 
@@ -11663,7 +11648,7 @@ def _page_timeline(run: Run) -> str:
     def x(at: float) -> float:
         return round(min(max((at - run.begin) / max(run.end - run.begin, 1e-3), 0.0), 1.0) * 100, 3)
 
-    start = run.experiment["start_at"]
+    start = run.experiment.start_at
     start = start if start and start <= run.end else None
     zero = start or run.begin
     ticks = [(x(zero + at), at) for at in _ticks(run.begin - zero, run.end - zero)]
@@ -11684,10 +11669,10 @@ def _page_timeline(run: Run) -> str:
         for lane, attempts in enumerate(dealt):
             y = top + (height - lane_height * len(dealt)) / 2 + lane_height * (lane + 1 / 6)
             for attempt in attempts:
-                begin, end = x(attempt["begin"]), x(attempt["end"])
-                shape = f'class="{attempt["outcome"]}" x="{begin}%" y="{y:g}"'
+                begin, end = x(attempt.begin), x(attempt.end)
+                shape = f'class="{attempt.outcome}" x="{begin}%" y="{y:g}"'
                 shape += f' width="{round(end - begin, 3)}%" height="{lane_height * 2 / 3:g}"'
-                said = _html("\n".join(_bar_words(vm, attempt)))
+                said = _html("\n".join(_bar_words(vm, attempt)).strip())
                 shapes.append(f"<rect {shape}><title>{said}</title></rect>")
         top += height
     across = f'y2="{top:g}"/>'
@@ -11695,7 +11680,7 @@ def _page_timeline(run: Run) -> str:
     if start:
         shapes.append(f'<line class="start" x1="{x(start)}%" x2="{x(start)}%" {across}')
     texts = "".join(f'<text x="{at}%" y="18">{_plain_time(number)}</text>' for at, number in ticks)
-    outcomes = sorted({a["outcome"] for vm in run.vms for a in vm.attempts})
+    outcomes = sorted({a.outcome for vm in run.vms for a in vm.attempts})
     legend = {name: name for name in outcomes} | {"mark": "state, pause, reboot"}
     keys = (f'<i style="background:var(--{key})"></i>{said}' for key, said in legend.items())
     return "\n".join(
@@ -11709,18 +11694,15 @@ def _page_timeline(run: Run) -> str:
     )
 
 
-def _bar_words(vm: VMRun, attempt: Mapping[str, Any]) -> Iterator[str]:
-    number = f" (attempt {attempt['attempt']})" if attempt["attempt"] > 1 else ""
-    yield f"{vm.name}, entry {attempt['ordinal']}: {attempt['label']}{number}"
-    code = "" if attempt["exit_code"] is None else f", exit code {attempt['exit_code']}"
-    yield f"{attempt['outcome']}{code}"
-    for key in ("planned", "sent", "ended"):
-        if at := attempt[f"{key}_at"]:
-            yield f"{key} {_iso(at)}"
-    if attempt["late_s"] is not None:
-        yield f"late {attempt['late_s'] * 1000:.1f} ms"
-    if attempt["error"]:
-        yield attempt["error"]
+def _bar_words(vm: VMRun, attempt: Row) -> Iterator[str]:
+    number = f" (attempt {attempt.attempt})" if attempt.attempt > 1 else ""
+    yield f"{vm.name}, entry {attempt.ordinal}: {attempt.label}{number}"
+    code = "" if attempt.exit_code is None else f", exit code {attempt.exit_code}"
+    yield f"{attempt.outcome}{code}"
+    yield from (f"{key} {at}" for key, at in _instants(attempt).items() if at)
+    if attempt.late_s is not None:
+        yield f"late {attempt.late_s * 1000:.1f} ms"
+    yield attempt.error
 
 
 def _ticks(begin: float, end: float) -> list[float]:
@@ -11734,17 +11716,17 @@ def _ticks(begin: float, end: float) -> list[float]:
 
 def _page_failures(db: Database, run: Run) -> Iterator[str]:
     """Yield every failed attempt with the end of its output."""
-    failed = [(vm, a) for vm in run.vms for a in vm.attempts if _counts_as_failed(a)]
-    failed.sort(key=lambda item: item[1]["ignored"])  # what matters comes first
+    failed = [(vm, a) for vm in run.vms for a in vm.attempts if a.outcome in FAILED_OUTCOMES]
+    failed.sort(key=lambda item: bool(item[1].ignored))  # what matters comes first
     if failed:
         yield "<h2>Failed and unknown attempts</h2>"
-    logs = db.state_dir / f"logs.{run.experiment['id']}"
+    logs = db.state_dir / f"logs.{run.experiment.id}"
     for vm, a in failed[:_MAX_TAILS]:
-        head = f"{vm.name}, entry {a['ordinal']} ({a['label']}), attempt {a['attempt']}: "
-        head += f"{a['outcome']}{', ignored' if a['ignored'] else ''}: {a['error']}"
+        head = f"{vm.name}, entry {a.ordinal} ({a.label}), attempt {a.attempt}: {a.outcome}"
+        head += f"{', ignored' if a.ignored else ''}: {a.error}"
         yield f"<details{' open' if len(failed) <= 10 else ''}><summary>{_html(head)}</summary>"
         for stream in ("out", "err"):
-            tail = _output_tail(logs / vm.name / f"{a['ordinal']}.{a['attempt']}.{stream}")
+            tail = _output_tail(logs / vm.name / f"{a.ordinal}.{a.attempt}.{stream}")
             yield f'<p class="faint">std{stream}</p><pre>{_html(tail)}</pre>' if tail else ""
         yield "</details>"
     if len(failed) > _MAX_TAILS:
@@ -11853,9 +11835,7 @@ def _dead_requests(db: Database) -> list[Row]:
         row
         for row in db.query("SELECT * FROM requests")
         if not Process.parse(row.client).is_alive()
-        and not (
-            row.answered_at is None and row.claimed_by and Process.parse(row.claimed_by).is_alive()
-        )
+        if row.answered_at or not row.claimed_by or not Process.parse(row.claimed_by).is_alive()
     ]
 
 
