@@ -2014,6 +2014,7 @@ class ExperimentStart(_Served):
 
 # === schedule entries ============================================================================
 
+_SWITCH = (_is_switch, "true or false")
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
 ENTRY_KEYS: _Keys = {
     "start_time": (_is_time, "a number of seconds"),
@@ -2023,21 +2024,12 @@ ENTRY_KEYS: _Keys = {
     "cwd": (_is_text, "a directory in the guest"),
     "user": (_is_user, "a user's name"),
     "timeout": (_is_positive, "a positive number of seconds"),
-    "wait": (_is_switch, "true or false"),
-    "ignore_failure": (_is_switch, "true or false"),
-    "rerun": (_is_switch, "true or false"),
-    "on_host": (_is_switch, "true or false"),
     "pause": (_is_duration, "a positive number of seconds, or inf"),
-    "resume": (_is_switch, "true or false"),
-    "file": (_is_list, "a list of tables"),
-    "content": (_is_list, "a list of tables"),
-    "transfer": (_is_list, "a list of tables"),
+    **dict.fromkeys(["wait", "ignore_failure", "rerun", "on_host", "resume"], _SWITCH),
+    **dict.fromkeys(["file", "content", "transfer"], (_is_list, "a list of tables")),
 }
 # What these tables may say.
-_PLACED: _Keys = {
-    "location": (_is_text, "a path in the guest"),
-    "executable": (_is_switch, "true or false"),
-}
+_PLACED: _Keys = {"location": (_is_text, "a path in the guest"), "executable": _SWITCH}
 DATA_KEYS: dict[str, _Keys] = {
     "file": _PLACED
     | {
@@ -2443,13 +2435,6 @@ class Timeline:
         return next((begin for begin, end in self.breaks if begin <= at < end), None)
 
 
-def effective_times(
-    entries: Sequence[ScheduleEntry], holds: Iterable[Hold] = ()
-) -> dict[int, float]:
-    """Return when each entry really happens, by ordinal."""
-    return Timeline(entries, holds).times
-
-
 def opening_delay(entries: Iterable[ScheduleEntry], holds: Iterable[Hold] = ()) -> float:
     """Return by how many seconds pauses at -inf delay the first negative entry; inf: a break."""
     pauses = [entry.pause for entry in entries if entry.pause and entry.start_time == -math.inf]
@@ -2609,16 +2594,29 @@ def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[
 def _give(
     db: Database, server_names: list[str] | None, duration: float | None
 ) -> list[dict[str, Any]]:
+    given = []
     with db.transaction():
         known = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
-        states = {row["server_name"].lower(): row for row in known}
+        states = {row.server_name.lower(): row for row in known}
         if server_names is None:
             chosen = [row for row in known if _break_of(db, row)[1] is not None]
         elif missing := [name for name in server_names if name.lower() not in states]:
             raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
         else:
             chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
-        return [_give_one(db, row, duration) for row in chosen]
+        for vm in chosen:
+            now, begun = _break_of(db, vm)
+            hold = Hold(-math.inf if duration is None and begun == -math.inf else now, duration)
+            ignored, done = False, str(hold)
+            if duration is None and begun is None:
+                ignored, done = True, "ignored: it is in no break"
+            elif duration is None:
+                done = f"resume: ends the break of {begun:g}"
+            elif math.isinf(duration) and begun is not None:
+                ignored, done = True, f"ignored: it is in a break since {begun:g}"
+            _record_hold(db, vm.server_name, hold, ignored)
+            given.append({"vm": vm.server_name, "time": round(now, 3), "done": done})
+    return given
 
 
 def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]:
@@ -2638,21 +2636,6 @@ def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> 
            VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
         (name, CLOCK.wall(), hold.time, hold.duration, ignored),
     )
-
-
-def _give_one(db: Database, vm: Mapping[str, Any], duration: float | None) -> dict[str, Any]:
-    """Record one pause, break or resume inside the caller's transaction."""
-    now, begun = _break_of(db, vm)
-    hold = Hold(-math.inf if duration is None and begun == -math.inf else now, duration)
-    ignored, done = False, str(hold)
-    if duration is None and begun is None:
-        ignored, done = True, "ignored: it is in no break"
-    elif duration is None:
-        done = f"resume: ends the break of {begun:g}"
-    elif math.isinf(duration) and begun is not None:
-        ignored, done = True, f"ignored: it is in a break since {begun:g}"
-    _record_hold(db, vm["server_name"], hold, ignored)
-    return {"vm": vm["server_name"], "time": round(now, 3), "done": done}
 
 
 # === journal =====================================================================================
@@ -6824,7 +6807,7 @@ class Plan:
     @functools.cached_property
     def times(self) -> dict[int, float]:
         """When each entry really happens, by ordinal."""
-        return effective_times(self.entries, self.holds)
+        return Timeline(self.entries, self.holds).times
 
 
 class StartTime:
@@ -10883,10 +10866,10 @@ VM_KEYS: _Keys = {
     "engine": (_is_text, "a driver's engine"),
     "uuid": (_is_text, "a uuid"),
     "control_ip": (_is_word, "an address"),
-    "use_vm_manager": (_is_switch, "true or false"),
+    "use_vm_manager": _SWITCH,
     "launch_dir": (_is_text, "a directory in the guest"),
     "agent_timeout": (_is_positive, "a positive number of seconds"),
-    "set_time": (_is_switch, "true or false"),
+    "set_time": _SWITCH,
     "count": (
         lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= MAX_VMS,
         f"a whole number up to {MAX_VMS}",
@@ -11204,7 +11187,7 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
     """Return one row per entry of a VM: what was planned, and what happened."""
     start = db.value("SELECT start_at FROM current_experiment")
     entries, holds = read_schedule(db, server_name)
-    times, rows = effective_times(entries, holds), []
+    times, rows = Timeline(entries, holds).times, []
     sql = "SELECT * FROM entry_status WHERE server_name = :name"
     status = {row.ordinal: row for row in db.query(sql, name=server_name)}
     for entry in in_order(entries):
@@ -11240,7 +11223,7 @@ def plan_rows(experiment: Experiment) -> list[dict[str, Any]]:
     for vm in experiment.vms:
         name, managed = vm["server_name"], vm["state"] != VMState.NOT_APPLICABLE
         entries = in_order(parsed(experiment.schedules.get(name, "[]")))
-        times = effective_times(entries)
+        times = Timeline(entries).times
         for entry in entries:
             row = _planned(entry, times[entry.ordinal]) | _plan_row(entry, experiment.files)
             rows.append({"vm": name} | row | ({} if managed else {"notes": ["never contacted"]}))
@@ -11380,7 +11363,7 @@ def _marks(
     for before, after in itertools.pairwise(a for a in attempts if a.boot_id and not a.on_host):
         if after.boot_id != before.boot_id:
             found.append(Mark(after.armed_at, "reboot", "rebooted", {"boot_id": after.boot_id}))
-    times, start = effective_times(entries, given), run.experiment.start_at or math.inf
+    times, start = Timeline(entries, given).times, run.experiment.start_at or math.inf
     for entry in entries:
         at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
         if (entry.pause or entry.is_resume) and at <= run.end:  # it has come

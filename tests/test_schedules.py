@@ -430,7 +430,7 @@ def times(
 ) -> list[float]:
     """Return the effective times in the order in which the entries are written."""
     entries = entries_of(*items)
-    by_ordinal = vmrm.effective_times(entries, [*resumed(*resumes), *holds])
+    by_ordinal = vmrm.Timeline(entries, [*resumed(*resumes), *holds]).times
     return [by_ordinal[entry.ordinal] for entry in entries]
 
 
@@ -572,7 +572,7 @@ def test_order_is_kept_nothing_is_lost_and_shifts_only_grow(
     items: list[dict[str, Any]], holds: list[vmrm.Hold]
 ) -> None:
     entries = entries_of(*items)
-    found = vmrm.effective_times(entries, holds)
+    found = vmrm.Timeline(entries, holds).times
     assert found.keys() == {entry.ordinal for entry in entries}
     negative = [entry for entry in entries if entry.start_time < 0]
     assert all(found[entry.ordinal] == entry.start_time for entry in negative)
@@ -590,10 +590,10 @@ def test_the_order_in_which_things_are_written_does_not_matter(
     assume(len({item["start_time"] for item in items}) == len(items))
     assume(len({hold.time for hold in holds}) == len(holds))
     entries = entries_of(*items)
-    before = vmrm.effective_times(entries, holds)
+    before = vmrm.Timeline(entries, holds).times
     random.shuffle(entries)
     random.shuffle(holds)
-    assert vmrm.effective_times(entries, holds) == before
+    assert vmrm.Timeline(entries, holds).times == before
 
 
 @given(schedule_items, commands, st.floats(0, 3000), st.none() | st.just(INF) | st.integers(1, 500))
