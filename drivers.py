@@ -13,6 +13,7 @@ read of the agent lose a reply on virtio-serial (measured with qemu-ga 7.2).
 Errors say what is wrong, not where it was noticed:
 
     DriverError (OSError)         message, hint
+    ├── AddressError              no agent's address (also a ValueError)
     ├── ConnectError              address
     │   ├── NoSocket              nothing listens at that address
     │   └── NoAnswer              something listens and says nothing
@@ -32,7 +33,6 @@ The guest is not trusted: every reply is checked for types, sizes and encoding b
 Facts about the protocol come from QEMU's qga/qapi-schema.json and from measurements with
 qemu-ga 7.2 and 10.2. This module needs the standard library alone.
 """
-# Errors are named by what happened (NoAnswer, Frozen), as the caller reads them.
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -62,11 +63,11 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -115,13 +116,7 @@ class DriverError(OSError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The parameters of the classes differ; a copy needs the members alone.
-        return _revive, (type(self), self.message), self.__dict__
-
-
-def _revive(kind: type[DriverError], message: str) -> DriverError:
-    error = kind.__new__(kind)
-    OSError.__init__(error, message)
-    return error
+        return type(self).__new__, (type(self),), self.__dict__
 
 
 class AddressError(DriverError, ValueError):
@@ -149,8 +144,7 @@ class DriverTimeout(DriverError, TimeoutError):
 
     def __init__(self, what: str, seconds: float) -> None:
         super().__init__(f"{what} was not done within {seconds:g} s")
-        self.what = what
-        self.seconds = seconds
+        self.what, self.seconds = what, seconds
 
 
 class LinkLost(DriverError):
@@ -182,6 +176,9 @@ class ReplyError(ProtocolError):
 class StateError(DriverError):
     """The driver is not connected, or not any more."""
 
+    def __init__(self, message: str = "driver is not connected") -> None:
+        super().__init__(message, "Call connect() first")
+
 
 class AgentError(DriverError):
     """The agent answered `sent` (a command's name) with an error of class `class_` and text `desc`.
@@ -191,9 +188,7 @@ class AgentError(DriverError):
 
     def __init__(self, class_: str, desc: str, sent: str, hint: str = "") -> None:
         super().__init__(f"{sent} failed in the guest: {desc}", hint)
-        self.class_ = class_
-        self.desc = desc[:1000]
-        self.sent = sent
+        self.class_, self.desc, self.sent = class_, desc[:1000], sent
 
 
 class CommandDisabled(AgentError):
@@ -234,19 +229,19 @@ class Deadline:
         return self.remaining() <= 0
 
 
+# Yields seconds to wait between looks: short at first, growing to *longest*, without end.
 def _delays(longest: float) -> Iterator[float]:
-    """Yield seconds to wait between looks: short at first, growing to *longest*, without end."""
     delay = min(0.0003, longest)
     while True:
         yield delay
         delay = min(delay * 1.5, longest)
 
 
-def plain_wait(fd: int, events: int, seconds: float) -> bool:
-    """Wait until *fd* has one of poll's *events*; with fd -1 only let *seconds* pass.
+WaitHook = Callable[[int, int, float], bool]
 
-    Returns whether the descriptor is ready; False means that the time is up.
-    """
+
+def plain_wait(fd: int, events: int, seconds: float) -> bool:
+    """Wait until *fd* has one of poll's *events*, and tell whether it has; fd -1 passes time."""
     if fd < 0:
         # Poll counts whole milliseconds, too coarse for the first looks at a program.
         select.select((), (), (), seconds)
@@ -282,10 +277,7 @@ _PATH = re.compile(r"unix:([^\0]+)|([^\0:]*/[^\0]*|[^\0:]+)")
 
 
 def parse_address(text: str) -> Address:
-    """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`.
-
-    Raises AddressError for anything else, and for numbers out of range.
-    """
+    """Read `/p`, `unix:/p`, `tcp:HOST:PORT`, `tcp:[V6]:PORT` or `vsock:CID:PORT`."""
     if (match := _TCP.fullmatch(text)) and 0 < int(match[3]) < 65536:
         return Address(socket.AF_INET, (match[1] or match[2], int(match[3])))
     if (match := _VSOCK.fullmatch(text)) and max(int(match[1]), int(match[2])) < 2**32 - 1:
@@ -297,9 +289,9 @@ def parse_address(text: str) -> Address:
     )
 
 
+# Yields a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7)).
 @contextlib.contextmanager
 def _short_path(path: str) -> Iterator[str]:
-    """Yield a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7))."""
     if len(os.fsencode(path)) <= 107:
         yield path
         return
@@ -320,82 +312,65 @@ _NOTHING_THERE = {
     errno.EHOSTUNREACH,
     errno.ENETUNREACH,
 }
-
 # An agent answers within milliseconds, a busy one within this.
 _FAIR_TRY_S = 0.5
 _BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
 
-WaitHook = Callable[[int, int, float], bool]
 
-
+# What *code* (an errno) means for connecting to *address*.
 def _refusal(address: Address, code: int) -> ConnectError:
-    """Return the error that says what *code* (an errno) means for connecting to *address*."""
-    if code in (errno.EAGAIN, errno.ETIMEDOUT):
+    if code in (errno.EAGAIN, errno.ETIMEDOUT):  # the queue of a busy server is full
         return NoAnswer(str(address), "does not take the connection", _BUSY_HINT)
-    kind = NoSocket if code in _NOTHING_THERE else ConnectError
     hint = "Start the VM or its agent, or correct the path"
     if code in (errno.EACCES, errno.EPERM):
         hint = (
             "You may not use this socket: see whose it is (ls -l), and be its owner or in its group"
         )
+    kind = NoSocket if code in _NOTHING_THERE else ConnectError
     return kind(str(address), f"cannot be reached: {os.strerror(code)}", hint)
 
 
 def _open_socket(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
-    """Return a connected, non-blocking socket.
-
-    Raises NoSocket, NoAnswer (the queue of a busy server is full, or time is up), ConnectError.
-    """
-    if address.family == socket.AF_INET:
-        return _connect_tcp(address, wait, deadline)
-    if not isinstance(address.target, str):
-        return _connect_one(address, address.family, address.target, wait, deadline)
-    try:
-        with _short_path(address.target) as path:
-            return _connect_one(address, socket.AF_UNIX, path, wait, deadline)
-    except ConnectError:
-        raise
-    except OSError as error:
-        raise _refusal(address, error.errno or 0) from error
-
-
-def _connect_tcp(address: Address, wait: WaitHook, deadline: Deadline) -> socket.socket:
-    """Try each address of the host in turn; the last failure is raised."""
-    host, port = str(address.target[0]), address.target[1]
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise NoSocket(str(address), f"has no known host: {error.strerror}") from error
-    failure = _refusal(address, errno.EHOSTUNREACH)
-    for family, _, _, _, target in found:
+    """Return a connected, non-blocking socket. Raises ConnectError: of a host's last address."""
+    with contextlib.ExitStack() as stack:
+        targets: list[tuple[int, Any]] = [(address.family, address.target)]
         try:
-            sock = _connect_one(address, family, target, wait, deadline)
-        except ConnectError as error:
-            failure = error
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-    raise failure
+            if isinstance(address.target, str):
+                targets = [(socket.AF_UNIX, stack.enter_context(_short_path(address.target)))]
+            elif address.family == socket.AF_INET:
+                host, port = str(address.target[0]), address.target[1]
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                targets = [(family, target) for family, _, _, _, target in found]
+        except socket.gaierror as error:
+            raise NoSocket(str(address), f"has no known host: {error.strerror}") from error
+        except OSError as error:
+            raise _refusal(address, error.errno or 0) from error
+        code = errno.EHOSTUNREACH
+        for family, target in targets:
+            made = _connect(family, target, wait, deadline)
+            if isinstance(made, socket.socket):
+                return made
+            code = made
+    raise _refusal(address, code)
 
 
-def _connect_one(
-    address: Address, family: int, target: Any, wait: WaitHook, deadline: Deadline
-) -> socket.socket:
+# Returns the socket, or why there is none as an errno; what *wait* raises passes through.
+def _connect(family: int, target: Any, wait: WaitHook, deadline: Deadline) -> socket.socket | int:
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        raise _refusal(address, error.errno or 0) from error
-    try:
-        sock.setblocking(False)
+        return error.errno or 0
+    with contextlib.ExitStack() as unless_connected:
+        unless_connected.callback(sock.close)
         code = sock.connect_ex(target)
         if code == errno.EINPROGRESS:
             ready = wait(sock.fileno(), select.POLLOUT, deadline.remaining())
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if ready else errno.ETIMEDOUT
         if code:
-            raise _refusal(address, code)
-    except BaseException:
-        sock.close()
-        raise
+            return code
+        if family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        unless_connected.pop_all()
     return sock
 
 
@@ -420,12 +395,8 @@ class FrameBuffer:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Take *data* in; while skipping, everything up to the mark is dropped at once."""
         if self._skipping:
-            data = bytes(data)
-            mark = data.find(b"\xff")
-            if mark < 0:
-                return
-            self._skipping = False
-            data = data[mark + 1 :]
+            _, mark, data = bytes(data).partition(b"\xff")
+            self._skipping = not mark
         self._held += data
 
     def skip_to_mark(self) -> None:
@@ -470,14 +441,22 @@ class Ticket:
 
     def result(self) -> Any:
         """Return what the agent returned. Raises AgentError if it answered with an error."""
-        if "error" in self.reply:
-            told = self.reply["error"]
+        if told := self.reply.get("error"):
             raise AgentError(told["class"], told["desc"], self.command)
         return self.reply["return"]
 
 
 # Requests up to this size may overlap; measured safe on virtio-serial up to 2.1 kB in one write.
 _SMALL_REQUEST = 1024
+_OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
+
+
+def _no_json(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_decode_json = json.JSONDecoder(parse_constant=_no_json).decode
 
 
 class Session:
@@ -500,13 +479,14 @@ class Session:
         request: dict[str, Any] = {"execute": command, "id": next(self._idents)}
         if arguments:
             request["arguments"] = arguments
-        data = json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
-        large, limit = len(data) > _SMALL_REQUEST, REPLY_LIMIT
+        data = _encode_json(request).encode()
+        content = 0  # bytes that the reply may have as base64
         if command == "guest-file-read":  # an agent reads 4096 bytes unless told
-            limit += _base64_size(int((arguments or {}).get("count", 4096)))
+            content = int((arguments or {}).get("count", 4096))
         elif command == "guest-exec-status":
-            limit += 2 * _base64_size(_OUTPUT_LIMIT)
-        return Ticket(command, request["id"], large, limit), data
+            content = 2 * _OUTPUT_LIMIT
+        limit = REPLY_LIMIT + 4 * (content // 3 + 2)
+        return Ticket(command, request["id"], len(data) > _SMALL_REQUEST, limit), data
 
     def expect(self, ticket: Ticket) -> None:
         """Wait for the reply to *ticket* from now on."""
@@ -535,32 +515,23 @@ class Session:
         if ticket is None:
             self._log.debug("dropped a reply with id %d that nobody waits for", ident)
             return
-        ticket.reply = reply
-        ticket.done = True
+        ticket.reply, ticket.done = reply, True
 
 
-def _base64_size(size: int) -> int:
-    return 4 * (size // 3 + 1)
-
-
+# Counts a byte, up to the limit; of few in many, find() is many times faster than count().
 def _count(frame: bytes, mark: bytes) -> int:
-    """Count a byte, up to the limit; of few in many, find() is many times faster than count()."""
     at = number = 0
     while number <= _ELEMENT_LIMIT and (at := frame.find(mark, at) + 1):
         number += 1
     return number
 
 
-def _no_json(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON")
-
-
 # Possessive, so that what a guest leaves open is not tried again from each of its quotes.
 _TEXT_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 
+# How deep the lists and objects of some JSON are nested.
 def _depth(frame: bytes) -> int:
-    """Return how deep the lists and objects of some JSON are nested."""
     marks = _TEXT_OR_BRACKET.finditer(frame)
     return max(itertools.accumulate(bool(mark[1]) - bool(mark[2]) for mark in marks))
 
@@ -576,7 +547,7 @@ def parse_reply(frame: bytes) -> dict[str, Any]:
     if openers > _DEPTH_LIMIT and _depth(frame) > _DEPTH_LIMIT:
         raise FrameError(f"is nested over {_DEPTH_LIMIT} levels deep", frame)
     try:
-        reply = json.loads(frame.decode(), parse_constant=_no_json)
+        reply = _decode_json(frame.decode())
         if b"\\" in frame:  # half a surrogate pair is text that nobody could write down
             text = json.dumps(reply, ensure_ascii=False)
             reply = json.loads(text.encode(errors="replace"))
@@ -595,10 +566,28 @@ def parse_reply(frame: bytes) -> dict[str, Any]:
 # === link =========================================================================================
 
 _RECEIVE_BYTES = 256 * 1024
+_SYNC = "guest-sync-delimited"
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+# Makes any failure inside a method of a link the end of the link.
+def _fatal(method: _Method) -> _Method:
+    @functools.wraps(method)
+    def guarded(self: Link, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except BaseException:
+            self.close()
+            raise
+
+    return cast(_Method, guarded)
 
 
 class Link:
-    """One connection to an agent. Any failure inside it closes it for good."""
+    """One connection to an agent. Any failure inside it closes it for good.
+
+    Failures are DriverTimeout, LinkLost, ProtocolError, and what the hook raises that waits.
+    """
 
     def __init__(self, sock: socket.socket, wait: WaitHook, log: logging.Logger) -> None:
         self.session = Session(log)
@@ -624,80 +613,58 @@ class Link:
             self._sock.close()
         self._sock = None
 
-    def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> None:
-        """Send a request, alone if it or one under way is large.
+    def _live(self) -> socket.socket:
+        if self._sock is None:
+            raise StateError
+        return self._sock
 
-        Raises DriverTimeout, LinkLost or ProtocolError, after which the link is closed.
-        """
+    @_fatal
+    def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> None:
+        """Send a request, alone if it or one under way is large."""
         self._live()
-        try:
-            if ticket.large or self.session.large_pending:
-                self.drain(deadline)
-            self.session.expect(ticket)
-            self._send(data, deadline, ticket.command)
-        except BaseException:
-            self.close()
-            raise
+        if ticket.large or self.session.large_pending:
+            self.drain(deadline)
+        self.session.expect(ticket)
+        self._send(data, deadline, ticket.command)
 
     def collect(self, ticket: Ticket, deadline: Deadline) -> Any:
         """Return the result of *ticket*, keeping the replies to others that come before it.
 
-        Raises AgentError (the link stays open), or what `post` raises.
+        Raises AgentError, with the link still open.
         """
-        if not ticket.done:
-            if self.session.pending.get(ticket.ident) is not ticket:
-                raise StateError(f"{ticket.command} was sent on a connection that is gone")
-            try:
-                while not ticket.done:
-                    self._receive(deadline, ticket.command)
-            except BaseException:
-                self.close()
-                raise
+        if not ticket.done and self.session.pending.get(ticket.ident) is not ticket:
+            raise StateError(f"{ticket.command} was sent on a connection that is gone")
+        self.drain(deadline, ticket)
         return ticket.result()
 
-    def sync(self, deadline: Deadline) -> int:
-        """Drop whatever is left of earlier clients and return the random id that proves it.
+    @_fatal
+    def drain(self, deadline: Deadline, until: Ticket | None = None) -> None:
+        """Take in and keep the replies to all requests under way, or up to that to one."""
+        while self.session.pending and not (until and until.done):
+            waited_for = until or next(iter(self.session.pending.values()))
+            self._receive(deadline, waited_for.command)
 
-        Raises DriverTimeout, LinkLost or FrameError, after which the link is closed.
-        """
+    @_fatal
+    def sync(self, deadline: Deadline) -> int:
+        """Drop whatever is left of earlier clients and return the random id that proves it."""
         ident = secrets.randbits(63)
         self.session.pending.clear()
-        request = {"execute": "guest-sync-delimited", "arguments": {"id": ident}}
-        try:
-            # 0xFF resets the agent's lexer, should half a request of a former client be in it.
-            self._send(b"\xff" + json.dumps(request).encode(), deadline, "guest-sync-delimited")
-            self._frames.skip_to_mark()
-            while not self._is_sync_reply(ident):
-                self._receive(deadline, "guest-sync-delimited", accept=False)
-        except BaseException:
-            self.close()
-            raise
+        request = {"execute": _SYNC, "arguments": {"id": ident}}
+        # 0xFF resets the agent's lexer, should half a request of a former client be in it.
+        self._send(b"\xff" + json.dumps(request).encode(), deadline, _SYNC)
+        self._frames.skip_to_mark()
+        while not self._is_sync_reply(ident):
+            self._receive(deadline, _SYNC, accept=False)
         return ident
 
+    # Looks at the lines that follow a 0xFF; one that is not ours belongs to a former client.
     def _is_sync_reply(self, ident: int) -> bool:
-        """Look at the lines that follow a 0xFF; one that is not ours belongs to a former client."""
         while (frame := self._frames.next_frame()) is not None:
-            try:
+            with contextlib.suppress(ProtocolError):
                 if parse_reply(frame.rpartition(b"\xff")[2]).get("return") == ident:
                     return True
-            except ProtocolError:
-                pass
             self._frames.skip_to_mark()
         return False
-
-    def drain(self, deadline: Deadline) -> None:
-        """Take in and keep the replies to all requests under way. Raises as `post` does."""
-        try:
-            while self.session.pending:
-                self._receive(deadline, next(iter(self.session.pending.values())).command)
-        except BaseException:
-            self.close()
-            raise
-
-    def _live(self) -> socket.socket:
-        if self._sock is None:
-            raise StateError("driver is not connected", "Call connect() first")
-        return self._sock
 
     def _send(self, data: bytes, deadline: Deadline, what: str) -> None:
         sock, rest = self._live(), memoryview(data)
@@ -712,8 +679,8 @@ class Link:
             except OSError as error:
                 raise LinkLost(f"connection was lost while sending {what}: {error}") from error
 
+    # Waits for bytes, takes them in and, unless a sync goes on, hands out what is complete.
     def _receive(self, deadline: Deadline, what: str, accept: bool = True) -> None:
-        """Wait for bytes, take them in and, unless a sync goes on, hand out what is complete."""
         sock = self._live()
         # A guest that never pauses must not outlast the deadline either.
         if deadline.expired or not self._wait(sock.fileno(), select.POLLIN, deadline.remaining()):
@@ -735,22 +702,8 @@ class Link:
 
 # === abstract driver ==============================================================================
 
-# Scripts get paths as arguments ("sh -c SCRIPT sh PATH"); no path is ever part of a script.
-# An empty IFS keeps spaces together while the shell still expands the wildcards in $1.
-_EXISTS_SH = '[ -e "$1" ] && exit 0; IFS=; for f in $1; do [ -e "$f" ] && exit 0; done; exit 1'
-_DELETE_SH = '[ -e "$1" ] || [ -L "$1" ] || exit 1; rm -f "$1"'
-_PRUNE_SH = (
-    'd=$1; while [ -n "$d" ] && rmdir "$d" 2>/dev/null; do '
-    'case $d in */*) d=${d%/*};; *) d=;; esac; done; [ ! -e "$1" ]'
-)
-# busybox's find has -newer but not -newermt, hence the reference file, and its touch takes no
-# fraction of a second, hence $3, the whole seconds.
-_FIND_SH = (
-    '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
-    "ref=$(mktemp) && trap 'rm -f \"$ref\"' EXIT || exit 3; "
-    'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
-    'find "$1" -type f -newer "$ref" -print0'
-)
+# What the reference's methods run in a guest, for sh and for PowerShell. Paths are arguments ("sh
+# -c SCRIPT sh PATH", or the array $w); none is ever part of a script.
 STOP_PS = "$ErrorActionPreference = 'Stop'; "
 # Bytes, since a service has no console whose encoding could be set.
 TELL_PS = (
@@ -759,18 +712,45 @@ TELL_PS = (
     "$out.Write($bytes, 0, $bytes.Length) }; function seconds($time) { "
     "[int64][Math]::Floor(($time - [datetime]'1970-01-01').TotalSeconds) }; "
 )
-_EXISTS_PS = "if (Test-Path -Path $w[0]) { exit 0 } exit 1"
-_MKDIR_PS = "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null"
-_DELETE_PS = "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop"
-_PRUNE_PS = (
-    "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
-    "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }"
+_EXISTS = (
+    # An empty IFS keeps spaces together while the shell still expands the wildcards in $1.
+    '[ -e "$1" ] && exit 0; IFS=; for f in $1; do [ -e "$f" ] && exit 0; done; exit 1',
+    "if (Test-Path -Path $w[0]) { exit 0 } exit 1",
 )
-_FIND_PS = (
+_MKDIR = (
+    'mkdir -p "$1"',
+    "New-Item -ItemType Directory -Force -Path $w[0] -ErrorAction Stop | Out-Null",
+)
+_DELETE = (
+    '[ -e "$1" ] || [ -L "$1" ] || exit 1; rm -f "$1"',
+    "Remove-Item -LiteralPath $w[0] -Force -ErrorAction Stop",
+)
+_PRUNE = (
+    'd=$1; while [ -n "$d" ] && rmdir "$d" 2>/dev/null; do '
+    'case $d in */*) d=${d%/*};; *) d=;; esac; done; [ ! -e "$1" ]',
+    "$d = $w[0]; while ($d -and -not (Get-ChildItem -Force -LiteralPath $d)) "
+    "{ Remove-Item -LiteralPath $d -ErrorAction Stop; $d = Split-Path -Parent $d }",
+)
+_FIND = (
+    # busybox's find has -newer but not -newermt, hence the reference file, and its touch takes no
+    # fraction of a second, hence $3, the whole seconds.
+    '[ -e "$1" ] || exit 2; [ -n "$2" ] || exec find "$1" -type f -print0; '
+    "ref=$(mktemp) && trap 'rm -f \"$ref\"' EXIT || exit 3; "
+    'touch -d "$2" "$ref" 2>/dev/null || touch -d "$3" "$ref" || exit 3; '
+    'find "$1" -type f -newer "$ref" -print0',
     STOP_PS + TELL_PS + "$after = if ($w[1]) { [datetime]$w[1] } else { [datetime]::MinValue }; "
     "Get-ChildItem -Recurse -File -Force -LiteralPath $w[0] | "
-    "Where-Object { $_.LastWriteTime -gt $after } | ForEach-Object { tell $_.FullName }"
+    "Where-Object { $_.LastWriteTime -gt $after } | ForEach-Object { tell $_.FullName }",
 )
+_BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
+_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+# The first process of a Windows session has the boot's life. The time of booting itself will not
+# do: it moves when the clock is set, which we do after each boot.
+_BOOT_PS = (
+    "(Get-CimInstance Win32_Process -Filter \"Name='wininit.exe'\").CreationDate.ToFileTimeUtc()"
+)
+USER_FOLDER = "work"  # of an entry with a user, beside the entry's script
+_UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def powershell(script: str, *words: str) -> list[str]:
@@ -788,29 +768,30 @@ def powershell(script: str, *words: str) -> list[str]:
     return ["powershell.exe", *plain, "-EncodedCommand", encoded]
 
 
+def _as_bytes(data: str | bytes) -> bytes:
+    return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+
+
+# Yields the path of a file that is not there yet, in a directory of its own.
 @contextlib.contextmanager
 def _temporary_file() -> Iterator[Path]:
-    """Yield the path of a file that is not there yet, in a directory of its own."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="vmrm-") as folder:
         yield Path(folder) / "copy"
 
 
-USER_FOLDER = "work"  # of an entry with a user, beside the entry's script
-_UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
+@dataclass(frozen=True, slots=True)
+class ExecStatus:
+    """What the agent knows of a program: once it exited, its exit code or signal and output."""
 
-
-def _plain_path(path: str | PurePath) -> str:
-    """Return *path* as text that no program takes for an option."""
-    text = os.fspath(path)
-    return f"./{text}" if text.startswith("-") else text
-
-
-def _time_word(start_time: float) -> str:
-    """Return a start time as a schedule writes it: `-10`, `0.5`, `inf`."""
-    whole = math.isfinite(start_time) and start_time == int(start_time)
-    return str(int(start_time)) if whole else str(start_time)
+    exited: bool
+    exitcode: int | None = None
+    signal: int | None = None  # on Windows the number of an unhandled exception
+    out: bytes = b""
+    err: bytes = b""
+    out_truncated: bool = False
+    err_truncated: bool = False
 
 
 class AbstractDriver(ABC):
@@ -845,8 +826,7 @@ class AbstractDriver(ABC):
         if not path:
             raise FileNotFoundError(f"vm {config.get('name', '')!r} has no path to its agent")
         self.address = parse_address(str(path))
-        self.config = config
-        self.log = log
+        self.config, self.log = config, log
         self.driver: Any = None  # the connection
         self.lock = threading.Condition()  # held while a request is sent and answered
         self.target_os = ""  # pretty name of the guest's system, known once connected
@@ -855,29 +835,25 @@ class AbstractDriver(ABC):
         self.output_cache: dict[int, dict[str, Any]] = {}
         self.timeout = float(config.get("timeout") or 30)
         self.connect_timeout = float(config.get("connect_timeout") or 20)
-        self.wait: WaitHook = plain_wait  # replaceable; may raise, see QemuGuestAgentDriver
+        self.wait: WaitHook = plain_wait
 
     # --- what a subclass does ---
 
     @abstractmethod
     def connect(self) -> int:
         """Connect to the agent and synchronise; return the token of that exchange."""
-        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
         """Close the connection."""
-        raise NotImplementedError
 
     @abstractmethod
     def sync(self, timeout: float = 5) -> int | None:
         """Synchronise with the agent within *timeout* seconds; return the token or None."""
-        raise NotImplementedError
 
     @abstractmethod
     def ping(self, timeout: float = 10) -> bool:
         """Tell whether the agent answers within *timeout* seconds."""
-        raise NotImplementedError
 
     @abstractmethod
     def execute(
@@ -889,77 +865,63 @@ class AbstractDriver(ABC):
         capture_output: bool = True,
     ) -> int | None:
         """Start a program in the guest; return its pid, or None if the agent refused."""
-        raise NotImplementedError
 
     @abstractmethod
     def exec_status(self, pid: int) -> dict[str, Any]:
         """Return what the agent knows of program *pid*, and pass it to `store_captured_output`."""
-        raise NotImplementedError
 
     @abstractmethod
     def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
         """Keep what the agent told of program *pid* in `output_cache`."""
-        raise NotImplementedError
 
     @abstractmethod
     def file_flush(self, handle: int) -> None:
         """Flush an open file of the guest."""
-        raise NotImplementedError
 
     @abstractmethod
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to a file of the guest; return whether the agent accepted it."""
-        raise NotImplementedError
 
     @abstractmethod
     def write_from_file(
         self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
     ) -> bool:
         """Write a local file's content to a file of the guest."""
-        raise NotImplementedError
 
     @abstractmethod
     def read_file(
         self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
     ) -> bool:
         """Fetch a file of the guest to the local path *local_destination*."""
-        raise NotImplementedError
 
     @abstractmethod
     def get_os(self) -> str:
         """Return the pretty name of the guest's system."""
-        raise NotImplementedError
 
     @abstractmethod
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""
-        raise NotImplementedError
 
     @abstractmethod
     def set_time(self, now_ns: int | None = None) -> None:
         """Set the guest's clock to *now_ns*, or to the host's present time."""
-        raise NotImplementedError
 
     @abstractmethod
     def set_user_password(self, username: str, password: str) -> None:
         """Set the password of a user of the guest."""
-        raise NotImplementedError
 
     @abstractmethod
     def network_get_interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's network interfaces."""
-        raise NotImplementedError
 
     @abstractmethod
     def reboot(self) -> None:
         """Make the guest reboot."""
-        raise NotImplementedError
 
     @staticmethod
     @abstractmethod
     def get_engine() -> str:
         """Return the name of the engine whose VMs this driver can talk to."""
-        raise NotImplementedError
 
     def connected(self, timeout: float = 10) -> dict[str, Any]:
         """Return {} if the agent answers within *timeout* seconds. Raises DriverTimeout if not."""
@@ -988,23 +950,17 @@ class AbstractDriver(ABC):
         return {}
 
     def health(self, timeout: float = 10) -> str:
-        """Return "ok", "frozen", "no-exec" (it answers, but runs no program) or "no-answer".
-
-        *timeout* (seconds) is for each of the questions asked.
-        """
+        """Return "ok", "frozen", "no-exec" (it answers, but runs no program) or "no-answer"."""
         program = ["cmd.exe", "/c", "exit 0"] if self.is_windows else ["/bin/sh", "-c", "exit 0"]
         try:
             self.connected(timeout)
-            if self._is_frozen():
-                return "frozen"
             return "ok" if self.run(program, timeout=timeout).exitcode == 0 else "no-exec"
+        except Frozen:
+            return "frozen"
         except AgentError:
             return "no-exec"
         except DriverError:
             return "no-answer"
-
-    def _is_frozen(self) -> bool:
-        return False
 
     def boot_id(self) -> str:
         """Return a word that changes with each boot of the guest, or "" if none can be had."""
@@ -1027,17 +983,22 @@ class AbstractDriver(ABC):
         input_data: bytes | str | None = None,
         capture: bool = False,
     ) -> int:
-        """Start a program and return its pid. Raises AgentError if it cannot be started."""
-        pid = self.execute(argv[0], list(argv[1:]), env, input_data, capture)
+        """Start a program and return its pid; *env*, if given, replaces the whole environment.
+
+        Raises AgentError if it cannot be started.
+        """
+        return self._start(list(argv), env, input_data, capture)
+
+    def _start(
+        self, argv: list[str], env: Sequence[str] | None, data: bytes | str | None, capture: bool
+    ) -> int:
+        pid = self.execute(argv[0], argv[1:], env, data, capture)
         if pid is None:
             raise AgentError("GenericError", f"cannot start {argv[0]!r}", "execute")
         return pid
 
-    def status(self, pid: int) -> ExecStatus:
+    def status(self, pid: int, timeout: float = math.inf) -> ExecStatus:
         """Return what is known of *pid*; an end is told once. Raises UnknownPid."""
-        return self._status(pid, math.inf)
-
-    def _status(self, pid: int, timeout: float) -> ExecStatus:
         self.exec_status(pid)
         entry = self.output_cache[pid]
         if not entry["exited"]:
@@ -1046,28 +1007,21 @@ class AbstractDriver(ABC):
         out, err = (_as_bytes(entry.get(name) or "") for name in ("stdout", "stderr"))
         cut = (bool(entry.get(f"{name}_trunc")) for name in ("stdout", "stderr"))
         number = entry.get("signal")
-        return ExecStatus(
-            True, entry["exitcode"] if number is None else None, number, out, err, *cut
-        )
+        code = entry["exitcode"] if number is None else None
+        return ExecStatus(True, code, number, out, err, *cut)
 
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Sequence[str] | None = None,
-        input_data: bytes | str | None = None,
-        timeout: float | None = None,
+        self, argv: Sequence[str], *, timeout: float | None = None, **options: Any
     ) -> ExecStatus:
-        """Run a program to its end and return its exit and output.
+        """Run a program to its end and return its exit and output; *options* are those of `start`.
 
         Raises DriverTimeout after *timeout* seconds, with the connection intact and the program
-        still running; else what `start` and `status` raise.
+        still running.
         """
-        deadline = Deadline(timeout)
-        pid = self.start(argv, env=env, input_data=input_data, capture=True)
-        delays = _delays(0.1)
+        deadline, delays = Deadline(timeout), _delays(0.1)
+        pid = self.start(argv, capture=True, **options)
         # A second of grace, so that the program's deadline does not cut a status in two.
-        while not (status := self._status(pid, deadline.remaining() + 1)).exited:
+        while not (status := self.status(pid, deadline.remaining() + 1)).exited:
             if deadline.expired:
                 raise DriverTimeout(f"program {argv[0]!r}", deadline.seconds)
             self.wait(-1, 0, min(next(delays), deadline.remaining()))
@@ -1098,8 +1052,8 @@ class AbstractDriver(ABC):
     ) -> Generator[int, None, None]:
         """Copy the guest's file from *offset* on to *sink*, yielding the bytes got so far.
 
-        It ends at the end of the file or after *limit* bytes. Raises AgentError if the file cannot
-        be read.
+        It ends at the end of the file, as the agent tells it, or after *limit* bytes. Raises
+        AgentError if the file cannot be read, and whatever *sink* raises.
         """
         left = math.inf if limit is None else limit
         with _temporary_file() as copy:
@@ -1128,16 +1082,13 @@ class AbstractDriver(ABC):
         status = self._cached_status(pid)
         if not status["exited"]:
             return None
-        signal_number = status.get("signal")
-        if signal_number is None:
+        number = status.get("signal")
+        if number is None:
             return int(status["exitcode"])
-        return int(signal_number) + (128 if signal_number < 128 else 0)
+        return int(number) + (128 if number < 128 else 0)
 
     def wait_for_exitcode(self, pid: int, interval: float = 1) -> int:
-        """Return the exit code of *pid* once it has exited, looking every *interval* s or sooner.
-
-        The first looks follow each other quickly, so a short program costs milliseconds.
-        """
+        """Return the exit code of *pid* once it has one, looking every *interval* s or sooner."""
         delays = _delays(interval)
         while (code := self.get_exitcode(pid)) is None:
             self.wait(-1, 0, next(delays))
@@ -1159,46 +1110,37 @@ class AbstractDriver(ABC):
         text: str | None = self._cached_status(pid).get(stream_name)
         return text
 
+    # The agent forgets a program when it has told its end once; so it is asked until then.
     def _cached_status(self, pid: int) -> dict[str, Any]:
-        """Return the cache's entry for *pid*, asking the agent unless the end is known.
-
-        The agent forgets a program when it has told its end once.
-        """
         if not self.output_cache.get(pid, {}).get("exited"):
             self.exec_status(pid)
         return self.output_cache[pid]
 
-    def _start_script(
-        self, posix: str, windows: str, *words: str, capture: bool = False
-    ) -> int | None:
-        """Start one of our scripts with *words* as its arguments; return its pid or None."""
-        if self.is_windows:
-            program, *arguments = powershell(windows, *words)
-        else:
-            program, arguments = "/bin/sh", ["-c", posix, "sh", *words]
-        pid = self.execute(program, arguments, capture_output=capture)
-        if pid is None:
-            self.log.error(self._EXEC_ERROR_MSG)
-        return pid
-
-    def _run_script(self, posix: str, windows: str, *words: str) -> bool | None:
-        pid = self._start_script(posix, windows, *words)
-        if pid is None:
-            return None
-        success = self._await_script(pid, self.timeout) == 0
-        self.output_cache.pop(pid, None)
-        return success
-
-    def _await_script(self, pid: int, seconds: float) -> int:
-        """Return the exit code of a script of ours. Raises DriverTimeout if it does not end."""
-        delays, deadline = _delays(1), Deadline(seconds)
-        while (code := self.get_exitcode(pid)) is None:
-            if deadline.expired:
-                raise DriverTimeout("a script in the guest", seconds)
-            self.wait(-1, 0, next(delays))
-        return code
-
     # --- files of the guest ---
+
+    # Runs a script to its end; None if it cannot be started.
+    def _run_script(
+        self, script: tuple[str, str], path: str | PurePath, *words: str, patience: float = 1
+    ) -> ExecStatus | None:
+        text = os.fspath(path)
+        words = (f"./{text}" if text.startswith("-") else text, *words)  # else it is an option
+        posix, windows = script
+        argv = (
+            powershell(windows, *words)
+            if self.is_windows
+            else ["/bin/sh", "-c", posix, "sh", *words]
+        )
+        try:
+            return self.run(argv, timeout=patience * self.timeout)
+        except UnknownPid:
+            raise
+        except AgentError as error:
+            self.log.error("%s %s", self._EXEC_ERROR_MSG, error)
+            return None
+
+    def _succeeds(self, script: tuple[str, str], path: str | PurePath) -> bool | None:
+        status = self._run_script(script, path)
+        return None if status is None else status.exitcode == 0
 
     def file_exists(self, path: str) -> bool | None:
         """Tell whether *path* exists in the guest; None if the attempt to look failed.
@@ -1206,25 +1148,23 @@ class AbstractDriver(ABC):
         The shell's wildcards `*`, `?` and `[…]` are expanded and one match is enough; no other
         character means anything, but a backslash before a wildcard.
         """
-        return self._run_script(_EXISTS_SH, _EXISTS_PS, _plain_path(path))
+        return self._succeeds(_EXISTS, path)
 
     def create_directories(self, directory: str | PurePath) -> bool | None:
         """Create *directory* and what is missing above it; None if the attempt failed."""
-        return self._run_script('mkdir -p "$1"', _MKDIR_PS, _plain_path(directory))
+        return self._succeeds(_MKDIR, directory)
 
     def delete_file(self, path: str | PurePath) -> bool | None:
         """Delete the file *path*; False if there is none; None if the attempt failed."""
-        return self._run_script(_DELETE_SH, _DELETE_PS, _plain_path(path))
+        return self._succeeds(_DELETE, path)
 
     def _delete_parent_directories(self, directory: PurePath) -> bool | None:
         """Delete *directory* and its parents up to the first that is not empty."""
-        return self._run_script(_PRUNE_SH, _PRUNE_PS, _plain_path(directory))
+        return self._succeeds(_PRUNE, directory)
 
     def make_file_executable(self, path: str | PurePath) -> bool | None:
         """Let everybody run the file *path* (on Windows they may); None if the attempt failed."""
-        if self.is_windows:
-            return True
-        return self._run_script('chmod a+x "$1"', "", _plain_path(path))
+        return True if self.is_windows else self._succeeds(('chmod a+x "$1"', ""), path)
 
     def get_files(
         self, path: str | PurePath, timestamp: str | float | None = None
@@ -1239,26 +1179,21 @@ class AbstractDriver(ABC):
             after, whole = f"@{timestamp}", f"@{timestamp // 1:.0f}"
             if self.is_windows:
                 after = datetime.fromtimestamp(timestamp, UTC).isoformat()
-        words = (_plain_path(path), after, whole)
-        pid = self._start_script(_FIND_SH, _FIND_PS, *words, capture=True)
-        if pid is None:
+        status = self._run_script(_FIND, path, after, whole, patience=10)
+        if status is None:
             return None
-        code = self._await_script(pid, 10 * self.timeout)
-        entry = self.output_cache.pop(pid)
-        found = entry.get("stdout") or ""
-        if entry.get("stdout_trunc") or (code and not found):
-            reason = entry.get("stderr") or f"exit code {code}"
-            self.log.error("cannot list files at %r in the guest: %s", path, printable(reason))
+        if status.out_truncated or (status.exitcode != 0 and not status.out):
+            reason = printable(status.err) or f"exit code {status.exitcode}"
+            self.log.error("cannot list files at %r in the guest: %s", path, reason)
             return None
-        return [name for name in found.split("\0") if name]
+        return [name for name in status.out.decode(errors="replace").split("\0") if name]
 
     def write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to a file of the guest, creating the directories above it.
 
         *mode* is "w" (replace) or "a" (append). Returns whether it succeeded.
         """
-        flavour = PureWindowsPath if self.is_windows else PurePosixPath
-        parent = flavour(filename).parent
+        parent = self._pure_path(filename).parent
         if parent != parent.parent and not self.create_directories(parent):
             self.log.error("cannot create %r in the guest", str(parent))
             return False
@@ -1270,21 +1205,20 @@ class AbstractDriver(ABC):
 
     # --- places of a schedule entry ---
 
+    def _pure_path(self, path: str | PurePath) -> PurePath:
+        return PureWindowsPath(path) if self.is_windows else PurePosixPath(path)
+
     def deconflict_agent_path(self, path: str | PurePath) -> PurePath:
         """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before.
 
         Case does not distinguish paths, as it does not on Windows. The same calls in the same
         order give the same paths.
         """
-        flavour = PureWindowsPath if self.is_windows else PurePosixPath
-        wanted = str(flavour(path))
-        unique = wanted
-        for number in itertools.count(2):
-            if unique.casefold() not in self.used_agent_paths:
-                break
-            unique = f"{wanted}-{number}"
+        wanted = str(self._pure_path(path))
+        names = itertools.chain([wanted], (f"{wanted}-{n}" for n in itertools.count(2)))
+        unique = next(name for name in names if name.casefold() not in self.used_agent_paths)
         self.used_agent_paths.add(unique.casefold())
-        return flavour(unique)
+        return self._pure_path(unique)
 
     def create_paths(self, schedule_entry: Any) -> None:
         """Choose the guest's places for *schedule_entry* and set them on it as text.
@@ -1293,15 +1227,15 @@ class AbstractDriver(ABC):
         `working_dir` (that directory; for an entry with a user, one in it that is the user's) and
         `reboot_filepath` (the file in `working_dir` whose presence asks for a reboot).
         """
-        default, script = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
-        flavour = PureWindowsPath if self.is_windows else PurePosixPath
+        default, suffix = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         program = str(schedule_entry.executable or "").replace("\\", "/").rpartition("/")[2]
         # Leading dots and dashes would hide the directory or look like an option.
         name = _UNFIT_FOR_NAME.sub("_", program).lstrip(".-")[:64] or "files"
-        launch = flavour(str(self.config.get("launch_dir") or default))
-        wanted = launch / _time_word(schedule_entry.start_time) / name
-        place = self.deconflict_agent_path(wanted)
-        schedule_entry.call_arguments_filename = str(place / f"call_arguments.{script}")
+        at = schedule_entry.start_time  # as a schedule writes it: -10, 0.5, inf
+        at = int(at) if math.isfinite(at) and at == int(at) else at
+        launch = self._pure_path(str(self.config.get("launch_dir") or default))
+        place = self.deconflict_agent_path(launch / str(at) / name)
+        schedule_entry.call_arguments_filename = str(place / f"call_arguments.{suffix}")
         if getattr(schedule_entry, "options", {}).get("user"):
             place /= USER_FOLDER
         schedule_entry.working_dir = str(place)
@@ -1313,46 +1247,27 @@ class AbstractDriver(ABC):
 _PUSH_BYTES = 64 * 1024  # bigger writes are no faster, the agent's CPU is the bound (measured)
 _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share the channel
 _CRUMBS = 16  # in a row; an agent reads and writes what it is asked, but at the end of a file
-_OUTPUT_LIMIT = 16 * 2**20  # GUEST_EXEC_MAX_OUTPUT in qga/commands.c
-_BOOT_ID = re.compile(rb"\s*([0-9A-Za-z-]+)\s*")
-_BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
-# The first process of a Windows session has the boot's life. The time of booting itself will not
-# do: it moves when the clock is set, which we do after each boot.
-_BOOT_PS = (
-    "(Get-CimInstance Win32_Process -Filter \"Name='wininit.exe'\").CreationDate.ToFileTimeUtc()"
-)
 
 
-@dataclass(frozen=True, slots=True)
-class ExecStatus:
-    """What the agent knows of a program: once it exited, its exit code or signal and output."""
-
-    exited: bool
-    exitcode: int | None = None
-    signal: int | None = None  # on Windows the number of an unhandled exception
-    out: bytes = b""
-    err: bytes = b""
-    out_truncated: bool = False
-    err_truncated: bool = False
-
-
+# Member *key* of *reply*, which must be of type *kind*.
 def _field(reply: Any, key: str, kind: type, sent: str) -> Any:
-    """Return member *key* of *reply*. Raises ReplyError unless it is there and of type *kind*."""
     value = reply.get(key) if isinstance(reply, dict) else None
     if type(value) is not kind:
         raise ReplyError(f"has no {key} of type {kind.__name__}", reply, sent)
     return value
 
 
+# The integer *key* of *reply*, which must be in *low* to *high*.
 def _number(reply: Any, key: str, low: int, high: int, sent: str) -> int:
-    """Return the integer *key* of *reply*. Raises ReplyError if it is not in *low* to *high*."""
     value = _field(reply, key, int, sent)
     if not low <= value <= high:
         raise ReplyError(f"has a {key} out of range", reply, sent)
     return int(value)
 
 
-def _decoded(text: str, sent: str) -> bytes:
+# The bytes of the base64 *key* of *reply*.
+def _content(reply: Any, key: str, sent: str) -> bytes:
+    text = _field(reply, key, str, sent)
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError as error:
@@ -1363,51 +1278,34 @@ def _encoded(data: bytes | bytearray | memoryview) -> str:
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
-def _as_bytes(data: str | bytes) -> bytes:
-    return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
-
-
 def _no_nul(*words: str) -> None:
     if any("\0" in word for word in words):
         raise ValueError(f"argument has a null character: {words!r}")
 
 
 def _parse_status(reply: Any) -> ExecStatus:
-    """Return *reply* of guest-exec-status as a value. Raises ReplyError if it makes no sense."""
     sent = "guest-exec-status"
     if not _field(reply, "exited", bool, sent):
         return ExecStatus(exited=False)
     if ("exitcode" in reply) == ("signal" in reply):
         raise ReplyError("has not exactly one of exitcode and signal", reply, sent)
     end = "exitcode" if "exitcode" in reply else "signal"
-    number = _number(reply, end, -(2**31), 2**32 - 1, sent)
-    out, out_truncated = _parse_output(reply, "out")
-    err, err_truncated = _parse_output(reply, "err")
-    exitcode, signal_number = (number, None) if end == "exitcode" else (None, number)
-    return ExecStatus(True, exitcode, signal_number, out, err, out_truncated, err_truncated)
+    told: dict[str, Any] = {end: _number(reply, end, -(2**31), 2**32 - 1, sent)}
+    for stream in ("out", "err"):
+        key = f"{stream}-data"
+        data = _content(reply, key, sent) if key in reply else b""
+        # Agents before 10.2 set `…-truncated` to false exactly when output *was* cut (QEMU commit
+        # 28c5d27dd4), so its mere presence says nothing; the length does.
+        cut = reply.get(f"{stream}-truncated") is True or len(data) == _OUTPUT_LIMIT
+        told |= {stream: data, f"{stream}_truncated": cut}
+    return ExecStatus(True, **told)
 
 
-def _parse_output(reply: dict[str, Any], stream: str) -> tuple[bytes, bool]:
-    """Return a stream's bytes and whether some are missing.
+class AgentConnection(AbstractDriver):
+    """A QEMU guest agent's connection: made, proven, used for one request, and closed by failure.
 
-    Agents before 10.2 set `…-truncated` to false exactly when output *was* cut (QEMU commit
-    28c5d27dd4), so its mere presence says nothing; the length does.
-    """
-    sent = "guest-exec-status"
-    key = f"{stream}-data"
-    data = _decoded(_field(reply, key, str, sent), sent) if key in reply else b""
-    return data, reply.get(f"{stream}-truncated") is True or len(data) == _OUTPUT_LIMIT
-
-
-class QemuGuestAgentDriver(AbstractDriver):
-    """Driver for the QEMU Guest Agent, over the host's end of its channel.
-
-    The methods up to "strict" keep the reference's returns; those below give a value or raise a
-    DriverError. Any exception inside a request (a timeout, a Ctrl-C, whatever `wait` raises)
-    closes the connection; then every call raises StateError until `connect`.
-
-    `wait(fd, events, seconds)` is how the driver waits, for poll *events* of *fd*, or with fd -1
-    for time to pass. It may be replaced, and may raise anything to end the call.
+    Any exception inside a request (a timeout, a Ctrl-C, whatever `wait` raises) closes the
+    connection; then every call raises StateError until `connect`.
     """
 
     def __init__(self, config: Mapping[str, Any], log: logging.Logger) -> None:
@@ -1415,23 +1313,14 @@ class QemuGuestAgentDriver(AbstractDriver):
         self._learned = False
         self._info: dict[str, Any] | None = None
 
-    @staticmethod
-    def get_engine() -> str:
-        """Return "QemuVM", the engine whose VMs this driver can talk to."""
-        return "QemuVM"
-
-    # --- connection ---
-
     def connect(self, timeout: float | None = None, retry: bool = True) -> int:
         """Connect afresh, drop what earlier clients left, and return the synchronisation id.
 
-        Tries with a new connection and id each time for *timeout* seconds (default: the
-        "connect_timeout" of the config), since a channel opened while a guest boots may stay
-        mute for ever; with *retry* false only once. The first success also learns `target_os`
-        and `is_windows`, and empties the output cache.
+        Tries with a new connection and id each time for *timeout* seconds (default:
+        `connect_timeout`), since a channel opened while a guest boots may stay mute for ever; with
+        *retry* false only once. The first success also learns `target_os` and `is_windows`.
 
-        Raises what the last try met that had time for an answer: NoSocket, NoAnswer, LinkLost,
-        DriverTimeout or ProtocolError; another ConnectError at once.
+        Raises what the last try met that had time for an answer.
         """
         deadline = Deadline(self.connect_timeout if timeout is None else timeout)
         pauses = iter([0.05, 0.1, 0.2, 0.5])
@@ -1456,8 +1345,7 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def _connect_once(self, deadline: Deadline) -> int:
         self.close()
-        sock = _open_socket(self.address, self._wait_now, deadline)
-        link = Link(sock, self._wait_now, self.log)
+        link = Link(_open_socket(self.address, self._wait_now, deadline), self._wait_now, self.log)
         try:
             ident = link.sync(deadline)
         except DriverTimeout as error:
@@ -1473,12 +1361,11 @@ class QemuGuestAgentDriver(AbstractDriver):
         return self.wait(fd, events, seconds)
 
     def _learn_system(self) -> None:
-        """Find out whether the guest is Windows, also if it may not say so itself."""
         try:
             osinfo = self.call("guest-get-osinfo")
             self.target_os = self._pretty_name(osinfo)
-            self.is_windows = isinstance(osinfo, dict) and osinfo.get("id") == "mswindows"
-        except AgentError:
+            self.is_windows = osinfo.get("id") == "mswindows"
+        except AgentError:  # it may not say so itself
             # Only agents for Windows offer this command (qga/qapi-schema.json).
             self.is_windows = self.enabled("guest-get-devices") and not self.boot_id()
             self.target_os = "Windows" if self.is_windows else "POSIX"
@@ -1488,8 +1375,7 @@ class QemuGuestAgentDriver(AbstractDriver):
         """Close the connection; `connect` makes a new one."""
         if self.driver is not None:
             self.driver.close()
-        self.driver = None
-        self._info = None
+        self.driver = self._info = None
 
     @property
     def connected_now(self) -> bool:
@@ -1503,14 +1389,13 @@ class QemuGuestAgentDriver(AbstractDriver):
     def _link(self) -> Link:
         link: Link | None = self.driver
         if link is None or not link.open:
-            raise StateError("driver is not connected", "Call connect() first")
+            raise StateError
         return link
 
     def sync(self, timeout: float = 5) -> int | None:
-        """Synchronise on the present connection; return the id, or None if that fails.
+        """Synchronise on the present connection; return the id, or None (and close) if that fails.
 
         Raises StateError (an OSError) if there is no connection.
-        Afterwards, if it failed, there is none.
         """
         deadline = Deadline(timeout)
         with self.lock:
@@ -1525,7 +1410,7 @@ class QemuGuestAgentDriver(AbstractDriver):
     def ping(self, timeout: float = 10) -> bool:
         """Tell whether the agent answers within *timeout* seconds."""
         try:
-            self.call("guest-ping", timeout=timeout)
+            self.connected(timeout)
         except DriverError as error:
             self.log.debug("no answer to a ping: %s", error)
             return False
@@ -1535,6 +1420,105 @@ class QemuGuestAgentDriver(AbstractDriver):
         """Return {} if the agent answers within *timeout* seconds. Raises a DriverError if not."""
         self.call("guest-ping", timeout=timeout)
         return {}
+
+    def call(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """Send one request and return what the agent returned, unchecked.
+
+        *timeout* (seconds, default: that of the config) covers sending and waiting.
+
+        Raises AgentError (also as CommandDisabled, CommandMissing or Frozen) with the connection
+        intact; DriverTimeout, LinkLost or ProtocolError with it closed; StateError without one.
+        """
+        return self._call(self._link(), command, arguments, timeout)
+
+    def _call(
+        self, link: Link, command: str, arguments: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Any:  # fmt: skip
+        deadline = Deadline(self.timeout if timeout is None else timeout)
+        with self.lock:
+            ticket = self._post(link, command, arguments, deadline)
+            return self._collect(link, ticket, deadline)
+
+    def _post(
+        self, link: Link, command: str, arguments: Mapping[str, Any] | None, deadline: Deadline
+    ) -> Ticket:
+        ticket, data = link.session.encode(command, arguments)
+        with self.lock:
+            link.post(ticket, data, deadline)
+        return ticket
+
+    def _collect(self, link: Link, ticket: Ticket, deadline: Deadline) -> Any:
+        try:
+            with self.lock:
+                return link.collect(ticket, deadline)
+        except AgentError as error:
+            if error.class_ != "CommandNotFound":
+                raise
+            raise self._explained(link, error) from error
+
+    # The class of a disabled and of a missing command is one: returns what *error* means.
+    def _explained(self, link: Link, error: AgentError) -> AgentError:
+        told = (error.class_, error.desc, error.sent)
+        if error.sent in ("guest-info", "guest-fsfreeze-status"):
+            return CommandDisabled(*told)
+        try:
+            self._info = None
+            if error.sent not in self._commands(link):
+                return CommandMissing(*told, "Install a newer guest agent")
+            if self._call(link, "guest-fsfreeze-status") == "frozen":
+                return Frozen(*told, "Thaw the guest's file systems: guest-fsfreeze-thaw")
+        except AgentError:
+            if self._info is None:
+                return error
+        return CommandDisabled(*told, f"Allow {error.sent} in the configuration of the agent")
+
+    def info(self) -> dict[str, Any]:
+        """Return the agent's description of itself (guest-info), asked once per connection."""
+        self._commands(self._link())
+        return dict(self._info or {})
+
+    def enabled(self, command: str) -> bool:
+        """Tell whether the agent knows *command* and its configuration allows it."""
+        return self._commands(self._link()).get(command, False)
+
+    # The agent's commands, and whether each is allowed.
+    def _commands(self, link: Link) -> dict[str, bool]:
+        if self._info is None:
+            info = self._call(link, "guest-info")
+            for item in _field(info, "supported_commands", list, "guest-info"):
+                _field(item, "name", str, "guest-info")
+                _field(item, "enabled", bool, "guest-info")
+            self._info = info
+        return {item["name"]: item["enabled"] for item in self._info["supported_commands"]}
+
+    # Every member is optional, and a bare Linux tells of its kernel alone.
+    @staticmethod
+    def _pretty_name(osinfo: Any) -> str:
+        keys = ("pretty-name", "name", "id", "kernel-release")
+        names = [osinfo.get(key, "") for key in keys] if isinstance(osinfo, dict) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise ReplyError("names no system", osinfo, "guest-get-osinfo")
+        return printable(next(filter(None, names), "unknown"))
+
+
+class QemuGuestAgentDriver(AgentConnection):
+    """Driver for the QEMU Guest Agent, over the host's end of its channel.
+
+    The methods up to "strict" keep the reference's returns; those below give a value or raise a
+    DriverError.
+    """
+
+    @staticmethod
+    def get_engine() -> str:
+        """Return "QemuVM", the engine whose VMs this driver can talk to."""
+        return "QemuVM"
 
     # --- programs, as in the reference ---
 
@@ -1554,11 +1538,9 @@ class QemuGuestAgentDriver(AbstractDriver):
         """
         if arg is not None and not isinstance(arg, str | list | tuple):
             raise TypeError(f"arg must be a string or a list, not {type(arg).__name__}")
-        words = [arg] if isinstance(arg, str) else list(arg or [])
+        argv = [path, *([arg] if isinstance(arg, str) else arg or [])]
         try:
-            return self.start(
-                [path, *words], env=env, input_data=input_data, capture=capture_output
-            )
+            return self.start(argv, env=env, input_data=input_data, capture=capture_output)
         except AgentError as error:
             self.log.error("cannot start %r: %s", path, error)
             return None
@@ -1568,9 +1550,6 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def exec_status(self, pid: int) -> dict[str, Any]:
         """Return the agent's reply about program *pid* as it stands, and put it into the cache.
-
-        The agent tells the end of a program once; `get_exitcode`, `get_stdout` and `get_stderr`
-        tell it from the cache as often as asked.
 
         Raises DriverTimeout (a TimeoutError); UnknownPid or another DriverError (all OSErrors).
         """
@@ -1585,20 +1564,26 @@ class QemuGuestAgentDriver(AbstractDriver):
         """
         status = _parse_status(output)
         entry: dict[str, Any] = {"exited": status.exited}
-        if status.exitcode is not None:
-            entry["exitcode"] = status.exitcode
-        if status.signal is not None:
-            entry["signal"] = status.signal
-        for name, data, cut in (
-            ("stdout", status.out, status.out_truncated),
-            ("stderr", status.err, status.err_truncated),
-        ):
-            if data:
-                entry[name] = data.decode(errors="replace")
-                entry[f"{name}_trunc"] = cut
+        for key in ("exitcode", "signal"):
+            if (number := getattr(status, key)) is not None:
+                entry[key] = number
+        for stream in ("out", "err"):
+            if data := getattr(status, stream):
+                entry[f"std{stream}"] = data.decode(errors="replace")
+                entry[f"std{stream}_trunc"] = getattr(status, f"{stream}_truncated")
         self.output_cache[pid] = entry
 
     # --- files, as in the reference ---
+
+    # Takes all *steps* to do *what*; returns False (and logs why) if the agent refused one.
+    def _accepted(self, what: str, steps: Iterable[object]) -> bool:
+        try:
+            for _ in steps:
+                pass
+        except AgentError as error:
+            self.log.error("cannot %s in the guest: %s", what, error)
+            return False
+        return True
 
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to the guest's file; return False (and log why) if the agent refused."""
@@ -1608,33 +1593,16 @@ class QemuGuestAgentDriver(AbstractDriver):
     def write_from_file(
         self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
     ) -> bool:
-        """Write the content of *local_filename* to the guest's file *filename*.
-
-        Returns False (and logs why) if the agent refused. Raises OSError for the local file.
-        """
+        """Write *local_filename* to the guest's file *filename*; return as `_write` does."""
         with Path(local_filename).open("rb") as source:
-            copy = self.push(source, filename, mode=mode)
-            return self._accepted(f"write {filename!r}", copy)
-
-    def _accepted(self, what: str, steps: Iterator[int]) -> bool:
-        """Take all *steps* to do *what*; return False (and log why) if the agent refused one."""
-        try:
-            for _ in steps:
-                pass
-        except AgentError as error:
-            self.log.error("cannot %s in the guest: %s", what, error)
-            return False
-        return True
+            return self._accepted(f"write {filename!r}", self.push(source, filename, mode=mode))
 
     def read_file(
         self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
     ) -> bool:
         """Fetch the guest's file *filename* to *local_destination*, which appears when complete.
 
-        The end is what the agent calls the end (on Windows a read of no bytes), never guessed
-        from the content. Returns False (and logs why) if the agent refused.
-
-        Raises ValueError for a mode but "r" and "rb", OSError for the local file.
+        Returns False (and logs why) if the agent refused.
         """
         if mode not in ("r", "rb"):
             raise ValueError(f"mode {mode!r} does not read")
@@ -1655,37 +1623,23 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def file_write_content(self, handle: int, content: str | bytes) -> bool:
         """Write *content* to an open file; return False (and log why) if the agent refused."""
-        copy = self._write_steps(handle, io.BytesIO(_as_bytes(content)))
-        return self._accepted(f"write to handle {handle}", copy)
+        return self._write_to_handle(handle, io.BytesIO(_as_bytes(content)))
 
     def file_write_from_file(self, handle: int, filename: str | os.PathLike[str]) -> bool:
-        """Write the local file *filename* to an open file; return as `file_write_content` does.
-
-        Raises OSError for the local file.
-        """
+        """Write the local file *filename* to an open file; return as `file_write_content` does."""
         with Path(filename).open("rb") as source:
-            copy = self._write_steps(handle, source)
-            return self._accepted(f"write to handle {handle}", copy)
+            return self._write_to_handle(handle, source)
 
-    def _write_steps(self, handle: int, source: BinaryIO) -> Iterator[int]:
-        while data := source.read(_PUSH_BYTES):
-            self.write_chunk(handle, data)
-            yield len(data)
+    def _write_to_handle(self, handle: int, source: BinaryIO) -> bool:
+        chunks = iter(lambda: source.read(_PUSH_BYTES), b"")
+        steps = map(functools.partial(self.write_chunk, handle), chunks)
+        return self._accepted(f"write to handle {handle}", steps)
 
     # --- the guest's system, as in the reference ---
 
     def get_os(self) -> str:
         """Return the pretty name of the guest's system. Raises a DriverError, an OSError."""
         return self._pretty_name(self.call("guest-get-osinfo"))
-
-    @staticmethod
-    def _pretty_name(osinfo: Any) -> str:
-        """Choose a name; every member is optional, and a bare Linux tells of its kernel alone."""
-        keys = ("pretty-name", "name", "id", "kernel-release")
-        names = [osinfo.get(key, "") for key in keys] if isinstance(osinfo, dict) else [None]
-        if not all(isinstance(name, str) for name in names):
-            raise ReplyError("names no system", osinfo, "guest-get-osinfo")
-        return printable(next(filter(None, names), "unknown"))
 
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""
@@ -1700,12 +1654,9 @@ class QemuGuestAgentDriver(AbstractDriver):
         self.call("guest-set-time", {"time": time.time_ns() if now_ns is None else now_ns})
 
     def set_user_password(self, username: str, password: str, crypted: bool = False) -> None:
-        """Set the password of the guest's user; *crypted* says that it is one of crypt(3) already.
-
-        Raises AgentError if the guest refused.
-        """
-        arguments = {"username": username, "password": _encoded(_as_bytes(password))}
-        self.call("guest-set-user-password", {**arguments, "crypted": crypted})
+        """Set the password of the guest's user; *crypted*: it is one of crypt(3) already."""
+        words = {"username": username, "password": _encoded(_as_bytes(password))}
+        self.call("guest-set-user-password", {**words, "crypted": crypted})
 
     def network_get_interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's network interfaces as the agent describes them."""
@@ -1718,15 +1669,14 @@ class QemuGuestAgentDriver(AbstractDriver):
         """Make the guest reboot; do not wait until it is back.
 
         The agent answers a failure within milliseconds and a success never, so silence for
-        *timeout* seconds, or the end of the connection, means that it was accepted.
+        *timeout* seconds, or the end of the connection, means that it was accepted. Afterwards the
+        driver is not connected.
 
         Raises AgentError if the guest refused, DriverTimeout or LinkLost if it was not even asked.
-        Afterwards the driver is not connected and the output cache is empty.
         """
         with self.lock:
             link = self._link()
-            ticket, data = link.session.encode("guest-shutdown", {"mode": "reboot"})
-            link.post(ticket, data, Deadline(self.timeout))
+            ticket = self._post(link, "guest-shutdown", {"mode": "reboot"}, Deadline(self.timeout))
             try:
                 self._collect(link, ticket, Deadline(timeout))
             except (DriverTimeout, LinkLost):
@@ -1734,130 +1684,31 @@ class QemuGuestAgentDriver(AbstractDriver):
             self.close()
             self._reset_cache()
 
-    # --- strict: calls ---
-
-    def call(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-    ) -> Any:
-        """Send one request and return what the agent returned, unchecked.
-
-        *timeout* (seconds, default: that of the config) covers sending and waiting.
-
-        Raises AgentError (also as CommandDisabled, CommandMissing or Frozen) with the connection
-        intact; DriverTimeout, LinkLost or ProtocolError with it closed; StateError without one.
-        """
-        return self._call(self._link(), command, arguments, timeout)
-
-    def _call(
-        self,
-        link: Link,
-        command: str,
-        arguments: Mapping[str, Any] | None,
-        timeout: float | None = None,
-    ) -> Any:
-        deadline = Deadline(self.timeout if timeout is None else timeout)
-        ticket, data = link.session.encode(command, arguments)
-        with self.lock:
-            link.post(ticket, data, deadline)
-            return self._collect(link, ticket, deadline)
-
-    def _collect(self, link: Link, ticket: Ticket, deadline: Deadline) -> Any:
-        try:
-            return link.collect(ticket, deadline)
-        except AgentError as error:
-            if error.class_ != "CommandNotFound":
-                raise
-            raise self._explained(link, error) from error
-
-    def _explained(self, link: Link, error: AgentError) -> AgentError:
-        """Return *error* as what it means: the class of a disabled and a missing command is one."""
-        told = (error.class_, error.desc, error.sent)
-        if error.sent in ("guest-info", "guest-fsfreeze-status"):
-            return CommandDisabled(*told)
-        try:
-            self._info = None
-            known = self._commands(link)
-        except AgentError:
-            return error
-        if error.sent not in known:
-            return CommandMissing(*told, "Install a newer guest agent")
-        if self._frozen(link):
-            return Frozen(*told, "Thaw the guest's file systems: guest-fsfreeze-thaw")
-        return CommandDisabled(*told, f"Allow {error.sent} in the configuration of the agent")
-
-    def info(self) -> dict[str, Any]:
-        """Return the agent's description of itself (guest-info), asked once per connection."""
-        self._commands(self._link())
-        return dict(self._info or {})
-
-    def enabled(self, command: str) -> bool:
-        """Tell whether the agent knows *command* and its configuration allows it."""
-        return self._commands(self._link()).get(command, False)
-
-    def _commands(self, link: Link) -> dict[str, bool]:
-        """Return the agent's commands, and whether each is allowed."""
-        if self._info is None:
-            info = self._call(link, "guest-info", None)
-            for item in _field(info, "supported_commands", list, "guest-info"):
-                _field(item, "name", str, "guest-info")
-                _field(item, "enabled", bool, "guest-info")
-            self._info = info
-        return {item["name"]: item["enabled"] for item in self._info["supported_commands"]}
-
-    def _frozen(self, link: Link) -> bool:
-        try:
-            return bool(self._call(link, "guest-fsfreeze-status", None) == "frozen")
-        except AgentError:
-            return False
-
-    def _is_frozen(self) -> bool:
-        return self._frozen(self._link())
-
     # --- strict: programs ---
 
-    def start(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Sequence[str] | None = None,
-        input_data: bytes | str | None = None,
-        capture: bool = False,
+    def _start(
+        self, argv: list[str], env: Sequence[str] | None, data: bytes | str | None, capture: bool
     ) -> int:
-        """Start a program and return its pid; *env*, if given, replaces the whole environment.
-
-        Raises AgentError if it cannot be started, else what `call` raises.
-        """
-        path, *arguments = argv
         _no_nul(*argv, *(env or ()))
-        request: dict[str, Any] = {"path": path, "arg": arguments, "capture-output": capture}
+        request: dict[str, Any] = {"path": argv[0], "arg": argv[1:], "capture-output": capture}
         if env is not None:
             request["env"] = list(env)
-        if input_data is not None:
-            request["input-data"] = _encoded(_as_bytes(input_data))
+        if data is not None:
+            request["input-data"] = _encoded(_as_bytes(data))
         pid = _number(self.call("guest-exec", request), "pid", 1, 2**63 - 1, "guest-exec")
         # Pids come round; what an earlier program left is not this one's.
         self.output_cache.pop(pid, None)
         return pid
 
-    def status(self, pid: int) -> ExecStatus:
-        """Return what the agent knows of *pid*; it tells an end once, then forgets the program.
-
-        Raises UnknownPid, else what `call` raises.
-        """
-        return self._status(pid, math.inf)
-
-    def _status(self, pid: int, timeout: float) -> ExecStatus:
+    def status(self, pid: int, timeout: float = math.inf) -> ExecStatus:
+        """Return what the agent knows of *pid*; it tells an end once, then forgets the program."""
         return _parse_status(self._ask_status(pid, timeout))
 
+    # *timeout* only shortens that of any call.
     def _ask_status(self, pid: int, timeout: float = math.inf) -> Any:
-        """Return the agent's reply, within *timeout* seconds or those of any call."""
-        arguments, seconds = {"pid": pid}, min(self.timeout, timeout)
+        seconds = min(self.timeout, timeout)
         try:
-            return self.call("guest-exec-status", arguments, timeout=seconds)
+            return self.call("guest-exec-status", {"pid": pid}, timeout=seconds)
         except AgentError as error:
             # Texts differ by version; an unknown pid is the only generic error of this command.
             if type(error) is AgentError:
@@ -1873,13 +1724,10 @@ class QemuGuestAgentDriver(AbstractDriver):
         """
         return self._open(self._link(), path, mode)
 
+    # On virtio-serial a connection outlives the agent, which counts handles up from 1000 for ever,
+    # even over its own restarts (fd_counter in qga/main.c), but may start again with the guest. Who
+    # still holds a handle of the former agent must not use it on a file of the new one.
     def _open(self, link: Link, path: str, mode: str) -> int:
-        """Open a file; a number given out before means that another agent counts there now.
-
-        On virtio-serial a connection outlives the agent, which counts up from 1000 for ever, even
-        over its own restarts (fd_counter in qga/main.c), but may start again with the guest. Who
-        still holds a handle of the former agent must not use it on a file of the new one.
-        """
         _no_nul(path)
         with self.lock:
             reply = self._call(link, "guest-file-open", {"path": path, "mode": mode})
@@ -1898,10 +1746,9 @@ class QemuGuestAgentDriver(AbstractDriver):
 
     def seek(self, handle: int, offset: int, whence: int = 0) -> tuple[int, bool]:
         """Move in an open file as lseek(2) does; return the new position and whether it ended."""
-        arguments = {"handle": handle, "offset": offset, "whence": whence}
-        reply = self.call("guest-file-seek", arguments)
-        position = _number(reply, "position", 0, 2**63 - 1, "guest-file-seek")
-        return position, _field(reply, "eof", bool, "guest-file-seek")
+        sent = "guest-file-seek"
+        reply = self.call(sent, {"handle": handle, "offset": offset, "whence": whence})
+        return _number(reply, "position", 0, 2**63 - 1, sent), _field(reply, "eof", bool, sent)
 
     def read(self, handle: int, count: int) -> tuple[bytes, bool]:
         """Read up to *count* bytes (48 MiB at most); return them and whether the file ended.
@@ -1914,7 +1761,7 @@ class QemuGuestAgentDriver(AbstractDriver):
     @staticmethod
     def _parse_read(reply: Any, asked: int) -> tuple[bytes, bool]:
         sent = "guest-file-read"
-        data = _decoded(_field(reply, "buf-b64", str, sent), sent)
+        data = _content(reply, "buf-b64", sent)
         if _number(reply, "count", 0, asked, sent) != len(data):
             raise ReplyError(f"counts other than its {len(data)} bytes", reply["count"], sent)
         return data, _field(reply, "eof", bool, sent)
@@ -1930,12 +1777,10 @@ class QemuGuestAgentDriver(AbstractDriver):
         if rest:
             raise AgentError("GenericError", "the agent takes it in crumbs", sent)
 
+    # Opens a file and closes it in the end, whatever happens while the connection lives. A close
+    # that fails is an error: with a full disk it is the only sign of lost data.
     @contextlib.contextmanager
     def _opened(self, path: str, mode: str) -> Iterator[tuple[Link, int]]:
-        """Open a file and close it in the end, whatever happens while the connection lives.
-
-        A close that fails is an error: with a full disk it is the only sign of lost data.
-        """
         link = self._link()
         handle = self._open(link, path, mode)
         try:
@@ -1984,30 +1829,23 @@ class QemuGuestAgentDriver(AbstractDriver):
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
     ) -> Generator[int, None, None]:
-        """Copy the guest's file *path* from *offset* on to *sink*, yielding the bytes got so far.
-
-        It ends at the end of the file, as the agent tells it, or after *limit* bytes. One read
-        is kept ahead; other calls may be made between two yields.
-
-        Raises AgentError if the file cannot be read, and whatever *sink* raises.
-        """
-        got = 0
+        """As `AbstractDriver.pull`; one read is ahead, other calls fit between two yields."""
+        got, crumbs = 0, 0
+        left = math.inf if limit is None else limit  # bytes not asked for yet
+        ahead: deque[tuple[Ticket, int]] = deque()
         with self._opened(path, "r") as (link, handle):
             if offset:
                 self.seek(handle, offset)
-            left = math.inf if limit is None else limit  # bytes not asked for yet
-            ahead: deque[tuple[Ticket, int]] = deque()
-            crumbs = 0
             while True:
                 while left > 0 and len(ahead) < 2:
-                    count = int(min(left, _PULL_BYTES))
-                    ahead.append((self._post_read(link, handle, count), count))
+                    words = {"handle": handle, "count": (count := int(min(left, _PULL_BYTES)))}
+                    deadline = Deadline(self.timeout)
+                    ahead.append((self._post(link, "guest-file-read", words, deadline), count))
                     left -= count
                 if not ahead:
                     return
                 ticket, count = ahead.popleft()
-                with self.lock:
-                    reply = self._collect(link, ticket, Deadline(self.timeout))
+                reply = self._collect(link, ticket, Deadline(self.timeout))
                 data, eof = self._parse_read(reply, count)
                 left += count - len(data)
                 sink.write(data)
@@ -2019,13 +1857,6 @@ class QemuGuestAgentDriver(AbstractDriver):
                 crumbs = crumbs + 1 if len(data) < count else 0
                 if crumbs == _CRUMBS:
                     raise AgentError("GenericError", "it comes in crumbs", "guest-file-read")
-
-    def _post_read(self, link: Link, handle: int, count: int) -> Ticket:
-        arguments = {"handle": handle, "count": count}
-        ticket, data = link.session.encode("guest-file-read", arguments)
-        with self.lock:
-            link.post(ticket, data, Deadline(self.timeout))
-        return ticket
 
 
 # === programs on this host ========================================================================

@@ -365,21 +365,21 @@ def test_a_busybox_guest_understands_the_scripts(tmp_path: Path) -> None:
     (tmp_path / "d" / "f 1").touch()
     target = str(tmp_path / "d" / "f 1")
     for script, words, code in (
-        (drivers._EXISTS_SH, [f"{tmp_path}/d/f*"], 0),
-        (drivers._EXISTS_SH, [f"{tmp_path}/d/g*"], 1),
-        (drivers._FIND_SH, [str(tmp_path / "d"), "@1000"], 0),
-        (drivers._FIND_SH, [str(tmp_path / "d"), "@1000.5", "@1000"], 0),
-        (drivers._FIND_SH, [str(tmp_path / "none"), ""], 2),
-        (drivers._DELETE_SH, [target], 0),
-        (drivers._DELETE_SH, [target], 1),
-        (drivers._PRUNE_SH, [str(tmp_path / "d")], 0),
+        (drivers._EXISTS[0], [f"{tmp_path}/d/f*"], 0),
+        (drivers._EXISTS[0], [f"{tmp_path}/d/g*"], 1),
+        (drivers._FIND[0], [str(tmp_path / "d"), "@1000"], 0),
+        (drivers._FIND[0], [str(tmp_path / "d"), "@1000.5", "@1000"], 0),
+        (drivers._FIND[0], [str(tmp_path / "none"), ""], 2),
+        (drivers._DELETE[0], [target], 0),
+        (drivers._DELETE[0], [target], 1),
+        (drivers._PRUNE[0], [str(tmp_path / "d")], 0),
     ):
         command = [str(tmp_path / "bin" / "sh"), "-c", script, "sh", *words]
         done = subprocess.run(
             command, capture_output=True, env={"PATH": str(tmp_path / "bin")}, check=False
         )
         assert done.returncode == code, (script, done.stderr)
-        if script is drivers._FIND_SH and code == 0:
+        if script is drivers._FIND[0] and code == 0:
             assert done.stdout == target.encode() + b"\0"
 
 

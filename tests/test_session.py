@@ -281,7 +281,11 @@ def test_nothing_travels_beside_a_large_request() -> None:
 
     with scripted(script, timeout=5) as (driver, _):
         link = driver._link()
-        reads = [driver._post_read(link, 1, 1) for _ in range(2)]
+        reads = []
+        for _ in range(2):
+            ticket, data = link.session.encode("guest-file-read", {"handle": 1, "count": 1})
+            link.post(ticket, data, drivers.Deadline(5))
+            reads.append(ticket)
         driver.write_chunk(2, b"y" * 2000)
         # The large write waited for both small replies, and kept them.
         assert [ticket.done for ticket in reads] == [True, True]

@@ -25,9 +25,9 @@ import drivers
 import vmrm
 
 NAMES = {script: verb for verb, script in vmrm._PS.items()} | {
-    drivers._EXISTS_PS: "exists",
-    drivers._MKDIR_PS: "mkdir",
-    drivers._DELETE_PS: "delete",
+    drivers._EXISTS[1]: "exists",
+    drivers._MKDIR[1]: "mkdir",
+    drivers._DELETE[1]: "delete",
     drivers._BOOT_PS: "boot",
 }
 ONE_WORD = re.compile("(?:, )?'((?:[^'\u2018-\u201b]|(['\u2018-\u201b])\\2)*)'")
