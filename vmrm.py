@@ -11257,13 +11257,8 @@ def _plan_summary(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> 
     return ", ".join([*words, f"time 0 comes {buffer:g} s after the last VM is configured"])
 
 
-class Mark(NamedTuple):
-    """Something that happened to a VM at one instant."""
-
-    at: float
-    kind: str  # state, reboot, pause, break, resume
-    text: str
-    details: dict[str, Any]
+# What happened to a VM at one instant: when, a state, reboot, pause, break or resume, in words.
+Mark = tuple[float, str, str, dict[str, Any]]
 
 
 class VMRun(NamedTuple):
@@ -11274,7 +11269,8 @@ class VMRun(NamedTuple):
     reason: str = ""
     row: Row | None = None  # of vm_status, while the VM is there
     entries: Sequence[ScheduleEntry] = ()  # of the schedule's last generation
-    tries: Sequence[Row] = ()  # attempts of these
+    latest: Mapping[int, Row] = {}  # attempt of each of them, by ordinal
+    first: Mapping[int, Row] = {}
     attempts: Sequence[Row] = ()  # of all generations
     marks: Sequence[Mark] = ()  # what else happened
 
@@ -11323,12 +11319,12 @@ def read_run(db: Database, number: int | None = None) -> Run:
         for row in attempts[key]:
             _add_to_attempt(row, texts.get(row.generation, []), now)
         last = max(texts, default=0)  # it stays, also that of a removed schedule
-        tries = [row for row in attempts[key] if row.generation == last]
-        there = next(iter(present.get(key, ())), None)
-        entries, reason = texts.get(last, []), (there or moved[-1]).reason
+        entries, tries = texts.get(last, []), [a for a in attempts[key] if a.generation == last]
+        latest, first = ({a.ordinal: a for a in order} for order in (tries, reversed(tries)))
         marks = _marks(run, moved, holds[key], attempts[key], entries)
-        vm = (moved[0].server_name, moved[-1].new_state, reason, there)
-        run.vms.append(VMRun(*vm, entries, tries, attempts[key], marks))
+        there = next(iter(present.get(key, ())), None)
+        vm = (moved[0].server_name, moved[-1].new_state, (there or moved[-1]).reason, there)
+        run.vms.append(VMRun(*vm, entries, latest, first, attempts[key], marks))
     run.loose = sorted(s[-1].server_name for s in schedules.values() if s[-1].text)
     return run
 
@@ -11350,26 +11346,25 @@ def _marks(
     entries: Sequence[ScheduleEntry],
 ) -> list[Mark]:
     """Return what happened to a VM besides its attempts, oldest first."""
-    found, given = [], []
+    found: list[Mark] = []
+    given = []
     for row in moves:
         if row.at >= run.begin:
             why = {"reason": row.reason} if row.reason else {}
-            found.append(Mark(row.at, "state", row.new_state, why))
+            found.append((row.at, "state", row.new_state, why))
     for row in holds:
         hold, ignored = Hold(row.experiment_time, row.duration_s), bool(row.ignored)
         given += [] if ignored else [hold]
-        text = f"{hold} given"
-        found.append(Mark(row.at, text.split()[0], text, {"ignored": ignored}))
+        found.append((row.at, str(hold).split()[0], f"{hold} given", {"ignored": ignored}))
     for before, after in itertools.pairwise(a for a in attempts if a.boot_id and not a.on_host):
         if after.boot_id != before.boot_id:
-            found.append(Mark(after.armed_at, "reboot", "rebooted", {"boot_id": after.boot_id}))
+            found.append((after.armed_at, "reboot", "rebooted", {"boot_id": after.boot_id}))
     times, start = Timeline(entries, given).times, run.experiment.start_at or math.inf
     for entry in entries:
         at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
         if (entry.pause or entry.is_resume) and at <= run.end:  # it has come
-            label = entry.label
-            found.append(Mark(at, label.split()[0], label, {"entry": entry.ordinal}))
-    return sorted(found, key=lambda mark: mark.at)
+            found.append((at, entry.label.split()[0], entry.label, {"entry": entry.ordinal}))
+    return sorted(found, key=lambda mark: mark[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11388,10 +11383,8 @@ class Report:
 
 def report_of(run: Run) -> Report:
     """Return how an experiment went."""
-    experiment, vms = (
-        run.experiment,
-        [vm for vm in run.vms if vm.row or run.experiment.destroyed_at],
-    )
+    experiment = run.experiment
+    vms = [vm for vm in run.vms if vm.row or experiment.destroyed_at]
     stopped = experiment.halt in (Halt.STOP, Halt.KILL)
     faults = [fault for vm in vms for fault in _vm_faults(vm, stopped)]
     faults += [f"{name}: there is a schedule, but no such VM" for name in run.loose]
@@ -11403,55 +11396,44 @@ def report_of(run: Run) -> Report:
     launched, start, ended = experiment.launched_at, experiment.start_at, experiment.ended_at
     words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
     words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
-    latest = [a.outcome for vm in vms for a in _by_ordinal(vm.tries).values()]
-    skipped = latest.count(Outcome.SKIPPED)
+    skipped = sum(a.outcome == Outcome.SKIPPED for vm in vms for a in vm.latest.values())
     words += [f"{skipped} skipped"] if skipped else []
     return Report(rows, faults, ", ".join(words))
 
 
-def _by_ordinal(attempts: Iterable[Row]) -> dict[int, Row]:
-    """Return the last one given of each entry's attempts."""
-    return {a.ordinal: a for a in attempts}
-
-
 def _vm_row(vm: VMRun) -> dict[str, Any]:
-    latest = [a for a in _by_ordinal(vm.tries).values() if vm.entries[a.ordinal - 1].pause is None]
+    latest = [a for a in vm.latest.values() if vm.entries[a.ordinal - 1].pause is None]
     outcomes = [a.outcome for a in latest if not (a.outcome == "done" and a.reboot)]
-    first = _by_ordinal(reversed(vm.tries)).values()
-    late = sorted(a.late_s * 1000 for a in first if a.late_s is not None and not a.overdue)
+    first = [a for a in vm.first.values() if a.late_s is not None and not a.overdue]
+    late = sorted(a.late_s * 1000 for a in first)
     counts = {key: outcomes.count(key) for key in ("done", "failed", "unknown")}
-    return {
-        "vm": vm.name,
-        "state": vm.state,
-        "entries": sum(entry.pause is None for entry in vm.entries),
-        **counts,
-        "late_p50_ms": round(late[len(late) // 2], 1) if late else None,
-        "late_worst_ms": round(late[-1], 1) if late else None,
-    }
+    counts = {"entries": sum(entry.pause is None for entry in vm.entries)} | counts
+    return (
+        {"vm": vm.name, "state": vm.state}
+        | counts
+        | {
+            "late_p50_ms": round(late[len(late) // 2], 1) if late else None,
+            "late_worst_ms": round(late[-1], 1) if late else None,
+        }
+    )
 
 
 def _vm_faults(vm: VMRun, stopped: bool) -> Iterator[str]:
-    latest = _by_ordinal(vm.tries)
+    managed = vm.state != VMState.NOT_APPLICABLE
     if vm.state == VMState.FAILED:
         yield f"{vm.name}: failed: {vm.reason}"
-    elif stopped and vm.row and vm.row.finished_at is None and vm.state != VMState.NOT_APPLICABLE:
+    elif stopped and managed and vm.row and vm.row.finished_at is None:
         yield f"{vm.name}: was stopped before its work was done"
     for entry in vm.entries:
-        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", latest.get(entry.ordinal)
+        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", vm.latest.get(entry.ordinal)
         if attempt is None:
-            if entry.pause is None and vm.state != VMState.NOT_APPLICABLE:
+            if managed and entry.pause is None:
                 yield f"{where}: did not run"
         elif attempt.outcome in FAILED_OUTCOMES and not entry.ignore_failure:
             yield f"{where}: {attempt.outcome}: {attempt.error}"
 
 
 FAILED_OUTCOMES = (Outcome.FAILED, Outcome.UNKNOWN)
-
-
-def _row_label(row: Mapping[str, Any]) -> str:
-    return ScheduleEntry.from_dict(json.loads(row["entry"])).label
-
-
 TRACE_COLOURS = {  # of chrome://tracing's own palette
     "done": "good",
     "failed": "terrible",
@@ -11470,10 +11452,11 @@ def trace(run: Run) -> dict[str, Any]:
     """
     start, source = run.experiment.start_at, run.experiment.source
     zero = {"launch": run.begin, "start time": start}
-    everybody = [Mark(at, "experiment", text, {}) for text, at in zero.items() if at is not None]
-    experiment = VMRun(f"experiment {source}".strip(), marks=everybody)
+    marks: list[Mark] = [(at, "experiment", text, {}) for text, at in zero.items() if at]
+    experiment = VMRun(f"experiment {source}".strip(), marks=marks)
     events: list[dict[str, Any]] = []
     tid = 0  # used once in all of a trace
+    said = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
 
     def microseconds(seconds: float) -> int:
         return max(0, round((seconds - run.begin) * 1e6))  # the host's clock may be set back
@@ -11498,17 +11481,13 @@ def trace(run: Run) -> dict[str, Any]:
             for attempt in attempts:
                 begin, end = microseconds(attempt.begin), microseconds(attempt.end)
                 more = {"cat": "attempt", "cname": TRACE_COLOURS[attempt.outcome]}
-                args = _trace_arguments(attempt)
+                known = {key: attempt[key] for key in said} | _instants(attempt)
+                known |= {"entry": attempt.ordinal}
+                args = {key: value for key, value in known.items() if value not in (None, "")}
                 add("X", attempt.label, **more, ts=begin, dur=end - begin, args=args)
     about = {"vmrm": __version__, "experiment": run.experiment.id, "source": source}
     times = {"launched": _iso(run.begin), "start": _iso(start) if start else None}
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about | times}
-
-
-def _trace_arguments(attempt: Row) -> dict[str, Any]:
-    keys = ("attempt", "outcome", "exit_code", "late_s", "pid", "boot_id", "error")
-    known = {"entry": attempt.ordinal, **_instants(attempt), **{k: attempt[k] for k in keys}}
-    return {key: value for key, value in known.items() if value not in (None, "")}
 
 
 def lanes(attempts: Iterable[Row], place: Callable[[float], float]) -> list[list[Row]]:
@@ -11645,9 +11624,9 @@ def _page_timeline(run: Run) -> str:
         names.append(f'<div class="name" {style} title="{said}">{_html(vm.name)}</div>')
         if number % 2:
             bands.append(f'<rect class="zebra" y="{top:g}" width="100%" height="{height:g}"/>')
-        for mark in vm.marks:
-            said = _html(f"{vm.name}: {mark.text} at {_iso(mark.at)}")
-            shape = f'class="mark" x="{x(mark.at)}%" y="{top:g}" width="2" height="{height:g}"'
+        for at, _, text, _ in vm.marks:
+            said = _html(f"{vm.name}: {text} at {_iso(at)}")
+            shape = f'class="mark" x="{x(at)}%" y="{top:g}" width="2" height="{height:g}"'
             shapes.append(f"<rect {shape}><title>{said}</title></rect>")
         for lane, attempts in enumerate(dealt):
             y = top + (height - lane_height * len(dealt)) / 2 + lane_height * (lane + 1 / 6)
@@ -12211,7 +12190,7 @@ class Viewer:
                ORDER BY sent_at DESC LIMIT 1""",
             name=row["vm"],
         )
-        return _row_label(entry) if entry else ""
+        return ScheduleEntry.from_dict(json.loads(entry["entry"])).label if entry else ""
 
     def _time_line(self) -> str:
         start = current_experiment(self.db)["start_at"]
