@@ -333,9 +333,7 @@ CREATE TABLE pool_waiters (
     sandbox TEXT NOT NULL DEFAULT '',
     priority INTEGER NOT NULL DEFAULT 0,
     holder TEXT NOT NULL,                      -- who waits
-    queued_at REAL NOT NULL,
-    heartbeat_at REAL NOT NULL,
-    deadline_at REAL
+    heartbeat_at REAL NOT NULL
 ) STRICT;
 CREATE INDEX pool_queue ON pool_waiters (priority DESC, id);
 

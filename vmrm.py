@@ -937,7 +937,8 @@ class Database:
         if self._pid == os.getpid() and (
             found := self._connections.get(threading.current_thread())
         ):
-            self._refuse_another_file()
+            if not found.in_transaction:
+                self._refuse_another_file()
             return found
         with self._opening:
             if self._pid != os.getpid():
@@ -1510,18 +1511,21 @@ def _through_directory(path: Path, use: Callable[[str], object]) -> None:
 
 def wake(db: Database, *names: int | str) -> None:
     """Send a byte to each named wake-up socket; nobody listening is no error."""
-    if POOL in names:
-        names = (KEEPER, *names)
+    sockets = {*map(str, names)}
+    if POOL in sockets:
+        sockets = sockets - {POOL} | {KEEPER}
         with contextlib.suppress(Unavailable):  # what we tell of is done
-            names += tuple(f"wait-{token}" for token in VmManager(db=db).next_in_queue())
-    if not names:
+            sockets |= {f"wait-{token}" for token in VmManager(db=db).next_in_queue()}
+    if not sockets:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
-        for name in names:
-            with contextlib.suppress(OSError):
-                _through_directory(
-                    db.state_dir / "wake" / str(name), lambda path: sender.sendto(b"w", path)
-                )
+    directory = os.open(db.state_dir / "wake", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
+            for name in sockets:
+                with contextlib.suppress(OSError):
+                    sender.sendto(b"w", f"/proc/self/fd/{directory}/{name}")
+    finally:
+        os.close(directory)
 
 
 # === the experiment, its barrier and its VMs =====================================================
@@ -3284,6 +3288,9 @@ def _damage_told(source: Path) -> Iterator[None]:
 
 
 # === pool ========================================================================================
+#
+# Rows say what there is: VMs with their leases (pool_list), what the keeper has to do about them
+# (pool_dues), and who waits (pool_waiters). `allot` says who gets what of it.
 
 
 @functools.lru_cache(maxsize=1)
@@ -3340,25 +3347,26 @@ class VmDescriptor(Row):
     @classmethod
     def load(cls, db: Database, vm_name: str) -> VmDescriptor:
         """Read a VM's row, or raise `VmDescriptorNotFound`."""
-        return cls(_pool_vm(db, vm_name))
+        if row := db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name):
+            return cls(row)
+        hint = "See which there are: vmrm pool list"
+        raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
 
     def store(self, db: Database) -> None:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
 
-        Raises:
-            VmError: the pool has no such VM, it cannot move to this state, its fields do not go
-                together, or it is the machine of another.
+        A `VmError` refuses fields that do not go together, and the machine of another VM.
         """
         if {("vm_ip", self.vm_ip), ("path", self.path)} - self._read.items():
             self.update(_pool_machine(self.vm_ip, self.path))
         changed = dict(self.items() - self._read.items())
         with db.transaction(durable=True):
-            row = _pool_vm(db, self.vm_name)
+            row = VmDescriptor.load(db, self.vm_name)
             if changed.keys() & {"group", "vm_ip", "address"}:
-                changed["group"] = str(self.group)
+                changed |= {"group": str(self.group)}
                 _refuse_twin(db, self.vm_name, row | changed)
             try:
-                move_pool_vm(db, self.vm_name, changed.pop("state", row["state"]), **changed)
+                move_pool_vm(db, self.vm_name, changed.pop("state", row.state), **changed)
             except (sqlite3.IntegrityError, sqlite3.OperationalError) as error:
                 raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
         object.__setattr__(self, "_read", dict(self))
@@ -3371,16 +3379,6 @@ class VmDescriptor(Row):
         self[field] = self._read[field] = value
 
 
-def _pool_vm(db: Database, vm_name: str) -> Row:
-    """Return a VM with its lease, if it has one."""
-    row = db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
-    if row is None:
-        raise VmDescriptorNotFound(
-            f"the pool has no VM {vm_name!r}", "See which there are: vmrm pool list"
-        )
-    return row
-
-
 def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
     """Add a row inside the caller's transaction."""
     now = CLOCK.wall()
@@ -3389,29 +3387,13 @@ def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **colum
 
 
 def move_pool_vm(
-    db: Database,
-    vm_name: str,
-    state: str,
-    reason: str = "",
-    *,
-    old: str | None = None,
-    **columns: object,
+    db: Database, vm_name: str, state: str, reason: str = "", old: str = "", **columns: object
 ) -> None:
-    """Move one VM inside the caller's transaction; a lease ends where the state allows none.
+    """Move one VM, inside the caller's transaction, to a state that `POOL_MOVES` allows.
 
-    Args:
-        db: The database.
-        vm_name: The VM's name.
-        state: Where it moves to, or stays.
-        reason: Why it moves, or stays; for the history, if it moves.
-        old: The state it is in, if that is known in this transaction already.
-        columns: Others to set, by name.
-
-    Raises:
-        VmDescriptorNotFound: the pool has no such VM.
-        VmError: `POOL_MOVES` does not allow the move.
+    Its lease ends where that state allows none. `old` saves reading the state it is in.
     """
-    old = old or _pool_vm(db, vm_name)["state"]
+    old = old or VmDescriptor.load(db, vm_name).state
     try:
         target = checked_pool_move(old, state)
     except ValueError as error:
@@ -3433,19 +3415,10 @@ def group_settings(db: Database) -> dict[str, str]:
     return {column.removesuffix("_s"): column for column in columns if column not in skipped}
 
 
-_IMPOSSIBLE = (sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-
-
 def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
-    """Add a group to the pool, or change settings of it.
+    """Add a group to the pool, or change settings of it, by the names of `group_settings`.
 
-    Args:
-        db: The database.
-        name: The group's name; one of digits only is a number to `VmManager`.
-        settings: Those of `group_settings`, limits as None for none, durations in seconds.
-
-    Raises:
-        ValueError: the name is unusable, a setting unknown or its value impossible.
+    None is no limit; durations are in seconds. A `ValueError` refuses what cannot be.
     """
     checked_name("group", name)
     known = group_settings(db)
@@ -3456,15 +3429,14 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
     if row is not None and all(row[known[key]] == value for key, value in settings.items()):
         return
     with db.transaction(durable=True):
-        if row is None:
-            sql = """INSERT INTO pool_groups (name, position)
-                     SELECT :name, coalesce(max(position), 0) + 1 FROM pool_groups
-                     WHERE true ON CONFLICT DO NOTHING"""
-            db.write(sql, name=name)
+        sql = """INSERT INTO pool_groups (name, position)
+                 SELECT :name, coalesce(max(position), 0) + 1 FROM pool_groups
+                 WHERE true ON CONFLICT DO NOTHING"""
+        db.write(sql, name=name)
         for key, value in settings.items():
             try:
                 db.update("pool_groups", {"name": name}, **{known[key]: value})
-            except (*_IMPOSSIBLE, OverflowError) as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise WrongValue(f"group {name!r}: {key} cannot be {value!r}") from error
 
 
@@ -3484,9 +3456,14 @@ class Request:
     build_id: str | None = None
     chroot: str | None = None
     priority: int = 0  # in the queue: higher ones first
-    # Called with the rows of the leased VMs, inside the transaction that leases them.
+    # Called with the leased VMs, inside the transaction that leases them.
     within: Callable[[list[VmDescriptor]], object] | None = None
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that are named."""
+        return [*dict.fromkeys(itertools.chain(*self.wants))]
 
 
 @dataclasses.dataclass
@@ -3536,10 +3513,9 @@ def allot(
             else:
                 share.missing.append(groups)
                 hopeless = hopeless or at_limit
-        if hopeless:
-            for vms, key, fresh in reversed(taken):
-                vms.append(share.vm_names.pop())
-                bound[key] -= fresh
+        for vms, key, fresh in reversed(taken) if hopeless else ():
+            vms.append(share.vm_names.pop())
+            bound[key] -= fresh
         shares.append(share)
     return shares
 
@@ -3548,18 +3524,11 @@ class Waiting:
     """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
 
     It is readable when there may be something for us, also since the holder of a VM has ended.
-
-    Args:
-        pool: The pool.
-        request: What is wanted.
-        seconds: After which nobody need reckon with it any more.
     """
 
-    def __init__(self, pool: VmManager, request: Request, seconds: float = math.inf) -> None:
-        self.pool, self.request = pool, request
-        self._deadline = CLOCK.monotonic() + seconds
-        self._socket = WakeSocket(pool.db, f"wait-{request.token}")
-        self._poll, self._holders = select.epoll(), list[int]()
+    def __init__(self, pool: Leases, request: Request) -> None:
+        self.pool, self.request, self._holders = pool, request, list[int]()
+        self._socket, self._poll = WakeSocket(pool.db, f"wait-{request.token}"), select.epoll()
         self._poll.register(self._socket.fileno(), select.EPOLLIN)
 
     def __enter__(self) -> Self:
@@ -3579,25 +3548,23 @@ class Waiting:
 
     def try_again(self) -> list[VmDescriptor]:
         """Return all VMs that are wanted, now leased; or none, and go on waiting."""
+        db, request = self.pool.db, self.request
         self._socket.drain()
         ended = self._poll.poll(0)
         self._forget_holders()
-        self.pool._queue_up(self.request, self._deadline - CLOCK.monotonic())
+        wants = {"wants": json.dumps(request.wants), "priority": request.priority}
+        who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
+        alive = {"token": request.token, "heartbeat_at": CLOCK.wall()}
+        db.upsert("pool_waiters", "token", **alive, **wants, **who)
         if ended:
             self.pool.reap()
-        vms = self.pool._acquire(self.request)
-        if not vms:
-            self._watch_holders()
-        return vms
-
-    def _watch_holders(self) -> None:
-        named = json.dumps([group for groups in self.request.wants for group in groups])
-        sql = """SELECT DISTINCT holder FROM pool_list WHERE state = 'in_use' AND holder IS NOT NULL
-                 AND "group" IN (SELECT value FROM json_each(:named)) LIMIT 100"""
-        for row in self.pool.db.query(sql, named=named):
+        if vms := self.pool.lend(request):
+            return vms
+        for row in db.query(_HOLDERS, groups=json.dumps(request.groups)):
             with contextlib.suppress(OSError):  # it has ended, or is in another pid namespace
                 self._holders.append(os.pidfd_open(Process.parse(row.holder).pid))
                 self._poll.register(self._holders[-1], select.EPOLLIN)
+        return []
 
     def _forget_holders(self) -> None:
         while self._holders:
@@ -3605,9 +3572,8 @@ class Waiting:
 
     def reason(self) -> str:
         """Return the place in the queue, and why there is nothing yet."""
-        tokens = [other.token for other in self.pool._queue()]
-        place = tokens.index(self.request.token) + 1 if self.request.token in tokens else 1
-        return f"number {place} in the queue; {self.pool._why_none(self.request)}"
+        place = len(self.pool.ahead(self.request)) + 1
+        return f"number {place} in the queue; {self.pool.why_none(self.request)}"
 
 
 # --- which machine a VM is
@@ -3616,11 +3582,8 @@ class Waiting:
 def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
     """Return an agent's address in the one spelling by which machines are told apart.
 
-    A socket goes by its real path. Names of hosts are not looked up.
-
-    Args:
-        text: An address as `drivers.parse_address` reads it, else that raises `ValueError`.
-        folder: What a relative path is relative to; '' is the working directory.
+    A socket goes by its real path; a relative one is in the folder, or in the working directory.
+    Names of hosts are not looked up.
     """
     import ipaddress
 
@@ -3646,9 +3609,8 @@ def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
         vm_ip = str(ipaddress.ip_address(vm_ip))
     if not path:
         return {"vm_ip": vm_ip, "path": "", "address": ""}
-    address, plain = agent_address(path), str(drivers.parse_address(path).target)
+    address, wrong = agent_address(path), ""
     if address.startswith("/"):
-        wrong = ""
         try:
             if not stat.S_ISSOCK(Path(address).stat().st_mode):
                 wrong = f"{address!r} is no socket"
@@ -3656,10 +3618,10 @@ def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
             if "/" not in path and not path.startswith("unix:"):
                 wrong = "a path has a slash, or there is a socket of that name"
         except OSError as error:
-            wrong = error.strerror or str(error)
+            wrong = f"{error.strerror}"
         if wrong:
             raise WrongValue(f"address {path!r} is none: {wrong}")
-        path = str(Path.cwd() / plain)
+        path = str(Path.cwd() / str(drivers.parse_address(path).target))
     return {"vm_ip": vm_ip, "path": path, "address": address}
 
 
@@ -3690,14 +3652,8 @@ def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) 
 
 
 def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None:
-    """Refuse a machine that another VM is, inside the caller's transaction.
-
-    Args:
-        db: The database.
-        vm_name: The VM of the pool that is to be it.
-        columns: group, vm_ip and address of the VM.
-    """
-    machine = {key: columns[key] for key in ("address", "vm_ip", "group")}
+    """Refuse to let a VM be a machine that another is: of its group, vm_ip and address."""
+    machine = {key: str(columns[key]) for key in ("address", "vm_ip", "group")}
     twin = db.row(
         """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :name AND (
                (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
@@ -3708,9 +3664,9 @@ def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None
     )
     if twin:
         raise VmError(
-            f"VM {vm_name!r} is the machine that the pool has as {twin['vm_name']!r} "
-            f"({twin['state']}): {columns['address'] or columns['vm_ip']}",
-            f"See it: vmrm pool info {twin['vm_name']}",
+            f"VM {vm_name!r} is the machine that the pool has as {twin.vm_name!r} "
+            f"({twin.state}): {columns['address'] or columns['vm_ip']}",
+            f"See it: vmrm pool info {twin.vm_name}",
         )
     sql = "SELECT server_name FROM vms WHERE address <> '' AND address = :address"
     if own := db.value(sql, address=columns["address"]):
@@ -3757,7 +3713,363 @@ def _told_or_none(value: object) -> str | None:
     return None if value in (None, NOTHING) else str(value)
 
 
-class VmManager(_Rows):
+# --- leases and the queue
+
+# What an acquire looks at first: is there a queue, is a group unknown, who runs the pool?
+_SERVER = """
+SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting,
+       (SELECT value FROM json_each(:groups)
+        WHERE value COLLATE NOCASE NOT IN (SELECT name FROM pool_groups)) AS unknown
+FROM (SELECT 1) LEFT JOIN pool_server"""
+
+# The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
+# first. What is worn is the keeper's to end, and nobody's until then.
+_FREE = """
+SELECT vm_name FROM pool_vms
+WHERE "group" = ? AND state = 'ready' AND check_fails = 0 AND bound_to_user IS ?
+  AND bound_sandbox = ?
+  AND last_health_check > coalesce((SELECT started_at FROM pool_server WHERE id = 1), 0)
+  AND NOT EXISTS (SELECT 1 FROM pool_worn AS w
+                  WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= ?)
+ORDER BY last_health_check DESC LIMIT ?"""
+
+# How many more VMs of a group an owner may bind.
+_ROOM = """
+SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
+    SELECT count(*) FROM pool_vms INDEXED BY pool_bound
+    WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
+FROM pool_groups AS g WHERE name = :group"""
+
+_LEASES = "SELECT vm_name FROM leases"
+_LEASES_OF = """
+SELECT vm_name FROM pool_vms INDEXED BY pool_bound
+WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
+
+_HOLDERS = """
+SELECT DISTINCT holder FROM pool_list
+WHERE state = 'in_use' AND holder IS NOT NULL AND "group" IN (SELECT value FROM json_each(:groups))
+LIMIT 100"""
+
+# What there is in a group for an owner and sandbox, in figures.
+_COUNTS = """
+SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms,
+       count(*) FILTER (WHERE state = 'in_use') AS in_use,
+       count(*) FILTER (WHERE state = 'check_health_failed') AS ill,
+       count(*) FILTER (WHERE state = 'spawning') AS spawning,
+       count(*) FILTER (WHERE state = 'held') AS held,
+       count(*) FILTER (WHERE state = 'terminating') AS terminating,
+       count(*) FILTER (WHERE bound_to_user = :owner AND state <> 'terminating') AS bound,
+       count(*) FILTER (WHERE state = 'ready' AND bound_to_user <> :owner) AS others,
+       count(*) FILTER (WHERE state = 'ready' AND bound_to_user = :owner
+                        AND bound_sandbox <> :sandbox) AS idle,
+       count(*) FILTER (WHERE state IN ('got_ip', 'check_health') OR state = 'ready'
+                        AND coalesce(last_health_check, 0) <= coalesce(
+                            (SELECT started_at FROM pool_server), 0)) AS unchecked
+FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
+
+
+class Leases(_Rows):
+    """Who has which VM of the pool, who waits for one, and whose lease is over."""
+
+    def __init__(self, db: Database | str | os.PathLike[str] | None = None) -> None:
+        super().__init__(db)
+        self.log = logging.getLogger("vmrm")
+        self._tokens: dict[str, str] = {}  # of the leases this object has obtained
+
+    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
+        sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
+        return [VmDescriptor(row) for row in self.db.query(sql, **parameters)]
+
+    def group(self, group: int | str) -> Row:
+        """Return a group with its settings."""
+        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
+        if row is None:
+            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
+        return row
+
+    # --- who gets which ---
+
+    def acquire(
+        self,
+        request: Request,
+        wait: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for at once, or none.
+
+        Args:
+            request: What is wanted.
+            wait: Seconds to wait in the queue; None means not at all.
+            tell: Called with the place in the queue, and the reason, whenever they change.
+        """
+        if not request.owner:
+            raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None:
+            _lease_end(request.lease_s)
+        elif request.holder is None:
+            raise UsageError("a lease without a process needs an end", "Name one or the other")
+        if not all(request.wants):
+            raise UsageError("no group is named, so there is no VM to choose from")
+        vms = self.lend(request)
+        if not vms and wait is None:
+            raise NoVmAvailable(self.why_none(request))
+        vms = vms or self._wait(request, wait or 0.0, tell or self.log.info)
+        self._tokens |= {vm.vm_name.lower(): request.token for vm in vms}
+        return vms
+
+    def lend(self, request: Request) -> list[VmDescriptor]:
+        """Lease what is asked for, or return none.
+
+        Before anybody is refused, or has another VM bound, the dead are looked for.
+
+        To lend a process what is bound to its owner already need not survive a power cut, which
+        the process does not, either.
+        """
+        with self.db.transaction(durable=request.holder is None or request.lease_s is not None):
+            vms, share = self._lend(request, binding=False)
+        if not vms:
+            freed = self.reap(owner=request.owner) + (self.reap(32) if share.missing else [])
+            if share.binds or freed or self.drop_dead_waiters():
+                with self.db.transaction(durable=True):
+                    vms, _ = self._lend(request, binding=True)
+        _crash("pool-acquired")
+        return vms
+
+    def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
+        """Choose VMs and lease them inside the caller's transaction; say also what was chosen.
+
+        Leased is none if one is missing, or has to be bound to the owner and may not.
+        """
+        waiting, db, now = self._see_server(request), self.db, CLOCK.wall()
+        share = self._allot([*(self.ahead(request) if waiting else ()), request])[-1]
+        if share.missing or (share.binds and not binding):
+            return [], share
+        job = {key: getattr(request, key) for key in ("token", "task_id", "build_id", "chroot")}
+        job |= {"holder": request.holder and str(request.holder), "acquired_at": now}
+        job |= {"lease_end_at": None if request.lease_s is None else now + request.lease_s}
+        reason = f"task {request.task_id}" if request.task_id else ""
+        bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
+        for name in share.vm_names:
+            db.insert("leases", vm_name=name, **job)
+            move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
+        vms = [VmDescriptor.load(db, name) for name in share.vm_names]
+        if waiting:
+            db.write("DELETE FROM pool_waiters WHERE token = :token", token=request.token)
+        if request.within:
+            request.within(vms)
+        _crash("pool-acquiring")
+        return vms, share
+
+    def _see_server(self, request: Request) -> bool:
+        """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
+        [row] = self.db.query(_SERVER, groups=json.dumps(request.groups))
+        if row.unknown is not None:
+            self.group(row.unknown)
+        holder = request.holder
+        if holder and row.boot != holder.boot:
+            here = {"boot": holder.boot, "namespace": holder.namespace}
+            self.db.upsert("pool_server", "id", id=1, **here)
+        elif holder and holder.namespace != row.namespace and request.lease_s is None:
+            raise UsageError(
+                "the pool's processes cannot see this one, which is in another pid namespace",
+                "Give the lease an end, and renew it: --lease SECONDS",
+            )
+        return bool(row.waiting)
+
+    def _allot(self, queue: Sequence[Request]) -> list[Share]:
+        execute, now = self.db.connection.execute, CLOCK.wall()
+        most = sum(len(request.wants) for request in queue)
+
+        def free(group: str, owner: str | None, sandbox: str) -> list[str]:
+            found = execute(_FREE, (group, owner, sandbox, now, most))
+            return [row[0] for row in found.fetchall()][::-1]
+
+        def room(group: str, owner: str) -> float:
+            return cast(float, self.db.value(_ROOM, group=group, owner=owner) or 0.0)
+
+        with _telling_trouble():
+            return allot(queue, free, room)
+
+    def why_none(self, request: Request) -> str:
+        """Return in words why there is no VM for a request, per group."""
+        reasons = [self._why(group, request) for group in request.groups]
+        ahead = len(self.ahead(request))
+        waiting = f"; {ahead} waiting" if ahead else ""
+        return f"no VM is available: {'; '.join(reasons)}{waiting}"
+
+    def _why(self, group: str, request: Request) -> str:
+        party = {"owner": request.owner, "sandbox": request.sandbox}
+        row = self.db.row(_COUNTS, group=group, **party) or self.group(group)
+        wanted = max(1, request.wants.count((group,)))
+        idle = f"{row.idle} of them idle in other sandboxes"
+        unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
+        if not row.vms:
+            why = f"group {group} has no VMs{unkept if row.spawn else ''}"
+        elif row.most is not None and row.bound + wanted > row.most:
+            more = f"; {wanted} more are wanted" if wanted > 1 else ""
+            bound = f"{row.bound} of {row.most} bound to {request.owner}"
+            why = f"group {group}: limit reached ({bound}, {idle}{more})"
+        elif row.unchecked:
+            why = f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
+        else:
+            others = ("spawning", "held", "terminating")
+            more = "".join(f", {row[state]} {state}" for state in others if row[state])
+            why = (
+                f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
+                f"{row.others} ready for others, {row.ill} failed their check{more}; "
+                f"{row.bound} bound to {request.owner}, {idle})"
+            )
+        return "; ".join(filter(None, (why, self.spawn_failure(group))))
+
+    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
+        """Return what was remembered about a group, or None."""
+        sql = 'SELECT value FROM pool_info WHERE "group" = :group AND key = :key'
+        return cast("str | None", self.db.value(sql, group=str(group), key=key))
+
+    def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
+        """Return what the keeper has noted about a group, by keys that no script uses."""
+        text = self.read_vm_pool_info(group, f"{KEEPER}.{key}")
+        return cast("dict[str, Any]", json.loads(text or "{}"))
+
+    def spawn_failure(self, group: int | str) -> str:
+        """Return how the last spawn hook of a group failed, if none has succeeded since."""
+        failed = self.keeper_info(group, "failed")
+        if not failed:
+            return ""
+        times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
+        why = failed.get("why", "no reason kept")
+        return f"spawn hook failed {_iso(failed['at'])}{times}: {why}"
+
+    # --- the queue ---
+
+    def queue(self) -> list[Request]:
+        """Return what those want who wait and live, the first one first."""
+        alive = CLOCK.wall() - self.db.timeouts.heartbeat
+        sql = "SELECT * FROM pool_waiters WHERE heartbeat_at > :alive ORDER BY priority DESC, id"
+        return [
+            Request(tuple(map(tuple, json.loads(w.wants))), w.owner, w.sandbox, None, token=w.token)
+            for w in self.db.query(sql, alive=alive)
+        ]
+
+    def ahead(self, request: Request) -> list[Request]:
+        """Return those in the queue before a request."""
+        return [*itertools.takewhile(lambda other: other.token != request.token, self.queue())]
+
+    def shares(self) -> list[Share]:
+        """Return what there is for each of those who wait, the first one first."""
+        queue = self.queue()
+        return self._allot(queue) if queue else []
+
+    def next_in_queue(self) -> list[str]:
+        """Return the tokens of the waiters who would be given all they want now."""
+        return [share.request.token for share in self.shares() if not share.missing]
+
+    def _wait(
+        self, request: Request, timeout: float, tell: Callable[[str], object]
+    ) -> list[VmDescriptor]:
+        """Stand in the queue until there is what is wanted; leave it in any case."""
+        told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
+        with Waiting(self, request) as place:
+            poll.register(place.fileno(), select.POLLIN)
+            while not (vms := place.try_again()):
+                if (left := deadline - CLOCK.monotonic()) <= 0:
+                    raise TimedOut(f"after {timeout:g} s {self.why_none(request)}")
+                if (now := place.reason()) != told:
+                    tell(told := now)
+                poll.poll(1000 * min(left, self.db.timeouts.look))
+            return vms
+
+    # --- the end of a lease ---
+
+    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
+        """Return a VM to the pool, bound to its owner and sandbox; return False if nobody has it.
+
+        Args:
+            vm_name: The VM's name.
+            token: The lease's token; None means the one that this object obtained, or else that
+                the holder is this process or an ancestor of it.
+            force: Even if someone else holds the lease; then it is an error if nobody does.
+        """
+        token = token or self._tokens.get(vm_name.lower())
+        timed = "SELECT lease_end_at IS NOT NULL FROM leases WHERE vm_name = :name"
+        with self.db.transaction(durable=bool(self.db.value(timed, name=vm_name))) as db:
+            vm = VmDescriptor.load(db, vm_name)
+            if vm.token is None and token is None and not force:
+                return False
+            if not force or vm.token is None:
+                self.own(vm, token)
+            self.end_lease(vm, "released" if not force else "released by force")
+            _crash("pool-releasing")
+        _crash("pool-released")
+        self._tokens.pop(vm_name.lower(), None)
+        return True
+
+    def end_lease(self, vm: Mapping[str, Any], reason: str) -> None:
+        """End a lease, inside the caller's transaction."""
+        name, state, now = vm["vm_name"], vm["state"], CLOCK.wall()
+        if state == VmStates.HELD:  # the lease ends, the VM stays
+            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=name)
+            return
+        sql = "SELECT release FROM pool_groups WHERE name = :group"
+        hook = self.db.value(sql, group=str(vm["group"]))
+        target = VmStates.CHECK_HEALTH if hook else VmStates.READY
+        target = VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] else target
+        used = {"last_release": now, "builds_count": vm["builds_count"] + 1}
+        releasing_at = now if hook else None
+        move_pool_vm(self.db, name, target, reason, state, releasing_at=releasing_at, **used)
+
+    def own(self, vm: VmDescriptor, token: str | None) -> None:
+        """Refuse whoever does not have the lease of a VM."""
+        token = token or self._tokens.get(vm.vm_name.lower())
+        if vm.token is None and token is None:
+            raise VmError(f"VM {vm.vm_name!r} is {vm.state}: nobody has a lease of it")
+        if token is None:
+            if not vm.holder or not _descends_from(Process.parse(vm.holder)):
+                message = f"the lease of VM {vm.vm_name!r} is not yours; {vm.bound_to_user} has it"
+                raise VmError(message, "Name its token (--token), or use --force")
+        elif token != vm.token:
+            raise VmError(f"the lease of VM {vm.vm_name!r} was lost; the VM is {vm.state}")
+
+    def over(self, which: str = _LEASES, **parameters: object) -> list[tuple[VmDescriptor, str]]:
+        """Return the VMs whose lease is over, and why: it has ended, or its holder is dead."""
+        found, now = [], CLOCK.wall()
+        for vm in self._select(f"token IS NOT NULL AND vm_name IN ({which})", **parameters):
+            holder = Process.parse(vm.holder) if vm.holder else None
+            if vm.lease_end_at and vm.lease_end_at + self.db.timeouts.lease_grace < now:
+                found.append((vm, f"its lease ended {_iso(vm.lease_end_at)}"))
+            elif holder and not holder.is_alive():
+                found.append((vm, f"its holder, process {holder.pid}, is dead"))
+        return found
+
+    def reap(self, limit: int | None = None, owner: str | None = None) -> list[str]:
+        """End leases that are over, of one owner or so many, whichever; return their VMs' names."""
+        some = f"{_LEASES} ORDER BY random() LIMIT :limit"
+        which, names = _LEASES_OF if owner is not None else some if limit else _LEASES, []
+        for vm, why in self.over(which, owner=owner, limit=limit):
+            same = "vm_name = :vm_name AND token = :token AND holder IS :holder"
+            terms = {key: vm[key] for key in ("vm_name", "token", "holder", "lease_end_at")}
+            with self.db.transaction(durable=True):
+                for now in self._select(f"{same} AND lease_end_at IS :lease_end_at", **terms):
+                    self.end_lease(now, f"taken back: {why}")
+                    names.append(now.vm_name)
+        return names
+
+    def dead_waiters(self) -> dict[str, int]:
+        """Return those in the queue who are dead or long silent: the pid of each by its token."""
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        found = [(w, Process.parse(w.holder)) for w in self.db.query("SELECT * FROM pool_waiters")]
+        return {w.token: p.pid for w, p in found if w.heartbeat_at < silent or not p.is_alive()}
+
+    def drop_dead_waiters(self) -> bool:
+        """Remove the dead from the queue; return whether there were any."""
+        dead = self.dead_waiters()
+        for token in dead:
+            self.db.write("DELETE FROM pool_waiters WHERE token = :token", token=token)
+            (self.db.state_dir / "wake" / f"wait-{token}").unlink(missing_ok=True)
+        return bool(dead)
+
+
+class VmManager(Leases):
     """The pool of VMs that are lent to jobs.
 
     Args:
@@ -3775,19 +4087,16 @@ class VmManager(_Rows):
         db: Database | str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(db)
-        self.log = logger or _log
-        self._tokens: dict[str, str] = {}  # of the leases this object has obtained
+        self.log = logger or self.log
         groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
         groups = groups or getattr(opts, "build_groups", None) or {}
         self._groups = [str(group) for group in groups]
         for group, given in groups.items():
-            self._put_group(str(group), given if isinstance(given, Mapping) else vars(given))
-
-    def _put_group(self, name: str, given: Mapping[str, Any]) -> None:
-        known = group_settings(self.db)
-        if ignored := sorted(given.keys() - known.keys() - {"id", "name"}):
-            self.log.info("group %s: %s mean nothing here", name, ", ".join(ignored))
-        put_group(self.db, name, {key: value for key, value in given.items() if key in known})
+            settings = dict(given if isinstance(given, Mapping) else vars(given))
+            known = group_settings(self.db)
+            if ignored := sorted(settings.keys() - known.keys() - {"id", "name"}):
+                self.log.info("group %s: %s mean nothing here", group, ", ".join(ignored))
+            put_group(self.db, str(group), {k: settings[k] for k in settings if k in known})
 
     def set_logger(self, logger: logging.Logger) -> None:
         """Report to another logger from now on."""
@@ -3800,10 +4109,6 @@ class VmManager(_Rows):
         """The ids of the groups, in order; those made of digits only are ints."""
         sql = "SELECT name FROM pool_groups ORDER BY position, name"
         return list(map(_group_id, self._groups or [row["name"] for row in self.db.query(sql)]))
-
-    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
-        sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
-        return [VmDescriptor(row) for row in self.db.query(sql, **parameters)]
 
     def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
         """Return a VM, or raise `VmDescriptorNotFound`."""
@@ -3852,7 +4157,7 @@ class VmManager(_Rows):
             lines.append(f"group {group}: {counted(len(vms), 'VM')}")
             lines[-1] += f" ({states})" if vms else ""
             lines += [_cell(f"  {line}") for line in (self.spawn_failure(group), *vms) if line]
-        if queue := self._queue():
+        if queue := self.queue():
             lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
         return "\n".join(lines)
 
@@ -3872,7 +4177,7 @@ class VmManager(_Rows):
         lines = []
         for name, kind, words, figures in (
             ("vms", "gauge", "VMs of the pool.", vms),
-            ("waiters", "gauge", "Requests in the queue.", [("", len(self._queue()))]),
+            ("waiters", "gauge", "Requests in the queue.", [("", len(self.queue()))]),
             ("moves_total", "counter", "How often VMs came to a state.", moves),
         ):
             lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
@@ -3883,24 +4188,16 @@ class VmManager(_Rows):
         """Remember a value, as text, about a group."""
         self.db.upsert("pool_info", "group", "key", group=str(group), key=key, value=str(value))
 
-    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
-        """Return what was remembered about a group, or None."""
-        sql = 'SELECT value FROM pool_info WHERE "group" = :group AND key = :key'
-        return cast("str | None", self.db.value(sql, group=str(group), key=key))
-
-    def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
-        """Return what the keeper has noted about a group, by keys that no script uses."""
-        text = self.read_vm_pool_info(group, f"{KEEPER}.{key}")
-        return cast("dict[str, Any]", json.loads(text or "{}"))
-
-    def spawn_failure(self, group: int | str) -> str:
-        """Return how the last spawn hook of a group failed, if none has succeeded since."""
-        failed = self.keeper_info(group, "failed")
-        if not failed:
-            return ""
-        times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
-        why = failed.get("why", "no reason kept")
-        return f"spawn hook failed {_iso(failed['at'])}{times}: {why}"
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool's rows, which only a person can put right."""
+        loose = self._select('"group" NOT IN (SELECT name FROM pool_groups)')
+        faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
+        machines: dict[str, str] = {}
+        for vm in self._select("path <> ''"):  # links may have been set anew
+            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
+            if other != vm.vm_name:
+                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
+        return faults
 
     # --- moves ---
 
@@ -3909,14 +4206,10 @@ class VmManager(_Rows):
     ) -> VmDescriptor:
         """Add an existing VM; it can be acquired once it passes a health check.
 
-        Args:
-            vm_ip: Its address.
-            vm_name: Its name; a `VmError` refuses one that the pool has.
-            group: Its group, which there must be.
-            path: The guest agent's address.
+        The path is the guest agent's address. A `VmError` refuses a VM that the pool has.
         """
         checked_name("VM", vm_name)
-        name, machine = self._group(group)["name"], _pool_machine(vm_ip, path)
+        name, machine = self.group(group)["name"], _pool_machine(vm_ip, path)
         with self.db.transaction(durable=True) as db:
             if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
                 raise VmError(f"the pool has a VM {vm_name!r} already")
@@ -3924,18 +4217,18 @@ class VmManager(_Rows):
             add_pool_vm(db, vm_name, name, VmStates.GOT_IP, **machine)
         return self.get_vm_by_name(vm_name)
 
-    def _group(self, group: int | str) -> Row:
-        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
-        if row is None:
-            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
-        return row
+    @contextlib.contextmanager
+    def _changing(self, vm_name: str) -> Iterator[VmDescriptor]:
+        """Yield a VM in a transaction that changes it."""
+        with self.db.transaction(durable=True) as db:
+            yield VmDescriptor.load(db, vm_name)
 
     def mark_server_start(self) -> None:
         """Distrust all health checks until now: VMs are given out after their next one."""
-        here = Process.of()
-        seen = {"boot": here.boot, "namespace": here.namespace}
+        boot, namespace = Process.of()[2:]
         with self.db.transaction(durable=True) as db:
-            db.upsert("pool_server", "id", id=1, started_at=CLOCK.wall(), **seen)
+            start = {"started_at": CLOCK.wall(), "boot": boot, "namespace": namespace}
+            db.upsert("pool_server", "id", id=1, **start)
 
     def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
         """Count a failed health check; whoever has leased the VM keeps it."""
@@ -3949,16 +4242,36 @@ class VmManager(_Rows):
         self._checked(vm_name, "")
 
     def _checked(self, vm_name: str, fault: str) -> None:
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            old = state = row["state"]
-            if fault and old not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
+        with self._changing(vm_name) as vm:
+            state = vm.state
+            if fault and state not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
                 state = VmStates.CHECK_HEALTH_FAILED
-            elif not fault and old == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
+            elif not fault and state == VmStates.CHECK_HEALTH and vm.releasing_at is None:
                 state = VmStates.READY
             found = {"last_health_check": CLOCK.wall(), "check_started_at": None}
-            fails = row["check_fails"] + 1 if fault else 0
-            move_pool_vm(db, vm_name, state, fault, old=old, check_fails=fails, **found)
+            fails = vm.check_fails + 1 if fault else 0
+            move_pool_vm(self.db, vm_name, state, fault, vm.state, check_fails=fails, **found)
+
+    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
+        """Record how the release hook of a VM ended; without it the VM is given to nobody.
+
+        A failure terminates the VM, or makes it ill if its group has no terminate hook.
+        """
+        with self._changing(vm_name) as vm:
+            if vm.releasing_at is None:
+                return
+            group, state = self.group(vm.group), vm.state
+            columns: dict[str, Any] = {"releasing_at": None}
+            if failure and not group.terminate:  # it stays, unlent, until it is clean
+                state = VmStates.CHECK_HEALTH_FAILED
+                columns = {"releasing_at": CLOCK.wall(), "check_fails": vm.check_fails + 1}
+            elif failure:
+                state = VmStates.TERMINATING
+            elif state == VmStates.CHECK_HEALTH and not vm.check_fails:
+                state = VmStates.READY  # else the next check decides
+            if not failure and group.release_cleans:
+                columns |= {"bound_to_user": None, "bound_sandbox": ""}
+            move_pool_vm(self.db, vm_name, state, failure, vm.state, **columns)
 
     def start_vm_termination(
         self,
@@ -3976,56 +4289,28 @@ class VmManager(_Rows):
             allowed_pre_state: The only state in which this is allowed; None, or the reference's
                 word "None", allows all.
             reason: For the history.
-            token: As for `release_vm`; needed without `force` for a VM that somebody has leased.
+            token: As for `release_vm`; needed for a VM that is leased.
             force: Even if someone else holds the lease.
         """
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            state = row["state"]
-            if row["token"] is not None and not force:
-                self._own(row, token)
-            if allowed_pre_state not in (None, NOTHING, state):
-                raise VmError(f"VM {vm_name!r} is {state}, not {allowed_pre_state}")
-            move_pool_vm(db, vm_name, VmStates.TERMINATING, reason, old=state, releasing_at=None)
+        with self._changing(vm_name) as vm:
+            if vm.token is not None and not force:
+                self.own(vm, token)
+            if allowed_pre_state not in (None, NOTHING, vm.state):
+                raise VmError(f"VM {vm_name!r} is {vm.state}, not {allowed_pre_state}")
+            ending = VmStates.TERMINATING
+            move_pool_vm(self.db, vm_name, ending, reason, vm.state, releasing_at=None)
 
     def remove_vm_from_pool(self, vm_name: str) -> None:
         """Forget a VM; a `VmError` refuses one that is not in state terminating."""
-        with self.db.transaction(durable=True) as db:
-            state = _pool_vm(db, vm_name)["state"]
-            if state != VmStates.TERMINATING:
+        with self._changing(vm_name) as vm:
+            if vm.state != VmStates.TERMINATING:
                 raise VmError(
-                    f"VM {vm_name!r} is {state}, and only a terminating one can be removed",
+                    f"VM {vm_name!r} is {vm.state}, and only a terminating one can be removed",
                     f"Terminate it first: vmrm pool terminate {vm_name}",
                 )
             here = {"state_at": CLOCK.wall(), "who": _who(os.getpid()), "reason": ""}
-            db.update("pool_vms", {"vm_name": vm_name}, **here)  # for the history
-            db.write("DELETE FROM pool_vms WHERE vm_name = :name", name=vm_name)
-
-    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
-        """Record how the release hook of a VM ended; without it the VM is given to nobody.
-
-        Args:
-            vm_name: The VM's name.
-            failure: Why the hook failed, which terminates the VM, or makes it ill if its group has
-                no terminate hook; '' if it succeeded.
-        """
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            if row["releasing_at"] is None:
-                return
-            group = self._group(row["group"])
-            columns: dict[str, Any] = {"releasing_at": None}
-            if failure and not group["terminate"]:  # it stays, unlent, until it is clean
-                state = VmStates.CHECK_HEALTH_FAILED
-                columns = {"releasing_at": CLOCK.wall(), "check_fails": row["check_fails"] + 1}
-            elif failure:
-                state = VmStates.TERMINATING
-            else:  # after a failed check, the next one decides
-                well = row["state"] == VmStates.CHECK_HEALTH and not row["check_fails"]
-                state = VmStates.READY if well else row["state"]
-                if group["release_cleans"]:
-                    columns |= {"bound_to_user": None, "bound_sandbox": ""}
-            move_pool_vm(db, vm_name, state, failure, old=row["state"], **columns)
+            self.db.update("pool_vms", {"vm_name": vm_name}, **here)  # for the history
+            self.db.write("DELETE FROM pool_vms WHERE vm_name = :name", name=vm_name)
 
     # --- leases ---
 
@@ -4034,7 +4319,7 @@ class VmManager(_Rows):
 
         A VM counts from its first lease until it is terminated, in use or not.
         """
-        name = self._group(group)["name"]
+        name = self.group(group)["name"]
         return bool(self.db.value(_ROOM, owner=username, group=name) > 0)
 
     def acquire_vm(
@@ -4053,22 +4338,20 @@ class VmManager(_Rows):
     ) -> VmDescriptor:
         """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
 
+        If there is none now, or within `wait` seconds, `NoVmAvailable` or `TimedOut` says why.
+
         Args:
             groups: The groups it may come from, in order of preference.
             ownername: Whom it counts for; at most `max_vm_per_user` of a group are bound to one.
             sandbox: What the owner uses it for.
             pid: The process that holds it: when that is dead, the VM is taken back. None means
                 nobody, and needs a `lease`.
-            task_id: For `get_vm_by_task_id` and people, as are `build_id` and `chroot`.
-            build_id: See `task_id`.
-            chroot: See `task_id`.
+            task_id: For `get_vm_by_task_id` and people, as are the other two.
+            build_id: See there.
+            chroot: See there.
             lease: Seconds after which the lease ends, unless renewed; None means never.
             wait: Seconds to wait in the queue if there is none now; None means not at all.
             priority: In the queue: higher ones first, equal ones as they came.
-
-        Raises:
-            NoVmAvailable: there is none now; the message says why, per group.
-            TimedOut: there was none within `wait` seconds.
         """
         request = Request(
             (tuple(map(str, groups)),),
@@ -4081,228 +4364,38 @@ class VmManager(_Rows):
             _told_or_none(chroot),
             priority,
         )
-        return self.acquire(request, wait)[0]
-
-    def acquire(
-        self,
-        request: Request,
-        wait: float | None = None,
-        tell: Callable[[str], object] | None = None,
-    ) -> list[VmDescriptor]:
-        """Lease all VMs that are asked for, at once, or none; raises as `acquire_vm`.
-
-        Args:
-            request: What is wanted.
-            wait: Seconds to wait in the queue; None means not at all.
-            tell: Called with the place in the queue, and the reason, whenever they change.
-        """
-        if not request.owner:
-            raise UsageError("a VM needs an owner whom it is lent to")
-        if request.lease_s is not None:
-            _lease_end(request.lease_s)
-        elif request.holder is None:
-            raise UsageError("a lease without a process needs an end", "Name one or the other")
-        if not all(request.wants):
-            raise UsageError("no group is named, so there is no VM to choose from")
-        for group in itertools.chain(*request.wants):
-            self._group(group)  # which says so if there is none
-        vms = self._acquire(request)
-        if not vms and wait is None:
-            raise NoVmAvailable(self._why_none(request))
-        vms = vms or self._wait(request, wait or 0.0, tell or self.log.info)
-        self._tokens |= {vm["vm_name"].lower(): request.token for vm in vms}
-        return vms
-
-    def _acquire(self, request: Request) -> list[VmDescriptor]:
-        """Lease what is asked for, or return none.
-
-        Before anybody is refused, or has another VM bound, the dead are looked for.
-
-        To lend a process what is bound to its owner already need not survive a power cut, which
-        the process does not, either.
-        """
-        with self.db.transaction(durable=request.holder is None or request.lease_s is not None):
-            vms, share = self._lend(request, binding=False)
-        if not vms:
-            freed = self.reap(owner=request.owner) + (self.reap(32) if share.missing else [])
-            if share.binds or freed or self.drop_dead_waiters():
-                with self.db.transaction(durable=True):
-                    vms, _ = self._lend(request, binding=True)
-        _crash("pool-acquired")
-        return vms
-
-    def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
-        """Choose VMs and lease them inside the caller's transaction; say also what was chosen.
-
-        Leased is none if one is missing, or has to be bound to the owner and may not.
-        """
-        waiting = self._see_server(request)
-        queue = self._queue() if waiting else []
-        before = itertools.takewhile(lambda other: other.token != request.token, queue)
-        share = self._allot([*before, request])[-1]
-        if share.missing or (share.binds and not binding):
-            return [], share
-        now, db = CLOCK.wall(), self.db
-        end = None if request.lease_s is None else now + request.lease_s
-        holder = None if request.holder is None else str(request.holder)
-        job = (request.token, holder, now, end, request.task_id, request.build_id, request.chroot)
-        reason = f"task {request.task_id}" if request.task_id else ""
-        bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
-        for name in share.vm_names:
-            db.connection.execute(
-                "INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (name, *job)
-            )
-            move_pool_vm(db, name, VmStates.IN_USE, reason, old=VmStates.READY, **bound)
-        vms = [VmDescriptor.load(db, name) for name in share.vm_names]
-        if waiting:
-            db.write("DELETE FROM pool_waiters WHERE token = :token", token=request.token)
-        if request.within:
-            request.within(vms)
-        _crash("pool-acquiring")
-        return vms, share
-
-    def _see_server(self, request: Request) -> bool:
-        """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
-        [row] = self.db.query(
-            """SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting
-               FROM (SELECT 1) LEFT JOIN pool_server"""
-        )
-        holder = request.holder
-        if holder and row["boot"] != holder.boot:
-            seen = {"boot": holder.boot, "namespace": holder.namespace}
-            self.db.upsert("pool_server", "id", id=1, **seen)
-        elif holder and holder.namespace != row["namespace"] and request.lease_s is None:
-            raise UsageError(
-                "the pool's processes cannot see this one, which is in another pid namespace",
-                "Give the lease an end, and renew it: --lease SECONDS",
-            )
-        return bool(row["waiting"])
-
-    def _allot(self, queue: Sequence[Request]) -> list[Share]:
-        execute, now = self.db.connection.execute, CLOCK.wall()
-        most = sum(len(request.wants) for request in queue)
-
-        def free(group: str, owner: str | None, sandbox: str) -> list[str]:
-            found = execute(_FREE, (group, owner, sandbox, now, most))
-            return [row[0] for row in found.fetchall()][::-1]
-
-        def room(group: str, owner: str) -> float:
-            row = execute(_ROOM, {"group": group, "owner": owner}).fetchone()
-            return cast(float, row[0]) if row else 0.0
-
-        with _telling_trouble():
-            return allot(queue, free, room)
-
-    def _why_none(self, request: Request) -> str:
-        names = dict.fromkeys(group for groups in request.wants for group in groups)
-        reasons = [(self._why(name, request), self.spawn_failure(name)) for name in names]
-        words = "; ".join(filter(None, itertools.chain(*reasons)))
-        ahead = sum(other.token != request.token for other in self._queue())
-        return f"no VM is available: {words}" + (f"; {ahead} waiting" if ahead else "")
-
-    def _why(self, group: str, request: Request) -> str:
-        """Return in words why a group has no VM for this request."""
-        party = {"owner": request.owner, "sandbox": request.sandbox}
-        row = self.db.row(_COUNTS, group=group, **party) or self._group(group)
-        wanted = max(1, request.wants.count((group,)))
-        bound = f"{row.bound} bound to {request.owner}"
-        idle = f"{row.idle} of them idle in other sandboxes"
-        unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
-        if not row.vms:
-            return f"group {group} has no VMs{unkept if row.spawn else ''}"
-        if row.most is not None and row.bound + wanted > row.most:
-            more = f"; {wanted} more are wanted" if wanted > 1 else ""
-            bound = bound.replace(" bound", f" of {row.most} bound", 1)
-            return f"group {group}: limit reached ({bound}, {idle}{more})"
-        if row.unchecked:
-            return f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
-        others = ("spawning", "held", "terminating")
-        more = "".join(f", {row[state]} {state}" for state in others if row[state])
-        return (
-            f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
-            f"{row.others} ready for others, {row.ill} failed their check{more}; {bound}, {idle})"
-        )
+        return self.acquire(request, wait, self.log.info)[0]
 
     def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
         """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
 
-        Args:
-            vm_name: The VM's name.
-            lease: So many seconds.
-            token: As for `release_vm`.
+        The token is as for `release_vm`.
         """
-        with self.db.transaction(durable=True) as db:
-            self._own(_pool_vm(db, vm_name), token)
-            db.update("leases", {"vm_name": vm_name}, lease_end_at=(end := _lease_end(lease)))
+        with self._changing(vm_name) as vm:
+            self.own(vm, token)
+            end = _lease_end(lease)
+            self.db.update("leases", {"vm_name": vm_name}, lease_end_at=end)
         return end
-
-    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
-        """Return a VM to the pool; it stays bound to its owner and sandbox.
-
-        Args:
-            vm_name: The VM's name.
-            token: The lease's token; None means the one that this object obtained, or else that
-                the holder is this process or an ancestor of it.
-            force: Even if someone else holds the lease.
-
-        Returns:
-            Whether it was leased: one that nobody has is not released, and stays as it is.
-
-        Raises:
-            VmError: the lease is not yours, or was lost; or nobody has it who could be forced.
-        """
-        token = token or self._tokens.get(vm_name.lower())
-
-        timed = "SELECT lease_end_at IS NOT NULL FROM leases WHERE vm_name = :name"
-        with self.db.transaction(durable=bool(self.db.value(timed, name=vm_name))) as db:
-            row = _pool_vm(db, vm_name)
-            if row["token"] is None and token is None and not force:
-                return False
-            if not force or row["token"] is None:
-                self._own(row, token)
-            self._release(row, "released" if not force else "released by force")
-            _crash("pool-releasing")
-        _crash("pool-released")
-        self._tokens.pop(vm_name.lower(), None)
-        return True
-
-    def _release(self, row: Mapping[str, Any], reason: str) -> None:
-        """End a lease, inside the caller's transaction."""
-        if row["state"] == VmStates.HELD:  # the lease ends, the VM stays
-            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=row["vm_name"])
-            return
-        sql = "SELECT release FROM pool_groups WHERE name = :group"
-        hook, now = self.db.value(sql, group=row["group"]), CLOCK.wall()
-        state = VmStates.CHECK_HEALTH if hook else VmStates.READY
-        move_pool_vm(
-            self.db,
-            row["vm_name"],
-            VmStates.CHECK_HEALTH_FAILED if row["check_fails"] else state,
-            reason,
-            old=row["state"],
-            releasing_at=now if hook else None,
-            last_release=now,
-            builds_count=row["builds_count"] + 1,
-        )
 
     def hold_vm(
         self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
     ) -> None:
         """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
 
-        Args:
-            vm_name: The VM's name.
-            until: In seconds since the epoch; an earlier time than before is allowed, too.
-            token: As for `release_vm`, as is `force`; needed for a VM that somebody has leased.
-            force: Even if someone else holds the lease.
+        The time is in seconds since the epoch, token and `force` are as for `release_vm`.
         """
         words = f"until {_iso(_listable(until))}"
-        with self.db.transaction(durable=True) as db:
-            row = _pool_vm(db, vm_name)
-            if row["token"] is not None and not force:
-                self._own(row, token)
+        with self._changing(vm_name) as vm:
+            if vm.token is not None and not force:
+                self.own(vm, token)
             held = {"held_until": until, "releasing_at": None}
-            move_pool_vm(db, vm_name, VmStates.HELD, words, old=row["state"], **held)
+            move_pool_vm(self.db, vm_name, VmStates.HELD, words, vm.state, **held)
+
+    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
+        """Make another process the holder of a leased VM, or nobody if the lease has an end."""
+        with self._changing(vm.vm_name) as now:
+            self.own(now, vm.token)
+            self.db.update("leases", {"vm_name": vm.vm_name}, holder=holder and str(holder))
 
     @contextlib.contextmanager
     def lease(
@@ -4336,11 +4429,10 @@ class VmManager(_Rows):
 
     def _keep(self, vm: VmDescriptor, lease: float | None, over: threading.Event) -> None:
         """Renew a lease until it is over or lost."""
-        pause = min(self.db.timeouts.look, math.inf if lease is None else lease / 3)
-        while not over.wait(pause):
+        while not over.wait(min(self.db.timeouts.look, math.inf if lease is None else lease / 3)):
             try:
                 if lease is None:
-                    self._own(_pool_vm(self.db, vm.vm_name), vm.token)
+                    self.own(self.get_vm_by_name(vm.vm_name), vm.token)
                 else:
                     self.renew_vm(vm.vm_name, lease, token=vm.token)
             except Unavailable as error:
@@ -4348,157 +4440,6 @@ class VmManager(_Rows):
             except VmError as error:
                 self.log.error("%s", error)
                 return
-
-    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
-        """Make another process the holder of a leased VM, or nobody if the lease has an end."""
-        with self.db.transaction(durable=True) as db:
-            self._own(_pool_vm(db, vm.vm_name), vm.token)
-            now = None if holder is None else str(holder)
-            db.update("leases", {"vm_name": vm.vm_name}, holder=now)
-
-    def _own(self, row: Mapping[str, Any], token: str | None) -> None:
-        """Refuse whoever does not have the lease of a VM."""
-        name = row["vm_name"]
-        token = token or self._tokens.get(name.lower())
-        if row["token"] is None and token is None:
-            raise VmError(f"VM {name!r} is {row['state']}: nobody has a lease of it")
-        if token is None:
-            if not row["holder"] or not _descends_from(Process.parse(row["holder"])):
-                message = f"the lease of VM {name!r} is not yours; {row['bound_to_user']} has it"
-                raise VmError(message, "Name its token (--token), or use --force")
-        elif token != row["token"]:
-            raise VmError(f"the lease of VM {name!r} was lost; the VM is {row['state']}")
-
-    # --- the dead ---
-
-    def reap(self, limit: int = -1, owner: str | None = None) -> list[str]:
-        """End leases that are over or whose holder is dead; return the names of their VMs.
-
-        Args:
-            limit: How many leases to look at, whichever; -1: all.
-            owner: Look at the leases of this owner only.
-        """
-        which = "SELECT vm_name FROM leases ORDER BY random() LIMIT :limit"
-        which = which if owner is None else _LEASED_BY
-        leased, names = "SELECT * FROM pool_list WHERE token IS NOT NULL AND vm_name", []
-        for row in self.db.query(f"{leased} IN ({which})", limit=limit, owner=owner):
-            if why := self._over(row):
-                with self.db.transaction(durable=True) as db:
-                    now = db.row(f"{leased} = :name", name=row["vm_name"])
-                    terms = ("token", "holder", "lease_end_at")
-                    if now and all(now[term] == row[term] for term in terms):
-                        self._release(now, f"taken back: {why}")
-                        names.append(row["vm_name"])
-        return names
-
-    def _over(self, row: Mapping[str, Any]) -> str:
-        """Return why a lease is over, or '' if it is not."""
-        end = row["lease_end_at"]
-        if end is not None and end + self.db.timeouts.lease_grace < CLOCK.wall():
-            return f"its lease ended {_iso(end)}"
-        holder = row["holder"] and Process.parse(row["holder"])
-        dead = holder and not holder.is_alive()
-        return f"its holder, process {holder.pid}, is dead" if dead else ""
-
-    def dead_leases(self) -> list[str]:
-        """Return what the dead hold of the pool; `reap` puts it right."""
-        leased = self._select("token IS NOT NULL")
-        return [f"VM {vm.vm_name}: {why}" for vm in leased if (why := self._over(vm))]
-
-    def drop_dead_waiters(self) -> int:
-        """Remove those from the queue who are dead or long silent; return how many that is."""
-        dead = self._dead_waiters()
-        for row in dead:
-            self.db.write("DELETE FROM pool_waiters WHERE id = :id", id=row["id"])
-            (self.db.state_dir / "wake" / f"wait-{row['token']}").unlink(missing_ok=True)
-        return len(dead)
-
-    def _dead_waiters(self) -> list[Row]:
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        return [
-            row
-            for row in self.db.query("SELECT * FROM pool_waiters")
-            if row["heartbeat_at"] < silent or not Process.parse(row["holder"]).is_alive()
-        ]
-
-    def dead_waiters(self) -> list[str]:
-        """Return who in the queue is dead; `drop_dead_waiters` removes them."""
-        pids = [Process.parse(row["holder"]).pid for row in self._dead_waiters()]
-        return [f"queue: process {pid} is dead" for pid in pids]
-
-    def check(self) -> list[str]:
-        """Return what is wrong with the pool's rows, which only a person can put right."""
-        loose = self._select('"group" NOT IN (SELECT name FROM pool_groups)')
-        faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
-        machines: dict[str, str] = {}
-        for vm in self._select("path <> ''"):  # links may have been set anew
-            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
-            if other != vm.vm_name:
-                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
-        return faults
-
-    # --- the queue ---
-
-    def _queue(self) -> list[Request]:
-        """Return what those want who wait and live, the first one first."""
-        rows = self.db.query(
-            """SELECT * FROM pool_waiters WHERE heartbeat_at > :alive
-               AND (deadline_at IS NULL OR deadline_at > :now) ORDER BY priority DESC, id""",
-            now=(now := CLOCK.wall()),
-            alive=now - self.db.timeouts.heartbeat,
-        )
-        return [
-            Request(
-                tuple(map(tuple, json.loads(row.wants))),
-                row.owner,
-                row.sandbox,
-                None,
-                token=row.token,
-            )
-            for row in rows
-        ]
-
-    def shares(self) -> list[Share]:
-        """Return what there is for each of those who wait, the first one first."""
-        queue = self._queue()
-        return self._allot(queue) if queue else []
-
-    def next_in_queue(self) -> list[str]:
-        """Return the tokens of the waiters who would be given all they want now."""
-        return [share.request.token for share in self.shares() if not share.missing]
-
-    def _wait(
-        self, request: Request, timeout: float, tell: Callable[[str], object]
-    ) -> list[VmDescriptor]:
-        """Stand in the queue until there is what is wanted; leave it in any case."""
-        told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
-        with Waiting(self, request, timeout) as place:
-            poll.register(place.fileno(), select.POLLIN)
-            while not (vms := place.try_again()):
-                if (left := deadline - CLOCK.monotonic()) <= 0:
-                    raise TimedOut(f"after {timeout:g} s {self._why_none(request)}")
-                if (now := place.reason()) != told:
-                    tell(told := now)
-                poll.poll(1000 * min(left, self.db.timeouts.look))
-            return vms
-
-    def _queue_up(self, request: Request, left: float) -> None:
-        """Enter the queue, or say that we still wait."""
-        now = CLOCK.wall()
-        self.db.write(
-            """INSERT INTO pool_waiters (token, wants, owner, sandbox, priority, holder, queued_at,
-                   heartbeat_at, deadline_at)
-               VALUES (:token, :wants, :owner, :sandbox, :priority, :holder, :now, :now, :deadline)
-               ON CONFLICT (token) DO UPDATE SET heartbeat_at = excluded.heartbeat_at""",
-            token=request.token,
-            wants=json.dumps(request.wants),
-            owner=request.owner,
-            sandbox=request.sandbox,
-            priority=request.priority,
-            holder=str(Process.of()),
-            now=now,
-            deadline=None if math.isinf(left) else now + left,
-        )
 
 
 def _lease_end(seconds: float) -> float:
@@ -4520,7 +4461,7 @@ def _listable(at: float) -> float:
 def _descends_from(holder: Process) -> bool:
     """Whether this process is that one, or a descendant of it."""
     here = Process.of()
-    if not here.namespace or (holder.boot, holder.namespace) != (here.boot, here.namespace):
+    if not here.namespace or holder[2:] != here[2:]:
         return False
     pid = here.pid
     while pid != holder.pid:
@@ -4531,46 +4472,6 @@ def _descends_from(holder: Process) -> bool:
         if not pid:
             return False
     return holder.is_alive()
-
-
-# The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
-# first. What is worn is the keeper's to end, and nobody's until then.
-_FREE = """
-SELECT vm_name FROM pool_vms
-WHERE "group" = ? AND state = 'ready' AND check_fails = 0 AND bound_to_user IS ?
-  AND bound_sandbox = ? AND last_health_check > coalesce(
-      (SELECT started_at FROM pool_server WHERE id = 1), 0)
-  AND NOT EXISTS (SELECT 1 FROM pool_worn AS w
-                  WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= ?)
-ORDER BY last_health_check DESC LIMIT ?"""
-
-_LEASED_BY = """
-SELECT vm_name FROM pool_vms INDEXED BY pool_bound
-WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
-
-# How many more VMs of a group an owner may bind.
-_ROOM = """
-SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
-    SELECT count(*) FROM pool_vms INDEXED BY pool_bound
-    WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
-FROM pool_groups AS g WHERE name = :group"""
-
-# What there is in a group for an owner and sandbox, in figures.
-_COUNTS = """
-SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms,
-       count(*) FILTER (WHERE state = 'in_use') AS in_use,
-       count(*) FILTER (WHERE state = 'check_health_failed') AS ill,
-       count(*) FILTER (WHERE state = 'spawning') AS spawning,
-       count(*) FILTER (WHERE state = 'held') AS held,
-       count(*) FILTER (WHERE state = 'terminating') AS terminating,
-       count(*) FILTER (WHERE bound_to_user = :owner AND state <> 'terminating') AS bound,
-       count(*) FILTER (WHERE state = 'ready' AND bound_to_user <> :owner) AS others,
-       count(*) FILTER (WHERE state = 'ready' AND bound_to_user = :owner
-                        AND bound_sandbox <> :sandbox) AS idle,
-       count(*) FILTER (WHERE state IN ('got_ip', 'check_health') OR state = 'ready'
-                        AND coalesce(last_health_check, 0) <= coalesce(
-                            (SELECT started_at FROM pool_server), 0)) AS unchecked
-FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
 
 
 # === the reference's functions ===================================================================
@@ -9373,7 +9274,7 @@ def give_back(db: Database) -> None:
     """Release the experiment's VMs of the pool, inside the caller's transaction."""
     pool = VmManager(db=db)
     for row in _leased(db):
-        pool._release(row, "the experiment has ended")
+        pool.end_lease(row, "the experiment has ended")
     db.connection.execute("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 
@@ -9538,7 +9439,7 @@ def _check_loan(db: Database, rows: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to go on with other machines of the pool than those on which work was done."""
     pooled = [row for row in rows if row["pool"]]
     for row in pooled:
-        VmManager(db=db)._group(row["pool"])
+        VmManager(db=db).group(row["pool"])
     gone = [row for row in pooled if not row["pool_token"]] or lost_vms(db)
     begun = "SELECT 1 FROM attempts WHERE experiment_id = (SELECT id FROM current_experiment)"
     if gone and db.value(begun):
@@ -10489,10 +10390,10 @@ class _Book:
         move_pool_vm(self.db, name, VmStates.GOT_IP, **settled)
 
     def _end_check(self, hook: Hook) -> None:
-        row = _pool_vm(self.db, hook.vm_name)
+        row = VmDescriptor.load(self.db, hook.vm_name)
         if hook.tells_nothing or (hook.fault and self._may_boot(row)):
             with self.db.transaction() as db:  # what the check before it told goes on to hold
-                row = _pool_vm(db, hook.vm_name)
+                row = VmDescriptor.load(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
                 if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
                     move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
@@ -10503,7 +10404,7 @@ class _Book:
 
     def _may_boot(self, row: Mapping[str, Any]) -> bool:
         """Whether a spawned VM has never answered, and still has time to do so."""
-        group = self.pool._group(row["group"])
+        group = self.pool.group(row["group"])
         young = CLOCK.wall() < row["spawned_at"] + group["spawn_timeout_s"]
         return bool(group["spawn"] and row["last_health_check"] is None and young)
 
@@ -11738,7 +11639,7 @@ def check(db: Database, fix: bool = False) -> list[str]:
 def loose_ends(db: Database) -> list[str]:
     """Return what is left of processes that died; `check --fix` puts it right."""
     left = [name for names, _ in _left_overs(db) for name in names]
-    return left + VmManager(db=db).dead_leases()
+    return left + [f"VM {vm.vm_name}: {why}" for vm, why in VmManager(db=db).over()]
 
 
 def tie_up(db: Database) -> None:
@@ -11763,7 +11664,8 @@ def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]
         lambda: [db.write("DELETE FROM requests WHERE id = :id", id=r["id"]) for r in dead],
     )
     pool = VmManager(db=db)
-    yield pool.dead_waiters(), pool.drop_dead_waiters
+    dead_pids = pool.dead_waiters().values()
+    yield [f"queue: process {pid} is dead" for pid in dead_pids], pool.drop_dead_waiters
     sockets = [f"socket of a process that died: {path}" for path in dead_sockets(db)]
     yield sockets, lambda: remove_dead_sockets(db)
     broken = _broken_files(db)
@@ -12877,7 +12779,7 @@ def cmd_pool_add(cli: Cli, vm: str, group: str, *, path: str = "", ip: str = "")
 def cmd_pool_list(cli: Cli, group: str | None = None) -> object:
     """List the pool's VMs."""
     pool = cli.pool()
-    groups = pool.vm_groups if group is None else [pool._group(group)["name"]]
+    groups = pool.vm_groups if group is None else [pool.group(group)["name"]]
     for name in groups:
         if failure := pool.spawn_failure(name):
             cli.screen.tell(f"group {name}: {failure}")
@@ -12955,7 +12857,7 @@ def cmd_pool_acquire(
     holder = None if pid is None else Process.of(pid)
     pool = cli.pool()
     for group in groups:
-        pool._group(group)
+        pool.group(group)
     request = Request(
         (groups,),
         _user() if owner is None else owner,

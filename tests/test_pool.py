@@ -297,13 +297,13 @@ def test_a_lease_that_changes_hands_while_it_is_looked_at_is_left_alone(
     vm = pool.acquire_vm([7], "ann", "s", child.pid)
     child.kill()
     child.wait()
-    over = VmManager._over
+    is_alive = vmrm.Process.is_alive
 
-    def slow(self: VmManager, row: dict[str, Any]) -> str:
-        self.hand_over(vm, vmrm.Process.of(ME))
-        return over(self, row)
+    def slow(self: vmrm.Process) -> bool:
+        pool.hand_over(vm, vmrm.Process.of(ME))
+        return is_alive(self)
 
-    monkeypatch.setattr(VmManager, "_over", slow)
+    monkeypatch.setattr(vmrm.Process, "is_alive", slow)
     assert pool.reap() == []
     assert pool.get_vm_by_name("a").holder_pid == ME
 
@@ -428,7 +428,7 @@ def waiters(pool: VmManager, *wants: dict[str, Any]) -> Iterator[list[str]]:
     threads = [threading.Thread(target=wait, kwargs=want) for want in wants]
     for count, thread in enumerate(threads, 1):
         thread.start()
-        until(lambda count=count: len(pool._queue()) == count)
+        until(lambda count=count: len(pool.queue()) == count)
     yield served
     over.set()
     vmrm.put_group(pool.db, "7", {"max_vm_per_user": None})
@@ -472,7 +472,7 @@ def test_a_waiter_that_is_killed_leaves_the_queue(pool: VmManager) -> None:
     pool.acquire_vm([7], "zoe", "s", ME)
     code = "pool.acquire_vm([7], 'zoe', 's', os.getpid(), wait=60)"
     child = in_python(pool.db.path, code)
-    until(pool._queue)
+    until(pool.queue)
     child.kill()
     child.communicate()
     assert f"queue: process {child.pid} is dead" in vmrm.check(pool.db)
@@ -493,7 +493,7 @@ def test_a_wait_has_an_end_and_says_what_it_waits_for(pool: VmManager) -> None:
     ):
         pool.acquire(request, 0.1, told.append)
     assert told[0].startswith("number 1 in the queue; no VM is available: group 7: none ready")
-    assert pool._queue() == []
+    assert pool.queue() == []
 
 
 def test_several_vms_are_leased_at_once_or_none(pool: VmManager) -> None:
@@ -531,7 +531,7 @@ def test_groups_and_their_settings_come_from_opts_as_in_the_reference(tmp_path: 
     for opts in ({"build_groups": groups}, SimpleNamespace(build_groups=groups)):
         with VmManager(opts, db=tmp_path / "lab.db") as pool:
             assert pool.vm_groups == [0, "arm"]
-            assert pool._group(0)["max_vm_per_user"] == 3
+            assert pool.group(0)["max_vm_per_user"] == 3
             vm = pool.add_vm_to_pool("192.0.2.7", "v", 0)
             assert (vm.group, vm.state, vm.vm_ip) == (0, "got_ip", "192.0.2.7")
             pool.start_vm_termination("v")
@@ -679,7 +679,7 @@ def test_a_command_has_its_vm_for_as_long_as_it_lives_and_the_next_gets_it_at_on
 
         thread = threading.Thread(target=wait)
         thread.start()
-        until(pool._queue)
+        until(pool.queue)
         time.sleep(0.3)  # until it waits
         process.stdin.close()
         thread.join(60)

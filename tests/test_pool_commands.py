@@ -258,7 +258,7 @@ def test_a_release_is_done_although_nobody_could_be_woken(
 ) -> None:
     add(pool, "a")
     pool.acquire_vm(["g"], "ann", "s", ME)
-    with vmrm.Waiting(pool, vmrm.Request((("g",),), "bob", "s", vmrm.Process.of(ME)), 60) as place:
+    with vmrm.Waiting(pool, vmrm.Request((("g",),), "bob", "s", vmrm.Process.of(ME))) as place:
         assert not place.try_again()
 
         def busy(*_: object) -> None:
@@ -307,7 +307,7 @@ def test_a_vm_not_checked_since_the_keepers_start_is_given_to_nobody(
         with pytest.raises((NoVmAvailable, vmrm.TimedOut), match="2 of 2 not checked yet"):
             pool.acquire_vm(["g"], owner, "s", ME, wait=0.1 if waits else None)
     request = vmrm.Request((("g",),), "ann", "s", vmrm.Process.of(ME))
-    with vmrm.Waiting(pool, request, 60) as place:
+    with vmrm.Waiting(pool, request) as place:
         assert not place.try_again()
         assert pool.next_in_queue() == [], "nor is anybody woken for it"
     check(pool, bound)

@@ -259,7 +259,7 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
     pool.release_vm(mine)
     group(db, {lacking: "", "list": ""})
     request = vmrm.Request((("ci",),), "you", "box", vmrm.Process.of(ME))
-    with vmrm.Waiting(pool, request, 60) as place:
+    with vmrm.Waiting(pool, request) as place:
         assert not place.try_again()
         keep(db)
         assert states(db) == {mine: "ready"}

@@ -90,7 +90,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "wants": "[]",
         "owner": "ann",
         "holder": "1 1 b 1",
-        "queued_at": 1.0,
         "heartbeat_at": 1.0,
     },
     "pool_info": {"group": "g", "key": "k", "value": "v"},
