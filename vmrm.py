@@ -4671,9 +4671,9 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
 
 # === the scripts that run in the guest ===========================================================
 #
-# POSIX sh only (busybox is enough); below, batch files for Windows. All data reaches them quoted
-# or as arguments. In an attempt's directory: pid (and its start time; POSIX), out, err, exit (exit
-# code, and 1 if it asks for a reboot).
+# POSIX sh only (busybox is enough); below, PowerShell for Windows, and batch files for what starts
+# programs there. All data reaches them quoted or as arguments. In an attempt's directory: pid (and
+# its start time; POSIX), out, err, exit (exit code, and 1 if it asks for a reboot).
 
 CLAIM_FAILED = 125  # the script's own exit code when it could not or must not begin
 PLACE_FAILED = 126  # a file could not be put in its place
@@ -4736,25 +4736,23 @@ enter() {  # a directory, made with umask $2; through no link that another user 
 }
 """
 
-_PLACE_SH = (
-    _TRUSTED_SH
-    + """\
+_PLACE_SH = f"""\
+{_TRUSTED_SH}
 place() (
-    name=${2##*/}
-    enter "${2%/*}" 022 || exit 1
+    name=${{2##*/}}
+    enter "${{2%/*}}" 022 || exit 1
     if [ -d "./$name" ]; then echo "$2 is a directory" >&2; exit 1; fi
     umask 077
     own=$(mktemp -d .vmrm-XXXXXX) && cd -P "./$own" && [ -O . ] || exit 1
     case $(pwd -P) in */"$own") ;; *) exit 1 ;; esac
     only=; case $(mv --help 2>&1) in *-T,* | *T]*) only=T ;; esac
     $4 "$1" file && chmod "$3" file &&
-        { [ -n "$only" ] || [ ! -d "../$name" ]; } && mv -f$only file "../$name"
+        {{ [ -n "$only" ] || [ ! -d "../$name" ]; }} && mv -f$only file "../$name"
     code=$?
     rm -f file; cd -P .. && rmdir "./$own"
     exit $code
 )
 """
-)
 
 _CALL_SCRIPT = """\
 #!/bin/sh
@@ -4792,45 +4790,40 @@ keep exit "$code $reboot"
 exit "$code"
 """
 
-# A link is made with its content in one step: two VMs that share a directory cannot both own it.
-_PREPARE_SCRIPT = (
-    _TRUSTED_SH
-    + """\
+# What a guest is asked, or has to do, by verb. The parameters:
+# - lay-out: the stage, experiment and VM that own it, a word for what is old, folders to move
+#   aside; by stdin, lines that call the functions. `script` makes a script at a path, for the
+#   agent's own user or another, who gets the directory named third; root runs and writes nothing
+#   that such a user could have put there. `keep` verifies a pushed content, `text` brings one.
+#   Tells what lies in the stage. A link is made with its content in one step: two VMs that share a
+#   directory cannot both own it.
+# - probe, forbid: directories of attempts. `probe` looks for life before the exit code: what is
+#   gone by then has written its code. `forbid` takes the place of those that have not begun.
+# - signal: a signal's name and a pid, without "--", which dash's kill does not know; the group, or
+#   where there is no setsid the process.
+# - receive, deliver, discard: a file that is pushed, and a token; it arrives where it belongs if
+#   nobody else can change that, else in a directory of ours.
+_SH = {
+    "lay-out": f"""\
+{_TRUSTED_SH}
 umask 077
-stage=$1 old=$2 fresh=$3 experiment=$4 vm=$5; shift 5
-enter "${stage%/*}" 066 && trusted "$(pwd -P)" || exit 1
+stage=$1 experiment=$2 vm=$3 old=$4; shift 4
+enter "${{stage%/*}}" 066 && trusted "$(pwd -P)" || exit 1
 chmod a+x . 2>/dev/null  # for the users of entries
-private() { [ -O "$stage" ] && case $(ls -ld "$stage") in drwx------*) ;; *) false ;; esac; }
+private() {{ [ -O "$stage" ] && case $(ls -ld "$stage") in drwx------*) ;; *) false ;; esac; }}
 if [ -e "$stage" ] || [ -L "$stage" ]; then
     private || rm -rf "$stage"  # what lay in an open one may still be open
 fi
 mkdir "$stage" 2>/dev/null  # another VM that shares the directory may be faster
-private || { echo "$stage cannot be made" >&2; exit 1; }
+private || {{ echo "$stage cannot be made" >&2; exit 1; }}
 ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
 if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
     echo "this launch directory is used by another VM of this experiment" >&2; exit 1
 fi
-if [ "$fresh" = fresh ]; then
-    for folder; do
-        [ -e "./$folder" ] || continue
-        mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
-    done
-fi
-cd "$stage" && rm -f ./*.part && wc -c * 2>/dev/null
-exit 0
-"""
-)
-
-_STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})$", re.MULTILINE | re.ASCII)
-
-
-# Verifies each pushed "<sha256> <size>", writes each text "<sha256> <content>" and, for scripts,
-# puts "<sha256>" as "<path>". One with "<user>" is that user's, as is "<directory>"; all else stays
-# root's, so that root runs and writes nothing that the user could have put there. Our scripts are
-# texts, since a push is five calls to the agent and its verification five processes of the guest.
-_LAYOUT_HEAD = """\
-umask 077
-cd {stage} || exit 1
+for folder; do
+    [ -e "./$folder" ] || continue
+    mkdir -p ".previous/$old" && mv "./$folder" ".previous/$old/" || exit 1
+done
 keep() {{
     if command -v sha256sum >/dev/null 2>&1; then sum=$(sha256sum < "$1.part"); else sum=$1; fi
     if [ "${{sum%% *}}" != "$1" ] || [ "$(($(wc -c < "$1.part")))" != "$2" ]; then
@@ -4840,24 +4833,24 @@ keep() {{
 }}
 text() {{ printf %s "$2" > "$1.part" && mv -f "$1.part" "$1" || exit 1; }}
 script() {{
-    folder=${{2%/*}} new=$2.new-$$ mask=066
+    folder=${{1%/*}} new=$1.new-$$ mode=711
     for made in "${{folder%/*}}" "$folder"; do
-        [ -d "$made" ] || (umask $mask; mkdir "$made") || exit 1
+        [ -d "$made" ] || mkdir -m $mode "$made" || exit 1
         if [ ! -O "$made" ] || [ -L "$made" ]; then echo "$made is another user's" >&2; exit 1; fi
-        mask=022
+        mode=755
     done
-    cmp -s "$1" "$2" && return
-    cp "$1" "$new" && chmod 500 "$new" || exit 1
-    if [ -n "$3" ]; then
-        [ -d "$4" ] || (umask 022; mkdir "$4") || exit 1
-        chown "$3" "$4" "$new" || exit 1
+    umask 277; printf %s "$4" > "$new" || exit 1; umask 077
+    if [ -n "$2" ]; then
+        [ -d "$3" ] || mkdir -m 755 "$3" || exit 1
+        chown "$2" "$3" "$new" || exit 1
     fi
-    mv -f "$new" "$2" || exit 1
+    mv -f "$new" "$1" || exit 1
 }}
-"""
-
-# Life comes before the exit code: what is gone by then has written its code.
-_PROBE_SCRIPT = """\
+cd "$stage" && eval "$(cat)" || exit 1
+wc -c * 2>/dev/null
+exit 0
+""",
+    "probe": """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
@@ -4873,59 +4866,21 @@ for here; do
     [ -f "$here/exit" ] && read -r code < "$here/exit"
     echo "claim:$code:$pid:$life"
 done
-"""
-
-# Takes the place of attempts that have not begun, so that they never will.
-_FORBID_SCRIPT = f"""\
+""",
+    "forbid": f"""\
 umask 077
 for here; do
     mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
 done
 exit 0
-"""
-
-# Without "--": dash's kill does not know it. The group, or where there is no setsid the process.
-_KILL_SCRIPT = 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null'
-
-# Where a shell would look for a program.
-_FOUND_SCRIPT = (
-    'set -f; case $1 in */*) [ -e "$1" ]; exit;; esac; '
-    'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1'
-)
-
-# A pushed file arrives in a directory of ours, where it belongs if nobody else can change that.
-_RECEIVE_SCRIPT = (
-    _TRUSTED_SH
-    + """\
-kib=$((($2 + 1023) / 1024))
-if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
-folder=$(enter "${1%/*}" 022 && pwd -P) || exit 1
-full() {
-    set -f; set -- "$2" "$1" $(df -Pk "$1" 2>/dev/null | tail -n 1)
-    case $6 in '' | *[!0-9]*) return 1 ;; esac
-    [ "$6" -lt "$1" ] && echo "no space in the VM for $1 KiB at $2" >&2
-}
-full "$folder" "$kib" && exit 1
-for place in "$folder" /var/tmp /tmp /run; do
-    [ -d "$place" ] && place=$(enter "$place" 022 && pwd -P) || continue
-    trusted "$place" sticky 2>/dev/null || continue
-    full "$place" "$kib" && exit 1
-    place=${place%/}/.vmrm-$3
-    umask 077; mkdir "$place" && echo "$place/data"
-    exit
-done
-echo "other users can change $folder, and there is no /var/tmp or /tmp" >&2; exit 1
-"""
-)
-_DELIVER_SCRIPT = _PLACE_SH + 'place "$1" "$2" "$3" mv || exit 1; rmdir "${1%/*}"'
-_DISCARD_SCRIPT = """\
-for place in "${1%/*}" /var/tmp /tmp /run; do
-    rm -f "$place/.vmrm-$2/data"; rmdir "$place/.vmrm-$2"
-done 2>/dev/null
-exit 0
-"""
-
-_LIST_SCRIPT = """\
+""",
+    "signal": 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null',
+    # Where a shell would look for a program.
+    "has-program": (
+        'set -f; case $1 in */*) [ -e "$1" ]; exit;; esac; '
+        'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1'
+    ),
+    "list": """\
 IFS=
 now=$(date +%s)
 quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no process per file
@@ -4943,93 +4898,167 @@ for top in $1; do
             printf "%s %s %s %s\\0" "$kind" "$facts" "$now" "$path"
         done' sh "$now" {} +
 done
-"""
-
-# Exit code and 64 digits tell; where one of the two programs is missing, nobody is asked again.
-_HASH_SCRIPT = 'head -c "$2" < "$1" | sha256sum'
-
-_FACTS_SCRIPT = 'ls -ldnL "$1"'
-
-# What a handler asks of a Windows guest. A directory entry lags behind a file that is open, hence
-# Refresh; a link is listed by nobody, but the place that was asked for may be one.
-_LIST_PS = (
-    drivers.TELL_PS + "$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack; "
-    "Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | "
-    "ForEach-Object { $todo.Push($_) }; while ($todo.Count) { $f = $todo.Pop(); $f.Refresh(); "
-    "if (-not $f.Exists) { continue }; $kind, $size = 'f', $f.Length; "
-    "if ($f.PSIsContainer) { $kind, $size = 'd', 0; "
-    "Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue | "
-    "Where-Object { -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) } | "
-    "ForEach-Object { $todo.Push($_) } }; "
-    "$time = seconds $f.LastWriteTimeUtc; "
-    "tell ('{0} 600 {1} {2} {3} {4}' -f $kind, $size, $time, $now, $f.FullName) }"
-)
-_HASH_PS = (
-    drivers.STOP_PS
-    + "$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576; "
-    "$left = [int64]$w[1]; "
-    "$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete'); "
-    "while ($left -gt 0) { $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length)); "
-    "if (-not $n) { exit 1 }; [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n }; "
-    "[void]$h.TransformFinalBlock($b, 0, 0); "
-    "-join ($h.Hash | ForEach-Object { $_.ToString('x2') })"
-)
-_DELIVER_PS = (
-    drivers.STOP_PS + "if (Test-Path -LiteralPath $w[1] -PathType Container) { "
-    "Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1 }; "
-    "Move-Item -Force -LiteralPath $w[0] -Destination $w[1]"
-)
-_FACTS_PS = (  # as `ls -ldn` tells them
-    drivers.STOP_PS + "$f = Get-Item -Force -LiteralPath $w[0]; $k = if ($f.PSIsContainer) { 'd' } "
-    "else { '-' }; '{0}rw------- 1 0 0 {1} ' -f $k, $f.Length"
-)
-_RECEIVE_PS = (
-    drivers.STOP_PS + "$folder = [IO.Path]::GetDirectoryName($w[0]); "
-    "New-Item -ItemType Directory -Force -Path $folder | Out-Null; "
-    "$free = (Get-Item -LiteralPath $folder).PSDrive.Free; "
-    "if ($free -and $free -lt [int64]$w[1]) { "
-    "[Console]::Error.WriteLine('no space in the VM'); exit 1 }; \"$($w[0]).vmrm-$($w[2])\""
-)
-_DISCARD_PS = drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"'
-_COPY_PS = drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"
-# A batch file cannot tell its own pid; its command line has its path and the attempt's number.
-_PROBE_PS = (
-    "$all = @(Get-CimInstance Win32_Process -Filter \"Name='cmd.exe'\"); foreach ($here in $w) { "
-    "if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }; "
-    "$code = ''; $file = Join-Path $here 'exit'; "
-    "if (Test-Path -LiteralPath $file) { $code = [IO.File]::ReadAllText($file).Trim() "
-    "-replace '\\s+', ' ' }; "
-    "$script = Join-Path (Split-Path $here) 'call_arguments.bat'; "
-    "$number = (Split-Path -Leaf $here).Substring('attempt.'.Length); "
-    "$pattern = [regex]::Escape($script) + '\"? (attempt[.])?' + [regex]::Escape($number) + ' '; "
-    "$p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1; "
-    "$life = if ($p) { 'alive' } else { 'gone' }; "
-    "'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life }"
-)
-
-_SH = {  # what a guest is asked, or has to do, by verb
-    "prepare": _PREPARE_SCRIPT,
-    "probe": _PROBE_SCRIPT,
-    "forbid": _FORBID_SCRIPT,
-    "signal": _KILL_SCRIPT,
-    "has-program": _FOUND_SCRIPT,
-    "list": _LIST_SCRIPT,
-    "hash": _HASH_SCRIPT,
-    "facts": _FACTS_SCRIPT,
-    "receive": _RECEIVE_SCRIPT,
-    "deliver": _DELIVER_SCRIPT,
-    "discard": _DISCARD_SCRIPT,
+""",
+    # Exit code and 64 digits tell; where one of the two programs is missing, it is asked no more.
+    "hash": 'head -c "$2" < "$1" | sha256sum',
+    "facts": 'ls -ldnL "$1"',
+    "receive": f"""\
+{_TRUSTED_SH}
+kib=$((($2 + 1023) / 1024))
+if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
+folder=$(enter "${{1%/*}}" 022 && pwd -P) || exit 1
+full() {{
+    set -f; set -- "$2" "$1" $(df -Pk "$1" 2>/dev/null | tail -n 1)
+    case $6 in '' | *[!0-9]*) return 1 ;; esac
+    [ "$6" -lt "$1" ] && echo "no space in the VM for $1 KiB at $2" >&2
+}}
+full "$folder" "$kib" && exit 1
+for place in "$folder" /var/tmp /tmp /run; do
+    [ -d "$place" ] && place=$(enter "$place" 022 && pwd -P) || continue
+    trusted "$place" sticky 2>/dev/null || continue
+    full "$place" "$kib" && exit 1
+    place=${{place%/}}/.vmrm-$3
+    umask 077; mkdir "$place" && echo "$place/data"
+    exit
+done
+echo "other users can change $folder, and there is no /var/tmp or /tmp" >&2; exit 1
+""",
+    "deliver": _PLACE_SH + 'place "$1" "$2" "$3" mv || exit 1; rmdir "${1%/*}"',
+    "discard": """\
+for place in "${1%/*}" /var/tmp /tmp /run; do
+    rm -f "$place/.vmrm-$2/data"; rmdir "$place/.vmrm-$2"
+done 2>/dev/null
+exit 0
+""",
 }
+
+# The same for Windows. `lay-out` takes its lines from a file, as words between tabs, and verifies
+# sizes; two accounts may change what is ours, since what is made on a drive any user may. `signal`
+# ends a program and all that it started, whatever the signal, and says that nothing is left. A
+# batch file cannot tell its own pid, so `probe` looks for its path and the attempt's number in
+# command lines. A directory's entry lags behind a file that is open, hence Refresh in `list`; a
+# link is listed by nobody, but the place that was asked for may be one.
 _PS = {
-    "probe": _PROBE_PS,
-    "list": _LIST_PS,
-    "hash": _HASH_PS,
-    "facts": _FACTS_PS,
-    "receive": _RECEIVE_PS,
-    "deliver": _DELIVER_PS,
-    "discard": _DISCARD_PS,
-    "copy": _COPY_PS,
+    "lay-out": drivers.STOP_PS
+    + r"""
+$stage, $experiment, $vm, $old, $lines, $aside = $w
+function fail($why) { [Console]::Error.WriteLine($why); exit 1 }
+function folder($path) { [void](New-Item -ItemType Directory -Force -Path $path) }
+function move($from, $to) { Move-Item -Force -LiteralPath $from -Destination $to }
+folder $stage
+icacls.exe (Split-Path -Parent $stage) /inheritance:r /grant:r '*S-1-5-18:(OI)(CI)F' `
+    '*S-1-5-32-544:(OI)(CI)F' | Out-Null
+if ($LASTEXITCODE) { fail 'icacls fails' }
+Set-Location -LiteralPath $stage; [Environment]::CurrentDirectory = $stage
+[IO.File]::WriteAllText("new.$old", $vm)
+try { [IO.File]::Move("new.$old", "of.$experiment") }  # which replaces nothing
+catch { Remove-Item -LiteralPath "new.$old" }
+if ([IO.File]::ReadAllText("of.$experiment") -ne $vm) {
+    fail 'this launch directory is used by another VM of this experiment'
 }
+foreach ($name in $aside) {
+    if (Test-Path -LiteralPath "..\$name") {
+        folder "..\.previous\$old"
+        move "..\$name" "..\.previous\$old"
+    }
+}
+foreach ($line in $(if ($lines) { [IO.File]::ReadAllLines($lines) })) {
+    $verb, $content, $word = $line.Split([char]9)
+    if ($verb -eq 'script') {
+        folder (Split-Path -Parent $word)
+        Copy-Item -LiteralPath $content -Destination "$word.new"
+        move "$word.new" $word
+    } else {
+        $size = (Get-Item -LiteralPath "$content.part").Length
+        if ($size -ne $word) { fail "$content arrived damaged" }
+        move "$content.part" $content
+    }
+}
+if ($lines) { Remove-Item -LiteralPath $lines }
+Get-ChildItem -File | ForEach-Object { '{0} {1}' -f $_.Length, $_.Name }
+""",
+    "probe": r"""
+$all = @(Get-CimInstance Win32_Process -Filter "Name='cmd.exe'")
+foreach ($here in $w) {
+    if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }
+    $code = ''; $file = Join-Path $here 'exit'
+    if (Test-Path -LiteralPath $file) {
+        $code = [IO.File]::ReadAllText($file).Trim() -replace '\s+', ' '
+    }
+    $script = Join-Path (Split-Path $here) 'call_arguments.bat'
+    $number = (Split-Path -Leaf $here).Substring('attempt.'.Length)
+    $pattern = [regex]::Escape($script) + '"? (attempt[.])?' + [regex]::Escape($number) + ' '
+    $p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1
+    $life = if ($p) { 'alive' } else { 'gone' }
+    'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life
+}
+""",
+    "forbid": f"""
+foreach ($here in $w) {{
+    cmd.exe /d /c mkdir $here 2>$null
+    if (-not $LASTEXITCODE) {{ [IO.File]::WriteAllText("$here\\exit", '{CLAIM_FAILED} 0') }}
+}}
+""",
+    "signal": "taskkill.exe /T /F /PID $w[1] | Out-Null; exit 1",
+    "has-program": "exit [int](-not (Test-Path -LiteralPath $w[0]))",
+    "list": f"""{drivers.TELL_PS}
+$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack
+Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | ForEach-Object {{ $todo.Push($_) }}
+while ($todo.Count) {{
+    $f = $todo.Pop(); $f.Refresh()
+    if (-not $f.Exists) {{ continue }}
+    $kind, $size = 'f', $f.Length
+    if ($f.PSIsContainer) {{
+        $kind, $size = 'd', 0
+        Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue |
+            Where-Object {{ -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) }} |
+            ForEach-Object {{ $todo.Push($_) }}
+    }}
+    $time = seconds $f.LastWriteTimeUtc
+    tell ('{{0}} 600 {{1}} {{2}} {{3}} {{4}}' -f $kind, $size, $time, $now, $f.FullName)
+}}
+""",
+    "hash": drivers.STOP_PS
+    + """
+$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576
+$left = [int64]$w[1]
+$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete')
+while ($left -gt 0) {
+    $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length))
+    if (-not $n) { exit 1 }
+    [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n
+}
+[void]$h.TransformFinalBlock($b, 0, 0)
+-join ($h.Hash | ForEach-Object { $_.ToString('x2') })
+""",
+    "facts": drivers.STOP_PS
+    + """
+$f = Get-Item -Force -LiteralPath $w[0]; $kind = if ($f.PSIsContainer) { 'd' } else { '-' }
+'{0}rw------- 1 0 0 {1} ' -f $kind, $f.Length
+""",
+    "receive": drivers.STOP_PS
+    + """
+$folder = [IO.Path]::GetDirectoryName($w[0])
+New-Item -ItemType Directory -Force -Path $folder | Out-Null
+$free = (Get-Item -LiteralPath $folder).PSDrive.Free
+if ($free -and $free -lt [int64]$w[1]) { [Console]::Error.WriteLine('no space in the VM'); exit 1 }
+"$($w[0]).vmrm-$($w[2])"
+""",
+    "deliver": drivers.STOP_PS
+    + """
+if (Test-Path -LiteralPath $w[1] -PathType Container) {
+    Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1
+}
+Move-Item -Force -LiteralPath $w[0] -Destination $w[1]
+""",
+    "discard": drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"',
+    "copy": drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)",
+}
+
+_STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})\r?$", re.MULTILINE | re.ASCII)
+_LINES_BYTES = 1 << 16  # of one request: while an agent reads it, nothing else begins
+_TEXT_BYTES = 1 << 12  # a content that is no longer costs less as a line than as a file
+_NOT_PLAIN = re.compile(r"[^ -~]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5039,6 +5068,7 @@ class Staged:
     sha256: str
     size: int
     source: Callable[[], BinaryIO]
+    text: str = ""  # if it is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5052,94 +5082,23 @@ class Found:
     alive: bool = False
 
 
+class Script(NamedTuple):
+    """A script of an entry, at its place in the guest."""
+
+    text: str
+    path: str
+    user: str = ""  # whose it is; '': the agent's
+
+
 def text_content(text: str) -> Staged:
     """Return a text as content for the stage."""
     data = text.encode()
-    return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data))
+    return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data), text)
 
 
 def is_guest_path(path: str) -> bool:
     """Whether a path means the same wherever a program of the guest stands, whatever its system."""
     return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
-
-
-def guest_path(entry: ScheduleEntry, location: str) -> str:
-    """Return a location as an absolute path: relative ones lie in the entry's directory."""
-    return str(PurePosixPath(entry.working_dir) / location)
-
-
-_NOT_PLAIN = re.compile(r"[^ -~]")
-
-
-def call_script(
-    entry: ScheduleEntry, *, title: str, token: str, stage: str, placed: Sequence[tuple[str, str]]
-) -> str:
-    """Return the script that claims an attempt, places the entry's files and runs its program.
-
-    Args:
-        entry: With the paths that the driver's `create_paths` set.
-        title: What people read at the script's head.
-        token: The script refuses to run for a caller with another one.
-        stage: The directory where contents lie under their SHA-256.
-        placed: (SHA-256, file mode) of each file of `entry_files`, in that order.
-    """
-    locations = [item["location"] for item in entry_files(entry)]
-    placing = [
-        f"[ $code = 0 ] && {{ place {shlex.quote(stage)}/{sha256} "
-        f"{shlex.quote(guest_path(entry, location))} {mode} cp || code={PLACE_FAILED}; }}"
-        for location, (sha256, mode) in zip(locations, placed, strict=True)
-    ]
-    user = entry.options.get("user")
-    return _CALL_SCRIPT.format(
-        title=_NOT_PLAIN.sub("?", title),
-        token=shlex.quote(token),
-        claim_failed=CLAIM_FAILED,
-        script=shlex.quote(str(entry.call_arguments_filename)),
-        folder=shlex.quote(str(_folder(entry))),
-        # Else the user's program could not open /dev/stdout.
-        owning=f'chown {shlex.quote(user)} "$here/out" "$here/err" 2>/dev/null' if user else ":",
-        placing="\n".join([_PLACE_SH, *placing] if placing else placing),
-        running=_running(entry),
-        reboot=PurePosixPath(entry.reboot_filepath).relative_to(_folder(entry)),
-    )
-
-
-def _running(entry: ScheduleEntry) -> str:
-    if not entry.executable:
-        return ":"
-    if user := entry.options.get("user"):
-        return f"su -s /bin/sh {shlex.quote(user)} {shlex.quote(str(_run_script_path(entry)))}"
-    return f"(\n{run_commands(entry)}\n)"
-
-
-def _folder(entry: ScheduleEntry) -> PurePosixPath:
-    """Return where an entry's script and attempts lie; never its user's, as `working_dir` is."""
-    return PurePosixPath(entry.call_arguments_filename).parent
-
-
-def _run_script_path(entry: ScheduleEntry) -> PurePosixPath:
-    return _folder(entry) / "call_program.sh"
-
-
-def run_commands(entry: ScheduleEntry) -> str:
-    """Return the shell commands that become the entry's program: directory, environment, exec.
-
-    A list of arguments arrives as written; a string is the guest's shell's to take apart.
-    """
-    assert entry.executable is not None
-    own = {guest_path(entry, item["location"]) for item in entry_files(entry)}
-    placed = guest_path(entry, entry.executable)
-    program = placed if placed in own else entry.executable
-    cwd = guest_path(entry, entry.options.get("cwd", "."))
-    lines = ["umask 022", f"cd {shlex.quote(cwd)} || exit {PLACE_FAILED}"]
-    for key, value in entry.options.get("env", {}).items():
-        lines.append(f"export {key}={shlex.quote(value)}")
-    if isinstance(entry.arguments, str):
-        command = f"{shlex.quote(program)} {entry.arguments}"
-        lines.append(f"exec /bin/sh -c {shlex.quote(command)}")
-    else:
-        lines.append(f"exec {shlex.join([program, *(entry.arguments or [])])}")
-    return "\n".join(lines)
 
 
 def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
@@ -5148,12 +5107,10 @@ def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
 
 
 def parse_found(line: str) -> Found:
-    """Return what one line of the probe says; the guest wrote it, so nothing of it is trusted.
+    """Return what one line of the probe says. Raises ValueError if it is no such line.
 
-    An `exit` file that cannot be read counts as none: it is the doubt of one entry, not of the VM.
-
-    Raises:
-        ValueError: it is no such line.
+    The guest wrote it, so nothing of it is trusted. An `exit` file that cannot be read counts as
+    none: it is the doubt of one entry, not of the VM.
     """
     if line == "none":
         return Found(claimed=False)
@@ -5171,11 +5128,7 @@ _EXIT_WORDS = re.compile(r"(-?[0-9]{1,10}) ([01])\r?\n?")  # Windows has 32 bits
 
 
 def parse_exit(text: str) -> tuple[int, bool]:
-    """Return exit code and reboot wish from an attempt's `exit` file.
-
-    Raises:
-        ValueError: the guest wrote something else.
-    """
+    """Return exit code and reboot wish from an attempt's `exit` file. Raises ValueError."""
     match = _EXIT_WORDS.fullmatch(text)
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
@@ -5219,39 +5172,12 @@ if not exist {folder_as_folder} mkdir {folder}
 copy /b /y {content} {temporary} >nul
 if errorlevel 1 exit /b {place_failed}
 move /y {temporary} {location} >nul
-if errorlevel 1 exit /b {place_failed}
-"""
+if errorlevel 1 exit /b {place_failed}"""
 
-# A file gets its name and content in one step, and ren replaces nothing: one VM owns the stage.
-_PREPARE_BATCH = """\
-@echo off
-setlocal EnableExtensions DisableDelayedExpansion
-cd /d {stage}
-if errorlevel 1 exit /b 1
->"{new}" echo {vm}
-ren "{new}" "of.{experiment}" 2>nul
-if exist "{new}" del "{new}"
-set owner=
-set /p owner=<"of.{experiment}"
-if "%owner%"=="{vm}" goto ours
-echo this launch directory is used by another VM of this experiment>&2
-exit /b 1
-:ours
-cd ..
-{moving}
-cd {stage}
-for %%F in (*) do echo %%~zF %%F
-exit /b 0
-"""
-
-_KEEP_BATCH = """\
-for %%F in ("{sha256}.part") do if not "%%~zF"=="{size}" goto damaged
-move /y "{sha256}.part" "{sha256}" >nul
-if errorlevel 1 exit /b 1
-"""
-
+_BATCHES = (".bat", ".cmd")
 _BATCH_LINE = 8000  # cmd.exe takes 8191 characters
 _PLAIN_LAUNCH = re.compile(r"[A-Za-z]:\\[A-Za-z0-9 ._~\\-]*")
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./\\:@+-]+")
 _NO_WINDOWS_PATH = re.compile(r"[\x00-\x1f\"<>|?*]")
 _NO_BATCH_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f]")
 
@@ -5268,72 +5194,49 @@ def batch_text(text: str) -> str:
 def batch_command(program: str, arguments: Sequence[str]) -> str:
     """Return a line of a batch file that runs a program with exactly these arguments.
 
-    Raises:
-        ValueError: cmd.exe cannot carry one of them.
+    Raises ValueError if cmd.exe, or a batch file, cannot be given one of them.
     """
-    for word in (program, *arguments):
-        if _NO_BATCH_TEXT.search(word):
-            raise WrongValue(
-                f"cmd.exe cannot carry a line break or control character: {word[:40]!r}; "
-                "pass it in a file"
-            )
-    suffix, in_words = PureWindowsPath(program).suffix.lower(), _run_time_word
-    if suffix in _BATCHES:
-        in_words = _batch_word
-    elif suffix not in (".exe", ".com") and any('"' in word for word in arguments):
+    if odd := [word for word in (program, *arguments) if _NO_BATCH_TEXT.search(word)]:
+        what = f"a line break or control character: {odd[0][:40]!r}"
+        raise WrongValue(f"cmd.exe cannot carry {what}; pass it in a file")
+    suffix, quoted = PureWindowsPath(program).suffix.lower(), [w for w in arguments if '"' in w]
+    if suffix in _BATCHES and quoted:
+        what = f'an argument with ": {quoted[0][:40]!r}'
+        where = "pass it in a file, or in the environment"
+        raise WrongValue(f"a batch file cannot be given {what}; {where}")
+    if suffix not in (*_BATCHES, ".exe", ".com") and quoted:
         program += ".exe"  # what has another suffix on the PATH might be a batch file
-    words = " ".join(in_words(word) for word in arguments)
-    return f"{_batch_path(program)} {batch_text(words)}".rstrip(" ")
+    told = []
+    for word in arguments:  # `a,b` is one word to a program, two to a batch file
+        inner = word if suffix in _BATCHES else _BEFORE_QUOTE.sub(_escaped, word)
+        told.append(word if _PLAIN_WORD.fullmatch(word) else f'"{inner}"')
+    return f"{_batch_path(program)} {batch_text(' '.join(told))}".rstrip(" ")
 
 
-_BATCHES = (".bat", ".cmd")
+_BEFORE_QUOTE = re.compile(r'(\\*)("|\Z)')
 
 
-def _batch_word(word: str) -> str:
-    """Return an argument as a batch file's `%~1` reads it back.
-
-    Raises:
-        ValueError: it has a quote, which a batch file cannot be given.
-    """
-    if '"' in word:
-        raise WrongValue(
-            f'a batch file cannot be given an argument with ": {word[:40]!r}; pass it in a file, '
-            "or in the environment"
-        )
-    return word if _PLAIN_WORD.fullmatch(word) else f'"{word}"'
+def _escaped(match: re.Match[str]) -> str:
+    """Return backslashes and a quote, or the end, as the C run time reads them back."""
+    return match[1] * 2 + ('\\"' if match[2] else "")
 
 
-_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./\\:@+-]+")
-
-
-def _run_time_word(word: str) -> str:
-    """Return an argument as the C run time reads it back, in quotes also for cmd.exe's sake.
-
-    `a,b` and `a&b` are one word to a program, but more to a batch file.
-    """
-    if _PLAIN_WORD.fullmatch(word):
-        return word
-    inner = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), word)
-    return f'"{inner}"'
-
-
-def _batch_path(path: str) -> str:
+def _batch_path(path: str, inside: str = "") -> str:
     """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
     if _NO_WINDOWS_PATH.search(path):
         raise WrongValue(f"no path of Windows: {path!r}")
-    return '"' + path.replace("%", "%%") + '"'
+    return '"' + path.replace("%", "%%") + inside + '"'
 
 
 def _batch_folder(path: str) -> str:
     """Return, for `if exist`, what exists only if a path is a directory, an empty one too."""
-    return _batch_path(path.rstrip("\\"))[:-1] + '\\*"'
+    return _batch_path(path.rstrip("\\"), "\\*")
 
 
 def batch_file(text: str) -> str:
     """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced.
 
-    Raises:
-        ValueError: a line is too long for cmd.exe.
+    Raises ValueError if a line is too long for cmd.exe.
     """
     lines = re.split(r"\r?\n", text)
     if not text.isascii():
@@ -5380,6 +5283,8 @@ class Guest:
         if self.driver.boot_id() != self.boot:
             raise drivers.LinkLost("the guest was rebooted")
 
+    # --- places
+
     def runs(self, entry: ScheduleEntry) -> bool:
         """Whether an entry is to run here."""
         return not entry.on_host
@@ -5390,10 +5295,6 @@ class Guest:
         for entry in entries:
             self.driver.create_paths(entry)
 
-    def attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        """Return the directory where an attempt leaves what became of it."""
-        return self.join(str(self.flavour(entry.call_arguments_filename).parent), attempt.claim)
-
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
         return self.separator.join(parts)
@@ -5402,17 +5303,15 @@ class Guest:
         """Return a location as an absolute path: relative ones lie in the entry's directory."""
         return str(self.flavour(entry.working_dir) / location)
 
-    def is_absolute(self, path: str) -> bool:
-        """Whether a path means the same wherever a program stands."""
-        return self.flavour(path).is_absolute()
+    def folder(self, entry: ScheduleEntry) -> PurePath:
+        """Return where an entry's script and attempts lie; it is never the entry's user's."""
+        return self.flavour(entry.call_arguments_filename).parent
 
-    def content(self, location: str, text: str) -> str:
-        """Return a text as the file at a location must have it."""
-        return text
+    def attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
+        """Return the directory where an attempt leaves what became of it."""
+        return self.join(str(self.folder(entry)), attempt.claim)
 
-    def token(self, token: str) -> str:
-        """Return a word by which a script of ours knows its experiment."""
-        return token
+    # --- our scripts
 
     def argv(self, verb: str, *words: str) -> list[str]:
         """Return the command that does, or tells, what a verb of our table of scripts says."""
@@ -5423,24 +5322,22 @@ class Guest:
         return ["/bin/sh", script, *words]
 
     def ask(self, verb: str, *words: str) -> drivers.ExecStatus:
-        """Ask the guest something; an agent that cannot is no verdict on what was asked about.
-
-        Raises:
-            LinkLost: it cannot.
-        """
+        """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
         try:
             return self.driver.run(self.argv(verb, *words), timeout=self.seconds)
         except drivers.AgentError as error:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
-    def finish(self, argv: Sequence[str], more: float = 0.0) -> Steps:
+    def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> Steps:
         """Run a program of ours, holding up nothing else; return its status.
 
-        Raises:
-            VMFailed: it did not end within our patience and `more` seconds.
+        Args:
+            argv: Program and arguments.
+            more: Seconds that it may take beyond our patience, at whose end the VM fails.
+            lines: For its standard input.
         """
-        pid, interval = self.driver.start(argv, capture=True), 0.002
-        deadline = CLOCK.monotonic() + self.patience + more
+        pid = self.driver.start(argv, input_data=lines or None, capture=True)
+        interval, deadline = 0.002, CLOCK.monotonic() + self.patience + more
         try:
             while not (status := self.driver.status(pid)).exited:
                 if CLOCK.monotonic() >= deadline:
@@ -5454,53 +5351,150 @@ class Guest:
             raise
         return status
 
-    def prepare(
-        self,
-        old: str,
-        fresh: bool,
-        experiment: str,
-        vm: str,
-        folders: Sequence[str],
-    ) -> Steps:
-        """Make the stage and list it; let a fresh experiment move older folders aside.
+    # --- what entries need
 
-        Returns the status of what did so.
-        """
-        words = [self.stage, old, "fresh" if fresh else "keep", experiment, vm, *folders]
-        return (yield from self.finish(self.argv("prepare", *words)))
+    def content(self, location: str, text: str) -> str:
+        """Return a text as the file at a location must have it."""
+        return text
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
-    ) -> list[tuple[str, str, str]]:
-        """Return (text, path, user) of each script of an entry. Raises ValueError if it has none.
+    ) -> list[Script]:
+        """Return the scripts of an entry, the first of which claims an attempt and does the rest.
 
-        The parameters are those of `call_script`.
+        Raises ValueError if the system has none for it.
+
+        Args:
+            entry: With its places.
+            title: What people read at a script's head.
+            token: The script refuses to run for a caller with another one.
+            placed: (SHA-256, file mode) of each file of `entry_files`, in that order.
         """
-        script = call_script(entry, title=title, token=token, stage=self.stage, placed=placed)
-        scripts = [(script, str(entry.call_arguments_filename), "")]
-        if entry.executable and (user := entry.options.get("user")):
-            scripts.append((run_commands(entry) + "\n", str(_run_script_path(entry)), user))
-        return scripts
+        folder, user, own, running = self.folder(entry), entry.options.get("user", ""), [], ":"
+        if entry.executable:
+            running = f"(\n{run_commands(entry)}\n)"
+            if user:
+                path = str(folder / "call_program.sh")
+                own = [Script(run_commands(entry) + "\n", path, user)]
+                running = f"su -s /bin/sh {shlex.join([user, path])}"
+        locations = [self.path(entry, item["location"]) for item in entry_files(entry)]
+        words = [
+            shlex.join([f"{self.stage}/{sha256}", path, mode])
+            for path, (sha256, mode) in zip(locations, placed, strict=True)
+        ]
+        placing = [f"[ $code = 0 ] && {{ place {w} cp || code={PLACE_FAILED}; }}" for w in words]
+        script = _CALL_SCRIPT.format(
+            title=_NOT_PLAIN.sub("?", title),
+            token=shlex.quote(token),
+            claim_failed=CLAIM_FAILED,
+            script=shlex.quote(str(entry.call_arguments_filename)),
+            folder=shlex.quote(str(folder)),
+            # Else the user's program could not open /dev/stdout.
+            owning=f'chown {shlex.quote(user)} "$here/out" "$here/err" 2>/dev/null'
+            if user
+            else ":",
+            placing="\n".join([_PLACE_SH, *placing] if placing else []),
+            running=running,
+            reboot=PurePosixPath(entry.reboot_filepath).relative_to(folder),
+        )
+        return [Script(script, str(entry.call_arguments_filename)), *own]
 
-    script_suffix = ".part"
+    def stage_steps(
+        self,
+        owner: tuple[str, str],
+        aside: Iterable[str],
+        scripts: Iterable[Script],
+        contents: Iterable[Staged],
+        progress: Callable[..., None],
+    ) -> Steps:
+        """Make the stage, bring scripts to their places and contents, each once, to the stage.
 
-    def layout(self, lines: Sequence[str]) -> str:
-        """Return the script that lays files out, given what the next three methods return."""
-        head = _LAYOUT_HEAD.format(stage=shlex.quote(self.stage))
-        return "\n".join([head, *lines, 'rm -f "$0"']) + "\n"
+        Args:
+            owner: Experiment and VM; the stage is this VM's alone.
+            aside: Folders of the launch directory that an older experiment has left.
+            scripts: What `scripts` returned.
+            contents: What entries place.
+            progress: Told how far it is.
+        """
+        lines, contents, after = self._carried(scripts, contents)
+        present = yield from self._lay_out_steps(owner, aside, lines)
+        for staged in contents:
+            if (staged.sha256, staged.size) not in present:
+                # In full: a reset may cut short what was not synced.
+                yield from self._push_steps(staged, f"{staged.sha256}.part", progress)
+                present.add((staged.sha256, staged.size))
+                after.insert(0, self._line("keep", staged.sha256, str(staged.size)))
+        if after:
+            yield from self._lay_out_steps(owner, (), after)
 
-    def keep(self, sha256: str, size: int) -> str:
-        """Return what makes a pushed `<sha256>.part` a content of the stage."""
-        return f"keep {sha256} {size}"
+    def _line(self, *words: str) -> str:
+        return shlex.join(words)
 
-    def text(self, sha256: str, text: str) -> str | None:
-        """Return what makes a text a content of the stage; None: it must be pushed."""
-        return f"text {sha256} {shlex.quote(text)}"
+    def _carried(
+        self, scripts: Iterable[Script], contents: Iterable[Staged]
+    ) -> tuple[list[str], list[Staged], list[str]]:
+        """Return the lines that bring a text, what must be pushed, and the lines for after that."""
+        lines, files = ["rm -f ./*.part"], []
+        for staged in contents:
+            if 0 < len(staged.text) < _TEXT_BYTES and "\0" not in staged.text:
+                lines.append(self._line("text", staged.sha256, staged.text))
+            else:
+                files.append(staged)
+        for script in scripts:
+            mine = str(self.flavour(script.path).with_name(drivers.USER_FOLDER))
+            lines.append(self._line("script", script.path, script.user, mine, script.text))
+        return lines, files, []
 
-    def put(self, sha256: str, path: str, user: str) -> str:
-        """Return what makes a content of the stage a script at a path."""
-        mine = str(PurePosixPath(path).with_name(drivers.USER_FOLDER))
-        return f"script {sha256} {shlex.join([path, user, mine])}"
+    def _lay_out_steps(
+        self, owner: tuple[str, str], aside: Iterable[str], lines: Sequence[str]
+    ) -> Steps:
+        """Do what lines say; return names and sizes of what lies in the stage."""
+        rest = list(lines)
+        while True:
+            batch, size = [], 0
+            while rest and size < _LINES_BYTES:
+                batch.append(rest.pop(0))
+                size += len(batch[-1])
+            # What is cut short in a brace is no command, so nothing of it is done.
+            told = "\n".join(["{", *batch, "}\n"]) if batch else ""
+            old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+            argv = self.argv("lay-out", self.stage, *owner, old, *aside)
+            present = self._in_stage((yield from self.finish(argv, lines=told)))
+            aside = ()
+            if not rest:
+                return present
+
+    def _in_stage(self, status: drivers.ExecStatus) -> set[tuple[str, int]]:
+        if status.exitcode != 0:
+            raise VMFailed(f"cannot prepare {self.stage!r}: {printable(status.err)}")
+        listed = _STAGED.findall(status.out.decode(errors="replace"))
+        return {(sha256, int(size)) for size, sha256 in listed}
+
+    def _push_steps(self, staged: Staged, name: str, progress: Callable[..., None]) -> Steps:
+        path = self.join(self.stage, name)
+        with staged.source() as source:
+            try:
+                for sent in self.driver.push(source, path):
+                    progress("staged", staged.sha256, sent >> 20)
+                    yield 0
+            except drivers.AgentError:  # a full disk, for example
+                self.driver.delete_file(path)
+                raise
+
+    # --- attempts
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return token
+
+    def start(self, entry: ScheduleEntry, attempt: Attempt, token: str) -> int:
+        """Start an entry's script, which claims the attempt first; return its pid."""
+        words = str(entry.call_arguments_filename), attempt.claim, self.token(token)
+        return self.driver.start(self.command(*words), capture=self.captures)
+
+    def refused(self, status: drivers.ExecStatus) -> bool:
+        """Whether a script that has ended did not begin: with a claim it has nothing to tell."""
+        return bool(status.err)
 
     def look(self, directories: Sequence[str]) -> list[Found]:
         """Ask the guest what attempts have left behind; the agent is serial, so all earlier
@@ -5513,17 +5507,16 @@ class Guest:
         except (ValueError, IndexError) as error:
             raise VMFailed(f"the {self.name} cannot say what has run: {error}") from error
 
-    def forbid(self, directories: Sequence[str]) -> None:
-        """Take the place of attempts that have not begun, so that they never will."""
-        self.ask("forbid", *directories)
+    def look_at(self, directory: str) -> Found:
+        """Ask what one attempt has left, at first for its end alone, which costs no process."""
+        with contextlib.suppress(drivers.AgentError, ValueError):
+            left = self.driver.read_bytes(self.join(directory, "exit"), limit=64)
+            return Found(True, *parse_exit(left.decode()))
+        return self.look([directory])[0]
 
     def signal(self, name: str, pid: int) -> bool:
         """Send a program and all that it started a signal; return whether there was anything."""
         return self.ask("signal", name, str(pid)).exitcode == 0
-
-    def has_program(self, program: str) -> bool:
-        """Return whether something is there under a program's name, be it one or not."""
-        return self.ask("has-program", program).exitcode == 0
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; `last` says that there will not be another chance."""
@@ -5536,8 +5529,30 @@ class Guest:
         return self.driver.pull(path, sink, offset=offset, limit=limit)
 
 
+def run_commands(entry: ScheduleEntry) -> str:
+    """Return the shell commands that become the entry's program: directory, environment, exec.
+
+    A list of arguments arrives as written; a string is the guest's shell's to take apart.
+    """
+    assert entry.executable is not None
+    here = PurePosixPath(entry.working_dir)
+    own = {str(here / item["location"]) for item in entry_files(entry)}
+    placed = str(here / entry.executable)
+    program = placed if placed in own else entry.executable
+    cwd = shlex.quote(str(here / entry.options.get("cwd", ".")))
+    lines = ["umask 022", f"cd {cwd} || exit {PLACE_FAILED}"]
+    for key, value in entry.options.get("env", {}).items():
+        lines.append(f"export {key}={shlex.quote(value)}")
+    if isinstance(entry.arguments, str):
+        command = f"{shlex.quote(program)} {entry.arguments}"
+        lines.append(f"exec /bin/sh -c {shlex.quote(command)}")
+    else:
+        lines.append(f"exec {shlex.join([program, *(entry.arguments or [])])}")
+    return "\n".join(lines)
+
+
 class WindowsGuest(Guest):
-    """A Windows guest: batch files for what starts programs, PowerShell for what asks."""
+    """A Windows guest: batch files for what starts programs, PowerShell for all else."""
 
     launch = "C:\\launch"
     separator = "\\"
@@ -5545,16 +5560,6 @@ class WindowsGuest(Guest):
     # Every process inherits every pipe: with a daemon left behind, a program would never end.
     captures = False
     flavour = PureWindowsPath
-    script_suffix = ".bat"
-
-    def content(self, location: str, text: str) -> str:
-        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
-        is_batch = PureWindowsPath(location).suffix.lower() in (".bat", ".cmd")
-        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
-
-    def token(self, token: str) -> str:
-        """Return a word by which a script of ours knows its experiment."""
-        return _digest(token)
 
     def argv(self, verb: str, *words: str) -> list[str]:
         """Return the command that does, or tells, what a verb of our table of scripts says."""
@@ -5565,49 +5570,19 @@ class WindowsGuest(Guest):
         which cmd.exe takes for what they are since nothing else in it needs quotes."""
         return ["cmd.exe", "/d", "/c", script, *words]
 
-    def prepare(
-        self,
-        old: str,
-        fresh: bool,
-        experiment: str,
-        vm: str,
-        folders: Sequence[str],
-    ) -> Steps:
-        """Make the stage and list it; let a fresh experiment move older folders aside."""
-        if not _PLAIN_LAUNCH.fullmatch(self.launch):
-            raise VMFailed(
-                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
-            )
-        aside = f".previous\\{old}"
-        moving = [f'if not exist "{aside}\\*" mkdir "{aside}"'] if fresh and folders else []
-        for folder in folders if fresh else ():
-            moving.append(f'if exist "{folder}\\*" move "{folder}" "{aside}\\" >nul')
-            moving.append(f'if exist "{folder}\\*" exit /b 1')
-        script = _PREPARE_BATCH.format(
-            stage=_batch_path(self.stage),
-            new=f"new.{old}",
-            vm=_digest(vm),
-            experiment=experiment,
-            moving="\n".join(moving),
-        )
-        self.driver.create_directories(self.stage)
-        # What is made on a drive may be changed by every user; from here on only by these two.
-        owners = [f"*{sid}:(OI)(CI)F" for sid in ("S-1-5-18", "S-1-5-32-544")]
-        argv = ["icacls.exe", self.launch, "/inheritance:r", "/grant:r", *owners]
-        status = self.driver.run(argv, timeout=self.seconds)
-        if status.exitcode != 0:
-            return status
-        path = self.join(self.stage, f"prepare.{old}.bat")
-        for _ in self.driver.push(io.BytesIO(batch_file(script).encode()), path):
-            yield 0
-        status = yield from self.finish(self.command(path))
-        self.driver.delete_file(path)
-        return status
+    def content(self, location: str, text: str) -> str:
+        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
+        is_batch = PureWindowsPath(location).suffix.lower() in _BATCHES
+        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
+
+    def token(self, token: str) -> str:
+        """Return a word by which a script of ours knows its experiment."""
+        return _digest(token)
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
-    ) -> list[tuple[str, str, str]]:
-        """Return (text, path, '') of each script of an entry. Raises ValueError if it has none."""
+    ) -> list[Script]:
+        """Return the batch files of an entry."""
         if "user" in entry.options:
             raise WrongValue("user is for POSIX guests; Windows lets nobody become another so")
         script = _CALL_BATCH.format(
@@ -5618,10 +5593,9 @@ class WindowsGuest(Guest):
             reboot=_batch_path(str(entry.reboot_filepath)),
         )
         program = "\n".join(self._program(entry, [sha256 for sha256, _ in placed])) + "\n"
-        folder = str(entry.working_dir)
         return [
-            (batch_file(program), self.join(folder, "call_program.bat"), ""),
-            (batch_file(script), str(entry.call_arguments_filename), ""),
+            Script(batch_file(program), self.path(entry, "call_program.bat")),
+            Script(batch_file(script), str(entry.call_arguments_filename)),
         ]
 
     def _program(self, entry: ScheduleEntry, placed: Sequence[str]) -> Iterator[str]:
@@ -5631,11 +5605,10 @@ class WindowsGuest(Guest):
         own: dict[str, str] = {}
         for number, (item, sha256) in enumerate(zip(entry_files(entry), placed, strict=True)):
             path = self.path(entry, item["location"])
-            if not self.is_absolute(path):
+            if not PureWindowsPath(path).is_absolute():
                 raise WrongValue(f"location {item['location']!r} has a drive but no root")
             own[path.casefold()] = path
             folder = str(PureWindowsPath(path).parent)
-            temporary = self.join(folder, f".vmrm-{entry.ordinal}-{number}")
             yield _PLACE_BATCH.format(
                 as_folder=_batch_folder(path),
                 location=_batch_path(path),
@@ -5643,8 +5616,8 @@ class WindowsGuest(Guest):
                 folder_as_folder=_batch_folder(folder),
                 folder=_batch_path(folder),
                 content=_batch_path(self.join(self.stage, sha256)),
-                temporary=_batch_path(temporary),
-            ).rstrip()
+                temporary=_batch_path(self.join(folder, f".vmrm-{entry.ordinal}-{number}")),
+            )
         if not entry.executable:
             yield "exit /b 0"
             return
@@ -5654,58 +5627,51 @@ class WindowsGuest(Guest):
             if _NO_BATCH_TEXT.search(value):
                 raise WrongValue(f"cmd.exe cannot carry a line break or control character in {key}")
             yield f"set {key}={batch_text(value)}"
-        placed_program = self.path(entry, entry.executable)
-        program = own.get(placed_program.casefold(), str(PureWindowsPath(entry.executable)))
+        placed_program = self.path(entry, entry.executable).casefold()
+        program = own.get(placed_program, str(PureWindowsPath(entry.executable)))
         if isinstance(entry.arguments, str):
             yield f"{_batch_path(program)} {entry.arguments}"
         else:
             yield batch_command(program, entry.arguments or [])
 
-    def layout(self, lines: Sequence[str]) -> str:
-        """Return the batch file that lays files out, given what the next three methods return."""
-        head = ["@echo off", f"cd /d {_batch_path(self.stage)}", "if errorlevel 1 exit /b 1"]
-        tail = ["exit /b 0", ":damaged", "echo a file arrived damaged>&2", "exit /b 1", ""]
-        return batch_file("\n".join([*head, *(line.rstrip() for line in lines), *tail]))
+    def _carried(
+        self, scripts: Iterable[Script], contents: Iterable[Staged]
+    ) -> tuple[list[str], list[Staged], list[str]]:
+        """Return what must be pushed, scripts too: none of them can be a word of a line."""
+        texts = [(text_content(script.text), script.path) for script in scripts]
+        lines = [self._line("script", staged.sha256, path) for staged, path in texts]
+        return [], [*contents, *(staged for staged, _ in texts)], lines
 
-    def keep(self, sha256: str, size: int) -> str:
-        """Return what makes a pushed `<sha256>.part` a content of the stage; sizes must agree."""
-        return _KEEP_BATCH.format(sha256=sha256, size=size)
+    def _line(self, *words: str) -> str:
+        return "\t".join(words)
 
-    def text(self, sha256: str, text: str) -> str | None:
-        """Return None: a batch file cannot carry another one."""
-        return None
-
-    def put(self, sha256: str, path: str, user: str) -> str:
-        """Return what makes a content of the stage a script at a path."""
-        folder, new = str(PureWindowsPath(path).parent), _batch_path(path + ".new")
-        return "\n".join(
-            [
-                f"if not exist {_batch_folder(folder)} mkdir {_batch_path(folder)}",
-                f"copy /b /y {sha256} {new} >nul",
-                "if errorlevel 1 exit /b 1",
-                f"move /y {new} {_batch_path(path)} >nul",
-                "if errorlevel 1 exit /b 1",
-            ]
+    def _lay_out_steps(
+        self, owner: tuple[str, str], aside: Iterable[str], lines: Sequence[str]
+    ) -> Steps:
+        """Do what lines say; return names and sizes of what lies in the stage."""
+        if not _PLAIN_LAUNCH.fullmatch(self.launch):
+            raise VMFailed(
+                f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
+            )
+        experiment, vm = owner
+        old, told = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}", ""
+        if lines:
+            told = f"lines.{old}"
+            text = text_content("\n".join(lines))
+            yield from self._push_steps(text, told, lambda *_: None)
+        words = (
+            self.stage,
+            experiment,
+            _digest(vm),
+            old,
+            told and self.join(self.stage, told),
+            *aside,
         )
+        return self._in_stage((yield from self.finish(self.argv("lay-out", *words))))
 
-    def forbid(self, directories: Sequence[str]) -> None:
-        """Take the place of attempts that have not begun, so that they never will."""
-        for here in directories:
-            made = self.driver.run(["cmd.exe", "/d", "/c", "mkdir", here], timeout=self.seconds)
-            if made.exitcode == 0:
-                code = io.BytesIO(f"{CLAIM_FAILED} 0".encode())
-                for _ in self.driver.push(code, self.join(here, "exit")):
-                    pass
-
-    def signal(self, name: str, pid: int) -> bool:
-        """End a program and all that it started, whatever the signal: nothing is left of it."""
-        argv = ["taskkill.exe", "/T", "/F", "/PID", str(pid)]
-        self.driver.run(argv, timeout=self.seconds)
-        return False
-
-    def has_program(self, program: str) -> bool:
-        """Return whether something is there under a program's name, if that is a path."""
-        return bool(self.driver.file_exists(program))
+    def refused(self, status: drivers.ExecStatus) -> bool:
+        """Whether a batch file that has ended did not begin."""
+        return status.exitcode == CLAIM_FAILED
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
         """Return a piece of a file; only at last of a copy, if a program still holds it."""
@@ -5774,17 +5740,16 @@ class HostGuest(Guest):
     def install(self, entry: ScheduleEntry, title: str, token: str) -> None:
         """Write an entry's script, and its program if that is the store's."""
         local, program = copy.copy(entry), entry.executable or ""
-        folder = self.db.directory(
-            *PurePosixPath(entry.working_dir).relative_to(self.db.state_dir).parts
-        )
+        parts = PurePosixPath(entry.working_dir).relative_to(self.db.state_dir).parts
+        folder = self.db.directory(*parts)
         if not program.startswith("/"):
             local.executable = str(folder / "program" / program)
             stored = Path(VmResourceStore(db=self.db).get_path(program))
             _write_program(Path(local.executable), stored)
         ours = {"VMRM_VM": self.vm_name, "VMRM_DB": str(self.db.path)}
         local.options = entry.options | {"env": ours | entry.options.get("env", {})}
-        script = call_script(local, title=title, token=token, stage="", placed=[])
-        _write_program(Path(entry.call_arguments_filename), io.BytesIO(script.encode()))
+        script = self.scripts(local, title, token, [])[0]
+        _write_program(Path(script.path), io.BytesIO(script.text.encode()))
 
 
 def _digest(text: str) -> str:
@@ -5792,15 +5757,9 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def guest_of(
-    driver: drivers.AbstractDriver,
-    launch_dir: str = "",
-    seconds: float = 30,
-    patience: float = 300,
-) -> Guest:
-    """Return what is to be known of a connected driver's guest; as `Guest`."""
-    kind = WindowsGuest if driver.is_windows else Guest
-    return kind(driver, launch_dir, seconds, patience)
+def guest_of(driver: drivers.AbstractDriver, *options: Any) -> Guest:
+    """Return the guest of a connected driver; the options are those of `Guest`."""
+    return (WindowsGuest if driver.is_windows else Guest)(driver, *options)
 
 
 # === agenda ======================================================================================
@@ -7024,45 +6983,23 @@ class Staging:
         self._faulty.add(entry.ordinal)
 
     def _stage_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
-        guest = self.vm.guest
-        present = yield from self._list_steps(entries)
-        layout: list[str] = []  # what is to be done with all that was pushed
+        vm, guest, scripts, contents = self.vm, self.vm.guest, list[Script](), dict[str, Staged]()
         for entry in entries:
             try:
                 placed = self._contents(entry)
                 modes = [(staged.sha256, mode) for staged, mode in placed]
-                scripts = guest.scripts(entry, self._title(entry), self.vm.token, modes)
+                scripts += guest.scripts(entry, self._title(entry), vm.token, modes)
+                contents |= {staged.sha256: staged for staged, _ in placed}
             except FileNotFoundError as error:
                 self._not_loadable(entry, f"{error.strerror}: {error.filename}")
             except ValueError as error:
                 self._not_loadable(entry, str(error))
-            else:
-                contents = [staged for staged, _ in placed]
-                layout += yield from self._load_steps(contents, scripts, present)
             _crash("files-loaded")
             yield 0  # what is due goes first
-        path = yield from self._push_steps(text_content(guest.layout(layout)), guest.script_suffix)
-        status = yield from guest.finish(guest.command(path))
-        if status.exitcode != 0:
-            raise VMFailed(f"cannot lay out files in the guest: {printable(status.err)}")
-
-    def _list_steps(self, entries: Iterable[ScheduleEntry]) -> Steps:
-        """Make the stage and return hashes and sizes of what lies there.
-
-        In full, as a reset may cut short what was not synced. An older experiment's folders are
-        moved aside.
-        """
-        vm, guest = self.vm, self.vm.guest
         fresh = not (self._ready or vm.journal.latest())
-        scripts = [guest.flavour(entry.call_arguments_filename) for entry in entries]
-        folders = sorted({script.parent.parent.name for script in scripts})
-        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-        owner = vm.journal.experiment, vm.config["vm_uuid"]
-        status = yield from guest.prepare(old, fresh, *owner, folders)
-        if status.exitcode != 0:
-            raise VMFailed(f"cannot prepare {guest.stage!r}: {printable(status.err)}")
-        listed = _STAGED.findall(status.out.decode(errors="replace").replace("\r\n", "\n"))
-        return {(sha256, int(size)) for size, sha256 in listed}
+        older = sorted({guest.folder(entry).parent.name for entry in entries}) if fresh else ()
+        owner, tell = (vm.journal.experiment, vm.config["vm_uuid"]), vm.patience.progress
+        yield from guest.stage_steps(owner, older, scripts, contents.values(), tell)
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
         """Return what an entry places, each with its file mode."""
@@ -7084,44 +7021,6 @@ class Staging:
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, "the file store has no such file", name)
         return Staged(path.name, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
-
-    def _load_steps(
-        self,
-        contents: list[Staged],
-        scripts: Iterable[tuple[str, str, str]],
-        present: set[tuple[str, int]],
-    ) -> Steps:
-        """Push what the stage lacks; return the lines of the layout that put it in its place."""
-        guest, lines, puts = self.vm.guest, [], []
-        for text, path, user in scripts:
-            staged = text_content(text)
-            line = guest.text(staged.sha256, text)
-            if line is None:
-                contents.append(staged)
-            elif (staged.sha256, staged.size) not in present:
-                present.add((staged.sha256, staged.size))
-                lines.append(line)
-            puts.append(guest.put(staged.sha256, path, user))
-        for staged in contents:
-            if (staged.sha256, staged.size) not in present:
-                yield from self._push_steps(staged)
-                present.add((staged.sha256, staged.size))
-                lines.append(guest.keep(staged.sha256, staged.size))
-        return lines + puts
-
-    def _push_steps(self, staged: Staged, suffix: str = ".part") -> Steps:
-        """Copy a content into the stage; return its path there."""
-        guest = self.vm.guest
-        path = guest.join(guest.stage, staged.sha256 + suffix)
-        with staged.source() as source:
-            try:
-                for sent in guest.driver.push(source, path):
-                    self.vm.patience.progress("staged", staged.sha256, sent >> 20)
-                    yield 0
-            except drivers.AgentError:  # a full disk, for example
-                guest.driver.delete_file(path)
-                raise
-        return path
 
 
 class Transfers:
@@ -7433,12 +7332,9 @@ class EntryRun:
 
     def _send_steps(self) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
-        guest, journal = self.guest, self.vm.journal
-        script = str(self.entry.call_arguments_filename)
-        argv = guest.command(script, self.attempt.claim, guest.token(self.vm.token))
-        journal.check()  # a read: whatever kept the word from us, nothing starts after it
+        self.vm.journal.check()  # a read: whatever kept the word from us, nothing starts after it
         sent, planned = CLOCK.wall(), self._planned()  # a pause may come meanwhile
-        pid = guest.driver.start(argv, capture=guest.captures)
+        pid = self.guest.start(self.entry, self.attempt, self.vm.token)
         _crash("exec-answered")
         yield 0  # what else is due goes first
         self._record_start(sent, pid, planned)
@@ -7513,37 +7409,26 @@ class EntryRun:
     def _look_steps(self, found: Found) -> Steps:
         """Look once how the attempt is; return it as found now, with an exit code if it has ended.
 
-        The agent is asked first, then the guest's own files; an agent that does not know the pid
-        (it was restarted) leaves the probe of the process itself.
+        The agent says whether it has ended, and the guest's own files say how.
         """
-        guest = self.guest
+        guest, status = self.guest, None
         if found.exit_code is not None:
             return found
-        if found.pid is None:
-            return (yield from self._claim_steps())
-        try:
-            status = guest.driver.status(found.pid)
-        except drivers.UnknownPid:
-            guest.check_boot()
-            return (yield from self._claim_steps())
-        self.vm.patience.progress()
-        if not status.exited:
-            return found
-        with contextlib.suppress(drivers.AgentError, ValueError, UnicodeDecodeError):
-            exit_file = guest.driver.read_bytes(guest.join(self.folder, "exit"), limit=64)
-            code, reboot = parse_exit(exit_file.decode())
-            return dataclasses.replace(found, exit_code=code, reboot=reboot)
-        guest.check_boot()  # after a reboot, another program may have this pid
-        left = guest.look([self.folder])[0]
+        with contextlib.suppress(drivers.UnknownPid):
+            if found.pid is not None:
+                status = guest.driver.status(found.pid)
+                self.vm.patience.progress()
+                if not status.exited:
+                    return found
+        left = guest.look_at(self.folder)
         if left.exit_code is not None:
-            return left
-        # A script of ours has nothing to tell the agent once it has made its claim.
+            return dataclasses.replace(left, pid=found.pid)
+        guest.check_boot()  # after a reboot, another program may have this pid
+        if status is None or (left.claimed and guest.refused(status)):  # by a start that was faster
+            return (yield from self._claim_steps())
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = printable(status.err) or "no reason given"
             raise _EntryFailed(f"the {guest.name} did not begin it: {why}")
-        refused = status.err if guest.captures else status.exitcode == CLAIM_FAILED
-        if left.claimed and refused:  # another start of this attempt was faster
-            return (yield from self._claim_steps())
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
         reboot_file = str(self.entry.reboot_filepath)  # the guest's disk was full
@@ -7554,7 +7439,7 @@ class EntryRun:
         """Ask the attempt's own files how it is, and give it a moment to say who it is."""
         deadline = CLOCK.monotonic() + self.vm.timeouts.claim_grace
         while True:
-            found = self.guest.look([self.folder])[0]
+            found = self.guest.look_at(self.folder)
             if found.exit_code is not None or found.alive:
                 return found
             if not found.claimed:
@@ -7618,7 +7503,7 @@ def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> 
         run.attempt = latest[run.entry.ordinal]
     if not (runs := [run for run in runs if run.attempt.is_open]):
         return
-    guest.forbid([run.folder for run in runs])
+    guest.ask("forbid", *(run.folder for run in runs))
     tasks = []
     with contextlib.closing(Agenda()) as agenda:
         for run, found in look_at(guest, runs):
@@ -8383,7 +8268,7 @@ def _code_of_no_start(
         return 255
     if isinstance(error, drivers.CommandDisabled | drivers.CommandMissing):
         return 126
-    return 126 if guest_of(driver).has_program(program) else 127
+    return 126 if guest_of(driver).ask("has-program", program).exitcode == 0 else 127
 
 
 def _push_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import guests
 import pytest
@@ -339,7 +339,7 @@ def pid_in(lab: Lab) -> int:
 
 def test_a_probe_misses_no_end(tmp_path: Path) -> None:
     """Between any two steps of the probe the program may write its exit code and go."""
-    lines = vmrm._SH["probe"].splitlines()
+    lines = vmrm.Guest(cast(Any, None)).argv("probe")[2].splitlines()
     for moment in range(1, len(lines)):
         here = tmp_path / f"attempt.{moment}"
         here.mkdir()
@@ -356,7 +356,7 @@ def test_a_probe_misses_no_end(tmp_path: Path) -> None:
 
 
 def test_a_guest_without_proc_can_tell_who_lives(tmp_path: Path) -> None:
-    script = vmrm._SH["probe"].replace("/proc/", "/no-proc/")
+    script = vmrm.Guest(cast(Any, None)).argv("probe")[2].replace("/proc/", "/no-proc/")
     with subprocess.Popen(["sleep", "60"]) as program:
         (tmp_path / "pid").write_text(f"{program.pid} \n")
         command = ["/bin/sh", "-c", script, "sh", str(tmp_path)]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tables
@@ -166,7 +166,7 @@ def test_an_entry_runs_in_a_guest_without_proc(tmp_path: Path) -> None:
     entry = vmrm.ScheduleEntry.from_dict(sh(1, "echo ran"), 1)
     entry.working_dir, entry.reboot_filepath = tmp_path, tmp_path / "reboot"
     entry.call_arguments_filename = tmp_path / "call_arguments.sh"
-    script = vmrm.call_script(entry, title="", token="t1", stage="/", placed=[])  # noqa: S106
+    script = vmrm.Guest(cast(Any, None)).scripts(entry, "", "t1", [])[0].text
     (tmp_path / "call_arguments.sh").write_text(script.replace("/proc/", "/no-proc/"))
     command = ["/bin/sh", str(tmp_path / "call_arguments.sh"), "attempt.1", "t1"]
     subprocess.run(command, timeout=10, check=False, start_new_session=True)
@@ -187,7 +187,7 @@ def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path: Path) -> 
     (tmp_path / "kept").touch()
     (tmp_path / "gone").touch()
     # What find has found is gone when stat looks.
-    script = vmrm._SH["list"].replace("quick=yes", ":")
+    script = vmrm.Guest(cast(Any, None)).argv("list")[2].replace("quick=yes", ":")
     script = script.replace("kind=f;", 'rm -f "${path%/*}/gone"; kind=f;')
     command = ["/bin/sh", "-c", script, "sh", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import grp
+import io
 import json
 import os
 import pwd
@@ -19,12 +21,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import pytest
 from conftest import unavailable
 from hypothesis import given
 from hypothesis import strategies as st
 
+import drivers
 import vmrm
 from vmrm import CLAIM_FAILED, PLACE_FAILED, ScheduleEntry
 
@@ -55,6 +59,28 @@ def need_mounts() -> None:
         pytest.skip("no mount namespaces here")
 
 
+class LocalGuest(vmrm.Guest):
+    """vmrm's idea of a `Guest`, whose programs run here and now."""
+
+    def __init__(self, world: Guest, launch: Path | None = None) -> None:
+        super().__init__(cast(Any, self), str(launch or world.launch))
+        self.world = world
+
+    def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> vmrm.Steps:
+        yield 0
+        done = subprocess.run(
+            [*self.world.shell, *argv],
+            input=lines.encode(),
+            capture_output=True,
+            env=self.world.environment,
+            check=False,
+        )
+        return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
+
+    def push(self, source: BinaryIO, path: str) -> Iterator[int]:
+        yield Path(path).write_bytes(source.read())
+
+
 @dataclass
 class Guest:
     """A directory that plays the guest's disk, and the shell that runs what is laid out in it."""
@@ -69,33 +95,32 @@ class Guest:
         entry.working_dir = place / "work" if entry.options.get("user") else place
         entry.call_arguments_filename = place / "call_arguments.sh"
         entry.reboot_filepath = entry.working_dir / "reboot"
-        stage = self.launch / ".stage"
-        stage.mkdir(exist_ok=True)
         contents = [vmrm.text_content(item["content"]) for item in entry.items("content")]
         modes = ["755" if item["executable"] else "644" for item in entry.items("content")]
-        script = vmrm.text_content(
-            vmrm.call_script(
-                entry,
-                title=title,
-                token=TOKEN,
-                stage=str(stage),
-                placed=[(c.sha256, mode) for c, mode in zip(contents, modes, strict=True)],
-            )
+        placed = [(c.sha256, mode) for c, mode in zip(contents, modes, strict=True)]
+        self.stage(self.guest.scripts(entry, title, TOKEN, placed), contents)
+
+    @property
+    def guest(self) -> vmrm.Guest:
+        return LocalGuest(self)
+
+    def stage(
+        self,
+        scripts: Sequence[vmrm.Script] = (),
+        contents: Sequence[vmrm.Staged] = (),
+        owner: tuple[str, str] = ("1-1.0", "uuid1"),
+        aside: Sequence[str] = (),
+        launch: Path | None = None,
+    ) -> None:
+        """Stage what entries need, as a handler does."""
+        steps = LocalGuest(self, launch).stage_steps(
+            owner, aside, scripts, contents, lambda *_: None
         )
-        scripts = [(script, entry.call_arguments_filename, "")]
-        if user := entry.options.get("user"):
-            commands = vmrm.text_content(vmrm.run_commands(entry) + "\n")
-            scripts.append((commands, vmrm._run_script_path(entry), user))
-        layout = [vmrm._LAYOUT_HEAD.format(stage=shlex.quote(str(stage)))]
-        for staged in {c.sha256: c for c in [*contents, *(s for s, _, _ in scripts)]}.values():
-            (stage / f"{staged.sha256}.part").write_bytes(staged.source().read())
-            layout.append(f"keep {staged.sha256} {staged.size}")
-        for staged, path, user in scripts:
-            words = shlex.join([str(path), user, str(entry.working_dir)])
-            layout.append(f"script {staged.sha256} {words}")
-        done = self.sh("\n".join(layout))
-        if done.returncode:
-            raise RuntimeError(done.stderr.decode())
+        vmrm.run_steps(steps, time.sleep)
+
+    def ask(self, verb: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """Ask what a verb asks for, as a handler does."""
+        return self.sh(self.guest.argv(verb)[2], *words)
 
     def sh(self, script: str, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a script with arguments, as the agent does for a handler."""
@@ -129,7 +154,7 @@ class Guest:
 
     def found(self, *attempts: int) -> list[vmrm.Found]:
         """Return what the probe says of attempts."""
-        done = self.sh(vmrm._SH["probe"], *(f"{self.launch}/-5/prog/attempt.{n}" for n in attempts))
+        done = self.ask("probe", *(f"{self.launch}/-5/prog/attempt.{n}" for n in attempts))
         return [vmrm.parse_found(line) for line in done.stdout.decode().splitlines()]
 
     @property
@@ -307,7 +332,7 @@ def test_a_program_runs_as_the_user_of_the_entry(guest: Guest) -> None:
 
 
 def test_a_user_who_does_not_exist_is_told_when_laying_out(guest: Guest) -> None:
-    with pytest.raises(RuntimeError, match="nosuchuser"):
+    with pytest.raises(vmrm.VMFailed, match="nosuchuser"):
         guest.install(program("true", user="nosuchuser"))
 
 
@@ -459,36 +484,58 @@ def test_a_second_attempt_places_the_files_again(guest: Guest) -> None:
 
 
 def test_a_content_that_arrived_damaged_is_refused(guest: Guest) -> None:
-    stage = guest.launch / ".stage"
-    stage.mkdir()
-    content = vmrm.text_content("the content")
-    head = vmrm._LAYOUT_HEAD.format(stage=shlex.quote(str(stage)))
-    for data in (b"the c0ntent", b"the conten", b"the content!", b""):
-        (stage / f"{content.sha256}.part").write_bytes(data)
-        done = guest.sh(f"{head}\nkeep {content.sha256} {content.size}\ntouch went-on")
-        assert done.returncode == 1
-        assert b"arrived damaged" in done.stderr
-        assert list(stage.iterdir()) == []
-    (stage / f"{content.sha256}.part").write_bytes(b"the content")
-    assert guest.sh(f"{head}\nkeep {content.sha256} {content.size}").returncode == 0
-    assert [path.name for path in stage.iterdir()] == [content.sha256]
+    stage, size = guest.launch / ".stage", 1 << 13
+    content = vmrm.text_content("x" * size)  # too long for a line
+    for data in (b"x" * (size - 1) + b"y", b"x" * (size - 1), b"x" * (size + 1), b""):
+        damaged = dataclasses.replace(content, source=functools.partial(io.BytesIO, data))
+        with pytest.raises(vmrm.VMFailed, match="arrived damaged"):
+            guest.stage([], [damaged])
+        assert [path.name for path in stage.iterdir()] == ["of.1-1.0"]
+    guest.stage([], [content])
+    assert {path.name for path in stage.iterdir()} == {"of.1-1.0", content.sha256}
 
 
-def test_preparing_lists_the_stage_and_moves_an_older_experiment_aside(guest: Guest) -> None:
-    stage = guest.launch / ".stage"
+def test_a_content_is_brought_once_and_an_older_experiment_is_moved_aside(guest: Guest) -> None:
     for folder in ("-5", "10", "other"):
         (guest.launch / folder).mkdir()
         (guest.launch / folder / "old").touch()
-    owner = "1-1.0", "uuid1"
-    done = guest.sh(vmrm._SH["prepare"], str(stage), "then", "keep", *owner, "-5", "10")
-    assert (done.returncode, vmrm._STAGED.findall(done.stdout.decode())) == (0, [])
+    content = vmrm.text_content("x" * (1 << 13))
+    guest.stage([], [content])
     assert (guest.launch / "-5" / "old").exists()
-    (stage / ("a" * 64)).write_text("12345")
-    done = guest.sh(vmrm._SH["prepare"], str(stage), "then", "fresh", *owner, "-5", "10", "77")
-    listed = vmrm._STAGED.findall(done.stdout.decode())
-    assert (done.returncode, listed) == (0, [("5", "a" * 64)])
-    left = {str(path.relative_to(guest.launch)) for path in guest.launch.rglob("old")}
-    assert left == {".previous/then/-5/old", ".previous/then/10/old", "other/old"}
+    nothing = dataclasses.replace(content, source=lambda: io.BytesIO(b""))
+    guest.stage([], [nothing], aside=["-5", "10", "77"])
+    left = {path.relative_to(guest.launch).parts[-3:] for path in guest.launch.rglob("old")}
+    assert {(parts[0] == "other", *parts[-2:]) for parts in left} == {
+        (False, "-5", "old"),
+        (False, "10", "old"),
+        (True, "other", "old"),
+    }
+    assert {p.relative_to(guest.launch).parts[0] for p in guest.launch.rglob("10/old")} == {
+        ".previous"
+    }
+
+
+def test_what_is_cut_short_is_not_done(guest: Guest) -> None:
+    """The lines of a layout come by a pipe, whose writer may die at any byte."""
+    entry = shell_program("true")
+    guest.install(entry)
+    path = Path(str(entry.call_arguments_filename))
+    before, sent = path.read_text(), list[str]()
+
+    class Noting(LocalGuest):
+        def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> vmrm.Steps:
+            sent.append(lines)
+            return (yield from super().finish(argv, more, lines))
+
+    noting = Noting(guest)
+    script = vmrm.Script("changed", str(path))
+    vmrm.run_steps(noting.stage_steps(("1-1.0", "uuid1"), [], [script], [], print), time.sleep)
+    assert path.read_text() == "changed"
+    path.write_text(before)
+    argv = noting.argv("lay-out", noting.stage, "1-1.0", "uuid1", "old")
+    for end in range(1, len(sent[0].rstrip()), 7):
+        vmrm.run_steps(LocalGuest(guest).finish(argv, 0, sent[0][:end]), time.sleep)
+        assert path.read_text() == before, end
 
 
 def test_an_agents_user_has_its_home_for_itself_if_its_group_is_its_own(guest: Guest) -> None:
@@ -509,25 +556,26 @@ def test_an_agents_user_has_its_home_for_itself_if_its_group_is_its_own(guest: G
             "--clear-groups",
         ]
         agent = Guest(guest.launch, [*guest.shell, *become], guest.path)
+        told = ""
+        try:
+            agent.stage(launch=home / "launch")
+        except vmrm.VMFailed as error:
+            told = str(error)
         stage = home / "launch" / ".stage"
-        done = agent.sh(vmrm._SH["prepare"], str(stage), "then", "keep", "1-1.0", "uuid")
-        assert (done.returncode, stage.exists()) == (code, code == 0), (group, mode, done.stderr)
+        assert (bool(told), stage.exists()) == (code == 1, code == 0), (group, mode, told)
         if stage.exists():
             shutil.rmtree(stage.parent)
         else:
-            assert f"{home} " in done.stderr.decode()
+            assert f"{home} " in told
             (home / "launch").rmdir()
 
 
 def test_a_launch_directory_belongs_to_one_vm_of_an_experiment(guest: Guest) -> None:
-    def prepare(experiment: str, vm: str) -> int:
-        words = str(guest.launch / ".stage"), "then", "fresh", experiment, vm
-        return guest.sh(vmrm._SH["prepare"], *words).returncode
-
-    assert prepare("1-1.0", "uuid1") == 0
-    assert prepare("1-1.0", "uuid2") == 1
-    assert prepare("1-1.0", "uuid1") == 0
-    assert prepare("2-2.0", "uuid2") == 0, "a later experiment may have it"
+    guest.stage(owner=("1-1.0", "uuid1"))
+    with pytest.raises(vmrm.VMFailed, match="used by another VM"):
+        guest.stage(owner=("1-1.0", "uuid2"))
+    guest.stage(owner=("1-1.0", "uuid1"))
+    guest.stage(owner=("2-2.0", "uuid2"))  # a later experiment may have it
 
 
 # === Full disks ==================================================================================
@@ -635,7 +683,7 @@ def test_a_program_has_a_process_group_of_its_own_and_killing_it_leaves_nobody(
         groups = {os.getpgid(pid) for pid in family}
         assert groups == {process.pid}
         assert process.pid != os.getpgid(0)
-        assert guest.sh(vmrm._SH["signal"], "KILL", str(process.pid)).returncode == 0
+        assert guest.ask("signal", "KILL", str(process.pid)).returncode == 0
         eventually(lambda: all(gone(pid) for pid in family))
         # Not waited for yet, the script is a zombie: ended all the same.
         assert guest.found(1) == [vmrm.Found(True, None, False, process.pid, False)]
@@ -646,7 +694,7 @@ def test_term_lets_a_program_clean_up(guest: Guest) -> None:
     guest.install(entry)
     with guest.start(entry) as process:
         pids(guest, entry, 1)
-        guest.sh(vmrm._SH["signal"], "TERM", str(process.pid))
+        guest.ask("signal", "TERM", str(process.pid))
     eventually(lambda: guest.left("out") == "cleaned\n")  # the script itself ends at once
 
 
@@ -655,7 +703,7 @@ def test_killing_what_is_gone_is_an_error_and_harms_nobody(guest: Guest) -> None
     guest.install(entry)
     guest.run(entry)
     pid = guest.found(1)[0].pid
-    assert guest.sh(vmrm._SH["signal"], "TERM", str(pid)).returncode != 0
+    assert guest.ask("signal", "TERM", str(pid)).returncode != 0
 
 
 def test_the_probe_tells_none_ended_alive_and_gone_apart(guest: Guest) -> None:

@@ -6,6 +6,7 @@ written by other people, runs the very same files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ TOKEN = "u-1.1.1"  # noqa: S105 (a word, no secret)
 class PlayedGuest(vmrm.WindowsGuest):
     """A guest with nothing else to do while a program of ours runs."""
 
-    def finish(self, argv: Sequence[str], more: float = 0.0) -> vmrm.Steps:
+    def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> vmrm.Steps:
         yield 0
         return self.driver.run(argv)
 
@@ -118,16 +119,13 @@ class Player:
 
     def run(self, argv: Sequence[str], timeout: float = 0) -> drivers.ExecStatus:
         command = ["wine", *argv]
-        if not self.wine:
+        if not self.wine or argv[0] == "powershell.exe":
             command = windows_agent.played(self.root, "boot", argv)
         done = subprocess.run(command, capture_output=True, cwd=self.root, env=self.environment)
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
 
     def push(self, source: BinaryIO, path: str) -> Generator[int, None, None]:
         yield self.place(path).write_bytes(source.read())
-
-    def create_directories(self, path: str) -> None:
-        self.place(path).mkdir(parents=True, exist_ok=True)
 
     def delete_file(self, path: str) -> None:
         self.place(path).unlink()
@@ -140,28 +138,22 @@ class Player:
         entry.working_dir, entry.ordinal = place, number
         entry.call_arguments_filename = place / "call_arguments.bat"
         entry.reboot_filepath = place / "reboot"
-        self.create_directories(self.guest.stage)
         contents = [
             vmrm.text_content(self.guest.content(item["location"], item["content"]))
             for item in entry.items("content")
         ]
         placed = [(content.sha256, "644") for content in contents]
-        lines = []
-        for text, path, _ in self.guest.scripts(entry, "a % & title", TOKEN, placed):
-            contents.append(vmrm.text_content(text))
-            lines.append(self.guest.put(contents[-1].sha256, path, ""))
-        keeps = []
-        for content in {content.sha256: content for content in contents}.values():
-            path = self.guest.join(self.guest.stage, f"{content.sha256}.part")
-            list(self.push(content.source(), path))
-            keeps.append(self.guest.keep(content.sha256, content.size))
-        status = self.lay_out([*keeps, *lines])
-        assert (status.exitcode, status.err) == (0, b"")
+        self.stage(self.guest.scripts(entry, "a % & title", TOKEN, placed), contents)
 
-    def lay_out(self, lines: list[str]) -> drivers.ExecStatus:
-        path = self.guest.join(self.guest.stage, "layout.bat")
-        self.place(path).write_text(self.guest.layout(lines), newline="")
-        return self.run(self.guest.command(path))
+    def stage(
+        self,
+        scripts: Sequence[vmrm.Script] = (),
+        contents: Sequence[vmrm.Staged] = (),
+        owner: tuple[str, str] = ("7.5", "vm 1"),
+        aside: Sequence[str] = (),
+    ) -> None:
+        steps = self.guest.stage_steps(owner, aside, scripts, contents, lambda *_: None)
+        vmrm.run_steps(steps, time.sleep)
 
     def start(self, entry: ScheduleEntry, attempt: int = 1, token: str = TOKEN) -> int | None:
         """Run an attempt to its end; return its exit code."""
@@ -347,42 +339,30 @@ def test_a_directory_in_a_files_place_and_a_missing_one_are_failures(player: Pla
 
 
 def test_a_content_that_arrived_damaged_is_refused(player: Player) -> None:
-    player.create_directories(player.guest.stage)
-    path = player.place(player.guest.join(player.guest.stage, "0" * 64 + ".part"))
-    path.write_text("12345")
-    status = player.lay_out([player.guest.keep("0" * 64, 6)])
-    assert status.exitcode == 1
-    assert b"damaged" in status.err
-    assert player.lay_out([player.guest.keep("0" * 64, 5)]).exitcode == 0
-    assert path.with_suffix("").read_text() == "12345"
-
-
-def prepared(player: Player, *words: Any) -> drivers.ExecStatus:
-    """Prepare a guest's stage, with nothing else to do meanwhile."""
-    steps = player.guest.prepare(*words)
-    return cast(drivers.ExecStatus, vmrm.run_steps(steps, time.sleep))
+    content = vmrm.text_content("12345")
+    with pytest.raises(vmrm.VMFailed, match="damaged"):
+        player.stage([], [dataclasses.replace(content, size=6)])
+    player.stage([], [content])
+    path = player.place(player.guest.join(player.guest.stage, content.sha256))
+    assert path.read_text() == "12345"
 
 
 def test_a_stage_has_one_owner_and_moves_older_folders_aside(player: Player) -> None:
     player.place("X:\\a launch\\-5\\prog").mkdir(parents=True)
-    first = prepared(player, "then", False, "7.5", "vm 1", ["-5"])
-    listed = [line.split() for line in first.out.splitlines()]
-    assert first.exitcode == 0
-    assert len({size for size, name in listed if name == b"of.7.5"}) == 1
-    again = prepared(player, "then", True, "7.5", "vm 1", ["-5", "10"])
-    assert (again.exitcode, again.err) == (0, b"")
-    assert player.place("X:\\a launch\\.previous\\then\\-5\\prog").is_dir()
-    other = prepared(player, "later", True, "7.5", "vm 2", ["-5"])
-    assert other.exitcode == 1
-    assert b"used by another VM" in other.err
-    assert prepared(player, "later", True, "8", "vm 2", []).exitcode == 0
+    player.stage()
+    player.stage(aside=["-5", "10"])
+    (moved,) = player.place("X:\\a launch\\.previous").glob("*/*")
+    assert moved.name == "-5"
+    with pytest.raises(vmrm.VMFailed, match="used by another VM"):
+        player.stage(owner=("7.5", "vm 2"))
+    player.stage(owner=("8", "vm 2"))
 
 
 def test_a_launch_directory_that_needs_quotes_of_another_kind_is_refused() -> None:
     for launch in ("C:\\a&b", "launch", "C:", "C:x", "\\\\host\\share", "C:\\%x%"):
         with pytest.raises(vmrm.VMFailed, match="launch_dir"):
             guest = vmrm.WindowsGuest(cast(Any, None), launch)
-            next(guest.prepare("", True, "1", "", []))
+            next(guest.stage_steps(("1", ""), [], [], [], lambda *_: None))
 
 
 # === experiments on a played Windows =============================================================

@@ -113,7 +113,7 @@ class Windows:
             except ProcessLookupError:
                 return 128
             return 0
-        return int(getattr(self, f"ps_{words[0]}")(*words[1:]) or 0)
+        return int(getattr(self, f"ps_{words[0]}".replace("-", "_"))(*words[1:]) or 0)
 
     def _matches(self, path: str) -> Sequence[Path]:
         place = Path(self.host(path))
@@ -171,6 +171,55 @@ class Windows:
 
     def ps_copy(self, source: str, target: str) -> None:
         shutil.copyfile(self.host(source), self.host(target))
+
+    def ps_lay_out(
+        self, stage: str, experiment: str, vm: str, old: str, told: str, *aside: str
+    ) -> int:
+        here = Path(self.host(stage))
+        here.mkdir(parents=True, exist_ok=True)
+        here.parent.chmod(0o700)
+        (here / f"new.{old}").write_text(vm)
+        with contextlib.suppress(FileExistsError):
+            (here / f"of.{experiment}").hardlink_to(here / f"new.{old}")
+        (here / f"new.{old}").unlink()
+        if (here / f"of.{experiment}").read_text() != vm:
+            print("this launch directory is used by another VM", file=sys.stderr)
+            return 1
+        for name in aside:
+            if (here.parent / name).exists():
+                before = here.parent / ".previous" / old
+                before.mkdir(parents=True, exist_ok=True)
+                (here.parent / name).rename(before / name)
+        for line in Path(self.host(told)).read_text().splitlines() if told else ():
+            verb, content, word = line.split("\t")
+            part = here / f"{content}.part"
+            if verb == "script":
+                place = Path(self.host(word))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(here / content, place)
+            elif part.stat().st_size != int(word):
+                print(f"{content} arrived damaged", file=sys.stderr)
+                return 1
+            else:
+                part.rename(here / content)
+        for place in here.iterdir():
+            print(place.stat().st_size, place.name)
+        return 0
+
+    def ps_forbid(self, *directories: str) -> None:
+        for here in directories:
+            with contextlib.suppress(FileExistsError):
+                Path(self.host(here)).mkdir()
+                Path(self.host(here), "exit").write_text("125 0")
+
+    def ps_signal(self, _name: str, pid: str) -> int:
+        self.play("taskkill", f"/T /F /PID {pid}")
+        return 1
+
+    def ps_has_program(self, program: str) -> int:
+        with contextlib.suppress(OSError):
+            return int(not Path(self.host(program)).exists())
+        return 1
 
     def ps_probe(self, *directories: str) -> None:
         running: dict[int, str] = {}
