@@ -5767,27 +5767,21 @@ def guest_of(driver: drivers.AbstractDriver, *options: Any) -> Guest:
 Steps = Generator["float | Sequence[Task]", None, Any]
 
 
+@dataclasses.dataclass(eq=False)
 class Task:
     """A generator on the agenda: it yields seconds to sleep (inf: until woken), or who to await."""
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
-        self.begun = self.done = False
-        self.waiting: list[Task] = []  # who awaits this one
-        self.when = math.inf
-        self.awaited = 0  # how many others this one awaits
-        self.result: Any = None  # what its generator returned
-
-    def __repr__(self) -> str:
-        return f"<task {self.steps}{' done' if self.done else ''}>"
+    steps: Steps
+    when: float = math.inf
+    begun: bool = False
+    done: bool = False
+    result: Any = None  # what its generator returned
+    awaited: int = 0  # how many others this one awaits
+    waiting: list[Task] = dataclasses.field(default_factory=list, repr=False)  # who awaits this one
 
 
 class Agenda:
-    """A heap of due tasks. Moved ones are left in the heap and skipped when they surface.
-
-    Args:
-        clock: Says what time it is; only its monotonic time is used.
-    """
+    """A heap of due tasks. Moved ones are left in the heap and skipped when they surface."""
 
     def __init__(self, clock: Clock = CLOCK) -> None:
         self.clock = clock
@@ -5807,18 +5801,18 @@ class Agenda:
         """Put a generator on the agenda, due at monotonic time `at` (None: now)."""
         task = Task(steps)
         self._open[task] = None
-        self._push(task, self.clock.monotonic() if at is None else at)
+        self._push(task, at)
         return task
 
     def wake(self, task: Task) -> None:
         """Make a task due now, if it sleeps; one that awaits others goes on awaiting them."""
-        if not task.done and not self._awaits(task):
-            self._push(task, self.clock.monotonic())
+        if not task.done and not task.awaited:
+            self._push(task)
 
     def cancel(self, task: Task) -> None:
         """End a task that has not begun."""
         task.steps.close()
-        self._finish(task)
+        self._end(task)
 
     def next_due(self) -> float:
         """Return the monotonic time at which something is due, inf if nothing ever is."""
@@ -5836,9 +5830,16 @@ class Agenda:
             wish = next(task.steps)
         except StopIteration as end:
             task.result = end.value
-            self._finish(task)
+            self._end(task)
+            return
+        if isinstance(wish, int | float):
+            self._push(task, self.clock.monotonic() + wish)
+        elif others := [other for other in wish if not other.done]:
+            task.when, task.awaited = math.nan, len(others)  # neither due nor to be woken
+            for other in others:
+                other.waiting.append(task)
         else:
-            self._obey(task, wish)
+            self._push(task)
 
     def finish(self, task: Task, wait: Callable[[float], object]) -> Any:
         """Run what is due, waiting in between, until a task is done; return what it returns."""
@@ -5848,33 +5849,17 @@ class Agenda:
             self.run_next()
         return task.result
 
-    def _obey(self, task: Task, wish: float | Sequence[Task]) -> None:
-        if isinstance(wish, int | float):
-            self._push(task, self.clock.monotonic() + wish)
-            return
-        open_tasks = [other for other in wish if not other.done]
-        if not open_tasks:
-            self._push(task, self.clock.monotonic())
-            return
-        task.when = math.nan  # awaits: neither due nor to be woken
-        task.awaited = len(open_tasks)
-        for other in open_tasks:
-            other.waiting.append(task)
-
-    def _finish(self, task: Task) -> None:
+    def _end(self, task: Task) -> None:
         task.done = True
         self._open.pop(task, None)
         for waiting in task.waiting:
             waiting.awaited -= 1
-            if waiting.awaited == 0:
-                self._push(waiting, self.clock.monotonic())
+            if not waiting.awaited:
+                self._push(waiting)
 
-    def _awaits(self, task: Task) -> bool:
-        return math.isnan(task.when)
-
-    def _push(self, task: Task, when: float) -> None:
-        task.when = when
-        heapq.heappush(self._heap, (when, next(self._count), task))
+    def _push(self, task: Task, when: float | None = None) -> None:
+        task.when = self.clock.monotonic() if when is None else when
+        heapq.heappush(self._heap, (task.when, next(self._count), task))
 
 
 # === schedule updater ============================================================================
