@@ -6169,19 +6169,13 @@ class Listed:
 
     @property
     def copy_mtime_ns(self) -> int:
-        """The modification time of the host's copy, by which it is recognised, in nanoseconds.
-
-        The guest's, plus half a second if the file may change again within that very second.
-        """
+        """The modification time of the host's copy, by which it is recognised, in nanoseconds."""
+        # Half a second more if the file may change again within that very second.
         return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
 
 
 def parse_listed(record: bytes) -> Listed:
-    """Return one record of the guest's list.
-
-    Raises:
-        ValueError: it is no such record, or its path is not text that an agent could be sent.
-    """
+    """Return one record of the guest's list. Raises ValueError if it is none, or no path of text."""
     if len(record) > MAX_PATH_BYTES + 100:
         raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
     kind = rb"([fd]) ([0-7]{1,5}) (\d{1,18}) "
@@ -6200,11 +6194,7 @@ _FACTS = re.compile(r"-((?:[r-][w-][xsStT-]){3})\S* +\d+ +\d+ +\d+ +(\d{1,18}) "
 
 
 def parse_facts(text: str) -> tuple[int, int]:
-    """Return mode and size of a regular file as the guest tells them.
-
-    Raises:
-        VmrmError: it is another kind of file, or the guest tells something else.
-    """
+    """Return mode and size of a file as the guest tells them. Raises VmrmError if it is no file."""
     if text[:1] in tuple("dbcpls"):
         raise VmrmError("it is not a file")
     match = _FACTS.match(text)
@@ -6215,12 +6205,9 @@ def parse_facts(text: str) -> tuple[int, int]:
 
 
 def safe_parts(path: str) -> list[str]:
-    """Return the components of a guest's absolute path, none of which leads elsewhere.
+    """Return a guest's absolute path as components, of `C:\\logs\\a` C, logs and a.
 
-    Those of `C:\\logs\\a.log` are C, logs and a.log.
-
-    Raises:
-        ValueError: one of them does, or they are too many.
+    Raises ValueError if one of them leads elsewhere, or they are too many.
     """
     if drive := re.match(r"([A-Za-z]):\\", path):
         parts = [drive[1].upper(), *path[3:].split("\\")]
@@ -6236,11 +6223,8 @@ def safe_parts(path: str) -> list[str]:
 
 
 def broken_copies(top: Path) -> Iterator[Path | None]:
-    """Yield each temporary file of a copy below a directory, and for each directory None.
-
-    No copy lies deeper than `MAX_PATH_PARTS`; whatever is there is not looked at.
-    """
-    folders = [(os.fspath(top), 0)]
+    """Yield each temporary file of a copy below a directory, and for each directory None."""
+    folders = [(os.fspath(top), 0)]  # no copy lies deeper than MAX_PATH_PARTS
     while folders:
         folder, depth = folders.pop()
         yield None
