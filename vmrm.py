@@ -4941,7 +4941,7 @@ exit 0
 _PS = {
     "lay-out": drivers.STOP_PS
     + r"""
-$stage, $experiment, $vm, $old, $lines, $aside = $w
+$stage, $experiment, $vm, $old, $aside = $w; $lines = "lines.$old"
 function fail($why) { [Console]::Error.WriteLine($why); exit 1 }
 function folder($path) { [void](New-Item -ItemType Directory -Force -Path $path) }
 function move($from, $to) { Move-Item -Force -LiteralPath $from -Destination $to }
@@ -4962,7 +4962,7 @@ foreach ($name in $aside) {
         move "..\$name" "..\.previous\$old"
     }
 }
-foreach ($line in $(if ($lines) { [IO.File]::ReadAllLines($lines) })) {
+foreach ($line in Get-Content -Encoding UTF8 -LiteralPath $lines -ErrorAction Ignore) {
     $verb, $content, $word = $line.Split([char]9)
     if ($verb -eq 'script') {
         folder (Split-Path -Parent $word)
@@ -4974,7 +4974,7 @@ foreach ($line in $(if ($lines) { [IO.File]::ReadAllLines($lines) })) {
         move "$content.part" $content
     }
 }
-if ($lines) { Remove-Item -LiteralPath $lines }
+Remove-Item -LiteralPath $lines -ErrorAction Ignore
 Get-ChildItem -File | ForEach-Object { '{0} {1}' -f $_.Length, $_.Name }
 """,
     "probe": r"""
@@ -5056,7 +5056,7 @@ Move-Item -Force -LiteralPath $w[0] -Destination $w[1]
 }
 
 _STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})\r?$", re.MULTILINE | re.ASCII)
-_LINES_BYTES = 1 << 16  # of one request: while an agent reads it, nothing else begins
+_LINES_AT_ONCE = 32  # while an agent reads them, nothing else begins
 _TEXT_BYTES = 1 << 12  # a content that is no longer costs less as a line than as a file
 _NOT_PLAIN = re.compile(r"[^ -~]")
 
@@ -5448,21 +5448,15 @@ class Guest:
     def _lay_out_steps(
         self, owner: tuple[str, str], aside: Iterable[str], lines: Sequence[str]
     ) -> Steps:
-        """Do what lines say; return names and sizes of what lies in the stage."""
-        rest = list(lines)
-        while True:
-            batch, size = [], 0
-            while rest and size < _LINES_BYTES:
-                batch.append(rest.pop(0))
-                size += len(batch[-1])
+        """Do what lines say, some at a time; return names and sizes of what lies in the stage."""
+        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+        for at in range(0, len(lines), _LINES_AT_ONCE):
             # What is cut short in a brace is no command, so nothing of it is done.
-            told = "\n".join(["{", *batch, "}\n"]) if batch else ""
-            old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
-            argv = self.argv("lay-out", self.stage, *owner, old, *aside)
-            present = self._in_stage((yield from self.finish(argv, lines=told)))
-            aside = ()
-            if not rest:
-                return present
+            told = "\n".join(["{", *lines[at : at + _LINES_AT_ONCE], "}\n"])
+            words = self.stage, *owner, old, *(() if at else aside)
+            status = yield from self.finish(self.argv("lay-out", *words), lines=told)
+            present = self._in_stage(status)
+        return present
 
     def _in_stage(self, status: drivers.ExecStatus) -> set[tuple[str, int]]:
         if status.exitcode != 0:
@@ -5525,7 +5519,7 @@ class Guest:
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
     ) -> Iterator[int]:
-        """Copy a file of the guest to `sink`, as the driver's method of this name does."""
+        """Copy a file of the guest to `sink`, yielding its growing size."""
         return self.driver.pull(path, sink, offset=offset, limit=limit)
 
 
@@ -5562,27 +5556,23 @@ class WindowsGuest(Guest):
     flavour = PureWindowsPath
 
     def argv(self, verb: str, *words: str) -> list[str]:
-        """Return the command that does, or tells, what a verb of our table of scripts says."""
         return drivers.powershell(_PS[verb], *words)
 
     def command(self, script: str, *words: str) -> list[str]:
-        """Return the words that run a batch file; the agent puts quotes around a path with blanks,
-        which cmd.exe takes for what they are since nothing else in it needs quotes."""
+        # The agent puts quotes around a path with blanks; cmd.exe takes them for what they are, for
+        # nothing else in it needs quotes.
         return ["cmd.exe", "/d", "/c", script, *words]
 
     def content(self, location: str, text: str) -> str:
-        """Return a text; that of a batch file gets CR LF, everything else stays as it is."""
         is_batch = PureWindowsPath(location).suffix.lower() in _BATCHES
         return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
 
     def token(self, token: str) -> str:
-        """Return a word by which a script of ours knows its experiment."""
         return _digest(token)
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
     ) -> list[Script]:
-        """Return the batch files of an entry."""
         if "user" in entry.options:
             raise WrongValue("user is for POSIX guests; Windows lets nobody become another so")
         script = _CALL_BATCH.format(
@@ -5637,7 +5627,6 @@ class WindowsGuest(Guest):
     def _carried(
         self, scripts: Iterable[Script], contents: Iterable[Staged]
     ) -> tuple[list[str], list[Staged], list[str]]:
-        """Return what must be pushed, scripts too: none of them can be a word of a line."""
         texts = [(text_content(script.text), script.path) for script in scripts]
         lines = [self._line("script", staged.sha256, path) for staged, path in texts]
         return [], [*contents, *(staged for staged, _ in texts)], lines
@@ -5648,34 +5637,22 @@ class WindowsGuest(Guest):
     def _lay_out_steps(
         self, owner: tuple[str, str], aside: Iterable[str], lines: Sequence[str]
     ) -> Steps:
-        """Do what lines say; return names and sizes of what lies in the stage."""
         if not _PLAIN_LAUNCH.fullmatch(self.launch):
             raise VMFailed(
                 f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
             )
-        experiment, vm = owner
-        old, told = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}", ""
+        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
         if lines:
-            told = f"lines.{old}"
             text = text_content("\n".join(lines))
-            yield from self._push_steps(text, told, lambda *_: None)
-        words = (
-            self.stage,
-            experiment,
-            _digest(vm),
-            old,
-            told and self.join(self.stage, told),
-            *aside,
-        )
+            yield from self._push_steps(text, f"lines.{old}", lambda *_: None)
+        words = self.stage, *owner, old, *aside
         return self._in_stage((yield from self.finish(self.argv("lay-out", *words))))
 
     def refused(self, status: drivers.ExecStatus) -> bool:
-        """Whether a batch file that has ended did not begin."""
         return status.exitcode == CLAIM_FAILED
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
-        """Return a piece of a file; only at last of a copy, if a program still holds it."""
-        if not last:
+        if not last:  # else of a copy, if a program still holds it
             return self.driver.read_bytes(path, limit=limit, offset=offset)
         sink = io.BytesIO()
         for _ in self.pull(path, sink, offset=offset, limit=limit):
@@ -5685,10 +5662,7 @@ class WindowsGuest(Guest):
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
     ) -> Iterator[int]:
-        """Copy a file of the guest to `sink`; of one that is being written, a copy of that.
-
-        The agent opens no file that somebody else has open for writing; other programs do.
-        """
+        # The agent opens no file that somebody else has open for writing; other programs do.
         begin = sink.tell()
         try:
             yield from self.driver.pull(path, sink, offset=offset, limit=limit)
@@ -5726,11 +5700,9 @@ class HostGuest(Guest):
         """Do nothing: this process would not have outlived it."""
 
     def runs(self, entry: ScheduleEntry) -> bool:
-        """Whether an entry is to run here."""
         return entry.on_host
 
     def name_places(self, entries: Iterable[ScheduleEntry]) -> None:
-        """Give all entries that run here their places."""
         folder = PurePosixPath(self.db.state_dir) / "host" / self.run / self.vm_name
         for entry in entries:
             entry.working_dir = folder / str(entry.ordinal)
@@ -6175,7 +6147,7 @@ class Listed:
 
 
 def parse_listed(record: bytes) -> Listed:
-    """Return one record of the guest's list. Raises ValueError if it is none, or no path of text."""
+    """Return one record of the guest's list. Raises ValueError: it is none, or its path no text."""
     if len(record) > MAX_PATH_BYTES + 100:
         raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
     kind = rb"([fd]) ([0-7]{1,5}) (\d{1,18}) "
@@ -6194,7 +6166,7 @@ _FACTS = re.compile(r"-((?:[r-][w-][xsStT-]){3})\S* +\d+ +\d+ +\d+ +(\d{1,18}) "
 
 
 def parse_facts(text: str) -> tuple[int, int]:
-    """Return mode and size of a file as the guest tells them. Raises VmrmError if it is no file."""
+    """Return mode and size of a file as the guest tells them. Raises VmrmError if it is none."""
     if text[:1] in tuple("dbcpls"):
         raise VmrmError("it is not a file")
     match = _FACTS.match(text)

@@ -42,7 +42,7 @@ GUESTS = {
     "listing-timeout": Stuck(_programs("find -H"), "timed out", more=FETCH | {"timeout": 0.5}),
     "listing-later": Stuck(_programs("find -H"), "does not end.*/big", at=0.1, more=FETCH),
     "every-program": Stuck(_programs(), "does not end.*stage|not get anywhere"),
-    "layout": Stuck(_programs(".stage/"), "does not end.*stage"),
+    "layout": Stuck(_programs("/.stage"), "does not end.*stage"),
     "reboot-check": Stuck(
         _programs("exit 0; IFS="), "not get anywhere", more={"arguments": ["-c", "exit 10"]}
     ),

@@ -172,9 +172,7 @@ class Windows:
     def ps_copy(self, source: str, target: str) -> None:
         shutil.copyfile(self.host(source), self.host(target))
 
-    def ps_lay_out(
-        self, stage: str, experiment: str, vm: str, old: str, told: str, *aside: str
-    ) -> int:
+    def ps_lay_out(self, stage: str, experiment: str, vm: str, old: str, *aside: str) -> int:
         here = Path(self.host(stage))
         here.mkdir(parents=True, exist_ok=True)
         here.parent.chmod(0o700)
@@ -190,7 +188,8 @@ class Windows:
                 before = here.parent / ".previous" / old
                 before.mkdir(parents=True, exist_ok=True)
                 (here.parent / name).rename(before / name)
-        for line in Path(self.host(told)).read_text().splitlines() if told else ():
+        told = here / f"lines.{old}"
+        for line in told.read_text().splitlines() if told.exists() else ():
             verb, content, word = line.split("\t")
             part = here / f"{content}.part"
             if verb == "script":
