@@ -4504,18 +4504,10 @@ def add_vm(
     engine: str = "QemuVM",
     launch_dir: str = "",
 ) -> None:
-    """Add a VM to the experiment, in state uninitialized.
+    """Add a VM to the experiment, as `VMMapping.put` does, in state uninitialized.
 
-    Args:
-        server_uuid: The VM's uuid.
-        server_name: Its name.
-        control_ip: Its address on the control network.
-        use_vm_manager: False puts it in state n/a: it is ignored for the start time.
-        mapping: Use this mapping instead of the default database.
-        log: Where to report.
-        path: The guest agent's address; without one a managed VM cannot be run.
-        engine: Which driver talks to it.
-        launch_dir: Where in the guest our files go; '' for the driver's default.
+    Without `use_vm_manager` it is in state n/a, and ignored for the start time; with it, it cannot
+    be run without a path.
     """
     state = VMState.UNINITIALIZED if use_vm_manager else VMState.NOT_APPLICABLE
     more = {"path": path, "engine": engine, "launch_dir": launch_dir}
@@ -4655,16 +4647,13 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     tie_up(db)  # what lies where only the schedules say cannot be found afterwards
     old = current_experiment(db)["id"]
     with db.transaction(durable=True):
-        run = db.connection.execute
         give_back(db)
-        run("DELETE FROM vms")
-        run("DELETE FROM requests")
-        run("UPDATE schedules SET text = NULL, generation = generation + 1")
-        run("UPDATE experiments SET destroyed_at = ? WHERE id = ?", (CLOCK.wall(), old))
+        db.write("DELETE FROM vms")
+        db.write("DELETE FROM requests")
+        db.write("UPDATE schedules SET text = NULL, generation = generation + 1")
         for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
-            run(f"DELETE FROM {table} WHERE experiment_id = ?", (old,))  # noqa: S608
-        if purge:
-            run("UPDATE experiments SET purged = 1 WHERE id = ?", (old,))
+            db.write(f"DELETE FROM {table} WHERE experiment_id = :id", id=old)  # noqa: S608
+        db.update("experiments", {"id": old}, destroyed_at=CLOCK.wall(), purged=purge)
     _crash("destroyed")
     tie_up(db)
 
@@ -5866,16 +5855,9 @@ class ScheduleEvent:
 
 
 class ScheduleUpdater(threading.Thread):
-    """Looks for changes of one VM's schedule and puts them on a queue as `ScheduleEvent`s.
+    """Looks for changes of one VM's schedule, and queues them as (schedule time, `ScheduleEvent`).
 
-    Args:
-        config: The VM: `vm_name`.
-        priority_queue: Where events go, as (schedule time, event).
-        condition: Guards the queue and is notified of every event.
-        schedule_db: Where the schedule is.
-        log: Where to report.
-        interval_time: Seconds between two looks of the thread.
-
+    Of config only `vm_name` is used. The condition guards the queue and is notified of every event.
     vm_resource_store, repository_db, log_filename and load_balance_factor have no effect.
     """
 
@@ -5892,8 +5874,8 @@ class ScheduleUpdater(threading.Thread):
         load_balance_factor: float = 1.0,
         interval_time: float = 5,
     ) -> None:
-        super().__init__(daemon=True, name=f"updater-{config['vm_name']}")
-        self.config, self.schedule_db, self.log = dict(config), schedule_db, log
+        super().__init__(daemon=True)
+        self.vm_name, self.schedule_db, self.log = config["vm_name"], schedule_db, log
         self.priority_queue, self.condition = priority_queue, condition
         self.interval_time = interval_time
         self._stop_asked = threading.Event()
@@ -5914,9 +5896,9 @@ class ScheduleUpdater(threading.Thread):
 
     def _run(self) -> None:
         """Look once, and enqueue what is new."""
-        kind, name = ScheduleEventType, self.config["vm_name"]
-        entries, start = self.get_schedule(name), self.get_start_time()
-        holds = read_holds(self.schedule_db.db, name)
+        kind, start = ScheduleEventType, self.get_start_time()
+        entries = self.get_schedule(self.vm_name)
+        holds = read_holds(self.schedule_db.db, self.vm_name)
         sources: dict[str, list[tuple[float, ScheduleEventType, object]]] = {
             "empty": [] if entries else [(-math.inf, kind.EMPTY_SCHEDULE, None)],
             "entries": [(entry.start_time, _event_type(entry), entry) for entry in entries],
