@@ -499,6 +499,12 @@ SELECT * FROM attempt_times AS a WHERE NOT EXISTS (
     WHERE b.experiment_id = a.experiment_id AND b.server_name = a.server_name
       AND b.generation = a.generation AND b.ordinal = a.ordinal AND b.attempt > a.attempt);
 
+-- The VMs of the experiment that were leased from the pool; vm_name is NULL if that was lost.
+CREATE VIEW loans AS
+SELECT v.server_name, l.vm_name FROM vms AS v
+LEFT JOIN leases AS l ON l.vm_name = v.pool_vm AND l.token = v.pool_token
+WHERE v.pool_token <> '';
+
 -- Every entry of every schedule with its latest attempt, if there is one.
 CREATE VIEW entry_status AS
 SELECT s.server_name, s.generation, CAST(j.key AS INTEGER) + 1 AS ordinal,

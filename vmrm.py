@@ -8947,8 +8947,8 @@ class Supervisor:
         unset = began + CLOCK.monotonic() - since  # what the clock would say had nobody set it
         tie_up(self.db)  # handlers may have died that needed no successor
         end_experiment(self.db, now if abs(now - unset) < 1 else unset)
-        over = self.db.value("SELECT halt FROM current_experiment") == Halt.END
-        self._loan.give_back() if over else self._loan.leave()
+        halt = self.db.value("SELECT halt FROM current_experiment")
+        self._loan.end(over=halt == Halt.END)
         self.log.info("the experiment has ended")
         self.db.checkpoint(truncate=True)
         self.db.close()
@@ -8994,96 +8994,73 @@ class Loan:
         """
         if not self._have:
             rows = self.vms()
-            if any(row["pool_token"] for row in rows):
-                self._take_over(rows)
-                self._have = True
-            else:
-                self._have = not rows or self._borrow(rows)
+            if any(row.pool_token for row in rows):  # of an earlier supervisor, as far as it stands
+                self._hold(str(Process.of()), None)
+            self._have = not rows or bool(rows[0].pool_token) or self._borrow(rows)
         return self._have
 
-    def _take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Be the holder of what an earlier supervisor has leased, as far as it stands."""
-        with self.db.transaction(durable=True) as db:
-            for leased in _leased(db):
-                holder = {"holder": str(Process.of()), "lease_end_at": None}
-                db.update("leases", {"vm_name": leased["vm_name"]}, **holder)
+    def _hold(self, holder: str | None, end: float | None) -> None:
+        sql = """UPDATE leases SET holder = :holder, lease_end_at = :end
+                 WHERE vm_name IN (SELECT vm_name FROM loans)"""
+        self.db.write(sql, durable=True, holder=holder, end=end)
 
-    def _borrow(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+    def _borrow(self, rows: Sequence[Row]) -> bool:
         if self._waiting is None:
             experiment = current_experiment(self.db)
-            self._waiting = Waiting(
-                VmManager(db=self.db),
-                Request(
-                    tuple((row["pool"],) for row in rows),
-                    _user(),
-                    str(Path(experiment["source"]).absolute()),  # which may use its VMs again
-                    Process.of(),
-                    task_id=f"experiment {experiment['id']}",
-                    within=functools.partial(self._assign, [row["ordinal"] for row in rows]),
-                ),
+            request = Request(
+                tuple((row.pool,) for row in rows),
+                _user(),
+                str(Path(experiment["source"]).absolute()),  # which may use its VMs again
+                Process.of(),
+                task_id=f"experiment {experiment['id']}",
+                within=functools.partial(self._assign, rows),
             )
+            self._waiting = Waiting(VmManager(db=self.db), request)
         if self._waiting.try_again():
-            self.close()
+            self._leave_queue()
             return True
-        if (reason := self._waiting.reason()) != self._told:
-            self._told = reason
-            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
-            self.db.write(sql, reason=reason)
+        self._tell(self._waiting.reason())
         return False
 
-    def _assign(self, ordinals: Sequence[int], leased: Sequence[Mapping[str, Any]]) -> None:
-        for ordinal, row in zip(ordinals, leased, strict=True):
-            self.db.connection.execute(
-                """UPDATE vms SET path = :path, control_ip = :vm_ip, pool_vm = :vm_name,
-                       pool_token = :token, reason = '' WHERE ordinal = :ordinal""",
-                {**row, "ordinal": ordinal},
-            )
+    def _assign(self, rows: Sequence[Row], leased: Sequence[Mapping[str, Any]]) -> None:
+        for row, vm in zip(rows, leased, strict=True):
+            of_pool = {"pool_vm": vm["vm_name"], "pool_token": vm["token"]}
+            machine = {"path": vm["path"], "control_ip": vm["vm_ip"], "reason": ""}
+            self.db.update("vms", {"ordinal": row.ordinal}, **of_pool, **machine)
 
-    def close(self) -> None:
-        """Leave the queue."""
+    def _tell(self, reason: str) -> None:
+        if reason != self._told:
+            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql, reason=reason)
+            self._told = reason
+
+    def _leave_queue(self) -> None:
         if self._waiting:
             self._waiting.__exit__()
             self._waiting = None
-            sql = "UPDATE vms SET reason = '' WHERE pool <> '' AND state = 'uninitialized'"
-            self.db.write(sql)
+            self._tell("")
 
-    def give_back(self) -> None:
-        """Release all VMs."""
-        self.close()
-        with self.db.transaction(durable=True):
-            give_back(self.db)
-
-    def leave(self) -> None:
-        """Keep the VMs for a while, for `run` again."""
-        self.close()
-        with self.db.transaction(durable=True):
-            for row in _leased(self.db):
-                end = {"holder": None, "lease_end_at": CLOCK.wall() + LOAN_S}
-                self.db.update("leases", {"vm_name": row["vm_name"]}, **end)
-
-
-_ON_LOAN = """FROM vms AS v LEFT JOIN pool_list AS p ON p.vm_name = v.pool_vm
-    AND p.token = v.pool_token WHERE v.pool_token <> ''"""
-
-
-def _leased(db: Database) -> list[Row]:
-    """Return the pool's rows of the VMs that the experiment has."""
-    return db.query(f"SELECT p.* {_ON_LOAN} AND p.vm_name IS NOT NULL")
+    def end(self, *, over: bool) -> None:
+        """Release all VMs if all work is done, else keep them for a while, for `run` again."""
+        self._leave_queue()
+        if not over:
+            self._hold(None, CLOCK.wall() + LOAN_S)
+            return
+        with self.db.transaction(durable=True) as db:
+            give_back(db)
 
 
 def lost_vms(db: Database) -> list[str]:
     """Return the VMs of the experiment whose machine of the pool is no longer theirs."""
-    return [
-        r["server_name"] for r in db.query(f"SELECT v.server_name {_ON_LOAN} AND p.token IS NULL")
-    ]
+    return [row.server_name for row in db.query("SELECT * FROM loans WHERE vm_name IS NULL")]
 
 
 def give_back(db: Database) -> None:
     """Release the experiment's VMs of the pool, inside the caller's transaction."""
     pool = VmManager(db=db)
-    for row in _leased(db):
+    for row in db.query("SELECT * FROM pool_list WHERE vm_name IN (SELECT vm_name FROM loans)"):
         pool.end_lease(row, "the experiment has ended")
-    db.connection.execute("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
+    db.write("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
@@ -9169,15 +9146,15 @@ def vms_with_programs(db: Database) -> list[str]:
         """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
            WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
     )
-    return [row["server_name"] for row in rows]
+    return [row.server_name for row in rows]
 
 
 def _set_halt(db: Database, halt: Halt) -> None:
-    db.connection.execute(
+    db.write(
         """UPDATE experiments SET halt = :halt WHERE destroyed_at IS NULL
            AND (halt IS NULL OR halt IN ('end', 'abort') AND :halt IN ('stop', 'kill')
                 OR halt = 'stop' AND :halt = 'kill')""",
-        {"halt": halt.value},
+        halt=halt.value,
     )
 
 
@@ -9190,27 +9167,19 @@ def launch(
     allow_host: bool = False,
     retry: bool = False,
 ) -> list[str]:
-    """Make the experiment ready to be supervised: launch time, settings, failed VMs again.
+    """Make the experiment ready to be supervised; None leaves a setting as it is.
 
-    Args:
-        db: The database.
-        start_buffer: Seconds from the last VM configured to time 0; None leaves it.
-        on_failure: abort, drop or wait; None leaves it.
-        late: start, skip or shift what is overdue.
-        allow_host: Whether entries may run on this host.
-        retry: Whether everything that failed or is unknown is repeated, as `retry_failed` does.
-
-    Returns:
-        The entries that are repeated, and the failed VMs that get another chance.
+    Returns the entries that are repeated (with `retry`, all that failed or are unknown), and the
+    failed VMs that get another chance.
     """
     refuse_damaged(db.connection)
     rows = db.query("SELECT * FROM vms WHERE state <> 'n/a' ORDER BY ordinal")
     if not rows:
         raise UsageError("there is no VM to run", "Load an experiment: vmrm load FILE")
-    if pathless := [row["server_name"] for row in rows if not row["path"] and not row["pool"]]:
-        raise UsageError(
-            f"VM {pathless[0]!r} has no path to a guest agent", "Give it one: path = …, by add_vm"
-        )
+    for row in rows:
+        if not row.path and not row.pool:
+            what = f"VM {row.server_name!r} has no path to a guest agent"
+            raise UsageError(what, "Give it one: path = …, by add_vm")
     tie_up(db)
     refuse_others_locks(rows)
     addressed = with_addresses(rows)  # links may have been set anew
@@ -9223,22 +9192,24 @@ def launch(
                 "the experiment's programs are still being ended",
                 "Run it again once vmrm stop --kill has returned; if that was killed, repeat it",
             )
-        for row in addressed:
-            _refuse_pool_machine(connection, row)
-            sql = "UPDATE vms SET address = :address WHERE ordinal = :ordinal"
-            connection.execute(sql, row)
+        for vm in addressed:
+            _refuse_pool_machine(connection, vm)
+            db.update("vms", {"ordinal": vm["ordinal"]}, address=vm["address"])
         _settle_late(db, late)
-        connection.execute(
+        db.write(
             """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
                    late = :late, allow_host = :allow_host, start_cleared = 0,
                    launched_at = coalesce(launched_at, :now),
                    start_buffer_s = coalesce(:buffer, start_buffer_s),
                    on_failure = coalesce(:policy, on_failure)
                WHERE destroyed_at IS NULL""",
-            {"now": CLOCK.wall(), "buffer": start_buffer, "policy": on_failure}
-            | {"late": str(late), "allow_host": allow_host},
+            now=CLOCK.wall(),
+            buffer=start_buffer,
+            policy=on_failure,
+            late=str(late),
+            allow_host=allow_host,
         )
-        connection.execute("UPDATE vms SET finished_at = NULL")
+        db.write("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         return retry_in(db, needed=not retry)
 
