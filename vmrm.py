@@ -10039,12 +10039,8 @@ class _Book:
         self.db, self.log, self.timeouts = db, log, db.timeouts
         self.pool = VmManager(logger=log, db=db)
 
-    def info(self, group: str, key: str) -> dict[str, Any]:
-        """Return what is noted of a group: `failed`, its spawns, and `listed`, its machines."""
-        return self.pool.keeper_info(group, key)
-
-    def put_info(self, group: str, key: str, value: Mapping[str, Any]) -> None:
-        """Note something of a group."""
+    def note(self, group: str, key: str, value: Mapping[str, Any]) -> None:
+        """Note something of a group: `failed`, its spawns, or `listed`, its machines."""
         self.pool.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
 
     def row(self, vm_name: str) -> dict[str, Any] | None:
@@ -10063,8 +10059,8 @@ class _Book:
         """Put a hook on record, and move its VM; return whether it may run, as things are now."""
         now, noted = CLOCK.wall(), str(hook.identity)
         if hook.kind == HookKind.LIST:
-            found = self.info(hook.group, "listed") | {"at": now, "hook": noted}
-            self.put_info(hook.group, "listed", found)
+            found = self.pool.keeper_info(hook.group, "listed") | {"at": now, "hook": noted}
+            self.note(hook.group, "listed", found)
             return True
         columns: dict[str, Any] = {"hook": hook.kind.value, "hook_process": noted}
         with self.db.transaction(durable=hook.kind == HookKind.SPAWN) as db:
@@ -10139,12 +10135,12 @@ class _Book:
                 if hook.fault:
                     reason = f"spawn hook: {hook.fault}"
                     move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
-        failed = self.info(hook.group, "failed")
+        failed = self.pool.keeper_info(hook.group, "failed")
         if not hook.fault and failed:
-            self.put_info(hook.group, "failed", {})
+            self.note(hook.group, "failed", {})
         elif hook.fault and not hook.killed:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall(), "why": hook.fault}
-            self.put_info(hook.group, "failed", failed)
+            self.note(hook.group, "failed", failed)
 
     def _add_machine(self, name: str, group: str, reason: str) -> None:
         """Add a machine that may be there, to be terminated, inside the caller's transaction."""
@@ -10214,20 +10210,17 @@ class _Book:
         if not hook.fault:
             self.pool.remove_vm_from_pool(hook.vm_name)
             return
-        self.db.write(
-            """UPDATE pool_vms SET reason = :reason,
-                   terminate_tries = iif(:killed, 0, terminate_tries) WHERE vm_name = :name""",
-            reason=f"terminate hook: {hook.fault}",
-            killed=hook.killed,
-            name=hook.vm_name,
-        )
+        tries: dict[str, Any] = {"terminate_tries": 0} if hook.killed else {}
+        with self.db.transaction() as db:
+            reason = f"terminate hook: {hook.fault}"
+            move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason, **tries)
 
     def _listed(self, hook: Hook) -> None:
         """Compare the machines there are with the rows: what misses its other half twice is ended.
 
         Young VMs are spared: a listing may be older than they are.
         """
-        found, now = self.info(hook.group, "listed"), CLOCK.wall()
+        found, now = self.pool.keeper_info(hook.group, "listed"), CLOCK.wall()
         found.pop("hook", None)
         names = " ".join(hook.out.lines()).split()
         wrong = hook.fault or ("it printed too much" if hook.out.dropped else "")
@@ -10235,34 +10228,30 @@ class _Book:
             if not NAME_PATTERN.fullmatch(name):
                 wrong = wrong or f"it printed {name!r:.80}, which is no VM's name"
         if wrong:
-            self.put_info(hook.group, "listed", found)
+            self.note(hook.group, "listed", found)
             self.log.warning("ignoring the list hook's output for group %s: %s", hook.group, wrong)
             return
-        there, old = {name.lower(): name for name in names}, now - self.timeouts.young
-        rows = {row["vm_name"].lower(): row for row in self.db.query("SELECT * FROM pool_vms")}
-        settled = (VmStates.SPAWNING, VmStates.TERMINATING)
+        began, old = now - hook.seconds, now - self.timeouts.young
         doubts = {
-            "missing": [
-                row["vm_name"]
-                for key, row in rows.items()
-                if row["group"].lower() == hook.group.lower() and key not in there
-                if row["state"] not in settled and row["spawned_at"] < old
-            ],
-            "strangers": [name for key, name in there.items() if key not in rows],
+            "missing": """SELECT vm_name FROM pool_vms WHERE "group" = :group AND spawned_at < :old
+                AND state NOT IN ('spawning', 'terminating')
+                AND vm_name NOT IN (SELECT value FROM json_each(:names))""",
+            "strangers": """SELECT value AS vm_name FROM json_each(:names)
+                WHERE value COLLATE NOCASE NOT IN (SELECT vm_name FROM pool_vms)""",
         }
-        for kind, doubtful in doubts.items():
-            before, began = found.get(kind, {}), now - hook.seconds
-            since = {name: before.get(name, began) for name in doubtful}
+        for kind, sql in doubts.items():
+            rows = self.db.query(sql, group=hook.group, old=old, names=json.dumps(names))
+            since = {row.vm_name: found.get(kind, {}).get(row.vm_name, began) for row in rows}
             found[kind] = {name: at for name, at in since.items() if at >= old}
             for name in since.keys() - found[kind].keys():
                 self._reconcile(kind, name, hook.group)
-        self.put_info(hook.group, "listed", found)
+        self.note(hook.group, "listed", found)
 
     def _reconcile(self, kind: str, name: str, group: str) -> None:
         """End a VM without a machine, or a machine without a VM, in the way of all others."""
         with self.db.transaction(durable=True) as db:
             row = self.row(name)
-            if kind == "missing" and row and row["state"] != VmStates.TERMINATING:
+            if kind == "missing" and row:
                 reason = "its machine is gone"
                 move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
             elif kind == "strangers" and row is None:
@@ -10306,11 +10295,8 @@ class Keeper:
 
     def _prepare(self) -> None:
         tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
-        temporary = tool.with_name(temporary_name())
-        script = f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'
-        temporary.write_bytes(os.fsencode(script))
-        temporary.chmod(0o700)
-        temporary.rename(tool)
+        with replacing(tool, 0o700) as file:
+            file.write(os.fsencode(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'))
         booted_at = CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
         started_at = self.db.value("SELECT started_at FROM pool_server") or 0.0
         if not self.once or booted_at > started_at:
@@ -10348,7 +10334,7 @@ class Keeper:
         rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
         left = [row for row in rows if row.hook_process not in ours]
         groups = [row["name"] for row in self.db.query("SELECT name FROM pool_groups")]
-        listings = {name: self.book.info(name, "listed") for name in groups}
+        listings = {name: self.book.pool.keeper_info(name, "listed") for name in groups}
         listings = {n: f for n, f in listings.items() if f.get("hook") not in (None, *ours)}
         texts = [row.hook_process for row in left] + [f["hook"] for f in listings.values()]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
@@ -10363,7 +10349,7 @@ class Keeper:
             self.book.forget(row.vm_name, row.hook_process, again=True)
         for name, found in listings.items():
             del found["hook"]
-            self.book.put_info(name, "listed", found)
+            self.book.note(name, "listed", found)
 
     # --- the loop ---
 
@@ -10505,20 +10491,13 @@ class Keeper:
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
             words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
-        told = {
-            "HOOK": kind.value,
-            "VM": name,
-            "GROUP": action.group,
-            "IP": row.get("vm_ip"),
-            "PATH": row.get("path"),
-            "STATE": row.get("state"),
-            "OWNER": row.get("bound_to_user"),
-            "SANDBOX": row.get("bound_sandbox"),
-            "DB": str(self.db.path),
-            "STATE_DIR": str(self.db.state_dir),
-        }
+        told = {"HOOK": kind.value, "VM": name, "GROUP": action.group}
+        told |= {"DB": str(self.db.path), "STATE_DIR": str(self.db.state_dir)}
+        columns = ("vm_ip", "path", "state", "bound_to_user", "bound_sandbox")
+        keys = ("IP", "PATH", "STATE", "OWNER", "SANDBOX")
+        told |= {key: row.get(column) or "" for key, column in zip(keys, columns, strict=True)}
         # Owners and sandboxes are anybody's words: they must not keep a hook from being started.
-        plain = {key: (value or "").replace("\0", "")[:4096] for key, value in told.items()}
+        plain = {key: value.replace("\0", "")[:4096] for key, value in told.items()}
         environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
         environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
         return Hook(kind, action.group, name, command, environment, limit)
