@@ -58,6 +58,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import uuid
@@ -78,12 +79,8 @@ if TYPE_CHECKING:
 def printable(text: str | bytes, limit: int | None = 1000, keep: str | None = None) -> str:
     """Return text that a guest may have made so that rows, logs, terminals and pages can have it.
 
-    What does not print is written as JSON escapes it; what is too long ends with "…".
-
-    Args:
-        text: Text, or bytes that should be UTF-8.
-        limit: Characters, at most; None if it is bounded already.
-        keep: What may stay though it does not print; None makes one line with single blanks.
+    What does not print is escaped as in JSON, but for *keep*, without which it becomes one line
+    with single blanks; what has over *limit* characters (None: any number) ends with "…".
     """
     longest = len(text) if limit is None else 4 * limit  # blanks and bytes take more
     cut = len(text) > longest
@@ -101,10 +98,7 @@ def printable(text: str | bytes, limit: int | None = 1000, keep: str | None = No
 
 
 class DriverError(OSError):
-    """Any failure of a driver: `message` is one printable line, `hint` says what to do, if known.
-
-    It is an OSError because the reference documents that class for failing driver calls.
-    """
+    """Any failure of a driver, an OSError as the reference says: one printable line, and a hint."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         self.message = printable(message)
@@ -238,6 +232,8 @@ def _delays(longest: float) -> Iterator[float]:
 
 
 WaitHook = Callable[[int, int, float], bool]
+Seconds = float | None
+Words = Mapping[str, Any] | None  # a request's arguments
 
 
 def plain_wait(fd: int, events: int, seconds: float) -> bool:
@@ -303,15 +299,11 @@ def _short_path(path: str) -> Iterator[str]:
         os.close(fd)
 
 
+# With vsock, nobody listens on the port (ECONNRESET), or there is no such guest (ENODEV).
 _NOTHING_THERE = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,  # vsock: nobody listens on that port
-    errno.ENODEV,  # vsock: no such guest
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-}
+    errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENODEV,
+    errno.EHOSTUNREACH, errno.ENETUNREACH,
+}  # fmt: skip
 # An agent answers within milliseconds, a busy one within this.
 _FAIR_TRY_S = 0.5
 _BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
@@ -323,9 +315,7 @@ def _refusal(address: Address, code: int) -> ConnectError:
         return NoAnswer(str(address), "does not take the connection", _BUSY_HINT)
     hint = "Start the VM or its agent, or correct the path"
     if code in (errno.EACCES, errno.EPERM):
-        hint = (
-            "You may not use this socket: see whose it is (ls -l), and be its owner or in its group"
-        )
+        hint = "You may not use this socket: see whose it is (ls -l); be its owner or in its group"
     kind = NoSocket if code in _NOTHING_THERE else ConnectError
     return kind(str(address), f"cannot be reached: {os.strerror(code)}", hint)
 
@@ -408,10 +398,7 @@ class FrameBuffer:
         self.feed(held)
 
     def next_frame(self) -> bytes | None:
-        """Return the next line that is not blank, or None if more bytes are needed.
-
-        Raises FrameError if more than `limit` bytes came without a newline.
-        """
+        """Return the next line that is not blank, or None if more bytes are needed."""
         while 0 <= (end := self._held.find(b"\n", self._scanned)) <= self.limit:
             frame = bytes(memoryview(self._held)[:end])
             # Deleting in front only moves a pointer in CPython's bytearray.
@@ -462,8 +449,7 @@ _decode_json = json.JSONDecoder(parse_constant=_no_json).decode
 class Session:
     """Requests and replies of one connection, matched by id; no input or output of its own.
 
-    qemu-ga echoes any id since 3.0. Ids begin at a random number, so that a late reply to an
-    earlier connection answers nothing here.
+    Ids begin at a random number: a late reply to an earlier connection answers nothing here.
     """
 
     def __init__(self, log: logging.Logger) -> None:
@@ -471,11 +457,8 @@ class Session:
         self._log = log
         self._idents = itertools.count(secrets.randbits(52))
 
-    def encode(self, command: str, arguments: Mapping[str, Any] | None) -> tuple[Ticket, bytes]:
-        """Return a ticket and the bytes to send for it; `expect` it when they are sent.
-
-        Raises ValueError or TypeError for arguments that JSON cannot carry.
-        """
+    def encode(self, command: str, arguments: Words) -> tuple[Ticket, bytes]:
+        """Return a ticket and the bytes to send for it; `expect` it when they are sent."""
         request: dict[str, Any] = {"execute": command, "id": next(self._idents)}
         if arguments:
             request["arguments"] = arguments
@@ -494,7 +477,7 @@ class Session:
 
     @property
     def next_limit(self) -> int:
-        """How many bytes the next reply may have: the agent answers in the order of requests."""
+        """Bytes that the next reply may have: the agent answers in the order of requests."""
         return next((ticket.limit for ticket in self.pending.values()), REPLY_LIMIT)
 
     @property
@@ -503,10 +486,7 @@ class Session:
         return any(ticket.large for ticket in self.pending.values())
 
     def accept(self, frame: bytes) -> None:
-        """Hand the reply in *frame* to its ticket; one that nobody waits for is dropped.
-
-        Raises FrameError or ReplyError; the session must then not be used any more.
-        """
+        """Hand the reply in *frame* to its ticket; one that nobody waits for is dropped."""
         reply = parse_reply(frame)
         ident = reply.get("id")
         if type(ident) is not int:
@@ -537,10 +517,7 @@ def _depth(frame: bytes) -> int:
 
 
 def parse_reply(frame: bytes) -> dict[str, Any]:
-    """Return the reply in *frame*: an object with either `return` or a well-formed `error`.
-
-    Raises FrameError if it is not JSON or takes too much to parse, ReplyError if it is no reply.
-    """
+    """Return the reply in *frame*: an object with either `return` or a well-formed `error`."""
     openers = _count(frame, b"[") + _count(frame, b"{")
     if openers + _count(frame, b",") > _ELEMENT_LIMIT:
         raise FrameError(f"has over {_ELEMENT_LIMIT} elements", frame)
@@ -628,10 +605,7 @@ class Link:
         self._send(data, deadline, ticket.command)
 
     def collect(self, ticket: Ticket, deadline: Deadline) -> Any:
-        """Return the result of *ticket*, keeping the replies to others that come before it.
-
-        Raises AgentError, with the link still open.
-        """
+        """Return the result of *ticket*, keeping the replies to others that come before it."""
         if not ticket.done and self.session.pending.get(ticket.ident) is not ticket:
             raise StateError(f"{ticket.command} was sent on a connection that is gone")
         self.drain(deadline, ticket)
@@ -754,31 +728,20 @@ _UNFIT_FOR_NAME = re.compile(r"[^A-Za-z0-9._-]")
 
 
 def powershell(script: str, *words: str) -> list[str]:
-    """Return the argument list that runs *script* on Windows with *words* as its array `$w`.
-
-    An encoded command needs no quoting by the agent, whose rules differ from the shell's. To
-    PowerShell, printers' single quotes are single quotes too.
-    """
+    """Return the argument list that runs *script* on Windows with *words* as its array `$w`."""
+    # To PowerShell, printers' single quotes are single quotes too.
     quoted = ", ".join(
         "'" + re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", word) + "'" for word in words
     )
+    # An encoded command needs no quoting by the agent, whose rules differ from the shell's.
     encoded = base64.b64encode(f"$w = @({quoted}); {script}".encode("utf-16-le")).decode()
-    # Otherwise an encoded command tells its errors and its progress in XML.
+    # Otherwise it tells its errors and its progress in XML.
     plain = ["-NoProfile", "-NonInteractive", "-OutputFormat", "Text"]
     return ["powershell.exe", *plain, "-EncodedCommand", encoded]
 
 
 def _as_bytes(data: str | bytes) -> bytes:
     return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
-
-
-# Yields the path of a file that is not there yet, in a directory of its own.
-@contextlib.contextmanager
-def _temporary_file() -> Iterator[Path]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="vmrm-") as folder:
-        yield Path(folder) / "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -864,7 +827,11 @@ class AbstractDriver(ABC):
         input_data: str | bytes | None = None,
         capture_output: bool = True,
     ) -> int | None:
-        """Start a program in the guest; return its pid, or None if the agent refused."""
+        """Start a program in the guest; return its pid, or None if the agent refused.
+
+        *arg* is one argument as text or a list of them; *env* (a list of "KEY=value") replaces
+        the whole environment. A daemon counts as running while it holds captured output.
+        """
 
     @abstractmethod
     def exec_status(self, pid: int) -> dict[str, Any]:
@@ -935,13 +902,7 @@ class AbstractDriver(ABC):
         """Return a descriptor that is readable once the connection is lost, or -1."""
         return -1
 
-    def call(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-    ) -> Any:
+    def call(self, command: str, arguments: Words = None, *, timeout: Seconds = None) -> Any:
         """Send the QEMU guest agent a request. Raises CommandMissing: there is no such agent."""
         raise CommandMissing("CommandNotFound", "this driver talks to no QEMU agent", command)
 
@@ -983,10 +944,7 @@ class AbstractDriver(ABC):
         input_data: bytes | str | None = None,
         capture: bool = False,
     ) -> int:
-        """Start a program and return its pid; *env*, if given, replaces the whole environment.
-
-        Raises AgentError if it cannot be started.
-        """
+        """Start a program and return its pid. Raises AgentError if it cannot be started."""
         return self._start(list(argv), env, input_data, capture)
 
     def _start(
@@ -1015,8 +973,7 @@ class AbstractDriver(ABC):
     ) -> ExecStatus:
         """Run a program to its end and return its exit and output; *options* are those of `start`.
 
-        Raises DriverTimeout after *timeout* seconds, with the connection intact and the program
-        still running.
+        After *timeout* seconds a DriverTimeout leaves connection and program as they are.
         """
         deadline, delays = Deadline(timeout), _delays(0.1)
         pid = self.start(argv, capture=True, **options)
@@ -1039,29 +996,27 @@ class AbstractDriver(ABC):
 
         *mode* is "w" (replace) or "a" (append). Raises AgentError if it cannot be written.
         """
-        with _temporary_file() as copy:
-            with copy.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-                size = sink.tell()
-            if not self.write_from_file(path, copy, mode):
+        with tempfile.NamedTemporaryFile(prefix="vmrm-") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            if not self.write_from_file(path, copy.name, mode):
                 raise AgentError("GenericError", f"cannot write {path!r}", "write_from_file")
-            yield size
+            yield copy.tell()
 
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
     ) -> Generator[int, None, None]:
-        """Copy the guest's file from *offset* on to *sink*, yielding the bytes got so far.
+        """Copy at most *limit* bytes of the guest's file from *offset* on to *sink*.
 
-        It ends at the end of the file, as the agent tells it, or after *limit* bytes. Raises
-        AgentError if the file cannot be read, and whatever *sink* raises.
+        Yields the bytes got so far. Raises AgentError if it cannot be read, and as *sink* does.
         """
-        left = math.inf if limit is None else limit
-        with _temporary_file() as copy:
+        got, left = 0, math.inf if limit is None else limit
+        with tempfile.TemporaryDirectory(prefix="vmrm-") as folder:
+            copy = Path(folder) / "copy"
             if not self.read_file(path, copy):
                 raise AgentError("GenericError", f"cannot read {path!r}", "read_file")
             with copy.open("rb") as source:
                 source.seek(offset)
-                got = 0
                 while data := source.read(int(min(left - got, _PULL_BYTES))):
                     sink.write(data)
                     got += len(data)
@@ -1074,10 +1029,9 @@ class AbstractDriver(ABC):
         self.output_cache.clear()
 
     def get_exitcode(self, pid: int) -> int | None:
-        """Return the exit code of *pid*, or None while it runs.
+        """Return the exit code of *pid*, or None while it runs; for a signal 128 + its number.
 
-        A program that a signal ended counts as 128 + its number, as in a shell; on Windows the
-        number of an unhandled exception stands for itself.
+        On Windows the number of an unhandled exception stands for itself.
         """
         status = self._cached_status(pid)
         if not status["exited"]:
@@ -1145,8 +1099,7 @@ class AbstractDriver(ABC):
     def file_exists(self, path: str) -> bool | None:
         """Tell whether *path* exists in the guest; None if the attempt to look failed.
 
-        The shell's wildcards `*`, `?` and `[…]` are expanded and one match is enough; no other
-        character means anything, but a backslash before a wildcard.
+        The shell's wildcards `*`, `?` and `[…]` are expanded, and one match is enough.
         """
         return self._succeeds(_EXISTS, path)
 
@@ -1189,10 +1142,7 @@ class AbstractDriver(ABC):
         return [name for name in status.out.decode(errors="replace").split("\0") if name]
 
     def write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
-        """Write *data* to a file of the guest, creating the directories above it.
-
-        *mode* is "w" (replace) or "a" (append). Returns whether it succeeded.
-        """
+        """Write *data* to a file of the guest, creating the directories above it."""
         parent = self._pure_path(filename).parent
         if parent != parent.parent and not self.create_directories(parent):
             self.log.error("cannot create %r in the guest", str(parent))
@@ -1200,7 +1150,7 @@ class AbstractDriver(ABC):
         return self._write(filename, data, mode)
 
     def append(self, filename: str, content: str | bytes) -> bool:
-        """Append *content* to a file of the guest. Returns whether it succeeded."""
+        """Append *content* to a file of the guest, as `write` does."""
         return self.write(filename, content, mode="a")
 
     # --- places of a schedule entry ---
@@ -1211,8 +1161,7 @@ class AbstractDriver(ABC):
     def deconflict_agent_path(self, path: str | PurePath) -> PurePath:
         """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before.
 
-        Case does not distinguish paths, as it does not on Windows. The same calls in the same
-        order give the same paths.
+        Case does not distinguish paths. The same calls in the same order give the same paths.
         """
         wanted = str(self._pure_path(path))
         names = itertools.chain([wanted], (f"{wanted}-{n}" for n in itertools.count(2)))
@@ -1313,14 +1262,12 @@ class AgentConnection(AbstractDriver):
         self._learned = False
         self._info: dict[str, Any] | None = None
 
-    def connect(self, timeout: float | None = None, retry: bool = True) -> int:
+    def connect(self, timeout: Seconds = None, retry: bool = True) -> int:
         """Connect afresh, drop what earlier clients left, and return the synchronisation id.
 
-        Tries with a new connection and id each time for *timeout* seconds (default:
-        `connect_timeout`), since a channel opened while a guest boots may stay mute for ever; with
-        *retry* false only once. The first success also learns `target_os` and `is_windows`.
-
-        Raises what the last try met that had time for an answer.
+        Each try has a new connection and id, since a channel opened while a guest boots may stay
+        mute for ever; with *retry* false there is one. Raises what the last try met that had time
+        for an answer.
         """
         deadline = Deadline(self.connect_timeout if timeout is None else timeout)
         pauses = iter([0.05, 0.1, 0.2, 0.5])
@@ -1372,7 +1319,6 @@ class AgentConnection(AbstractDriver):
         self._learned = True
 
     def close(self) -> None:
-        """Close the connection; `connect` makes a new one."""
         if self.driver is not None:
             self.driver.close()
         self.driver = self._info = None
@@ -1393,10 +1339,6 @@ class AgentConnection(AbstractDriver):
         return link
 
     def sync(self, timeout: float = 5) -> int | None:
-        """Synchronise on the present connection; return the id, or None (and close) if that fails.
-
-        Raises StateError (an OSError) if there is no connection.
-        """
         deadline = Deadline(timeout)
         with self.lock:
             link = self._link()
@@ -1408,7 +1350,6 @@ class AgentConnection(AbstractDriver):
                 return None
 
     def ping(self, timeout: float = 10) -> bool:
-        """Tell whether the agent answers within *timeout* seconds."""
         try:
             self.connected(timeout)
         except DriverError as error:
@@ -1417,39 +1358,25 @@ class AgentConnection(AbstractDriver):
         return True
 
     def connected(self, timeout: float = 10) -> dict[str, Any]:
-        """Return {} if the agent answers within *timeout* seconds. Raises a DriverError if not."""
         self.call("guest-ping", timeout=timeout)
         return {}
 
-    def call(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-    ) -> Any:
+    def call(self, command: str, arguments: Words = None, *, timeout: Seconds = None) -> Any:
         """Send one request and return what the agent returned, unchecked.
 
-        *timeout* (seconds, default: that of the config) covers sending and waiting.
-
-        Raises AgentError (also as CommandDisabled, CommandMissing or Frozen) with the connection
-        intact; DriverTimeout, LinkLost or ProtocolError with it closed; StateError without one.
+        *timeout* (seconds) covers sending and waiting. An AgentError leaves the connection intact.
         """
         return self._call(self._link(), command, arguments, timeout)
 
-    def _call(
-        self, link: Link, command: str, arguments: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-    ) -> Any:  # fmt: skip
+    # Only ever on that link: on another one, a handle may be another file's.
+    def _call(self, link: Link, command: str, words: Words = None, timeout: Seconds = None) -> Any:
         deadline = Deadline(self.timeout if timeout is None else timeout)
         with self.lock:
-            ticket = self._post(link, command, arguments, deadline)
+            ticket = self._post(link, command, words, deadline)
             return self._collect(link, ticket, deadline)
 
-    def _post(
-        self, link: Link, command: str, arguments: Mapping[str, Any] | None, deadline: Deadline
-    ) -> Ticket:
-        ticket, data = link.session.encode(command, arguments)
+    def _post(self, link: Link, command: str, words: Words, deadline: Deadline) -> Ticket:
+        ticket, data = link.session.encode(command, words)
         with self.lock:
             link.post(ticket, data, deadline)
         return ticket
@@ -1480,7 +1407,6 @@ class AgentConnection(AbstractDriver):
         return CommandDisabled(*told, f"Allow {error.sent} in the configuration of the agent")
 
     def info(self) -> dict[str, Any]:
-        """Return the agent's description of itself (guest-info), asked once per connection."""
         self._commands(self._link())
         return dict(self._info or {})
 
@@ -1517,7 +1443,6 @@ class QemuGuestAgentDriver(AgentConnection):
 
     @staticmethod
     def get_engine() -> str:
-        """Return "QemuVM", the engine whose VMs this driver can talk to."""
         return "QemuVM"
 
     # --- programs, as in the reference ---
@@ -1530,12 +1455,6 @@ class QemuGuestAgentDriver(AgentConnection):
         input_data: str | bytes | None = None,
         capture_output: bool = True,
     ) -> int | None:
-        """Start program *path* in the guest; return its pid, or None if the agent refused.
-
-        *arg* is one argument as text or a list of them; *env* (a list of "KEY=value") replaces
-        the whole environment; *input_data* becomes the standard input. A daemon started with
-        *capture_output* counts as running until it closes its output.
-        """
         if arg is not None and not isinstance(arg, str | list | tuple):
             raise TypeError(f"arg must be a string or a list, not {type(arg).__name__}")
         argv = [path, *([arg] if isinstance(arg, str) else arg or [])]
@@ -1549,19 +1468,11 @@ class QemuGuestAgentDriver(AgentConnection):
     async_exec = _prep_async_exec = execute
 
     def exec_status(self, pid: int) -> dict[str, Any]:
-        """Return the agent's reply about program *pid* as it stands, and put it into the cache.
-
-        Raises DriverTimeout (a TimeoutError); UnknownPid or another DriverError (all OSErrors).
-        """
         reply = self._ask_status(pid)
         self.store_captured_output(pid, reply)
         return dict(reply)
 
     def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
-        """Put the agent's reply *output* about program *pid* into `output_cache`, as text.
-
-        Bytes that are not UTF-8, such as a character cut in two, become U+FFFD.
-        """
         status = _parse_status(output)
         entry: dict[str, Any] = {"exited": status.exited}
         for key in ("exitcode", "signal"):
@@ -1586,24 +1497,18 @@ class QemuGuestAgentDriver(AgentConnection):
         return True
 
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
-        """Write *data* to the guest's file; return False (and log why) if the agent refused."""
         copy = self.push(io.BytesIO(_as_bytes(data)), filename, mode=mode)
         return self._accepted(f"write {filename!r}", copy)
 
     def write_from_file(
         self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
     ) -> bool:
-        """Write *local_filename* to the guest's file *filename*; return as `_write` does."""
         with Path(local_filename).open("rb") as source:
             return self._accepted(f"write {filename!r}", self.push(source, filename, mode=mode))
 
     def read_file(
         self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
     ) -> bool:
-        """Fetch the guest's file *filename* to *local_destination*, which appears when complete.
-
-        Returns False (and logs why) if the agent refused.
-        """
         if mode not in ("r", "rb"):
             raise ValueError(f"mode {mode!r} does not read")
         target = Path(local_destination)
@@ -1618,7 +1523,6 @@ class QemuGuestAgentDriver(AgentConnection):
             temporary.unlink(missing_ok=True)
 
     def file_flush(self, handle: int) -> None:
-        """Write what the agent still holds of an open file. Raises AgentError if that fails."""
         self.call("guest-file-flush", {"handle": handle})
 
     def file_write_content(self, handle: int, content: str | bytes) -> bool:
@@ -1638,19 +1542,13 @@ class QemuGuestAgentDriver(AgentConnection):
     # --- the guest's system, as in the reference ---
 
     def get_os(self) -> str:
-        """Return the pretty name of the guest's system. Raises a DriverError, an OSError."""
         return self._pretty_name(self.call("guest-get-osinfo"))
 
     def get_time(self) -> int:
-        """Return the guest's time in nanoseconds since 1970."""
         reply = {"time": self.call("guest-get-time")}
         return _number(reply, "time", -(2**63), 2**63 - 1, "guest-get-time")
 
     def set_time(self, now_ns: int | None = None) -> None:
-        """Set the guest's clock to *now_ns*, nanoseconds since 1970 (default: the host's time).
-
-        Raises AgentError also if only the hardware clock could not be set.
-        """
         self.call("guest-set-time", {"time": time.time_ns() if now_ns is None else now_ns})
 
     def set_user_password(self, username: str, password: str, crypted: bool = False) -> None:
@@ -1659,20 +1557,16 @@ class QemuGuestAgentDriver(AgentConnection):
         self.call("guest-set-user-password", {**words, "crypted": crypted})
 
     def network_get_interfaces(self) -> list[dict[str, Any]]:
-        """Return the guest's network interfaces as the agent describes them."""
         found = self.call("guest-network-get-interfaces")
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise ReplyError("is no list of objects", found, "guest-network-get-interfaces")
         return found
 
     def reboot(self, timeout: float = 1) -> None:
-        """Make the guest reboot; do not wait until it is back.
+        """Make the guest reboot, after which the driver is not connected.
 
         The agent answers a failure within milliseconds and a success never, so silence for
-        *timeout* seconds, or the end of the connection, means that it was accepted. Afterwards the
-        driver is not connected.
-
-        Raises AgentError if the guest refused, DriverTimeout or LinkLost if it was not even asked.
+        *timeout* seconds, or the end of the connection, means that it was accepted.
         """
         with self.lock:
             link = self._link()
@@ -1701,7 +1595,6 @@ class QemuGuestAgentDriver(AgentConnection):
         return pid
 
     def status(self, pid: int, timeout: float = math.inf) -> ExecStatus:
-        """Return what the agent knows of *pid*; it tells an end once, then forgets the program."""
         return _parse_status(self._ask_status(pid, timeout))
 
     # *timeout* only shortens that of any call.
@@ -1796,13 +1689,7 @@ class QemuGuestAgentDriver(AgentConnection):
         self._call(link, "guest-file-close", {"handle": handle})
 
     def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
-        """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
-
-        One write is under way at a time, while the next chunk is prepared; between two yields
-        nothing is, so other calls may be made. *mode* is "w" (replace) or "a" (append).
-
-        Raises AgentError also if the final flush or close fails, since data is lost then.
-        """
+        """As `AbstractDriver.push`; one write is under way, and none between two yields."""
         sent = 0
         with self._opened(path, mode) as (link, handle):
             data, ticket, request = self._next_write(link, handle, source)
@@ -1862,8 +1749,8 @@ class QemuGuestAgentDriver(AgentConnection):
 # === programs on this host ========================================================================
 
 
+# An open file that holds *content* and has no place in the file system.
 def _memory_file(content: bytes) -> io.BufferedRandom:
-    """Return an open file that holds *content* and has no place in the file system."""
     file = os.fdopen(os.memfd_create("content"), "w+b")
     file.write(content)
     file.seek(0)
@@ -1871,22 +1758,15 @@ def _memory_file(content: bytes) -> io.BufferedRandom:
 
 
 class HostPrograms:
-    """Runs programs on this very host, under the calls that a handler makes to a guest's driver.
-
-    Each has a session of its own and no ties to us, so that it goes on when we end.
-    """
+    """Runs programs on this very host, under the calls that a handler makes to a guest's driver."""
 
     def __init__(self) -> None:
         self._programs: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
 
     def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
-        """Start a program and return its pid; of its output only stderr is kept.
-
-        Raises AgentError if it cannot be started.
-        """
-        null = subprocess.DEVNULL
+        """Start a program in a session of its own, so that it outlives us; keep only its stderr."""
+        null, errors = subprocess.DEVNULL, _memory_file(b"")
         try:
-            errors = _memory_file(b"")
             program = subprocess.Popen(
                 argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
             )
@@ -1900,15 +1780,14 @@ class HostPrograms:
         if pid not in self._programs:
             raise UnknownPid("GenericError", f"process {pid} is not ours", "status")
         program, errors = self._programs[pid]
-        code = program.poll()
-        if code is None:
+        if (code := program.poll()) is None:
             return ExecStatus(exited=False)
         del self._programs[pid]
         with errors:
             errors.seek(0)
             said = errors.read(65536)
-        killed = code < 0
-        return ExecStatus(True, None if killed else code, -code if killed else None, b"", said)
+        exitcode, killed_by = (code, None) if code >= 0 else (None, -code)
+        return ExecStatus(True, exitcode, killed_by, err=said)
 
     def run(self, argv: Sequence[str], *, timeout: float) -> ExecStatus:
         """Run a short program to its end. Raises DriverTimeout, having killed it."""
@@ -1988,34 +1867,30 @@ class _Program:
     ) -> None:
         output = subprocess.PIPE if capture else subprocess.DEVNULL
         # Every descriptor of this process is closed on exec already.
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             argv, stdout=output, stderr=output, cwd="/", close_fds=False, process_group=0,
             bufsize=0, **options,
         )  # fmt: skip
-        self.pid, self._loop = self._process.pid, loop
+        self._loop = loop
         self._output = {"out": bytearray(), "err": bytearray()}
-        self._open: dict[Any, bytearray | None] = {}  # files, and what is read from them
-        if capture:
-            pipes = (self._process.stdout, self._process.stderr)
-            self._open.update(zip(pipes, self._output.values(), strict=True))
         # Its end is waited for at once: a zombie would pass for a running program.
-        self._end = io.FileIO(os.pidfd_open(self.pid))
-        self._open[self._end] = None
+        self._open: dict[Any, Any] = {io.FileIO(os.pidfd_open(self.process.pid)): None}
+        if capture:
+            pipes = (self.process.stdout, self.process.stderr)
+            self._open.update(zip(pipes, self._output.values(), strict=True))
         for file in self._open:
             loop.add_reader(file, self._read, file)
 
     def _read(self, file: Any) -> None:
         data = self._open[file]
-        got = b"" if data is None else os.read(file.fileno(), 65536)
-        if data is None or not got:
-            self._close(file)
-        else:
+        if data is not None and (got := os.read(file.fileno(), 65536)):
             data += got[: _OUTPUT_LIMIT + 1 - len(data)]  # one more says that some is missing
+        else:
+            self._close(file)
 
     def _close(self, file: Any) -> None:
-        if file is self._end:
-            self._process.wait()
-        del self._open[file]
+        if self._open.pop(file) is None:
+            self.process.wait()
         self._loop.remove_reader(file)
         file.close()
 
@@ -2023,18 +1898,13 @@ class _Program:
         """Return what guest-exec-status tells of it."""
         if self._open:  # a daemon holds its output, too
             return {"exited": False}
-        code = self._process.returncode
+        code = self.process.returncode
         reply: dict[str, Any] = {"exited": True, "exitcode" if code >= 0 else "signal": abs(code)}
         for name, data in self._output.items():
             if data:
                 reply[f"{name}-data"] = _encoded(data[:_OUTPUT_LIMIT])
                 reply[f"{name}-truncated"] = len(data) > _OUTPUT_LIMIT
         return reply
-
-    @property
-    def running(self) -> bool:
-        """Whether the program itself has not ended."""
-        return self._end in self._open
 
     def bury(self) -> None:
         """Wait for its end after a kill, and close what is open."""
@@ -2064,7 +1934,7 @@ class StandInAgent:
         self._next_handle = 1000
         self._files: dict[int, Any] = {}
         self._programs: dict[int, _Program] = {}
-        self._groups: set[int] = set()  # all that were started
+        self._groups: dict[int, subprocess.Popen[bytes]] = {}  # all that were started
 
     @property
     def boot(self) -> str:
@@ -2075,10 +1945,9 @@ class StandInAgent:
 
     def end_boot(self) -> None:
         """Kill all programs, forget everything, and make the next boot another one."""
-        for group in self._groups:
-            known = group in self._programs and self._programs[group].running
+        for group, leader in self._groups.items():
             # The number of a leader that has ended can be another's only once its group is empty.
-            if known or not Path(f"/proc/{group}").exists():
+            if leader.returncode is None or not Path(f"/proc/{group}").exists():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
         for program in self._programs.values():
@@ -2096,27 +1965,24 @@ class StandInAgent:
         request: Any = None
         try:
             request = requests.next_value()
-            if request is None:
-                return None
-            reply: dict[str, Any] = {"return": self._perform(request)}
+            if request is None or (result := self._perform(request)) is None:
+                return None if request is None else b""
+            reply = {"return": result}
         except (OSError, ValueError, TypeError, LookupError) as error:
             told = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             class_ = "CommandNotFound" if type(error) is LookupError else "GenericError"
             reply = {"error": {"class": class_, "desc": told}}
-        if reply.get("return", "") is None:
-            return b""
         if isinstance(request, dict) and "id" in request:
             reply["id"] = request["id"]
         mark = b"\xff" if "return" in reply and "delimited" in request["execute"] else b""
         return mark + json.dumps(reply).encode() + b"\n"
 
     def _perform(self, request: Any) -> Any:
-        """Return what a command returns, None for silence; any error is the guest's answer."""
         if not isinstance(request, dict) or request.keys() - {"execute", "arguments", "id"}:
             raise ValueError("QMP input is no object, or has a member that is unexpected")
         command, arguments = request.get("execute"), request.get("arguments", {})
         if not isinstance(command, str) or not isinstance(arguments, dict):
-            raise ValueError("QMP input lacks member 'execute', or 'arguments' is no object")
+            raise ValueError("QMP input lacks 'execute', or 'arguments' is no object")
         if command not in _COMMANDS:
             raise LookupError(f"The command {command} has not been found")
         words = {key.replace("-", "_"): value for key, value in arguments.items()}
@@ -2178,14 +2044,18 @@ class StandInAgent:
         with _memory_file(base64.b64decode(input_data, validate=True)) as stdin:
             words = [path, *arg]
             program = _Program(self._loop, words, capture_output, env=variables, stdin=stdin)
-        self._programs[program.pid] = program
-        self._groups.add(program.pid)
-        return {"pid": program.pid}
+        pid = program.process.pid
+        self._programs[pid], self._groups[pid] = program, program.process
+        return {"pid": pid}
 
     def guest_exec_status(self, pid: int) -> dict[str, Any]:
         reply = self._programs[pid].report()
         if reply["exited"]:
             del self._programs[pid]  # it is told once
+            try:
+                os.killpg(pid, 0)
+            except ProcessLookupError:  # nobody is left in its group
+                del self._groups[pid]
         return reply
 
     # --- commands: files ---
@@ -2238,16 +2108,13 @@ class StandInAgent:
 _COMMANDS = [name.replace("_", "-") for name in vars(StandInAgent) if name.startswith("guest_")]
 
 
+# Neither waits for the other end of a pipe nor follows a link.
 def _open_now(path: str, flags: int) -> int:
-    """Open as open() asks, but neither wait for the other end of a pipe nor follow a link."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
+# A socket that listens at *path*, replacing one that nobody serves any more.
 def _listener(path: Path) -> socket.socket:
-    """Return a socket that listens at *path*, replacing one that nobody serves any more.
-
-    Raises FileExistsError if somebody does, or if something else is there.
-    """
     with contextlib.ExitStack() as unless_done, _short_path(str(path)) as target:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         unless_done.callback(sock.close)
@@ -2272,16 +2139,14 @@ def serve_agents(
     """Play guest agents until SIGTERM or SIGINT; call from the main thread.
 
     *places* are the sockets' paths, each with the agent's root or None; a root is created. A
-    reboot takes *boot_s* seconds. *ready* is called once all sockets listen. In the end these are
-    removed and the programs are killed, so that the next start is another boot.
-
-    Raises FileExistsError if something is at a socket's path already.
+    reboot takes *boot_s* seconds. *ready* is called once all sockets listen. Raises
+    FileExistsError if something is at a socket's path already.
     """
     # Only a process that plays agents pays for this import.
     import asyncio
 
+    # One request at a time; while a reply is unread none is taken.
     async def converse(client: socket.socket, agent: StandInAgent) -> None:
-        """Answer one request at a time; while a reply is unread none is taken."""
         loop, requests = asyncio.get_running_loop(), RequestSplitter()
         while data := await loop.sock_recv(client, _RECEIVE_BYTES):
             requests.feed(data)
@@ -2293,8 +2158,8 @@ def serve_agents(
                 pause, agent.rebooted = boot_s if agent.rebooted else 0, False
                 await asyncio.sleep(pause)
 
+    # One client after the other, as qemu-ga does, until the guest powers down.
     async def play(listener: socket.socket, agent: StandInAgent) -> None:
-        """Serve one client after the other, as qemu-ga does, until the guest powers down."""
         try:
             while not agent.halted:
                 client, _ = await asyncio.get_running_loop().sock_accept(listener)
