@@ -234,6 +234,11 @@ def _delays(longest: float) -> Iterator[float]:
 WaitHook = Callable[[int, int, float], bool]
 Seconds = float | None
 Words = Mapping[str, Any] | None  # a request's arguments
+Copy = Generator[int, None, None]  # yields the bytes copied so far, per chunk
+GuestPath = str | PurePath
+LocalPath = str | os.PathLike[str]
+Env = Sequence[str] | None
+Data = str | bytes | None
 
 
 def plain_wait(fd: int, events: int, seconds: float) -> bool:
@@ -561,10 +566,7 @@ def _fatal(method: _Method) -> _Method:
 
 
 class Link:
-    """One connection to an agent. Any failure inside it closes it for good.
-
-    Failures are DriverTimeout, LinkLost, ProtocolError, and what the hook raises that waits.
-    """
+    """One connection to an agent. Any failure inside it, of the wait hook too, ends it for good."""
 
     def __init__(self, sock: socket.socket, wait: WaitHook, log: logging.Logger) -> None:
         self.session = Session(log)
@@ -631,7 +633,7 @@ class Link:
             self._receive(deadline, _SYNC, accept=False)
         return ident
 
-    # Looks at the lines that follow a 0xFF; one that is not ours belongs to a former client.
+    # A line behind a 0xFF that is not ours belongs to a former client.
     def _is_sync_reply(self, ident: int) -> bool:
         while (frame := self._frames.next_frame()) is not None:
             with contextlib.suppress(ProtocolError):
@@ -823,8 +825,8 @@ class AbstractDriver(ABC):
         self,
         path: str,
         arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
+        env: Env = None,
+        input_data: Data = None,
         capture_output: bool = True,
     ) -> int | None:
         """Start a program in the guest; return its pid, or None if the agent refused.
@@ -850,15 +852,11 @@ class AbstractDriver(ABC):
         """Write *data* to a file of the guest; return whether the agent accepted it."""
 
     @abstractmethod
-    def write_from_file(
-        self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
-    ) -> bool:
+    def write_from_file(self, filename: str, local_filename: LocalPath, mode: str = "w") -> bool:
         """Write a local file's content to a file of the guest."""
 
     @abstractmethod
-    def read_file(
-        self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
-    ) -> bool:
+    def read_file(self, filename: str, local_destination: LocalPath, mode: str = "rb") -> bool:
         """Fetch a file of the guest to the local path *local_destination*."""
 
     @abstractmethod
@@ -940,16 +938,14 @@ class AbstractDriver(ABC):
         self,
         argv: Sequence[str],
         *,
-        env: Sequence[str] | None = None,
-        input_data: bytes | str | None = None,
+        env: Env = None,
+        input_data: Data = None,
         capture: bool = False,
     ) -> int:
         """Start a program and return its pid. Raises AgentError if it cannot be started."""
         return self._start(list(argv), env, input_data, capture)
 
-    def _start(
-        self, argv: list[str], env: Sequence[str] | None, data: bytes | str | None, capture: bool
-    ) -> int:
+    def _start(self, argv: list[str], env: Env, data: Data, capture: bool) -> int:
         pid = self.execute(argv[0], argv[1:], env, data, capture)
         if pid is None:
             raise AgentError("GenericError", f"cannot start {argv[0]!r}", "execute")
@@ -968,9 +964,7 @@ class AbstractDriver(ABC):
         code = entry["exitcode"] if number is None else None
         return ExecStatus(True, code, number, out, err, *cut)
 
-    def run(
-        self, argv: Sequence[str], *, timeout: float | None = None, **options: Any
-    ) -> ExecStatus:
+    def run(self, argv: Sequence[str], *, timeout: Seconds = None, **options: Any) -> ExecStatus:
         """Run a program to its end and return its exit and output; *options* are those of `start`.
 
         After *timeout* seconds a DriverTimeout leaves connection and program as they are.
@@ -991,7 +985,7 @@ class AbstractDriver(ABC):
             pass
         return sink.getvalue()
 
-    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Copy:
         """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
 
         *mode* is "w" (replace) or "a" (append). Raises AgentError if it cannot be written.
@@ -1003,9 +997,7 @@ class AbstractDriver(ABC):
                 raise AgentError("GenericError", f"cannot write {path!r}", "write_from_file")
             yield copy.tell()
 
-    def pull(
-        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
-    ) -> Generator[int, None, None]:
+    def pull(self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None) -> Copy:
         """Copy at most *limit* bytes of the guest's file from *offset* on to *sink*.
 
         Yields the bytes got so far. Raises AgentError if it cannot be read, and as *sink* does.
@@ -1061,8 +1053,7 @@ class AbstractDriver(ABC):
         return self._get_stream("stderr", pid)
 
     def _get_stream(self, stream_name: str, pid: int) -> str | None:
-        text: str | None = self._cached_status(pid).get(stream_name)
-        return text
+        return cast("str | None", self._cached_status(pid).get(stream_name))
 
     # The agent forgets a program when it has told its end once; so it is asked until then.
     def _cached_status(self, pid: int) -> dict[str, Any]:
@@ -1074,16 +1065,12 @@ class AbstractDriver(ABC):
 
     # Runs a script to its end; None if it cannot be started.
     def _run_script(
-        self, script: tuple[str, str], path: str | PurePath, *words: str, patience: float = 1
+        self, script: tuple[str, str], path: GuestPath, *words: str, patience: float = 1
     ) -> ExecStatus | None:
         text = os.fspath(path)
         words = (f"./{text}" if text.startswith("-") else text, *words)  # else it is an option
-        posix, windows = script
-        argv = (
-            powershell(windows, *words)
-            if self.is_windows
-            else ["/bin/sh", "-c", posix, "sh", *words]
-        )
+        shell = ["/bin/sh", "-c", script[0], "sh", *words]
+        argv = powershell(script[1], *words) if self.is_windows else shell
         try:
             return self.run(argv, timeout=patience * self.timeout)
         except UnknownPid:
@@ -1092,7 +1079,7 @@ class AbstractDriver(ABC):
             self.log.error("%s %s", self._EXEC_ERROR_MSG, error)
             return None
 
-    def _succeeds(self, script: tuple[str, str], path: str | PurePath) -> bool | None:
+    def _succeeds(self, script: tuple[str, str], path: GuestPath) -> bool | None:
         status = self._run_script(script, path)
         return None if status is None else status.exitcode == 0
 
@@ -1103,11 +1090,11 @@ class AbstractDriver(ABC):
         """
         return self._succeeds(_EXISTS, path)
 
-    def create_directories(self, directory: str | PurePath) -> bool | None:
+    def create_directories(self, directory: GuestPath) -> bool | None:
         """Create *directory* and what is missing above it; None if the attempt failed."""
         return self._succeeds(_MKDIR, directory)
 
-    def delete_file(self, path: str | PurePath) -> bool | None:
+    def delete_file(self, path: GuestPath) -> bool | None:
         """Delete the file *path*; False if there is none; None if the attempt failed."""
         return self._succeeds(_DELETE, path)
 
@@ -1115,17 +1102,14 @@ class AbstractDriver(ABC):
         """Delete *directory* and its parents up to the first that is not empty."""
         return self._succeeds(_PRUNE, directory)
 
-    def make_file_executable(self, path: str | PurePath) -> bool | None:
+    def make_file_executable(self, path: GuestPath) -> bool | None:
         """Let everybody run the file *path* (on Windows they may); None if the attempt failed."""
         return True if self.is_windows else self._succeeds(('chmod a+x "$1"', ""), path)
 
-    def get_files(
-        self, path: str | PurePath, timestamp: str | float | None = None
-    ) -> list[str] | None:
-        """Return all files at or below *path*, or None if that fails.
+    def get_files(self, path: GuestPath, timestamp: str | float | None = None) -> list[str] | None:
+        """Return all files at or below *path* (modified after *timestamp*), or None if that fails.
 
-        *timestamp* limits it to files modified later: seconds since 1970, or a date in words that
-        the guest's `touch -d` understands (on Windows PowerShell's [datetime]).
+        A date in words is one for the guest's `touch -d` (on Windows PowerShell's [datetime]).
         """
         after = whole = "" if timestamp is None else str(timestamp)
         if isinstance(timestamp, int | float):
@@ -1155,10 +1139,10 @@ class AbstractDriver(ABC):
 
     # --- places of a schedule entry ---
 
-    def _pure_path(self, path: str | PurePath) -> PurePath:
+    def _pure_path(self, path: GuestPath) -> PurePath:
         return PureWindowsPath(path) if self.is_windows else PurePosixPath(path)
 
-    def deconflict_agent_path(self, path: str | PurePath) -> PurePath:
+    def deconflict_agent_path(self, path: GuestPath) -> PurePath:
         """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before.
 
         Case does not distinguish paths. The same calls in the same order give the same paths.
@@ -1451,8 +1435,8 @@ class QemuGuestAgentDriver(AgentConnection):
         self,
         path: str,
         arg: str | Sequence[str] | None = None,
-        env: Sequence[str] | None = None,
-        input_data: str | bytes | None = None,
+        env: Env = None,
+        input_data: Data = None,
         capture_output: bool = True,
     ) -> int | None:
         if arg is not None and not isinstance(arg, str | list | tuple):
@@ -1500,15 +1484,11 @@ class QemuGuestAgentDriver(AgentConnection):
         copy = self.push(io.BytesIO(_as_bytes(data)), filename, mode=mode)
         return self._accepted(f"write {filename!r}", copy)
 
-    def write_from_file(
-        self, filename: str, local_filename: str | os.PathLike[str], mode: str = "w"
-    ) -> bool:
+    def write_from_file(self, filename: str, local_filename: LocalPath, mode: str = "w") -> bool:
         with Path(local_filename).open("rb") as source:
             return self._accepted(f"write {filename!r}", self.push(source, filename, mode=mode))
 
-    def read_file(
-        self, filename: str, local_destination: str | os.PathLike[str], mode: str = "rb"
-    ) -> bool:
+    def read_file(self, filename: str, local_destination: LocalPath, mode: str = "rb") -> bool:
         if mode not in ("r", "rb"):
             raise ValueError(f"mode {mode!r} does not read")
         target = Path(local_destination)
@@ -1529,7 +1509,7 @@ class QemuGuestAgentDriver(AgentConnection):
         """Write *content* to an open file; return False (and log why) if the agent refused."""
         return self._write_to_handle(handle, io.BytesIO(_as_bytes(content)))
 
-    def file_write_from_file(self, handle: int, filename: str | os.PathLike[str]) -> bool:
+    def file_write_from_file(self, handle: int, filename: LocalPath) -> bool:
         """Write the local file *filename* to an open file; return as `file_write_content` does."""
         with Path(filename).open("rb") as source:
             return self._write_to_handle(handle, source)
@@ -1580,9 +1560,7 @@ class QemuGuestAgentDriver(AgentConnection):
 
     # --- strict: programs ---
 
-    def _start(
-        self, argv: list[str], env: Sequence[str] | None, data: bytes | str | None, capture: bool
-    ) -> int:
+    def _start(self, argv: list[str], env: Env, data: Data, capture: bool) -> int:
         _no_nul(*argv, *(env or ()))
         request: dict[str, Any] = {"path": argv[0], "arg": argv[1:], "capture-output": capture}
         if env is not None:
@@ -1688,7 +1666,7 @@ class QemuGuestAgentDriver(AgentConnection):
             raise
         self._call(link, "guest-file-close", {"handle": handle})
 
-    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Generator[int, None, None]:
+    def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Copy:
         """As `AbstractDriver.push`; one write is under way, and none between two yields."""
         sent = 0
         with self._opened(path, mode) as (link, handle):
@@ -1713,9 +1691,7 @@ class QemuGuestAgentDriver(AgentConnection):
         arguments = {"handle": handle, "buf-b64": _encoded(data)}
         return data, *link.session.encode("guest-file-write", arguments)
 
-    def pull(
-        self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
-    ) -> Generator[int, None, None]:
+    def pull(self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None) -> Copy:
         """As `AbstractDriver.pull`; one read is ahead, other calls fit between two yields."""
         got, crumbs = 0, 0
         left = math.inf if limit is None else limit  # bytes not asked for yet
