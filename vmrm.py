@@ -5238,14 +5238,7 @@ def batch_file(text: str) -> str:
 
 
 class Guest:
-    """Where programs of a VM run: its driver, its system's paths and scripts, its present boot.
-
-    Args:
-        driver: Connected.
-        launch_dir: That of the VM, '' for the system's own.
-        seconds: For one of our scripts that everything waits for.
-        patience: For one that holds up nothing else.
-    """
+    """Where programs of a VM run: its driver, its system's paths and scripts, its present boot."""
 
     name = "guest"
     launch = "/var/launch"
@@ -5258,9 +5251,9 @@ class Guest:
     def __init__(
         self,
         driver: drivers.AbstractDriver,
-        launch_dir: str = "",
-        seconds: float = 30,
-        patience: float = 300,
+        launch_dir: str = "",  # the system's own
+        seconds: float = 30,  # for one of our scripts that everything waits for
+        patience: float = 300,  # for one that holds up nothing else
     ) -> None:
         self.driver, self.seconds, self.patience = driver, seconds, max(seconds, patience)
         self.launch = launch_dir or self.launch
@@ -5318,13 +5311,7 @@ class Guest:
             raise drivers.LinkLost(f"the agent cannot look: {error}") from error
 
     def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> Steps:
-        """Run a program of ours, holding up nothing else; return its status.
-
-        Args:
-            argv: Program and arguments.
-            more: Seconds that it may take beyond our patience, at whose end the VM fails.
-            lines: For its standard input.
-        """
+        """Run a program of ours within our patience and `more`; return its status."""
         pid = self.driver.start(argv, input_data=lines or None, capture=True)
         interval, deadline = 0.002, CLOCK.monotonic() + self.patience + more
         try:
@@ -5349,9 +5336,7 @@ class Guest:
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
     ) -> list[Script]:
-        """Return the scripts of an entry, the first of which claims an attempt and does the rest.
-
-        Raises ValueError if the system has none for it.
+        """Return the scripts of an entry. Raises ValueError if the system has none for it.
 
         Args:
             entry: With its places.
@@ -5480,8 +5465,7 @@ class Guest:
         return bool(status.err)
 
     def look(self, directories: Sequence[str]) -> list[Found]:
-        """Ask the guest what attempts have left behind; the agent is serial, so all earlier
-        requests have run by the time it answers."""
+        """Ask what attempts have left, once all earlier requests have run: an agent is serial."""
         if not directories:
             return []
         told = self.ask("probe", *directories).out.decode(errors="replace").splitlines()
@@ -5668,13 +5652,7 @@ class WindowsGuest(Guest):
 
 
 class HostGuest(Guest):
-    """This host, where entries with `on_host` run by the same scripts, below a directory of ours.
-
-    Args:
-        db: The database, beside which that directory lies.
-        vm_name: The VM whose entries they are.
-        run: A word for the experiment and the schedule's generation.
-    """
+    """This host, where entries with `on_host` run by the same scripts, beside the database."""
 
     name = "host"
     reboots = False
@@ -6241,17 +6219,7 @@ def _is_link_trouble(error: BaseException) -> bool:
 def agent_lock(
     path: str, database: Path, wait: Callable[[float], object], seconds: float
 ) -> Iterator[None]:
-    """Hold the lock of an agent's address.
-
-    Args:
-        path: The agent's address.
-        database: Named to whoever comes second.
-        wait: Sleeps that many seconds between two tries.
-        seconds: How long to try.
-
-    Raises:
-        Conflict: somebody else holds it, or it cannot be had at all.
-    """
+    """Hold the lock of an agent's address, or raise Conflict after so many seconds."""
     file = _agent_lock_path(path)[0]
     lock = FileLock(file, lambda: _open_agent_lock(path))
     if not lock.take(seconds, wait):
@@ -6348,12 +6316,11 @@ def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
 
 def _is_trusted(directory: Path) -> bool:
     """Whether a directory is root's or ours, and nobody else can remove our files there."""
-    try:
+    with contextlib.suppress(OSError):
         info = directory.lstat()
-    except OSError:
-        return False
-    ours = stat.S_ISDIR(info.st_mode) and info.st_uid in (0, os.geteuid())
-    return ours and bool(info.st_mode & stat.S_ISVTX) and os.access(directory, os.W_OK)
+        sticky = stat.S_ISDIR(info.st_mode) and bool(info.st_mode & stat.S_ISVTX)
+        return sticky and info.st_uid in (0, os.geteuid()) and os.access(directory, os.W_OK)
+    return False
 
 
 def _shared_locks(path: str) -> Path:
@@ -6384,11 +6351,7 @@ Driver = type[drivers.AbstractDriver]
 
 
 def driver_of(engine: str) -> Driver:
-    """Return the driver class for an engine; plug-ins are read only if it is none of ours.
-
-    Raises:
-        UsageError: no driver has that engine, or a plug-in is faulty.
-    """
+    """Return the driver class for an engine; plug-ins are read only if it is none of ours."""
     if not (found := _own_drivers().get(engine) or (known := plug_ins()).get(engine)):
         there_are = ", ".join(sorted(known))
         fault = f"unknown engine {engine!r}; one of {there_are}"
@@ -6397,11 +6360,7 @@ def driver_of(engine: str) -> Driver:
 
 
 def plug_ins() -> dict[str, Driver]:
-    """Return the usable driver classes by engine: ours, and those of the files in $VMRM_DRIVERS.
-
-    Raises:
-        UsageError: a file is faulty, or has the engine of another; which, and how.
-    """
+    """Return the usable driver classes by engine: ours, and those of the files in $VMRM_DRIVERS."""
     known = _own_drivers()
     for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
         try:
