@@ -753,30 +753,9 @@ os.register_at_fork(after_in_child=_LockWaiter._idle.clear)
 
 # === database ====================================================================================
 
-_inherited: list[object] = []  # connections of a parent process, kept from every destructor
-
 NETWORK_FILE_SYSTEMS = frozenset(
-    [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "ceph",
-        "glusterfs",
-        "lustre",
-        "afs",
-        "ncpfs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.ceph",
-        "virtiofs",
-        "gfs2",
-        "ocfs2",
-        "beegfs",
-        "orangefs",
-    ]
+    "nfs nfs4 cifs smb3 smbfs 9p ceph glusterfs lustre afs ncpfs fuse.sshfs fuse.glusterfs "
+    "fuse.ceph virtiofs gfs2 ocfs2 beegfs orangefs".split()
 )
 
 
@@ -799,33 +778,25 @@ def _file_system(path: Path) -> str:
     return ""
 
 
-# What SQLite says when it is not the request that is wrong, and which may pass.
-_TROUBLE = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_READONLY,
-    }
-)
-
-
-_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+# SQLite's error codes for a temporary problem, which is not the statement's fault; and for damage.
+_TROUBLE = {
+    getattr(sqlite3, f"SQLITE_{what}") for what in "BUSY LOCKED FULL IOERR READONLY".split()
+}
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 RESTORE = "Put a copy of vmrm backup in its place, or save what can be read: sqlite3 FILE .recover"
+
+
+def _error_code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 @contextlib.contextmanager
 def _telling_trouble() -> Iterator[None]:
-    """Raise `Unwritable` for what the disk, or another program, keeps us from.
-
-    And `SchemaError` for a damaged file, which nothing but a copy mends.
-    """
+    """Raise `Unwritable` for a temporary problem, and `SchemaError` for a damaged file."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in _DAMAGE:
+        if (code := _error_code(error)) in _DAMAGE:
             raise SchemaError(f"the database is damaged: {error}", RESTORE) from error
         if code not in _TROUBLE:
             raise
@@ -833,6 +804,19 @@ def _telling_trouble() -> Iterator[None]:
             f"the database cannot be used now: {error}",
             "Make room on its disk, or see who else has it open; nothing is lost",
         ) from error
+
+
+@contextlib.contextmanager
+def _begun(connection: sqlite3.Connection) -> Iterator[None]:
+    """Run the block as one transaction of writing; leave nothing behind if it raises."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 class Row(dict[str, Any]):
@@ -850,8 +834,10 @@ class _Connection(sqlite3.Connection):
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
+        self.row_factory = sqlite3.Row
         self.to_wake: set[int | str] = set()
         self.create_function("wake_up", 1, self.to_wake.add)
+        self.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
 
     def watch(self) -> None:
         """Have every change that somebody waits for note who that is."""
@@ -892,20 +878,19 @@ _AWAITED = (
     ("DELETE ON pool_waiters", f"'{POOL}'"),
 )
 
+_inherited: list[object] = []  # a parent process's connections, kept from every destructor
+
 
 class Database:
-    """One connection to the database file, and the state directory beside it.
+    """A database file, with a connection for each thread, and the state directory beside it.
 
-    Opened lazily and again after a fork, since no SQLite connection may cross one.
+    A connection is opened when it is first used, and anew after a fork: none may cross one.
 
     Args:
         path: The file; None means `default_database()`. It is created with its directory.
         timeouts: Supplies the bound for the writer lock.
-        checkpoint: Whether this connection may checkpoint the WAL by itself.
+        checkpoint: Whether a connection may checkpoint the WAL by itself.
         create: Whether a missing file is created; otherwise it is a `NotFound`.
-
-    Raises:
-        SchemaError: on first use, if the file is not ours or of another version.
     """
 
     def __init__(
@@ -920,9 +905,7 @@ class Database:
         self.state_dir = self.path.with_name(self.path.name + ".d")
         self.timeouts = timeouts or Timeouts.from_environment()
         self._checkpoint, self._create = checkpoint, create
-        self._pid = 0
-        self._connections: dict[threading.Thread, _Connection] = {}
-        self._opening = threading.Lock()
+        self._opened, self._pid = threading.local(), os.getpid()
         self._file: os.stat_result | None = None  # as it was when last seen
 
     def __enter__(self) -> Self:
@@ -931,149 +914,135 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def close(self) -> None:
+        """Close the connections that this process opened; leave a parent's alone."""
+        opened, self._opened = self._opened, threading.local()
+        if self._pid != os.getpid():
+            _inherited.append(opened)
+            self._pid = os.getpid()
+        elif found := getattr(opened, "connection", None):
+            found.close()  # those of other threads end with `opened`
+
     @property
     def connection(self) -> _Connection:
         """The open connection of this very process and thread: SQLite's cannot be shared."""
-        if self._pid == os.getpid() and (
-            found := self._connections.get(threading.current_thread())
-        ):
-            if not found.in_transaction:
-                self._refuse_another_file()
-            return found
-        with self._opening:
-            if self._pid != os.getpid():
-                self.close()
-            for thread in [thread for thread in self._connections if not thread.is_alive()]:
-                self._connections.pop(thread).close()
-            return self._open()
-
-    def directory(self, *parts: str) -> Path:
-        """Return a directory inside the state directory, made private to the user if missing."""
-        path = self.state_dir
-        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
-            path = path / part
-            path.mkdir(exist_ok=True, mode=0o700)
-        return path
+        if self._pid != os.getpid():
+            self.close()
+        found: _Connection | None = getattr(self._opened, "connection", None)
+        if found is None or not found.in_transaction:
+            self._refuse_another_file()
+        if found is None:
+            found = self._opened.connection = self._open()
+        return found
 
     def _refuse_another_file(self) -> None:
         """Refuse to go on with a file that is gone from its place: nobody would find the rows."""
         if (before := self._file) is None:
             return
         try:
-            now = self._file = self.path.stat()
+            now = self.path.stat()
         except FileNotFoundError:
             how = "removed"
         else:
-            if os.path.samestat(before, now) and now.st_size >= before.st_size:
-                return
-            how = "truncated" if os.path.samestat(before, now) else "replaced"
-            self._file = before
+            how = "replaced"
+            if os.path.samestat(before, now):
+                if now.st_size >= before.st_size:
+                    self._file = now
+                    return
+                how = "truncated"
         raise SchemaError(f"{str(self.path)!r} was {how} while it was in use", RESTORE)
 
     def _open(self) -> _Connection:
-        self._refuse_another_file()
+        """Connect, see whose file it is, make it ours if it is new or older, then set it up."""
         if not self._create and not (self.path.exists() and self.path.stat().st_size):
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
+        try:
+            self._make_file()
+            with _telling_trouble():
+                connection = self._connect()
+                try:
+                    self._set_up(connection)
+                except BaseException:  # who tries again and again must not run out of descriptors
+                    connection.close()
+                    raise
+        except (OSError, sqlite3.OperationalError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot open {str(self.path)!r}: {why}") from error
+        self._file = self.path.stat()
+        return connection
+
+    def _make_file(self) -> None:
         if self.path.exists() and not self.path.is_file():
             raise UsageError(f"{str(self.path)!r} is not a file", "Name one with --db")
-        try:
-            if self.path.is_file() and not self.state_dir.exists():
-                self._refuse_foreign()  # before anything is made beside somebody else's file
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if (kind := _file_system(self.path.parent)) in NETWORK_FILE_SYSTEMS:
-                raise UsageError(
-                    f"{str(self.path)!r} is on a network file system ({kind}), where SQLite's "
-                    "locks cannot be trusted",
-                    "Name a file on a local disk with --db",
-                )
-            for name in ("store", "locks", "wake", "requests"):
-                self.directory(name)
-            self._make_private()
-        except OSError as error:
-            raise UsageError(f"cannot open {str(self.path)!r}: {error.strerror}") from error
-        return self._connect()
-
-    def _refuse_foreign(self) -> None:
-        try:
-            with contextlib.closing(sqlite3.connect(self.path)) as connection:
-                if self._identity(connection)[0] not in (0, _wanted_identity()[0]):
-                    raise SchemaError(f"{str(self.path)!r} is another program's database")
-        except sqlite3.OperationalError as error:
-            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise SchemaError(f"{str(self.path)!r} is not a database: {error}") from error
-
-    def _make_private(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (kind := _file_system(self.path.parent)) in NETWORK_FILE_SYSTEMS:
+            raise UsageError(
+                f"{str(self.path)!r} is on a network file system ({kind}), where SQLite's "
+                "locks cannot be trusted",
+                "Name a file on a local disk with --db",
+            )
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _connect(self) -> _Connection:
-        me = threading.current_thread()
-        try:
-            with _telling_trouble():
-                connection = self._connected(me)
-                self._file = self.path.stat()
-                return connection
-        except BaseException:  # who tries again and again must not run out of descriptors
-            if failed := self._connections.pop(me, None):
-                failed.close()
-            raise
+        patience = self.timeouts.writer
+        return sqlite3.connect(
+            self.path, isolation_level=None, timeout=patience, factory=_Connection
+        )
 
-    def _connected(self, me: threading.Thread) -> _Connection:
+    def _set_up(self, connection: _Connection) -> None:
         try:
-            connection = sqlite3.connect(
-                self.path,
-                isolation_level=None,
-                timeout=self.timeouts.writer,
-                check_same_thread=False,  # used by one, but closed by whoever closes all
-                factory=_Connection,
-            )
-            connection.row_factory = sqlite3.Row
-            connection.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
-            self._connections[me], self._pid = connection, os.getpid()
-            self._check_schema(connection)
-            connection.watch()
-            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            if not self._checkpoint:
-                connection.execute("PRAGMA wal_autocheckpoint = 0")
+            self._make_ours(connection)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF in _TROUBLE:
-                raise
-            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+            if _error_code(error) in _TROUBLE and not self.state_dir.exists():
+                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+            raise
         except (sqlite3.DatabaseError, SchemaError) as error:
-            damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
-            raise SchemaError(
-                f"{str(self.path)!r} is not usable: {error}",
-                RESTORE if damaged else "Name another file with --db, or move this one away",
-            ) from error
-        return connection
+            damaged = isinstance(error, sqlite3.Error) and _error_code(error) in _DAMAGE
+            what = f"{str(self.path)!r} is not usable: {error}"
+            aside = "Name another file with --db, or move this one away"
+            raise SchemaError(what, RESTORE if damaged else aside) from error
+        connection.watch()
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if not self._checkpoint:
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
 
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
-        wanted = _wanted_identity()
-        if self._identity(connection) == wanted:
-            return
-        script = _schema()
-        with self._writing():
-            found = self._identity(connection)  # somebody may have been faster
-            empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
-            if empty and found == (0, 0):
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(f"BEGIN IMMEDIATE; {script} {self._sequel()} COMMIT;")
-            elif found[0] == wanted[0] and OLDEST_VERSION <= found[1] < wanted[1]:
-                self._upgrade(connection, found[1])
-        found = self._identity(connection)
-        if found[0] != wanted[0]:
+    def _make_ours(self, connection: sqlite3.Connection) -> None:
+        """Create or upgrade what can be; nothing is made beside, or in, what is not ours."""
+        ours, wanted = _wanted_identity()
+        application, version = self._identity(connection)
+        if application != ours and not self._is_new(connection):
             raise SchemaError("it is another program's database")
-        if found[1] != wanted[1]:
-            raise SchemaError(f"it has schema version {found[1]}, this vmrm wants {wanted[1]}")
+        for name in ("store", "locks", "wake", "requests"):
+            self.directory(name)
+        connection.execute("PRAGMA journal_mode = WAL")
+        if (application, version) != (ours, wanted):
+            with self._writing():
+                if self._is_new(connection):
+                    connection.executescript(f"BEGIN IMMEDIATE; {self._new_schema()} COMMIT;")
+                version = self._identity(connection)[1]  # somebody may have been faster
+                if OLDEST_VERSION <= version < wanted:
+                    self._upgrade(connection, version)
+                    version = wanted
+        if version != wanted:
+            raise SchemaError(f"it has schema version {version}, this vmrm wants {wanted}")
 
-    def _sequel(self) -> str:
-        """Return what has a new database's experiments begin after those that left files here."""
+    @staticmethod
+    def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
+        names = ("application_id", "user_version")
+        first, second = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+        return first, second
+
+    def _is_new(self, connection: sqlite3.Connection) -> bool:
+        empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
+        return empty and self._identity(connection) == (0, 0)
+
+    def _new_schema(self) -> str:
+        """Return the schema; experiments begin after those that have left files here."""
         last = max((number for _, number in run_directories(self.state_dir)), default=0)
-        return f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});" if last else ""  # noqa: S608
+        after = f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});" if last else ""  # noqa: S608
+        return _schema() + after
 
     def _upgrade(self, connection: sqlite3.Connection, found: int) -> None:
         """Bring an older database to this schema: a copy beside it, then one transaction.
@@ -1099,18 +1068,12 @@ class Database:
         finally:
             half.unlink(missing_ok=True)
         _crash("upgrade-copied")
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with _begun(connection):
             _conform(connection, found)
             _take_steps(connection, found)
             if found < 3:
                 self._number_output(connection)
             _crash("upgrade-before-commit")
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
         _crash("upgrade-committed")
         _log.warning("upgraded %s from version %d; a copy of it is %s", self.path, found, kept)
 
@@ -1126,11 +1089,19 @@ class Database:
             if now and path.exists():
                 path.rename(f"{path}.{now[0]}")
 
-    @staticmethod
-    def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
-        names = ("application_id", "user_version")
-        first, second = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
-        return first, second
+    def directory(self, *parts: str) -> Path:
+        """Return a directory inside the state directory, made private to the user if missing."""
+        path = self.state_dir
+        for part in ("", *parts):  # mkdir's own way of making parents ignores the mode
+            path = path / part
+            path.mkdir(exist_ok=True, mode=0o700)
+        return path
+
+    def lock(self, name: str) -> FileLock:
+        """Return the lock `locks/<name>` of this database."""
+        return FileLock(self.directory("locks") / name)
+
+    # --- reading and writing
 
     def query(self, sql: str, **parameters: object) -> list[Row]:
         """Return all rows of one statement; it belongs to the open transaction, if there is one."""
@@ -1150,10 +1121,6 @@ class Database:
             row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
 
-    def lock(self, name: str) -> FileLock:
-        """Return the lock `locks/<name>` of this database."""
-        return FileLock(self.directory("locks") / name)
-
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Be the one writer: SQLite's own busy handler starves some for seconds."""
@@ -1170,9 +1137,7 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[Self]:
-        """Run the block as one write transaction; leave nothing behind if it raises.
-
-        After it, whoever waits for what it has changed is woken.
+        """Run the block as one write transaction; then wake who waits for what it has changed.
 
         Args:
             durable: Whether the commit must survive a power cut of the host, not just kill -9.
@@ -1187,14 +1152,8 @@ class Database:
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
-                connection.execute("BEGIN IMMEDIATE")
-                try:
+                with _begun(connection):
                     yield self
-                    connection.execute("COMMIT")
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
             finally:
                 if durable:
                     connection.execute("PRAGMA synchronous = NORMAL")
@@ -1254,15 +1213,6 @@ class Database:
         from sqlite_utils import Database as Utils
 
         return Utils(self.connection, execute_plugins=False)
-
-    def close(self) -> None:
-        """Close the connections that this process opened; leave a parent's alone."""
-        opened, self._connections = self._connections, {}
-        if self._pid != os.getpid():
-            _inherited.append(opened)
-        elif opened:
-            for connection in opened.values():
-                connection.close()
 
 
 def _insertion(table: str, values: Iterable[str]) -> str:
@@ -1400,11 +1350,7 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
 
 
 def copy_database(source: sqlite3.Connection, copy: Path) -> None:
-    """Copy a database, which may be in use, and read the copy back.
-
-    Raises:
-        SchemaError: the database is damaged, and so is the copy.
-    """
+    """Copy a database, which may be in use, and read the copy back."""
     with contextlib.closing(sqlite3.connect(copy)) as target, _telling_trouble():
         source.backup(target)
         refuse_damaged(target)
@@ -1428,8 +1374,7 @@ class _Rows:
     """What the reference's database classes share: one database, opened here or borrowed."""
 
     def __init__(self, db: Database | str | os.PathLike[str] | None) -> None:
-        self._borrowed = isinstance(db, Database)
-        self.db = _database(db)
+        self._borrowed, self.db = isinstance(db, Database), _database(db)
 
     def __enter__(self) -> Self:
         return self
