@@ -1480,16 +1480,19 @@ def _utc(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(int(seconds), UTC)
 
 
-def current_experiment(db: Database) -> dict[str, Any]:
+def current_experiment(db: Database) -> Row:
     """Return the current experiment's row, making one if there is none yet."""
-    sql = "SELECT * FROM current_experiment"
-    row = db.row(sql)
-    if row is None:
+    found = db.row("SELECT * FROM current_experiment")
+    if found is None:
         with db.transaction():
-            _begin_experiment(db)
-        row = db.row(sql)
-    assert row is not None
-    return row
+            found = _begin_experiment(db)
+    return found
+
+
+def _begin_experiment(db: Database) -> Row:
+    """Do the same, inside the caller's transaction."""
+    found = db.row("SELECT * FROM current_experiment")
+    return found or db.insert("experiments", created_at=CLOCK.wall())
 
 
 def run_directory(db: Database, kind: str, *parts: str) -> Path:
@@ -1502,15 +1505,7 @@ def run_directory(db: Database, kind: str, *parts: str) -> Path:
         kind: One of `RUN_DIRECTORIES`.
         parts: Directories in it.
     """
-    return db.directory(f"{kind}.{current_experiment(db)['id']}", *parts)
-
-
-def _begin_experiment(db: Database, source: str = "", content_hash: str = "") -> None:
-    db.connection.execute(
-        """INSERT INTO experiments (created_at, source, content_hash)
-           SELECT :now, :source, :hash WHERE NOT EXISTS (SELECT 1 FROM current_experiment)""",
-        {"now": CLOCK.wall(), "source": source, "hash": content_hash},
-    )
+    return db.directory(f"{kind}.{current_experiment(db).id}", *parts)
 
 
 @contextlib.contextmanager
@@ -1568,43 +1563,22 @@ def _refuse_while_live(db: Database, what: str) -> None:
         )
 
 
-VM_COLUMNS = [
-    "server_uuid",
-    "server_name",
-    "state",
-    "current_time",
-    "control_ip",
-    "path",
-    "engine",
-    "launch_dir",
-]
-_VM_DEFAULTS: dict[str, Any] = {
-    "state": VMState.UNINITIALIZED.value,
-    "current_time": "",
-    "control_ip": "",
-    "path": "",
-    "pool": "",
-    "engine": "QemuVM",
-    "launch_dir": "",
-    "agent_timeout_s": 300.0,
-    "set_time": True,
+# A VM's values: whether one will do, what it must be, and its default; SQLite would turn a number
+# into a text. Without a default it must be given.
+_VM_VALUES: dict[str, tuple[Callable[[object], bool], str, Any]] = {
+    "server_uuid": (_is_text, "a text", None),
+    "server_name": (_is_text, "a text", None),
+    "state": (_is_text, "a text", VMState.UNINITIALIZED.value),
+    "current_time": (_is_word, "a text", ""),
+    "control_ip": (_is_word, "a text", ""),
+    "path": (_is_word, "a text", ""),
+    "engine": (_is_text, "a text", "QemuVM"),
+    "launch_dir": (_is_word, "a text", ""),
+    "pool": (_is_word, "a text", ""),
+    "agent_timeout_s": (_is_positive, "a positive number of seconds", 300.0),
+    "set_time": (_is_switch, "true or false", True),
 }
-
-
-# Of what kind they are; SQLite would turn a number or bytes into a text.
-_ROW_KEYS: _Keys = {
-    "server_uuid": (_is_text, "a text"),
-    "server_name": (_is_text, "a text"),
-    "state": (_is_text, "a text"),
-    "current_time": (_is_word, "a text"),
-    "control_ip": (_is_word, "a text"),
-    "path": (_is_word, "a text"),
-    "pool": (_is_word, "a text"),
-    "engine": (_is_text, "a text"),
-    "launch_dir": (_is_word, "a text"),
-    "agent_timeout_s": (_is_positive, "a positive number of seconds"),
-    "set_time": (_is_switch, "true or false"),
-}
+VM_COLUMNS = [*_VM_VALUES][:8]  # what the reference has of a VM
 
 
 def _checked_time(value: object) -> str:
@@ -1616,7 +1590,12 @@ def _checked_time(value: object) -> str:
 
 
 class _Served(_Rows):
-    """What had a server in the reference: its parameters are accepted, and there is none."""
+    """What had a server in the reference: its parameters are accepted, and there is none.
+
+    Args:
+        hostname: Ignored, as is `port`.
+        db: The database's path, an open `Database`, or None for the default database.
+    """
 
     def __init__(
         self,
@@ -1633,12 +1612,7 @@ class _Served(_Rows):
 
 
 class VMMapping(_Served):
-    """The VMs of the experiment: uuid, name, state, schedule time, address.
-
-    Args:
-        hostname: Accepted and ignored, as is `port`: there is no server.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
+    """The VMs of the experiment: uuid, name, state, schedule time, address."""
 
     @staticmethod
     def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -1647,10 +1621,6 @@ class VMMapping(_Served):
         Args:
             entry: server_uuid and server_name, and any of state, current_time, control_ip,
                 path, pool, engine, launch_dir, agent_timeout_s (seconds), set_time.
-
-        Raises:
-            ValueError: server_uuid or server_name is missing or unusable, the state unknown,
-                a value of the wrong kind, or there is a key of another name.
         """
         if not isinstance(entry, Mapping):
             raise WrongValue(f"a VM is a dictionary of its values, and not {entry!r}")
@@ -1658,11 +1628,11 @@ class VMMapping(_Served):
             if not entry.get(key):
                 raise WrongValue(f"a VM needs a {key}: {dict(entry)!r}")
         checked_name("VM", entry["server_name"])
-        complete = {**_VM_DEFAULTS, **entry}
-        complete["state"] = checked_move(VMState.TESTING, complete["state"]).value
+        complete = {key: default for key, (_, _, default) in _VM_VALUES.items()} | dict(entry)
+        complete["state"] = checked_word("VM state", complete["state"], VMState).value
         if complete["current_time"] != "":
             complete["current_time"] = _checked_time(complete["current_time"])
-        if faults := _key_faults(complete, _ROW_KEYS, f"VM {entry['server_name']!r}"):
+        if faults := _key_faults(complete, _VM_VALUES, f"VM {entry['server_name']!r}"):
             raise WrongValue(faults[0])
         return complete
 
@@ -1689,49 +1659,23 @@ class VMMapping(_Served):
             path: The guest agent's address: a socket's path, tcp:HOST:PORT or vsock:CID:PORT.
             engine: Which driver talks to it.
             launch_dir: Where in the guest our files go; '' for the driver's default.
-
-        Raises:
-            ValueError: as `prepare_put`, or another VM has this name.
         """
-        self.batch_put(
-            [
-                {
-                    "server_uuid": server_uuid,
-                    "server_name": server_name,
-                    "state": state,
-                    "current_time": current_time,
-                    "control_ip": server_address,
-                    "path": path,
-                    "engine": engine,
-                    "launch_dir": launch_dir,
-                }
-            ]
-        )
+        given = (server_uuid, server_name, state, current_time, server_address, path)
+        self.batch_put([dict(zip(VM_COLUMNS, (*given, engine, launch_dir), strict=True))])
 
     def batch_put(self, server_list: Iterable[Mapping[str, Any]]) -> None:
-        """Add many VMs in one transaction: all of them or, on any error, none.
-
-        Args:
-            server_list: Entries as `prepare_put` takes them.
-
-        Raises:
-            ValueError: as `prepare_put`, or another VM has one of the names.
-            Conflict: one is a machine of the pool.
-        """
+        """Add many VMs, as `prepare_put` takes them: all of them or, on any error, none."""
         entries = with_addresses(map(self.prepare_put, server_list))
-        with _changing_vms(self.db) as connection:
-            _insert_vms(connection, entries)
+        with _changing_vms(self.db):
+            _insert_vms(self.db, entries)
 
     def get(self, server_uuid: str | None = None) -> dict[str, Any]:
-        """Return one VM as a dictionary.
-
-        Raises:
-            ValueError: no server_uuid is given.
-            NotFound: no VM has it.
-        """
+        """Return one VM as a dictionary; `NotFound` if none has this uuid."""
         if not server_uuid:
             raise WrongValue("server_uuid is required")
-        return _only_vm(self._rows("WHERE server_uuid = :uuid", uuid=server_uuid), server_uuid)
+        if found := self._rows("WHERE server_uuid = :uuid", uuid=server_uuid):
+            return found[0]
+        raise NotFound(f"no VM {server_uuid!r}", "See which there are: vmrm status")
 
     def get_all(
         self,
@@ -1747,9 +1691,6 @@ class VMMapping(_Served):
             filter_state: Only those in this state; None means all.
             project_dict: Only these keys of each VM (those whose value is true).
             length: Whether to return the number of VMs instead of the list.
-
-        Raises:
-            ValueError: there is no such state or key, or the time is none.
         """
         if filter_state is not None:
             checked_word("VM state", filter_state, VMState)
@@ -1782,46 +1723,24 @@ class VMMapping(_Served):
 
         Returns:
             The VM as `get` returns it.
-
-        Raises:
-            ValueError: the state is unknown, or `VM_MOVES` does not allow the move.
-            NotFound: no VM has this uuid.
         """
-        with _changing_vms(self.db) as connection:
-            row = self.get(uuid)
-            move_vm(connection, row["server_name"], state, reason)
+        with _changing_vms(self.db):
+            move_vm(self.db, self.get(uuid)["server_name"], state, reason)
             return self.get(uuid)
 
     def set_vm_time_by_uuid(self, uuid: str, time: str) -> dict[str, Any]:
-        """Record the schedule time that a VM has reached; return the VM as `get` does.
-
-        Raises:
-            ValueError: the time is neither a number nor the text of one.
-            NotFound: no VM has this uuid.
-        """
-        self.db.write(
-            'UPDATE vms SET "current_time" = :time WHERE server_uuid = :uuid',
-            time=_checked_time(time),
-            uuid=uuid,
-        )
+        """Record the schedule time that a VM has reached; return the VM as `get` does."""
+        self.db.update("vms", {"server_uuid": uuid}, current_time=_checked_time(time))
         return self.get(uuid)
 
     def destroy_one(self, server_uuid: str) -> None:
-        """Remove one VM; one that is not there is no error.
-
-        Raises:
-            Conflict: its handler lives.
-        """
+        """Remove one VM; one that is not there is no error, a live handler is a `Conflict`."""
         _refuse_while_live(self.db, "removing a VM")
-        with _changing_vms(self.db) as connection:
-            connection.execute("DELETE FROM vms WHERE server_uuid = ?", (server_uuid,))
+        with _changing_vms(self.db):
+            self.db.write("DELETE FROM vms WHERE server_uuid = :uuid", uuid=server_uuid)
 
     def destroy_all(self) -> None:
-        """Remove all VMs.
-
-        Raises:
-            Conflict: handlers live.
-        """
+        """Remove all VMs; a live handler is a `Conflict`."""
         _refuse_while_live(self.db, "removing all VMs")
         self.db.write("DELETE FROM vms", durable=True)
 
@@ -1831,102 +1750,55 @@ class VMMapping(_Served):
         return self.db.query(sql, **parameters)
 
 
-def _only_vm(rows: Sequence[Row], name: str) -> Row:
-    if not rows:
-        raise NotFound(f"no VM {name!r}", "See which there are: vmrm status")
-    return rows[0]
-
-
-def _insert_vms(connection: sqlite3.Connection, entries: Iterable[Mapping[str, Any]]) -> None:
+def _insert_vms(db: Database, entries: Iterable[Mapping[str, Any]]) -> None:
     for entry in entries:
-        _refuse_pool_machine(connection, entry)
+        _refuse_pool_machine(db.connection, entry)
         try:
-            connection.execute(
-                """INSERT INTO vms (server_uuid, server_name, state, state_at, "current_time",
-                       control_ip, path, address, pool, engine, launch_dir, agent_timeout_s,
-                       set_time)
-                   VALUES (:server_uuid, :server_name, :state, :now, :current_time, :control_ip,
-                       :path, :address, :pool, :engine, :launch_dir, :agent_timeout_s, :set_time)
-                   ON CONFLICT (server_uuid) DO UPDATE SET
-                       server_name = excluded.server_name, state = excluded.state,
-                       state_at = excluded.state_at, reason = '',
-                       "current_time" = excluded."current_time",
-                       control_ip = excluded.control_ip, path = excluded.path,
-                       address = excluded.address, pool = excluded.pool, engine = excluded.engine,
-                       launch_dir = excluded.launch_dir,
-                       agent_timeout_s = excluded.agent_timeout_s,
-                       set_time = excluded.set_time""",
-                {**entry, "now": CLOCK.wall()},
-            )
+            db.upsert("vms", "server_uuid", **entry, state_at=CLOCK.wall(), reason="")
         except sqlite3.IntegrityError as error:
             name = entry["server_name"]
             raise WrongValue(f"VM {name!r} cannot be added, is the name taken? {error}") from error
 
 
-def move_vm(connection: sqlite3.Connection, server_name: str, state: str, reason: str) -> None:
-    """Move one VM inside the caller's transaction (which `_changing_vms` opened).
-
-    Raises:
-        ValueError: as `checked_move`.
-    """
-    found = connection.execute("SELECT state FROM vms WHERE server_name = ?", (server_name,))
-    old = found.fetchone()
+def move_vm(db: Database, server_name: str, state: str, reason: str) -> None:
+    """Move one VM inside the caller's transaction, which `_changing_vms` opened."""
+    old = db.value("SELECT state FROM vms WHERE server_name = :name", name=server_name)
     if old is None:
         raise NotFound(f"no VM {server_name!r}")
-    target = checked_move(old[0], state)
-    if target == old[0] and not reason:
-        return  # it stays, with its reason and the time since when
-    connection.execute(
-        """UPDATE vms SET state = :state, state_at = :now, reason = :reason
-           WHERE server_name = :name""",
-        {
-            "state": target.value,
-            "now": CLOCK.wall(),
-            "reason": printable(reason),
-            "name": server_name,
-        },
-    )
+    target = checked_move(old, state)
+    if target != old or reason:  # else it stays, with its reason and the time since when
+        now, reason = CLOCK.wall(), printable(reason)
+        where = {"server_name": server_name}
+        db.update("vms", where, state=target.value, state_at=now, reason=reason)
 
 
 class ExperimentStart(_Served):
-    """When the experiment was launched and when its time 0 is.
-
-    Args:
-        hostname: Accepted and ignored, as is `port`: there is no server.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
+    """When the experiment was launched and when its time 0 is."""
 
     def add_start_time(self) -> datetime:
-        """Set time 0 to now plus the start buffer, unless it is set already; the first stands.
+        """Set time 0 to now plus the start buffer, unless it is set; return the one that stands.
 
         Returns:
-            The start time that stands: UTC, whole seconds (rounded up).
+            UTC, whole seconds (rounded up).
         """
-        with self.db.transaction(durable=True) as db:
-            _begin_experiment(db)
-            db.connection.execute(
-                """UPDATE experiments
-                   SET start_at = whole_seconds_up(:now + start_buffer_s)
+        with self.db.transaction(durable=True):
+            _begin_experiment(self.db)
+            self.db.write(
+                """UPDATE experiments SET start_at = whole_seconds_up(:now + start_buffer_s)
                    WHERE destroyed_at IS NULL AND start_at IS NULL""",
-                {"now": CLOCK.wall()},
+                now=CLOCK.wall(),
             )
         return cast(datetime, self.get_start_time())
 
     def clear_start_time(self) -> dict[str, Any]:
-        """Forget time 0; `get_start_time` returns None until one is added, or the next launch.
+        """Forget time 0, until one is added or the next launch; a live handler is a `Conflict`.
 
         Returns:
             `{"start_time": None}`.
-
-        Raises:
-            Conflict: handlers live, which have planned with it.
         """
         _refuse_while_live(self.db, "clearing the start time")
-        self.db.write(
-            """UPDATE experiments SET start_at = NULL, start_cleared = 1
-               WHERE destroyed_at IS NULL""",
-            durable=True,
-        )
+        with self.db.transaction(durable=True):
+            self.db.update("experiments", {"destroyed_at": None}, start_at=None, start_cleared=1)
         return {"start_time": None}
 
     def get_start_time(self) -> datetime | None:
@@ -1935,12 +1807,9 @@ class ExperimentStart(_Served):
 
     def set_launch_time(self) -> datetime:
         """Set the experiment's launch time to now; return it in UTC, whole seconds."""
-        with _changing_vms(self.db) as connection:
-            connection.execute(
-                """UPDATE experiments SET launched_at = ?, start_cleared = 0
-                   WHERE destroyed_at IS NULL""",
-                (math.floor(CLOCK.wall()),),
-            )
+        with _changing_vms(self.db):
+            now = math.floor(CLOCK.wall())
+            self.db.update("experiments", {"destroyed_at": None}, launched_at=now, start_cleared=0)
         return cast(datetime, self.get_launch_time())
 
     def get_launch_time(self) -> datetime | None:
@@ -1949,16 +1818,13 @@ class ExperimentStart(_Served):
 
     def get_time_since_start(self) -> int | None:
         """Return whole seconds since time 0, or None if time 0 has not come yet."""
-        start = self.db.value("SELECT start_at FROM current_experiment")
-        now = CLOCK.wall()
+        start, now = self.db.value("SELECT start_at FROM current_experiment"), CLOCK.wall()
         return None if start is None or start > now else int(now - start)
 
     def get_time_to_start(self) -> int | None:
         """Return whole seconds from launch to time 0, or None if time 0 is not set yet."""
-        row = self.db.row("SELECT start_at, launched_at FROM current_experiment")
-        if row is None or row["start_at"] is None or row["launched_at"] is None:
-            return None
-        return int(row["start_at"] - int(row["launched_at"]))
+        start, launch = self.get_start_time(), self.get_launch_time()
+        return int((start - launch).total_seconds()) if start and launch else None
 
 
 # === schedule entries ============================================================================
@@ -2010,7 +1876,7 @@ def unknown_key(key: object, known: Iterable[str]) -> str:
     return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _key_faults(item: object, keys: _Keys, where: str) -> list[str]:
+def _key_faults(item: object, keys: Mapping[str, tuple[Any, ...]], where: str) -> list[str]:
     if not isinstance(item, dict):
         return [f"{where}: {item!r} is not a table of key = value"]
     faults = []
@@ -2590,83 +2456,46 @@ def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> 
 # === journal =====================================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Attempt:
+class Attempt(Row):
     """One row of the journal: one try at one entry."""
-
-    id: int
-    ordinal: int
-    attempt: int
-    outcome: Outcome
-    planned_at: float | None
-    armed_at: float
-    sent_at: float | None
-    boot_id: str
-    pid: int | None
-    exit_code: int | None
-    reboot: bool
-    retried: bool
-    error: str
-    claim: str  # the directory in the guest
 
     @property
     def is_open(self) -> bool:
         """Whether its end is still to come."""
-        return self.outcome in OPEN_OUTCOMES
+        return self["outcome"] in OPEN_OUTCOMES
 
 
-_WHERE_ATTEMPT = """ WHERE id = :id AND experiment_id = :experiment AND server_name = :name
-    AND generation = :generation AND ordinal = :ordinal AND attempt = :attempt
-    AND outcome IN (SELECT value FROM json_each(:among))"""
+# An attempt is named by its entry and number, too: an id alone does not say what it is one of.
+_THIS_ATTEMPT = """id = :id AND experiment_id = :experiment_id AND server_name = :server_name
+    AND generation = :generation AND ordinal = :ordinal AND attempt = :attempt"""
 
 
 class Journal:
-    """The attempts of one VM's schedule, written by that VM's handler alone.
-
-    Args:
-        db: The handler's database.
-        server_name: The VM.
-    """
+    """The attempts of one VM's schedule, written by that VM's handler alone."""
 
     def __init__(self, db: Database, server_name: str) -> None:
         self.db, self.server_name = db, server_name
         experiment = current_experiment(db)
+        sql = "SELECT generation FROM schedules WHERE server_name = :name"
+        #: Which schedule of the VM these attempts belong to.
+        self.generation: int = db.value(sql, name=server_name) or 1
         #: A word for this experiment that no other one has, of this database or another.
-        self.experiment = f"{experiment['id']}-{experiment['created_at']:.6f}"
-        self._key = {
-            "experiment": experiment["id"],
-            "name": server_name,
-            "generation": db.value(
-                "SELECT generation FROM schedules WHERE server_name = :name", name=server_name
-            )
-            or 1,
-        }
-
-    @property
-    def generation(self) -> int:
-        """Which schedule of the VM these attempts belong to."""
-        return cast(int, self._key["generation"])
-
-    @property
-    def token(self) -> str:
-        """A word that tells this generation of this experiment from all others."""
-        return f"{self.experiment}.{self.generation}"
-
-    @property
-    def _word(self) -> str:
-        """The token, short enough for every path: it tells an attempt's directory from others'."""
-        return _digest(self.token)[:8]
+        self.experiment = f"{experiment.id}-{experiment.created_at:.6f}"
+        #: A word that tells this generation of this experiment from all others.
+        self.token = f"{self.experiment}.{self.generation}"
+        # The same, short enough for every path.
+        self._word = f"{experiment.id}-{_digest(self.token)[:8]}"
+        self._key = {"experiment_id": experiment.id, "server_name": server_name}
+        self._key["generation"] = self.generation
 
     def latest(self) -> dict[int, Attempt]:
         """Return the latest attempt of each entry that has one, by ordinal."""
         rows = self.db.query(
-            """SELECT id, ordinal, attempt, outcome, planned_at, armed_at, sent_at, boot_id, pid,
-                      exit_code, reboot, retried, error, claim
-               FROM attempts WHERE experiment_id = :experiment AND server_name = :name
-               AND generation = :generation ORDER BY ordinal, attempt""",
+            """SELECT * FROM latest_attempts WHERE experiment_id = :experiment_id
+               AND server_name = :server_name AND generation = :generation ORDER BY ordinal""",
             **self._key,
         )
-        return {row["ordinal"]: _attempt(row) for row in rows}
+        return {row.ordinal: Attempt(row, outcome=Outcome(row.outcome)) for row in rows}
 
     def arm(
         self, planned: Mapping[int, float | None], boot: str, host: Collection[int] = ()
@@ -2679,64 +2508,50 @@ class Journal:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
             host: Those that run on this host, whose boot id they get.
-
-        Raises:
-            _Leave: the schedule was replaced, or the experiment stopped, meanwhile.
         """
-        armed = {}
-        with self.db.transaction():
-            self.check()
-            for ordinal, planned_at in planned.items():
-                row = self.db.connection.execute(
-                    """INSERT INTO attempts (experiment_id, server_name, generation, ordinal,
-                           attempt, outcome, planned_at, armed_at, boot_id, claim, overdue)
-                       SELECT :experiment, :name, :generation, :ordinal, next.attempt, 'armed',
-                           :planned, :now, :boot, 'attempt.' || next.attempt || '.' || :word,
-                           coalesce(:planned < (SELECT continued_at FROM current_experiment), 0)
-                       FROM (SELECT 1 + coalesce(max(attempt), 0) AS attempt FROM attempts
-                             WHERE experiment_id = :experiment AND server_name = :name
-                               AND ordinal = :ordinal) AS next
-                       RETURNING *""",
-                    self._key
-                    | {"ordinal": ordinal, "planned": planned_at}
-                    | {"boot": boot_id() if ordinal in host else boot}
-                    | {"now": CLOCK.wall(), "word": f"{self._key['experiment']}-{self._word}"},
-                ).fetchall()[0]
-                armed[ordinal] = _attempt(dict(row))
-        return armed
+        with self.db.transaction() as db:
+            continued_at = self.check().continued_at or 0
+            for ordinal, at in planned.items():
+                sql = """SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment_id
+                         AND server_name = :server_name AND ordinal = :ordinal"""
+                number = 1 + (db.value(sql, **self._key, ordinal=ordinal) or 0)
+                db.insert(
+                    "attempts",
+                    **self._key,
+                    ordinal=ordinal,
+                    attempt=number,
+                    outcome=Outcome.ARMED.value,
+                    planned_at=at,
+                    armed_at=CLOCK.wall(),
+                    boot_id=boot_id() if ordinal in host else boot,
+                    claim=f"attempt.{number}.{self._word}",
+                    overdue=at is not None and at < continued_at,
+                )
+            latest = self.latest()
+        return {ordinal: latest[ordinal] for ordinal in planned}
 
     def withdraw(self, attempts: Iterable[Attempt]) -> None:
         """Take back armed attempts that were not sent; the next ones have their numbers again."""
         with self.db.transaction():
             for attempt in attempts:
-                self._change(attempt, "DELETE FROM attempts", Outcome.ARMED)
+                sql = f"DELETE FROM attempts WHERE {_THIS_ATTEMPT} AND outcome = 'armed'"  # noqa: S608
+                self.db.write(sql, **attempt)
 
-    def _change(self, attempt: Attempt, change: str, *among: Outcome, **values: object) -> None:
-        """Change one attempt if its outcome is among these, inside the caller's transaction.
-
-        It is named by its entry and number, too: an id alone does not say what it is an attempt at.
-        """
-        self.db.connection.execute(
-            change + _WHERE_ATTEMPT,
-            self._key
-            | {"id": attempt.id, "ordinal": attempt.ordinal, "attempt": attempt.attempt}
-            | {"among": json.dumps(among), **values},
-        )
-
-    def check(self) -> None:
-        """Raise `_Leave` if none of these entries may be sent any more.
+    def check(self) -> Row:
+        """Return the experiment, or raise `_Leave` if none of these entries may be sent any more.
 
         They may not once the schedule was replaced, or the experiment was stopped.
         """
         row = self.db.row(
-            """SELECT halt, coalesce((SELECT generation FROM schedules
+            """SELECT *, coalesce((SELECT generation FROM schedules
                    WHERE server_name = :name), 1) AS generation FROM current_experiment""",
             name=self.server_name,
         )
-        if row is None or row["generation"] != self.generation:
+        if row is None or row.generation != self.generation:
             raise _Replaced("the schedule was replaced")
-        if row["halt"] in (Halt.STOP, Halt.KILL):
-            raise _Leave(f"told to {row['halt']}", Halt(row["halt"]))
+        if row.halt in (Halt.STOP, Halt.KILL):
+            raise _Leave(f"told to {row.halt}", Halt(row.halt))
+        return row
 
     def started(
         self, attempt: Attempt, sent_at: float, pid: int | None, at: float, planned: float | None
@@ -2748,19 +2563,14 @@ class Journal:
         with self.db.transaction():
             self._change(
                 attempt,
-                """UPDATE attempts SET outcome = 'running', answered_at = :now, pid = :pid,
-                       planned_at = iif(sent_at IS NULL, :planned, planned_at),
-                       sent_at = coalesce(sent_at, :sent)""",
-                *OPEN_OUTCOMES,
+                """outcome = 'running', answered_at = :now, pid = :its_pid,
+                   planned_at = iif(sent_at IS NULL, :planned, planned_at),
+                   sent_at = coalesce(sent_at, :sent)""",
                 planned=planned,
                 sent=sent_at,
-                now=CLOCK.wall(),
-                pid=pid,
+                its_pid=pid,
             )
-            self.db.connection.execute(
-                'UPDATE vms SET "current_time" = :at WHERE server_name = :name',
-                {"at": _plain_time(at), "name": self.server_name},
-            )
+            self.db.update("vms", {"server_name": self.server_name}, current_time=_plain_time(at))
 
     def ended(
         self,
@@ -2773,26 +2583,20 @@ class Journal:
         retried: bool = False,
     ) -> None:
         """Record how an attempt ended; the first word about it stands."""
-        with self.db.transaction():
-            self._change(
-                attempt,
-                """UPDATE attempts SET outcome = :outcome, ended_at = :now, exit_code = :code,
-                       reboot = :reboot, error = :error, retried = :retried""",
-                *OPEN_OUTCOMES,
-                outcome=outcome.value,
-                now=CLOCK.wall(),
-                code=exit_code,
-                reboot=reboot,
-                error=printable(error),
-                retried=retried,
-            )
+        self._change(
+            attempt,
+            """outcome = :end, ended_at = :now, exit_code = :code, reboot = :again,
+               error = :why, retried = :anew""",
+            end=outcome.value,
+            code=exit_code,
+            again=reboot,
+            why=printable(error),
+            anew=retried,
+        )
 
-
-def _attempt(row: Mapping[str, Any]) -> Attempt:
-    values = {field.name: row[field.name] for field in dataclasses.fields(Attempt)}
-    values["outcome"] = Outcome(row["outcome"])
-    values["reboot"], values["retried"] = bool(row["reboot"]), bool(row["retried"])
-    return Attempt(**values)
+    def _change(self, attempt: Attempt, change: str, **values: Any) -> None:
+        sql = f"UPDATE attempts SET {change} WHERE {_THIS_ATTEMPT} AND ended_at IS NULL"  # noqa: S608
+        self.db.write(sql, **attempt, **values, now=CLOCK.wall())
 
 
 def _plain_time(at: float) -> str:
@@ -2822,7 +2626,7 @@ def retry_in(
     *,
     needed: bool = False,
 ) -> list[str]:
-    """Do what `retry_failed` says, inside the caller's transaction; return whom it concerns.
+    """Do so inside the caller's transaction; return whom it concerns.
 
     Args:
         db: The database.
@@ -2831,7 +2635,7 @@ def retry_in(
         needed: Only those entries without which a VM cannot get to time 0, be it failed or, for
             it was stopped before it noticed, not yet.
     """
-    again = db.connection.execute(
+    again = db.write(
         """UPDATE attempts SET retried = 1
            WHERE id IN (SELECT attempt_id FROM entry_status
                WHERE outcome IN ('failed', 'unknown') AND NOT ignore_failure
@@ -2842,19 +2646,20 @@ def retry_in(
                      WHERE state IN ('uninitialized', 'configuring', 'failed'))))
              AND NOT retried
            RETURNING server_name, ordinal""",
-        {"name": server_name, "ordinal": ordinal, "needed": needed},
-    ).fetchall()
-    started = db.value("SELECT start_at FROM current_experiment") is not None
+        name=server_name,
+        ordinal=ordinal,
+        needed=needed,
+    )
     failed = db.query(
-        """SELECT server_name FROM vms
+        """SELECT server_name, (SELECT start_at FROM current_experiment) AS start_at FROM vms
            WHERE state = 'failed' AND (:name IS NULL OR server_name = :name)""",
         name=server_name,
     )
-    for row in failed:
-        target = VMState.CONFIGURED if started else VMState.CONFIGURING
-        move_vm(db.connection, row["server_name"], target, "")
-    entries = [f"{row['server_name']}, entry {row['ordinal']}" for row in again]
-    return sorted(entries) + [row["server_name"] for row in failed]
+    for vm in failed:
+        target = VMState.CONFIGURING if vm.start_at is None else VMState.CONFIGURED
+        move_vm(db, vm.server_name, target, "")
+    entries = [f"{row.server_name}, entry {row.ordinal}" for row in again]
+    return sorted(entries) + [vm.server_name for vm in failed]
 
 
 # === file store ==================================================================================
@@ -6611,8 +6416,8 @@ class HandledVM:
 
     def set_state(self, state: str, reason: str = "") -> None:
         """Move the VM to a state; the last one to be configured sets the start time by this."""
-        with _changing_vms(self.db) as connection:
-            move_vm(connection, self.name, state, reason)
+        with _changing_vms(self.db):
+            move_vm(self.db, self.name, state, reason)
         self.log.info("the VM is %s", state)
 
     def check_in(self) -> None:
@@ -7175,7 +6980,7 @@ class EntryRun:
 
     def _planned(self) -> float | None:
         """Return the attempt's plan; where the host's clock was set since the arming, so is it."""
-        planned = self.attempt.planned_at
+        planned: float | None = self.attempt.planned_at
         if planned is None or self.due is None:
             return planned
         by_plan = CLOCK.wall() + self.vm.start.monotonic + self.due - CLOCK.monotonic()
@@ -8828,8 +8633,8 @@ class Supervisor:
 
     def _give_up(self, name: str, reason: str) -> None:
         self.log.error("%s: %s", name, reason)
-        with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db) as connection:
-            move_vm(connection, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
+        with contextlib.suppress(NotFound, ValueError), _changing_vms(self.db):
+            move_vm(self.db, name, VMState.FAILED, reason)  # unless it was taken out meanwhile
 
     def _kill(self, name: str) -> None:
         if pid := self._charges[name].pid:
@@ -9012,8 +8817,8 @@ def handle(db: Database, name: str, **more: Any) -> int:
         raise
     except VmrmError as error:
         logger.error("%s", error)
-        with _changing_vms(db) as connection:
-            move_vm(connection, name, VMState.FAILED, str(error))
+        with _changing_vms(db):
+            move_vm(db, name, VMState.FAILED, str(error))
         return 0
 
 
@@ -10674,7 +10479,7 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
         _refuse_pool_machine(db.connection, vm)
     with adding(db, "store"):
         _store_files(db, experiment.files)
-        with _changing_vms(db) as connection:
+        with _changing_vms(db):
             if _is_same(db, experiment):  # somebody was faster
                 return False
             db.update(
@@ -10685,7 +10490,7 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
                 start_buffer_s=experiment.settings.get("start_buffer", 60),
                 on_failure=experiment.settings.get("on_failure", OnFailure.ABORT),
             )
-            _insert_vms(connection, vms)
+            _insert_vms(db, vms)
             for name, text in experiment.schedules.items():
                 _put_schedule(db, name, text)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,12 +185,20 @@ def test_nothing_is_destroyed_while_a_handler_lives(mapping: VMMapping) -> None:
     assert rows(mapping) == []
 
 
+def is_open(path: Path) -> bool:
+    """Return whether this process has a file open."""
+    files = Path("/proc/self/fd").iterdir()
+    return any(os.path.realpath(file) == str(path) for file in files)
+
+
 def test_a_borrowed_database_stays_open_and_an_own_one_is_closed(tmp_path: Path) -> None:
     with vmrm.Database(tmp_path / "lab.db") as db:
         with VMMapping(db=db) as borrowing:
             borrowing.put("u", "web")
-        assert db._connections
+        assert is_open(db.path)
+    assert not is_open(db.path)
     own = VMMapping(db=tmp_path / "lab.db")
     assert own.get_all(length=True) == 1
+    assert is_open(own.db.path)
     own.close()
-    assert own.db._connections == {}
+    assert not is_open(own.db.path)
