@@ -7041,44 +7041,41 @@ class EntryRun:
     def _look_steps(self, found: Found) -> Steps:
         """Look once how the attempt is; return it as found now, with an exit code if it has ended.
 
-        The agent says whether it has ended, and the guest's own files say how.
+        The agent says whether it has ended, and the guest's own files say how; the agent only
+        where they could not, on a full disk.
         """
         guest, status = self.guest, None
         if found.exit_code is not None:
             return found
-        with contextlib.suppress(drivers.UnknownPid):
+        with contextlib.suppress(drivers.UnknownPid):  # the agent was restarted
             if found.pid is not None:
                 status = guest.driver.status(found.pid)
                 self.vm.patience.progress()
                 if not status.exited:
                     return found
-        left = guest.look_at(self.folder)
-        if left.exit_code is not None:
-            return dataclasses.replace(left, pid=found.pid)
-        guest.check_boot()  # after a reboot, another program may have this pid
-        if status is None or (left.claimed and guest.refused(status)):  # by a start that was faster
-            return (yield from self._claim_steps())
+        deadline = CLOCK.monotonic() + self.vm.timeouts.claim_grace
+        while True:
+            left = guest.look_at(self.folder)
+            if left.exit_code is not None:
+                return left
+            guest.check_boot()  # after a reboot, another program may have this pid
+            if left.alive:
+                return left
+            if status and not (left.claimed and guest.refused(status)):
+                break
+            if not left.claimed:  # what to do, recovery knows
+                raise drivers.LinkLost("the agent was restarted")
+            # Perhaps another start of this attempt was faster, and is about to say who it is.
+            if left.pid is not None or CLOCK.monotonic() >= deadline:
+                raise _Unknown("it ended, and nobody saw how")
+            yield self.vm.timeouts.claim_grace / 10
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = printable(status.err) or "no reason given"
             raise _EntryFailed(f"the {guest.name} did not begin it: {why}")
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
-        reboot_file = str(self.entry.reboot_filepath)  # the guest's disk was full
-        reboot = guest.reboots and bool(guest.driver.file_exists(reboot_file))
+        reboot = guest.reboots and bool(guest.driver.file_exists(str(self.entry.reboot_filepath)))
         return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
-
-    def _claim_steps(self) -> Steps:
-        """Ask the attempt's own files how it is, and give it a moment to say who it is."""
-        deadline = CLOCK.monotonic() + self.vm.timeouts.claim_grace
-        while True:
-            found = self.guest.look_at(self.folder)
-            if found.exit_code is not None or found.alive:
-                return found
-            if not found.claimed:
-                raise drivers.LinkLost("the agent was restarted")  # what to do, recovery knows
-            if found.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it ended, and nobody saw how")
-            yield self.vm.timeouts.claim_grace / 10
 
     def _kill_steps(self, pid: int | None) -> Steps:
         """End a program and what it started: TERM, and KILL if anything is left after the grace."""
