@@ -6462,8 +6462,8 @@ class HandledVM:
         limit = seconds or self.limit
         deadline, soon = CLOCK.monotonic() + limit, min(limit, self.timeouts.reconnect)
         no_answer = (drivers.NoSocket, drivers.NoAnswer, drivers.LinkLost, drivers.DriverTimeout)
+        self.driver.connect_timeout = soon
         try:
-            self.driver.connect_timeout = soon
             self.driver.connect()
         except no_answer as error:
             if soon == limit:
@@ -6518,20 +6518,19 @@ class HandledVM:
         yield 0
 
     def clock_steps(self) -> Steps:
-        """Set the guest's clock, in negative time only, and measure by how much it is off."""
+        """Set the guest's clock, in negative time only, and record by how much it is off."""
         may_set, refused = self.start.wall is None and self.config.get("set_time", True), ""
-        if may_set:
-            try:
-                self.driver.set_time()
-            except drivers.AgentError as error:
-                refused = f"; the agent could not set it: {error}"
         try:
+            if may_set:
+                try:
+                    self.driver.set_time()
+                except drivers.AgentError as error:
+                    refused = f"; the agent could not set it: {error}"
             skew = self._skew()
             if may_set and abs(skew) > 1 and not self.driver.is_windows:
                 # An agent needs hwclock for it. `date` takes whole seconds, so one is waited for.
-                pause = 1 - CLOCK.wall() % 1
-                at = round(CLOCK.wall() + pause)
-                yield pause
+                at = math.floor(CLOCK.wall()) + 1
+                yield at - CLOCK.wall()
                 with contextlib.suppress(drivers.AgentError):
                     yield from self.guest.finish(["date", "-u", "-s", f"@{at}"])
                 skew = self._skew()
@@ -6540,19 +6539,16 @@ class HandledVM:
             return
         if abs(skew) > 1:
             self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
-        self.db.write(
-            "UPDATE vms SET skew_s = :skew WHERE server_name = :name", skew=skew, name=self.name
-        )
+        sql = "UPDATE vms SET skew_s = :skew WHERE server_name = :name"
+        self.db.write(sql, skew=skew, name=self.name)
         yield 0
 
     def _skew(self) -> float:
         """Return by how many seconds the guest's clock is off for sure."""
         before = CLOCK.wall()
-        guest = self.driver.get_time() / 1e9
-        after = CLOCK.wall()
-        skew = guest - (before + after) / 2
+        guest, after = self.driver.get_time() / 1e9, CLOCK.wall()
         # What the answer's way may have taken is no fault of the clock.
-        return math.copysign(max(0.0, abs(skew) - (after - before) / 2), skew)
+        return min(guest - before, 0.0) or max(guest - after, 0.0)
 
 
 class Staging:
@@ -7474,10 +7470,9 @@ class VMResourceHandler:
     After any trouble with the link that life ends, and another begins.
 
     Args:
-        config: As `handler_config` returns it: vm_name, vm_uuid, path, engine, db, and optionally
-            launch_dir, agent_timeout (seconds), set_time, lifeline (a descriptor whose end of
-            file means: leave), alone (True: no supervisor will say when all is done).
-        check_interval: Seconds between two looks at the database without being woken.
+        config: As `handler_config` returns it; and `lifeline`, a descriptor whose end of file
+            means to leave, or `alone`, if no supervisor will say when all is done.
+        check_interval: Seconds between two looks of the updater for scripts.
     """
 
     def __init__(self, config: Mapping[str, Any], check_interval: float = 10) -> None:
@@ -7674,8 +7669,8 @@ class VMResourceHandler:
             try:
                 if not on_host:
                     self.vm.connect(self.db.timeouts.lock)
-                plan = Plan.read(self.db, self.vm_name, self._plan)
-                kill_open(self.vm, self.vm.host if on_host else self.vm.guest, plan.entries)
+                entries = Plan.read(self.db, self.vm_name, self._plan).entries
+                kill_open(self.vm, self.vm.host if on_host else self.vm.guest, entries)
             except (drivers.DriverError, VMFailed, _Leave) as error:
                 self.log.error("could not kill everything: %s", error)
 
@@ -7784,21 +7779,13 @@ class VMResourceHandler:
             interval: Seconds between two looks for changed files; None: once.
             destination: Directory on the host; None: `transfers` in the state directory.
         """
-        run_steps(self._transfer_data(name, location, interval, destination), self._nap)
-
-    def _transfer_data(
-        self,
-        name: str,
-        location: str,
-        interval: float | None = None,
-        destination: str | None = None,
-    ) -> Steps:
-        """Return the steps of `transfer_data`."""
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         default = run_directory(self.db, "transfers")
         transfers = Transfers(self.vm.guest, self.vm_name, default, self.log)
-        return transfers.steps(name, location, interval, destination)
+        run_steps(transfers.steps(name, location, interval, destination), self._nap)
+
+    _transfer_data = transfer_data
 
     def set_current_time(self, cur_time: float) -> None:
         """Record the schedule time, in seconds, that the VM has reached."""
