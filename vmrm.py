@@ -6575,8 +6575,11 @@ class Staging:
         self._ready -= self._faulty
         self._faulty.clear()
 
-    def steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
-        """Prepare entries; raise VMFailed if the VM cannot do without one that cannot be loaded."""
+    def steps(self, schedule: Sequence[ScheduleEntry]) -> Steps:
+        """Prepare what is missing of a schedule, or fail the VM if it needs what it cannot have."""
+        entries = self.missing(schedule)
+        for guest in (self.vm.host, self.vm.guest):
+            guest.name_places(entry for entry in schedule if guest.runs(entry))
         for entry in entries:
             if entry.on_host:
                 self._install(entry)
@@ -6594,14 +6597,16 @@ class Staging:
         try:
             self.vm.host.install(entry, self._title(entry), self.vm.token)
         except OSError as error:
-            self._not_loadable(entry, f"{error.strerror}: {error.filename}")
+            self._not_loadable(entry, error)
 
     def _title(self, entry: ScheduleEntry) -> str:
         where = ", on the host" if entry.on_host else ""
         return f"VM {self.vm.name}, entry {entry.ordinal} ({entry}){where}"
 
-    def _not_loadable(self, entry: ScheduleEntry, why: str) -> None:
+    def _not_loadable(self, entry: ScheduleEntry, why: str | Exception) -> None:
         vm = self.vm
+        if isinstance(why, OSError):
+            why = f"{why.strerror}: {why.filename}"
         if entry.start_time < 0 and not entry.ignore_failure:
             raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
         latest = vm.journal.latest().get(entry.ordinal)
@@ -6618,10 +6623,8 @@ class Staging:
                 modes = [(staged.sha256, mode) for staged, mode in placed]
                 scripts += guest.scripts(entry, self._title(entry), vm.token, modes)
                 contents |= {staged.sha256: staged for staged, _ in placed}
-            except FileNotFoundError as error:
-                self._not_loadable(entry, f"{error.strerror}: {error.filename}")
-            except ValueError as error:
-                self._not_loadable(entry, str(error))
+            except (FileNotFoundError, ValueError) as error:
+                self._not_loadable(entry, error)
             _crash("files-loaded")
             yield 0  # what is due goes first
         fresh = not (self._ready or vm.journal.latest())
@@ -7217,10 +7220,8 @@ class Life:
 
     def _prepare_steps(self) -> Steps:
         """Bring all contents and scripts into the guest, unless this very boot has them already."""
-        while missing := self.staging.missing(self.plan.entries):
-            for guest in (self.vm.host, self.vm.guest):
-                guest.name_places(entry for entry in self.plan.entries if guest.runs(entry))
-            yield from self.staging.steps(missing)
+        while self.staging.missing(self.plan.entries):
+            yield from self.staging.steps(self.plan.entries)
 
     # --- one entry
 
@@ -7286,7 +7287,6 @@ class Life:
             at = min((run.entry.start_time for run in runs if run not in done), default=None)
             if at is None:
                 return
-            VMMapping(db=self.vm.db).set_vm_time_by_uuid(self.vm.config["vm_uuid"], _plain_time(at))
             yield from self._negative_steps(at)
 
     def _delay_steps(self) -> Steps:
@@ -7712,19 +7712,15 @@ class VMResourceHandler:
 
     def load_files_in_target(self, schedule_entry: ScheduleEntry) -> bool:
         """Bring what one entry needs into the guest's stage; return whether that worked."""
-        return self._quietly(self._stage, [schedule_entry])
+        return self._quietly(run_steps, Staging(self.vm).steps([schedule_entry]), self._nap)
 
     def preload_files(self) -> bool:
         """Bring everything all entries need into the guest; return whether that worked.
 
         So we write nothing to its disk right after a reboot, which Windows does not take well.
         """
-        return self._quietly(self._stage, Plan.read(self.db, self.vm_name).entries)
-
-    def _stage(self, entries: list[ScheduleEntry]) -> None:
-        for guest in (self.vm.host, self.vm.guest):
-            guest.name_places(entry for entry in entries if guest.runs(entry))
-        run_steps(Staging(self.vm).steps(entries), self._nap)
+        entries = Plan.read(self.db, self.vm_name).entries
+        return self._quietly(run_steps, Staging(self.vm).steps(entries), self._nap)
 
     def run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
