@@ -10740,7 +10740,7 @@ def report_of(run: Run) -> Report:
         faults.append("the experiment did not reach its start time")
     rows = list(map(_vm_row, vms))
     entries, done = (sum(row[key] for row in rows) for key in ("entries", "done"))
-    words = [counted(len(rows), "VM"), f"{done} of {entries} entries done"]
+    words = [counted(len(rows), "VM"), f"{done} of {counted(entries, 'entry')} done"]
     launched, start, ended = experiment.launched_at, experiment.start_at, experiment.ended_at
     words += [f"time 0 {start - launched:.0f} s after launch"] if launched and start else []
     words += [f"{ended - launched:.1f} s in all"] if launched and ended else []
