@@ -1333,7 +1333,7 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
             db.execute("UPDATE vms SET address = :address WHERE server_name = :server_name", vm)
         _find_twins(db.conn)
         db.execute("UPDATE attempts SET claim = 'attempt.' || attempt")
-        for row in db.query("SELECT rowid, value FROM pool_info WHERE key = 'listed'"):
+        for row in db.query("SELECT rowid, value FROM pool_info WHERE key = 'keeper.listed'"):
             if (found := json.loads(row["value"])).get("hook"):
                 found["hook"] = " ".join(map(str, [*found["hook"], Process.of().namespace]))
                 row["value"] = json.dumps(found)

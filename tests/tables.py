@@ -153,10 +153,15 @@ def add_pool_vm(db: Path, row: Row) -> None:
     add(db, "pool_vms", row)
 
 
+def note(db: Path, group: str, key: str, value: object) -> None:
+    """Note something of a group as the keeper does."""
+    sql = "REPLACE INTO pool_info VALUES (?, ?, ?)"
+    _change(db, sql, group, f"keeper.{key}", json.dumps(value))
+
+
 def note_spawn_failures(db: Path, group: str, times: int, at: float) -> None:
     """Make so many spawn hooks of a group fail in a row, the last one at that time."""
-    said = json.dumps({"times": times, "at": at, "why": "no reason"})
-    _change(db, "REPLACE INTO pool_info VALUES (?, 'keeper.failed', ?)", group, said)
+    note(db, group, "failed", {"times": times, "at": at, "why": "no reason"})
 
 
 def empty(db: Path, table: str) -> None:

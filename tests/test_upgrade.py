@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 from cli_lab import until
 from conftest import Cli
 from lab import FAST, crash_labels, stand_ins
@@ -171,3 +172,13 @@ def test_the_experiments_machines_are_none_of_the_pool_after_an_upgrade(
     assert rows(cli, "status")[0]["vm"] == "vm1"
     done = cli("pool", "add", "more", "ci", "--path", f"{cli.folder}/agents/../agents/1.sock")
     assert (done.code, "the path of the experiment's VM 'vm1'" in done.err) == (2, True)
+
+
+def test_a_listing_that_an_older_keeper_left_running_is_ended(cli: Cli, old: Path) -> None:
+    words = ["env", "VMRM_HOOK=list", "sleep", "1000"]
+    with subprocess.Popen(words, start_new_session=True) as hook:
+        process = [hook.pid, vmrm.process_started(hook.pid), vmrm.boot_id()]
+        tables.note(old, "ci", "listed", {"at": 1, "hook": process})
+        served = cli("pool", "serve", "--once")
+        hook.send_signal(signal.SIGTERM)  # which comes too late
+    assert (served.code, hook.returncode) == (0, -signal.SIGKILL)
