@@ -1,7 +1,5 @@
--- The data model of vmrm, as documentation that runs.
---
--- One database holds one current experiment, its journal and that of the experiments before it,
--- and the pool, which belongs to no experiment.
+-- The data model of vmrm, as documentation that runs. One database holds one current experiment,
+-- its journal and that of the experiments before it, and the pool, which belongs to none of them.
 -- Rows are the truth; every process keeps only caches of them. Times named …_at are UTC seconds
 -- since the epoch, as REAL, and always come from the caller, never from SQLite's clock; durations
 -- are named …_s, sizes …_bytes. A process is a text of four words, as vmrm.Process says: its pid,
@@ -182,14 +180,13 @@ CREATE TRIGGER vm_moved AFTER UPDATE OF state ON vms WHEN old.state <> new.state
             old.state, new.state, new.reason);
 END;
 
--- What makes a handler look again: its schedule, a pause or resume, a request, a retry, the experiment.
+-- A handler looks again after a change of its schedule or the experiment, a pause, resume, request
+-- or retry.
 CREATE TRIGGER schedule_put AFTER INSERT ON schedules BEGIN
-    UPDATE vms SET revision = revision + 1, finished_at = NULL
-    WHERE server_name = new.server_name;
+    UPDATE vms SET revision = revision + 1, finished_at = NULL WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER schedule_changed AFTER UPDATE ON schedules BEGIN
-    UPDATE vms SET revision = revision + 1, finished_at = NULL
-    WHERE server_name = new.server_name;
+    UPDATE vms SET revision = revision + 1, finished_at = NULL WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER schedule_ended AFTER UPDATE OF generation ON schedules
 WHEN old.generation <> new.generation AND old.text IS NOT NULL AND EXISTS (
@@ -204,8 +201,7 @@ CREATE TRIGGER requested AFTER INSERT ON requests BEGIN
     UPDATE vms SET revision = revision + 1 WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER retried AFTER UPDATE OF retried ON attempts WHEN new.retried BEGIN
-    UPDATE vms SET revision = revision + 1, finished_at = NULL
-    WHERE server_name = new.server_name;
+    UPDATE vms SET revision = revision + 1, finished_at = NULL WHERE server_name = new.server_name;
 END;
 CREATE TRIGGER experiment_changed AFTER UPDATE OF start_at, halt ON experiments BEGIN
     UPDATE vms SET revision = revision + 1;
@@ -248,7 +244,6 @@ CREATE TABLE pool_groups (
 
 -- One row per VM of the pool; state moves as vmrm.POOL_MOVES says. The row exists before its spawn
 -- hook runs and until its terminate hook has succeeded, so that no crash can leak a machine.
---
 -- A VM stays bound to the owner and sandbox that acquired it until it is terminated, or until a
 -- release hook that cleans has succeeded. While releasing_at is set it waits, in check_health, for
 -- the keeper to run its group's release hook, and is given to nobody.

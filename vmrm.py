@@ -1251,13 +1251,11 @@ def _process_text(prefix: str, namespace: str) -> str:
     return f"{prefix}_pid || ' ' || {prefix}_started || ' ' || {prefix}_boot || ' ' || {namespace}"
 
 
-def _carried_over(found: int) -> dict[tuple[str, str], str]:
-    """Return, by table and column, the SQL for columns of this schema that older ones spell so.
+def _spelt_otherwise() -> dict[tuple[str, str], str]:
+    """Return, by table and column, the SQL for what version 2 spells otherwise.
 
     No process of that older vmrm lives any more: where it had a pid alone, that will do.
     """
-    if found > 2:
-        return {}
     boot, here = Process.of()[2:]
     return {
         ("pool_vms", "hook_process"): _process_text("hook", f"{here}"),
@@ -1269,49 +1267,42 @@ def _carried_over(found: int) -> dict[tuple[str, str], str]:
 
 
 def _conform(connection: sqlite3.Connection, found: int) -> None:
-    """Give an older database the tables, indexes, triggers and views of schema.sql.
+    """Make an older database's tables anew, and all else of schema.sql.
 
-    A table that differs is made anew and takes over the rows, column by column; so a change that
-    only adds, drops or constrains needs nothing but schema.sql. The old table is there for the
-    steps after that, as "old NAME".
+    Each table takes over the rows, column by column; so a change that only adds, drops or
+    constrains needs nothing but schema.sql. The older one stays for the steps after that, as
+    "old NAME".
     """
-    listed = "SELECT name, type, sql FROM sqlite_schema WHERE sql IS NOT NULL"
+    listed = """SELECT name, type, sql FROM sqlite_schema
+                WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY type = 'table', rowid"""
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
         model.executescript(_schema())
-        wanted = model.execute(f"{listed} AND name NOT LIKE 'sqlite_%'").fetchall()
-    present = {name: (kind, sql) for name, kind, sql in connection.execute(listed)}
-    for name, (kind, _) in present.items():
-        if kind != "table":
-            connection.execute(f'DROP {kind} "{name}"')
-    for name, kind, sql in wanted:
-        if kind == "table" and present.get(name) != (kind, sql):
-            if name in present:
-                spelt = {k: v for (table, k), v in _carried_over(found).items() if table == name}
-                _renew_table(connection, name, sql, spelt)
-            else:
-                connection.execute(sql)
-    for _, kind, sql in wanted:
-        if kind != "table":
-            connection.execute(sql)
+        wanted = model.execute(listed).fetchall()
+    for name, kind, _ in connection.execute(listed).fetchall():
+        changed = f'RENAME TO "old {name}"' if kind == "table" else ""
+        connection.execute(f'{"ALTER" if changed else "DROP"} {kind} "{name}" {changed}')
+    otherwise = _spelt_otherwise() if found == 2 else {}
+    for name, kind, sql in sorted(wanted, key=lambda row: row[1] != "table"):
+        connection.execute(sql)
+        if kind == "table":  # before there is a trigger that would see the rows come
+            spelt = {column: sql for (table, column), sql in otherwise.items() if table == name}
+            _take_over(connection, name, spelt)
+    for sql in (  # numbers that are never used again
+        "DELETE FROM sqlite_sequence WHERE 'old ' || name IN (SELECT name FROM sqlite_sequence)",
+        "UPDATE sqlite_sequence SET name = substr(name, 5) WHERE name LIKE 'old %'",
+    ):
+        connection.execute(sql)
 
 
-def _renew_table(
-    connection: sqlite3.Connection, name: str, sql: str, spelt: Mapping[str, str]
-) -> None:
-    connection.execute(f'ALTER TABLE "{name}" RENAME TO "old {name}"')
-    connection.execute(sql)
+def _take_over(connection: sqlite3.Connection, name: str, spelt: Mapping[str, str]) -> None:
     new, old = (
         {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
         for table in (name, f"old {name}")
     )
-    columns = {f'"{column}"': f'"{column}"' for column in sorted(new & old)} | dict(spelt)
-    names, values = ", ".join(columns), ", ".join(columns.values())
-    connection.execute(f'INSERT INTO "{name}" ({names}) SELECT {values} FROM "old {name}"')  # noqa: S608
-    used = "SELECT 1 FROM sqlite_sequence WHERE name = ?"
-    if connection.execute(used, (f"old {name}",)).fetchone():  # numbers that are never used again
-        connection.execute("DELETE FROM sqlite_sequence WHERE name = ?", (name,))
-        sql = "UPDATE sqlite_sequence SET name = ? WHERE name = ?"
-        connection.execute(sql, (name, f"old {name}"))
+    if old:
+        columns = {f'"{column}"': f'"{column}"' for column in sorted(new & old)} | dict(spelt)
+        names, values = ", ".join(columns), ", ".join(columns.values())
+        connection.execute(f'INSERT INTO "{name}" ({names}) SELECT {values} FROM "old {name}"')  # noqa: S608
 
 
 def _take_steps(connection: sqlite3.Connection, found: int) -> None:
