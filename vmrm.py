@@ -1909,8 +1909,7 @@ def _part_faults(kind: str, part: object, where: str) -> list[str]:
 
 # What our script keeps in an entry's directory.
 _OUR_OWN = re.compile(
-    r"(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+(\.[0-9]+-[0-9a-f]{8})?)(/|$)",
-    re.IGNORECASE,
+    r"(?i)(call_(arguments|program)\.(sh|bat)|attempt\.[0-9]+(\.[0-9]+-[0-9a-f]{8})?)(/|$)"
 )
 
 
@@ -2065,15 +2064,13 @@ class ScheduleEntry:
         """
         if not _is_arguments(list(arguments) if isinstance(arguments, tuple) else arguments):
             raise TypeError(f"arguments {arguments!r} are neither a string nor a list of strings")
-        new: str | list[str] = arguments if isinstance(arguments, str) else list(arguments)
-        if self.arguments is None:
-            self.arguments = new
-        elif isinstance(self.arguments, list) and isinstance(new, list):
-            self.arguments = self.arguments + new
-        else:
-            both = (self.arguments, new)
+        new = arguments if isinstance(arguments, str) else list(arguments)
+        both: list[Any] = [part for part in (self.arguments, new) if part is not None]
+        if any(isinstance(part, str) for part in both):
             texts = (part if isinstance(part, str) else shlex.join(part) for part in both)
             self.arguments = " ".join(texts)
+        else:
+            self.arguments = [*itertools.chain(*both)]
 
     def add_content(
         self, location: str, content: str | Callable[[], str], executable: bool = False
@@ -2159,8 +2156,7 @@ def in_order(entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
     return sorted(entries, key=lambda entry: (entry.start_time, entry.pause is not None))
 
 
-@dataclasses.dataclass(frozen=True)
-class Hold:
+class Hold(NamedTuple):
     """A pause, break or resume that a command gave."""
 
     time: float  # of the experiment; before time 0 it is 0, for a resume of a break at -inf -inf
@@ -2739,13 +2735,8 @@ def remove_unused(db: Database) -> None:
     """Remove what purged experiments left and, unless somebody adds some, unnamed contents."""
     for path in purged_directories(db):
         remove_tree(path)
-    lock = db.lock("store")
-    if lock.try_():
-        try:
-            for path in _unnamed_contents(db):
-                path.unlink(missing_ok=True)
-        finally:
-            lock.release()
+    with contextlib.suppress(Conflict), db.lock("store").held("somebody adds contents"):
+        _unlink(_unnamed_contents(db))
 
 
 def unused_contents(db: Database) -> list[Path]:
@@ -2887,8 +2878,7 @@ class VmResourceStore(_Rows):
 
     def get_file_hash(self, filename: str) -> str:
         """Return a file's SHA-256 in hexadecimal, '' if the store has none of that name."""
-        row = self._row(filename)
-        return row.sha256 if row else ""
+        return row.sha256 if (row := self._row(filename)) else ""
 
     def get_file_upload_date(self, filename: str) -> datetime | None:
         """Return when a file was added, in UTC; None if the store has none of that name."""
@@ -10902,11 +10892,8 @@ def report_page(db: Database, run: Run) -> str:
     word, colour = ("ok", "done") if outcome.ok else ("failed", "failed")
     if not ended:
         word, colour = ("running" if supervisor_pid(db) else "unfinished"), "running"
-    times = {
-        "launched": run.begin,
-        "time 0": experiment.start_at,
-        "ended" if ended else "seen": run.end,
-    }
+    last = "ended" if ended else "seen"
+    times = {"launched": run.begin, "time 0": experiment.start_at, last: run.end}
     faults = "".join(f"<li>{_html(fault)}</li>" for fault in outcome.faults)
     return _PAGE.substitute(
         source=_html(Path(experiment.source).name or "an experiment made by hand"),
