@@ -130,14 +130,12 @@ CREATE TABLE holds (
 
 -- One row per request of a command to a live handler (exec, push, pull, …). The client writes it,
 -- the handler claims it by one UPDATE and answers in the same row; bulk data travels as files in
--- requests/<id>/. The client deletes both when it has read the answer.
+-- requests/<id>/, which the client keeps locked while it lives and deletes with the row.
 CREATE TABLE requests (
     id TEXT PRIMARY KEY,
     server_name TEXT NOT NULL COLLATE NOCASE,
     operation TEXT NOT NULL,
     arguments TEXT NOT NULL CHECK (json_valid(arguments)),
-    client TEXT NOT NULL,                      -- a process
-    created_at REAL NOT NULL,
     deadline_at REAL NOT NULL,
     claimed_by TEXT,                           -- the handler, a process
     withdrawn INTEGER NOT NULL DEFAULT 0 CHECK (withdrawn IN (0, 1)),

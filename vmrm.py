@@ -1260,7 +1260,6 @@ def _spelt_otherwise() -> dict[tuple[str, str], str]:
     return {
         ("pool_vms", "hook_process"): _process_text("hook", f"{here}"),
         ("pool_waiters", "holder"): _process_text("holder", "holder_namespace"),
-        ("requests", "client"): _process_text("client", f"{here}"),
         ("requests", "claimed_by"): f"claimed_by || ' 0 {boot} {here}'",
         ("vms", "handler"): f"handler_pid || ' 0 {boot} {here}'",
     }
@@ -6815,13 +6814,13 @@ class Requests:
     def claim(self) -> Iterator[Row]:
         """Claim the requests still wanted, each by one UPDATE: after a stop nothing begins."""
         rows = self.db.query(
-            """SELECT id, client FROM requests WHERE server_name = :name AND NOT withdrawn
+            """SELECT id FROM requests WHERE server_name = :name AND NOT withdrawn
                AND answered_at IS NULL AND claimed_by IS NULL""",
             name=self.vm_name,
         )
         for row in rows:
-            if not Process.parse(row.client).is_alive():
-                continue
+            if not FileLock(self.db.state_dir / "requests" / row.id).is_held:
+                continue  # its client is gone
             yield from self.db.write(
                 """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
                    AND NOT withdrawn AND deadline_at > :now
@@ -6833,19 +6832,21 @@ class Requests:
                 now=CLOCK.wall(),
             )
 
-    def steps(self, row: Row, perform: Callable[..., Steps]) -> Steps:
-        """Do what a claimed request asks for, by `perform(operation, arguments, folder)`."""
+    def steps(self, row: Row, vm: HandledVM) -> Steps:
+        """Do what a claimed request asks for."""
         _crash("request-claimed")
         folder = self.db.directory("requests", row["id"])
         try:
-            answer = yield from perform(row["operation"], json.loads(row["arguments"]), folder)
+            answer = yield from operation_steps(
+                vm, row.operation, json.loads(row.arguments), folder
+            )
         except (drivers.AgentError, VmrmError, OSError) as error:
             if _is_link_trouble(error):
                 raise
             answer = {"error": _one_line(error)}
         with self.db.transaction():
             self._answer(row["id"], answer)
-        if not _is_wanted(folder):
+        if not FileLock(folder).is_held:
             forget_request(self.db, folder)
 
     def answer_lost(self) -> None:
@@ -7584,15 +7585,8 @@ class VMResourceHandler:
         self._plan = plan
         life.take(plan)
         for request in self._requests.claim():
-            life.agenda.spawn(self._requests.steps(request, self._perform))
+            life.agenda.spawn(self._requests.steps(request, self.vm))
         self._seen = plan.revision  # last: what an error kept from being taken is news still
-
-    def _perform(self, operation: str, arguments: Mapping[str, Any], folder: Path) -> Steps:
-        """Do what a command asks for; return the answer."""
-        if operation == "reboot":
-            yield from self.vm.reboot_steps()
-            return {"boot": self.vm.guest.boot}
-        return (yield from operation_steps(self.vm.driver, operation, arguments, folder))
 
     # --- waiting
 
@@ -7804,31 +7798,35 @@ class VMResourceHandler:
 
 
 # === commands on a VM at once ====================================================================
+#
+# A command has a directory requests/<id>, which it keeps locked while it lives. In it are: `vm`,
+# the VM's name; `source`, a link to what is pushed; `sink`, a link to the incomplete file that it
+# makes on this host; `out` and `err` of a program; `progress` of a copy; and `broken-off` while a
+# push may have a temporary file in the guest, with what it takes to find that.
 
 MAX_UNSIZED_BYTES = 64 << 20  # of a file that is said to be empty
-COPY_REPORT_BYTES = 1 << 20  # how often a copy through a handler tells how far it is
+COPY_REPORT_BYTES = 1 << 20  # how often a copy tells how far it is
+_BROKEN_OFF = "broken-off"
 
 
 def operation_steps(
-    driver: drivers.AbstractDriver, operation: str, arguments: Mapping[str, Any], folder: Path
+    vm: HandledVM, operation: str, arguments: Mapping[str, Any], folder: Path
 ) -> Steps:
-    """Do what a command asks of a VM, by its handler or without one; return the answer.
-
-    Args:
-        driver: Connected.
-        operation: exec, push, pull or info.
-        arguments: argv (exec) or remote (push, pull) and mode (push).
-        folder: The request's: links `source` of push and `sink` of pull, `out` and `err` of exec,
-            `progress`.
-    """
-    operations = {"exec": _exec_steps, "push": _push_file, "pull": _pull_file, "info": _info_steps}
-    return (yield from operations[operation](driver, arguments, folder))
+    """Do what a command asks of a VM, by its handler or without one; return the answer."""
+    if operation == "reboot":
+        yield from vm.reboot_steps()
+        return {"boot": vm.guest.boot}
+    known: dict[str, Callable[..., Steps]] = {"exec": _exec_steps, "info": _info_steps}
+    known |= {"push": _push_steps, "pull": _pull_steps}
+    return (yield from known[operation](_guest_at_once(vm.driver), folder, **arguments))
 
 
-def _exec_steps(
-    driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path
-) -> Steps:
-    argv, interval = arguments["argv"], 0.002
+def _guest_at_once(driver: drivers.AbstractDriver) -> Guest:
+    return guest_of(driver, "", driver.timeout, driver.timeout)
+
+
+def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
+    driver, interval = guest.driver, 0.002
     if driver.is_windows and PureWindowsPath(argv[0]).suffix.lower() in _BATCHES:
         # The agent quotes for programs; cmd.exe would take more than one of these for its own.
         for word in argv[1:]:
@@ -7837,8 +7835,12 @@ def _exec_steps(
                 return {"error": f"{error}; push it in a file", "code": 2}
     try:
         pid = driver.start(argv, capture=True)
-    except drivers.AgentError as error:
-        return {"error": str(error), "code": _code_of_no_start(driver, argv[0], error)}
+    except drivers.Frozen as error:
+        return {"error": str(error), "code": 255}
+    except drivers.AgentError as error:  # 126 and 127 as a shell means them
+        is_there = isinstance(error, drivers.CommandDisabled | drivers.CommandMissing)
+        is_there = is_there or guest.ask("has-program", argv[0]).exitcode == 0
+        return {"error": str(error), "code": 126 if is_there else 127}
     try:
         while not (status := driver.status(pid)).exited:
             yield interval
@@ -7853,39 +7855,25 @@ def _exec_steps(
     return {"exit_code": status.exitcode, "signal": status.signal, "truncated": cut}
 
 
-def _code_of_no_start(
-    driver: drivers.AbstractDriver, program: str, error: drivers.AgentError
-) -> int:
-    """Return the exit code for a program that was not started: 126 or 127 as of a shell, or 255."""
-    if isinstance(error, drivers.Frozen):
-        return 255
-    if isinstance(error, drivers.CommandDisabled | drivers.CommandMissing):
-        return 126
-    return 126 if guest_of(driver).ask("has-program", program).exitcode == 0 else 127
-
-
-def _push_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
+def _push_steps(guest: Guest, folder: Path, remote: str, size: int, mode: str) -> Steps:
     """Copy `source` into the guest, as long as it is now, then put it in its place."""
-    remote, size, token = arguments["remote"], arguments["size"], secrets.token_hex(8)
-    guest = guest_of(driver)
-    (folder / _BROKEN_OFF).write_text(json.dumps([remote, token]))
+    note, token = folder / _BROKEN_OFF, secrets.token_hex(8)
+    note.write_text(json.dumps([remote, token]))
     _crash("push-begun")
     try:
         argv = guest.argv("receive", remote, str(size), token)
-        path = yield from _told_steps(driver, argv, f"no place for {remote!r}")
+        path = yield from _told_steps(guest, argv, f"no place for {remote!r}")
         with (folder / "source").open("rb") as source:
-            yield from _report_steps(
-                driver.push(cast(BinaryIO, _First(source, size)), path), folder
-            )
+            copy = guest.driver.push(cast(BinaryIO, _First(source, size)), path)
+            yield from _report_steps(copy, folder)
         _crash("push-arrived")
-        argv = guest.argv("deliver", path, remote, arguments["mode"])
-        yield from _told_steps(driver, argv, f"cannot put {remote!r} in its place")
+        argv = guest.argv("deliver", path, remote, mode)
+        yield from _told_steps(guest, argv, f"cannot put {remote!r} in its place")
     except (VmrmError, OSError) as error:
-        if _is_link_trouble(error):
-            raise
-        yield from _discard_steps(driver, folder)
+        if not _is_link_trouble(error):
+            yield from _discard_steps(guest.driver, folder)
         raise
-    (folder / _BROKEN_OFF).unlink()
+    note.unlink()
     return {"bytes": size}
 
 
@@ -7901,61 +7889,116 @@ class _First:
         return data
 
 
-def _pull_file(driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path) -> Steps:
+def _pull_steps(guest: Guest, folder: Path, remote: str) -> Steps:
     """Copy a file of the guest to `sink`, as long as it is now."""
-    remote, guest = arguments["remote"], guest_of(driver)
-    mode, size = 0o600, None
+    mode, size, what = 0o600, None, f"cannot read {remote!r}"
     with contextlib.suppress(drivers.CommandDisabled, drivers.CommandMissing):
-        argv = guest.argv("facts", remote)
-        told = yield from _told_steps(driver, argv, f"cannot read {remote!r}")
+        told = yield from _told_steps(guest, guest.argv("facts", remote), what)
         try:
             mode, size = parse_facts(told)
         except VmrmError as error:
-            raise VmrmError(f"cannot read {remote!r}: {error}") from None
+            raise VmrmError(f"{what}: {error}") from None
     limit = size or MAX_UNSIZED_BYTES  # what the kernel writes has no size, as in /proc
     with (folder / "sink").open("r+b") as sink:
         try:
             refuse_full(sink.fileno(), size or 0)
         except OSError as error:
-            raise VmrmError(f"cannot read {remote!r}: {error.strerror}") from None
+            raise VmrmError(f"{what}: {error.strerror}") from None
         yield from _report_steps(guest.pull(remote, sink, limit=limit), folder)
         if not size and sink.tell() >= limit:
             raise VmrmError(f"{remote!r} has no size, and does not end")
         return {"bytes": sink.tell(), "mode": mode}
 
 
-def _finished_steps(driver: drivers.AbstractDriver, argv: Sequence[str]) -> Steps:
-    """Run a short program of the guest without holding up anything else; return its status.
-
-    Raises:
-        VmrmError: it does not end.
-    """
-    deadline, interval = CLOCK.monotonic() + driver.timeout, 0.002
-    pid = driver.start(argv, capture=True)
-    while not (status := driver.status(pid)).exited:
-        if CLOCK.monotonic() >= deadline:
-            raise VmrmError(f"{argv[0]} does not end there within {driver.timeout:g} s")
-        yield interval
-        interval = min(interval * 1.5, 0.5)
-    return status
-
-
-def _told_steps(driver: drivers.AbstractDriver, argv: Sequence[str], what: str) -> Steps:
+def _told_steps(guest: Guest, argv: Sequence[str], what: str) -> Steps:
     """Run a short program of the guest; return what it tells. Raises VmrmError if it fails."""
-    status = yield from _finished_steps(driver, argv)
+    status = yield from guest.finish(argv)
     if status.exitcode != 0:
         raise VmrmError(f"{what}: {printable(status.err) or 'no reason given'}")
     return status.out.decode(errors="replace").rstrip("\r\n")
 
 
-# A push that was broken off with its connection has its temporary file in the guest, and this
-# file, with what it takes to find that, in its request's directory, until somebody has removed it.
-_BROKEN_OFF = "broken-off"
+def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
+    """Go on with a copy as long as somebody waits for it, and tell how far it is."""
+    told, looked_at = 0, CLOCK.monotonic()
+    for moved in copy:
+        if CLOCK.monotonic() > looked_at + 0.5:
+            if not FileLock(folder).is_held:
+                raise VmrmError("the command has ended")
+            looked_at = CLOCK.monotonic()
+        if moved - told >= COPY_REPORT_BYTES:
+            told = moved
+            (folder / "progress").write_text(str(moved))
+        yield 0
 
 
-def _is_wanted(folder: Path) -> bool:
-    """Whether the client of a request still lives: it keeps its directory locked."""
-    return FileLock(folder).is_held
+def _info_steps(guest: Guest, folder: Path) -> Steps:
+    yield 0
+    driver = guest.driver
+    info = driver.info()
+    facts: dict[str, Any] = {"agent": "", "health": driver.health()}
+    asked: dict[str, Callable[[], Any]] = {
+        "agent": lambda: _guest_text(info.get("version", "")),
+        "os": driver.get_os,
+        "host_name": lambda: _guest_text(driver.call("guest-get-host-name")["host-name"]),
+        "boot_id": driver.boot_id,
+        "time": lambda: _iso(driver.get_time() / 1e9),
+        "addresses": lambda: _addresses(driver.network_get_interfaces()),
+    }
+    for name, ask in asked.items():
+        try:
+            facts[name] = ask()
+        except (drivers.AgentError, OSError, ValueError, KeyError, TypeError) as error:
+            if _is_link_trouble(error):
+                raise
+            facts[name] = f"unknown: {_one_line(error)}"
+    commands = info.get("supported_commands", [])
+    return {**facts, "disabled": [printable(c["name"]) for c in commands if not c["enabled"]]}
+
+
+def _guest_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("the guest tells no text")
+    return printable(value)
+
+
+def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
+    told = (
+        _guest_text(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
+        for interface in interfaces
+        for address in interface.get("ip-addresses", [])
+    )
+    return list(itertools.islice(told, MAX_FAULTS))
+
+
+# --- a command's directory
+
+
+@contextlib.contextmanager
+def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
+    """Make a command's directory, and keep it locked for the length of the block."""
+    with adding(db, "requests"):
+        folder = db.directory("requests", uuid.uuid4().hex)
+        lock = FileLock(folder, lambda: os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
+        lock.take()
+    try:
+        (folder / "vm").write_text(vm_name)
+        yield folder
+    finally:
+        lock.release()
+        if not _is_needed(db, folder):  # else its handler will do it
+            forget_request(db, folder)
+
+
+def _is_needed(db: Database, folder: Path) -> bool:
+    """Whether the command of a directory lives, or a handler works on its request."""
+    if FileLock(folder).is_held:
+        return True
+    sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
+    with contextlib.suppress(Unavailable):
+        handler = db.value(sql, id=folder.name)
+        return handler is not None and Process.parse(handler).is_alive()
+    return False
 
 
 def forget_request(db: Database, folder: Path) -> None:
@@ -7981,26 +8024,50 @@ def _sinks(folder: Path) -> list[Path]:
     return []
 
 
+def make_sink(folder: Path, target: Path) -> Path:
+    """Make and return the file, beside `target`, that is to take its place once complete."""
+    temporary = target.absolute().with_name(temporary_name())
+    (folder / "sink").symlink_to(temporary)
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:  # told of the file that was named
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    return temporary
+
+
+@contextlib.contextmanager
+def new_file(db: Database, path: Path) -> Iterator[Path]:
+    """Make a file for its user alone, filled by the caller; it appears when it is complete."""
+    exists = UsageError(f"{str(path)!r} exists already")
+    if os.path.lexists(path):
+        raise exists
+    with workplace(db) as folder:
+        temporary = make_sink(folder, path)
+        yield temporary
+        _crash("file-before-rename")
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:  # somebody was faster
+            raise exists from None
+        temporary.rename(path)
+
+
 def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
     """Return the directories of commands that nobody works on any more, each with its VM's name.
 
     The name is '' if the command did not come to write it, or has to do with no VM.
     """
-    lock = db.lock("requests")
+    lock, found = db.lock("requests"), []
     alone = lock.take()  # while none is made, each has its lock
     try:
-        paths = db.directory("requests").iterdir()
-        dead = [path for path in sorted(paths) if path.exists() and not _is_wanted(path)]
+        paths = sorted(db.directory("requests").iterdir())
+        dead = [path for path in paths if not _is_needed(db, path)]
     finally:
         lock.release()
-    found = []
     for folder in dead:
-        sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
-        working = db.value(sql, id=folder.name)
-        if working is None or not Process.parse(working).is_alive():
-            with contextlib.suppress(FileNotFoundError):
-                found.append((folder, (folder / "vm").read_text()))
-                continue
+        try:
+            found.append((folder, (folder / "vm").read_text()))
+        except FileNotFoundError:
             if alone and folder.exists():
                 found.append((folder, ""))
     return found
@@ -8014,10 +8081,9 @@ def forget_abandoned(db: Database) -> None:
 
 def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
     """Remove from a guest what a push left there that was broken off, if it was."""
-    note = folder / _BROKEN_OFF
+    guest, note = _guest_at_once(driver), folder / _BROKEN_OFF
     with contextlib.suppress(drivers.AgentError, VmrmError, ValueError, FileNotFoundError):
-        remote, token = json.loads(note.read_text())
-        yield from _finished_steps(driver, guest_of(driver).argv("discard", remote, token))
+        yield from guest.finish(guest.argv("discard", *json.loads(note.read_text())))
         note.unlink()
     yield 0
 
@@ -8031,60 +8097,7 @@ def _discard_all_steps(db: Database, vm_name: str, driver: drivers.AbstractDrive
     yield 0
 
 
-def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
-    """Go on with a copy as long as somebody waits for it, and tell how far it is."""
-    told, looked_at = 0, CLOCK.monotonic()
-    for moved in copy:
-        if CLOCK.monotonic() > looked_at + 0.5:
-            if not _is_wanted(folder):
-                raise VmrmError("the command has ended")
-            looked_at = CLOCK.monotonic()
-        if moved - told >= COPY_REPORT_BYTES:
-            told = moved
-            (folder / "progress").write_text(str(moved))
-        yield 0
-
-
-def _info_steps(
-    driver: drivers.AbstractDriver, arguments: Mapping[str, Any], folder: Path
-) -> Steps:
-    yield 0
-    info = driver.info()
-    disabled = [
-        printable(c["name"]) for c in info.get("supported_commands", []) if not c["enabled"]
-    ]
-    facts: dict[str, Any] = {"agent": "", "health": driver.health()}
-    asked: dict[str, Callable[[], Any]] = {
-        "agent": lambda: _guest_text(info.get("version", "")),
-        "os": driver.get_os,
-        "host_name": lambda: _guest_text(driver.call("guest-get-host-name")["host-name"]),
-        "boot_id": driver.boot_id,
-        "time": lambda: _iso(driver.get_time() / 1e9),
-        "addresses": lambda: _addresses(driver.network_get_interfaces()),
-    }
-    for name, ask in asked.items():
-        try:
-            facts[name] = ask()
-        except (drivers.AgentError, OSError, ValueError, KeyError, TypeError) as error:
-            if _is_link_trouble(error):
-                raise
-            facts[name] = f"unknown: {_one_line(error)}"
-    return {**facts, "disabled": disabled}
-
-
-def _guest_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("the guest tells no text")
-    return printable(value)
-
-
-def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
-    told = (
-        _guest_text(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
-        for interface in interfaces
-        for address in interface.get("ip-addresses", [])
-    )
-    return list(itertools.islice(told, MAX_FAULTS))
+# --- a command's way to a VM
 
 
 def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:
@@ -8100,96 +8113,28 @@ class _Handled(Exception):
     """The VM has a handler by now."""
 
 
-class Workplace:
-    """A command's directory `requests/<id>`, locked for as long as the command lives.
-
-    What the command makes elsewhere on this host has a link here, so that it is found after a kill.
-
-    Args:
-        db: The database.
-        vm_name: The VM that the command is for, or ''.
-    """
-
-    def __init__(self, db: Database, vm_name: str) -> None:
-        self.db, self.id = db, uuid.uuid4().hex
-        with adding(db, "requests"):
-            self.folder = db.directory("requests", self.id)
-            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        try:
-            (self.folder / "vm").write_text(vm_name)
-        except BaseException:
-            Workplace.__exit__(self)
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
-        forget_request(self.db, self.folder)
-
-    def sink(self, target: Path) -> Path:
-        """Make and return the file, beside `target`, that is to take its place once complete."""
-        temporary = target.absolute().with_name(temporary_name())
-        (self.folder / "sink").symlink_to(temporary)
-        try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except OSError as error:  # told of the file that was named
-            raise OSError(error.errno, error.strerror, str(target)) from error
-        return temporary
-
-
 @contextlib.contextmanager
-def new_file(db: Database, path: Path) -> Iterator[Path]:
-    """Make a file for its user alone, to be filled by the caller; it appears when it is complete.
-
-    Raises:
-        UsageError: it exists already.
-    """
-    exists = UsageError(f"{str(path)!r} exists already")
-    if os.path.lexists(path):
-        raise exists
-    with Workplace(db, "") as place:
-        temporary = place.sink(path)
-        yield temporary
-        _crash("file-before-rename")
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:  # somebody was faster
-            raise exists from None
-        temporary.rename(path)
+def reached(db: Database, vm_name: str, timeout: float) -> Iterator[Remote]:
+    """Yield the way to a VM, of the experiment or else of the pool."""
+    config = _pool_config(db, vm_name) or handler_config(db, vm_name)
+    forget_abandoned(db)
+    with workplace(db, config["vm_name"]) as folder:
+        yield Remote(db, config, folder, timeout)
 
 
-class Remote(Workplace):
-    """Does things on one VM at once: through its handler if one lives, else by itself.
+@dataclasses.dataclass
+class Remote:
+    """Does things on one VM at once: through its handler if one lives, else by itself."""
 
-    Args:
-        db: The database.
-        server_name: The VM.
-        timeout: Seconds within which the VM, or its handler, must begin to answer.
+    db: Database
+    config: Mapping[str, Any]
+    folder: Path
+    timeout: float  # seconds within which the VM, or its handler, must begin to answer
 
-    Raises:
-        NotFound: there is no such VM.
-        UsageError: it has no agent to talk to.
-    """
-
-    def __init__(self, db: Database, server_name: str, timeout: float = 30.0) -> None:
-        self.timeout = timeout
-        self.config = _pool_config(db, server_name) or handler_config(db, server_name)
-        self.name: str = self.config["vm_name"]
-        forget_abandoned(db)
-        super().__init__(db, self.name)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
-        claimed = None
-        with contextlib.suppress(Unavailable):
-            claimed = self.db.value(
-                "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL", id=self.id
-            )
-        if claimed is None or not Process.parse(claimed).is_alive():  # else its handler will do it
-            forget_request(self.db, self.folder)
+    @property
+    def name(self) -> str:
+        """Return the VM's name."""
+        return cast(str, self.config["vm_name"])
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Have an operation done; return its answer.
@@ -8204,124 +8149,112 @@ class Remote(Workplace):
         else:
             raise Unavailable(f"VM {self.name!r}: its handlers come and go", "Try again later")
         if "unknown" in answer:
-            raise VmrmError(f"VM {self.name!r}: {answer['unknown']}", code=255)
+            answer |= {"error": answer["unknown"], "code": 255}
         if "error" in answer:
-            raise VmrmError(f"VM {self.name!r}: {answer['error']}", code=answer.get("code"))
+            hint, code = answer.get("hint", ""), answer.get("code")
+            raise VmrmError(f"VM {self.name!r}: {answer['error']}", hint, code=code)
         return answer
 
     @property
-    def _handled(self) -> bool:
+    def _is_handled(self) -> bool:
         return handler_lock(self.db, self.config["ordinal"]).is_held
 
     def _nap(self, seconds: float) -> None:
         """Wait for others that use the agent, but not for a handler, which has it for long."""
         time_to_wait(seconds)
-        if self._handled:
+        if self._is_handled:
             raise _Handled
 
     def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Do it here, waiting for others that use the agent; None if a handler has it."""
-        if self._handled:
+        if self._is_handled:
             return None
         handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
+        vm = handler.vm
         begun, deadline = False, drivers.Deadline(self.timeout)
         try:
             with agent_lock(self.config["path"], self.db.path, self._nap, self.timeout):
-                handler.vm.connect(max(0.1, deadline.remaining()))
-                discard = _discard_all_steps(self.db, self.name, handler.driver)
-                run_steps(discard, time_to_wait)
+                vm.connect(max(0.1, deadline.remaining()))
+                run_steps(_discard_all_steps(self.db, self.name, vm.driver), handler._nap)
                 begun = True
-                if operation == "reboot":
-                    handler.reboot()
-                    return {"boot": handler.vm.guest.boot}
-                steps = operation_steps(handler.driver, operation, arguments, self.folder)
                 try:
-                    return cast("dict[str, Any]", run_steps(steps, time_to_wait))
-                except VmrmError as error:  # told as a handler would
-                    return {"error": str(error), "code": error.code}
+                    steps = operation_steps(vm, operation, arguments, self.folder)
+                    return cast("dict[str, Any]", run_steps(steps, handler._nap))
                 finally:
                     self._discard(handler)
         except _Handled:
             return None
         except drivers.AgentError as error:
             return {"error": str(error)}
-        except VMFailed as error:
-            code = None if begun else 255
-            raise VmrmError(f"VM {self.name!r}: {error}", error.hint, code=code) from error
         except (Conflict, drivers.DriverError) as error:
             what = "it may have run: " if begun and operation == "exec" else ""
-            raise VmrmError(f"VM {self.name!r}: {what}{error}", error.hint, code=255) from error
+            return {"error": f"{what}{error}", "hint": error.hint, "code": 255}
+        except VmrmError as error:
+            code = 255 if isinstance(error, VMFailed) and not begun else error.code
+            return {"error": str(error), "hint": error.hint, "code": code}
         finally:
-            handler.vm.close()
+            vm.close()
 
     def _discard(self, handler: VMResourceHandler) -> None:
         """After the connection was lost, or we were told to end: leave nothing in the guest."""
         if (self.folder / _BROKEN_OFF).exists():
             with contextlib.suppress(drivers.DriverError, VMFailed):
                 handler.vm.connect(min(self.timeout, 5))
-                run_steps(_discard_steps(handler.driver, self.folder), time_to_wait)
+                run_steps(_discard_steps(handler.vm.driver, self.folder), handler._nap)
 
     def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Ask the handler; None if it has left without taking the request."""
-        answered = WakeSocket(self.db, f"c-{self.id}")
-        try:
+        with contextlib.closing(WakeSocket(self.db, f"c-{self.folder.name}")) as answered:
             self.db.write(
-                """INSERT OR REPLACE INTO requests (id, server_name, operation, arguments, client,
-                       created_at, deadline_at)
-                   VALUES (:id, :name, :operation, :arguments, :client, :now, :deadline)""",
-                id=self.id,
+                """INSERT OR REPLACE INTO requests (id, server_name, operation, arguments,
+                       deadline_at) VALUES (:id, :name, :operation, :arguments, :deadline)""",
+                id=self.folder.name,
                 name=self.name,
                 operation=operation,
                 arguments=json.dumps(arguments),
-                client=str(Process.of()),
-                now=CLOCK.wall(),
                 deadline=CLOCK.wall() + self.timeout,
             )
             return self._await_answer(answered)
-        finally:
-            answered.close()
 
     def _await_answer(self, answered: WakeSocket) -> dict[str, Any] | None:
         poll, deadline = select.poll(), CLOCK.monotonic() + self.timeout
         poll.register(answered.fileno(), select.POLLIN)
         while True:
-            row = self.db.row("SELECT * FROM requests WHERE id = :id", id=self.id)
+            row = self.db.row("SELECT * FROM requests WHERE id = :id", id=self.folder.name)
             assert row is not None
             if row["answer"] is not None:
                 return cast("dict[str, Any]", json.loads(row["answer"]))
-            if row["claimed_by"] is None and CLOCK.monotonic() >= deadline and self._withdraw():
-                raise VmrmError(
-                    f"VM {self.name!r}: its handler did not take the request in {self.timeout:g} s",
-                    f"See what it does: vmrm logs {self.name}",
-                    code=255,
-                )
-            if row["claimed_by"] is None and not self._handled and self._withdraw():
+            if row["claimed_by"] is not None:
+                if not Process.parse(row["claimed_by"]).is_alive():
+                    return {"unknown": "it may have run: the handler died"}
+            elif CLOCK.monotonic() >= deadline and self._withdraw():
+                what = f"its handler did not take the request in {self.timeout:g} s"
+                hint = f"See what it does: vmrm logs {self.name}"
+                return {"error": what, "hint": hint, "code": 255}
+            elif not self._is_handled and self._withdraw():
                 if self.db.value("SELECT halt FROM current_experiment") in (Halt.STOP, Halt.KILL):
                     what = "its handler was stopped before it took the request"
                     raise Unavailable(f"VM {self.name!r}: {what}", "Nothing was done: try again")
                 return None
-            if row["claimed_by"] is not None and not Process.parse(row["claimed_by"]).is_alive():
-                return {"unknown": "it may have run: the handler died"}
             poll.poll(500)
             answered.drain()
 
     def _withdraw(self) -> bool:
         sql = "UPDATE requests SET withdrawn = 1 WHERE id = :id AND claimed_by IS NULL RETURNING id"
-        return bool(self.db.write(sql, id=self.id))
+        return bool(self.db.write(sql, id=self.folder.name))
 
 
 def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
     """Return a pool VM as `handler_config` does one of the experiment; None if there is none."""
-    if db.value("SELECT 1 FROM vms WHERE server_name = :name", name=vm_name):
-        return None
-    row = db.row("SELECT * FROM pool_vms WHERE vm_name = :name", name=vm_name)
-    if row is None:
-        return None
-    if not row["path"]:
+    row = db.row(
+        """SELECT vm_name, path, 'pool.' || vm_name AS ordinal FROM pool_vms WHERE vm_name = :name
+           AND NOT EXISTS (SELECT 1 FROM vms WHERE server_name = :name)""",
+        name=vm_name,
+    )
+    if row and not row["path"]:
         raise UsageError(f"VM {row['vm_name']!r} of the pool has no path to a guest agent")
-    name = row["vm_name"]
-    common = {"vm_name": name, "vm_uuid": "", "path": row["path"], "engine": "QemuVM", "db": db}
-    return {**common, "ordinal": f"pool.{name}", "launch_dir": "", "set_time": False}
+    common = {"vm_uuid": "", "engine": "QemuVM", "db": db, "launch_dir": "", "set_time": False}
+    return {**row, **common} if row else None
 
 
 def time_to_wait(seconds: float) -> None:
@@ -11123,8 +11056,7 @@ def _dead_requests(db: Database) -> list[Row]:
     return [
         row
         for row in db.query("SELECT * FROM requests")
-        if not Process.parse(row.client).is_alive()
-        if row.answered_at or not row.claimed_by or not Process.parse(row.claimed_by).is_alive()
+        if not _is_needed(db, db.state_dir / "requests" / row.id)
     ]
 
 
@@ -11146,52 +11078,44 @@ def _broken_files(db: Database) -> list[Path]:
 # === output ======================================================================================
 
 _TOLD = 1 << 16  # characters of an error or a remark: all faults of an experiment file
+TEXT_WIDTH = 20  # below which a column of texts is no longer worth reading
+VIEW_S = 5.0  # between two looks of a viewer at rows that nobody has changed
+_STYLES = {"failed": "red", "unknown": "red", "configured": "green", "done": "green"}
+_STYLES |= {"configuring": "yellow", "running": "yellow", "uninitialized": "dim"}
+
+_Listing = Sequence[Mapping[str, Any]]
 
 
 class Screen:
-    """Results on stdout, everything else on stderr; a table on a terminal, else tab-separated.
-
-    Args:
-        as_json: Print results as one JSON document.
-        quiet: Keep stderr for errors.
-    """
+    """Results on stdout, everything else on stderr; a table on a terminal, else tab-separated."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        self.as_json = as_json
+        self.quiet = quiet  # nothing but errors on stderr
 
     def show(self, result: object) -> None:
         """Print what a command returned: rows, one row, a text, or nothing."""
         if sys.stdout is None:  # closed by whoever started us
             return
+        rows: Any = [result] if isinstance(result, Mapping) else result
+        is_rows = isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows)
         if self.as_json:
             text = json.dumps(result, ensure_ascii=False, indent=2, default=str)
             print(printable(text, None, "\n"))
-        elif isinstance(result, list):
-            self._rows(result)
-        elif isinstance(result, Mapping) and sys.stdout.isatty():
-            _print_fitting([result], [_records])
+        elif rows and is_rows and sys.stdout.isatty():
+            _print_fitting(rows, as_records=isinstance(result, Mapping))
         elif isinstance(result, Mapping):
             for key, value in result.items():
                 print(f"{key}\t{_cell(value)}")
+        elif isinstance(rows, list):
+            for row in rows:
+                print("\t".join(map(_cell, row.values() if is_rows else [row])))
         elif result is not None:
             print(result)
         sys.stdout.flush()  # here, where a reader that has left is noticed
 
-    def _rows(self, rows: Sequence[Mapping[str, Any] | str]) -> None:
-        if rows and isinstance(rows[0], Mapping) and sys.stdout.isatty():
-            tight = functools.partial(_table, tight=True)
-            _print_fitting(cast("Sequence[Mapping[str, Any]]", rows), [_table, tight, _records])
-            return
-        for row in rows:
-            cells = row.values() if isinstance(row, Mapping) else [row]
-            print("\t".join(_cell(cell) for cell in cells))
-
     def deliver(self, result: object, undo: Callable[[], object], what: str) -> None:
-        """Show what a command made; if nobody can be told of it, undo it.
-
-        Raises:
-            VmrmError: it was undone.
-        """
+        """Show what a command made; if nobody can be told of it, undo it and raise an error."""
         try:
             if sys.stdout is None:
                 raise OSError(errno.EBADF, "there is no standard output")
@@ -11206,33 +11130,6 @@ class Screen:
             undo()
             raise
 
-    @contextlib.contextmanager
-    def progress(self, folder: Path, total: int | None = None) -> Iterator[None]:
-        """Show how far a copy is, on a terminal; the copying side writes it to a small file."""
-        if self.quiet or not sys.stderr.isatty():
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        done = threading.Event()
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-
-            def follow() -> None:
-                while not done.wait(0.1):
-                    with contextlib.suppress(OSError, ValueError):
-                        bar.update(task, completed=int((folder / "progress").read_text()))
-
-            thread = threading.Thread(target=follow, daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-
     def tell(self, text: str) -> None:
         """Print a remark for people on stderr."""
         if not self.quiet:
@@ -11244,6 +11141,32 @@ class Screen:
         print(f"error: {text}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether stderr can show what moves."""
+        return not self.quiet and sys.stderr.isatty()
+
+    @contextlib.contextmanager
+    def progress(self, folder: Path, total: int | None = None) -> Iterator[None]:
+        """Show how far a copy is; the copying side writes it to a small file."""
+        if not self.is_live:
+            yield
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        class Copy(Progress):
+            def get_renderables(self) -> Iterable[Any]:
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    done = int((folder / "progress").read_text())
+                    self.update(self.task_ids[0], completed=done)
+                return super().get_renderables()
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Copy(*columns, console=Console(stderr=True), transient=True) as bar:
+            bar.add_task("", total=total)
+            yield
 
 
 def _cell(value: object) -> str:
@@ -11257,79 +11180,70 @@ def _cell(value: object) -> str:
     return printable(text, None, "")
 
 
-_Form = Callable[[Sequence[Mapping[str, Any]]], Any]
-
-
-def _print_fitting(rows: Sequence[Mapping[str, Any]], forms: Sequence[_Form]) -> None:
-    """Print rows in the first form that the terminal is wide enough for; the last one always is."""
+def _print_fitting(rows: _Listing, as_records: bool) -> None:
+    """Print rows in the first form that the terminal is wide enough for; records always fit."""
     import shutil
 
     from rich.console import Console
 
     width, height = shutil.get_terminal_size()  # rich has 80 by 25 where TERM is dumb
     console = Console(width=width, height=height)
-    wide = console.options.update(width=10_000)
-    tables = [form(rows) for form in forms]
-    fits = (
-        table for table in tables if console.measure(table, options=wide).minimum <= console.width
-    )
-    console.print(next(fits, tables[-1]))
+    for tight in () if as_records else (False, True):
+        table = _table(rows, tight=tight)
+        wide = console.options.update(width=10_000)
+        if console.measure(table, options=wide).minimum <= console.width:
+            return console.print(table)
+    return console.print(_records(rows))
 
 
-def _shown_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
+def _shown(rows: _Listing) -> list[dict[str, Any]]:
+    """Return rows as cells for people, styled and without empty columns."""
+    from rich.text import Text
+
+    keys = [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
+    texts = [{key: _short(row[key]) for key in keys} for row in rows]
+    return [{key: Text(text, _STYLES.get(text, "")) for key, text in row.items()} for row in texts]
 
 
-def _table(rows: Sequence[Mapping[str, Any]], *, tight: bool = False, crop: bool = False) -> Any:
-    """Return rows as a table for people: without empty columns.
-
-    Args:
-        rows: All of them have the keys of the first.
-        tight: Let long texts take several lines, and headings.
-        crop: Cut what is too wide instead, so that each row has one line.
-    """
+def _table(rows: _Listing, *, tight: bool = False, crop: bool = False) -> Any:
+    """Return rows as a table: `tight` ones fold long texts, `crop`ped ones cut what is too wide."""
     from rich import box
     from rich.cells import cell_len
     from rich.table import Table
-    from rich.text import Text
 
-    gap = 0 if tight else 1
+    gap, shown = 0 if tight else 1, _shown(rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=not tight, padding=(0, gap, 0, 0))
-    texts = {key: [_short(row[key]) for row in rows] for key in _shown_keys(rows)}
-    for key in texts:
-        right = all(isinstance(row[key], int | float | None) for row in rows)
+    for key in shown[0]:
         heading = key.replace("_", "\n" if tight else " ")
-        longest = max(cell_len(text) for text in [*heading.split("\n"), *texts[key]])
+        texts = [*heading.split("\n"), *(cells[key].plain for cells in shown)]
+        longest = max(map(cell_len, texts))
         folds = tight and longest > TEXT_WIDTH
+        numbers = all(isinstance(row[key], int | float | None) for row in rows)
         table.add_column(
             heading,
-            justify="right" if right else "left",
+            justify="right" if numbers else "left",
             overflow="ellipsis" if crop else "fold",
             no_wrap=not folds,
             min_width=None if crop else TEXT_WIDTH if folds else longest,
         )
-    for row in rows:
-        table.add_row(*(Text(_short(row[key]), style=_style(row[key])) for key in texts))
+    for cells in shown:
+        table.add_row(*cells.values())
     return table
 
 
-TEXT_WIDTH = 20  # below which a column of texts is no longer worth reading
-
-
-def _records(rows: Sequence[Mapping[str, Any]]) -> Any:
+def _records(rows: _Listing) -> Any:
     """Return rows one below the other, a line for each value; they fit in any width."""
     from rich.table import Table
     from rich.text import Text
 
-    grid, keys = Table.grid(padding=(0, 2, 0, 0)), _shown_keys(rows)
+    grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
-    for number, row in enumerate(rows):
+    for number, cells in enumerate(_shown(rows)):
         if number:
             grid.add_row("", "")
-        for key in keys:
-            if row[key] not in (None, "", []):
-                cell = Text(_short(row[key]), style=_style(row[key]))
+        for key, cell in cells.items():
+            if cell.plain:
                 grid.add_row(Text(key.replace("_", " "), style="dim"), cell)
     return grid
 
@@ -11343,50 +11257,20 @@ def _short(value: object) -> str:
     return text[11:-1] if is_today else f"{text[:10]} {text[11:19]}"
 
 
-def _style(value: object) -> str:
-    styles = {
-        "failed": "red",
-        "unknown": "red",
-        "configured": "green",
-        "done": "green",
-        "configuring": "yellow",
-        "running": "yellow",
-        "uninitialized": "dim",
-    }
-    return styles.get(value, "") if isinstance(value, str) else ""
-
-
-VIEW_S = 5.0  # between two looks of a viewer at rows that nobody has changed
-
-
 class Viewer:
     """Watches a running experiment until it has ended: a live table, or lines on a pipe.
 
-    Args:
-        db: The database.
-        screen: Where to.
-        timeout: Seconds after which the experiment is stopped.
+    It stops the experiment at the time-out, and at Ctrl-C; the second one does not wait.
     """
 
     def __init__(self, db: Database, screen: Screen, timeout: float | None = None) -> None:
         self.db, self.screen = db, screen
         self._deadline = CLOCK.monotonic() + (math.inf if timeout is None else timeout)
-        self._told: dict[str, tuple[object, ...]] = {}
-        self._start_told = False
+        self._told: dict[str, object] = {}  # the last news, by VM; '' and ' start' are about all
         self._seen, self._read_at = -1, -math.inf  # data version, and when it was read
-        self._table: Any = None
 
     def watch(self, process: Any = None) -> None:
-        """Return once the experiment has ended.
-
-        Args:
-            process: The supervisor, if it is our child.
-
-        Raises:
-            TimedOut: the time-out came first; the experiment was stopped.
-            VmrmError: the supervisor died.
-            KeyboardInterrupt: at the second Ctrl-C; after the first the experiment is stopped.
-        """
+        """Return once the experiment has ended; `process` is the supervisor, if it is our child."""
         try:
             with self._live() as update:
                 self._until_end(process, update)
@@ -11445,25 +11329,26 @@ class Viewer:
 
     @contextlib.contextmanager
     def _live(self) -> Iterator[Callable[[], None]]:
-        if self.screen.quiet or not sys.stderr.isatty():
+        if not self.screen.is_live:
             yield self._lines
             return
         from rich.console import Console, Group
         from rich.live import Live
         from rich.text import Text
 
+        table: Any = None
         console, drawn = Console(stderr=True), (math.nan, 0, 0)
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def draw() -> None:
-                nonlocal drawn
+                nonlocal drawn, table
                 frame = (CLOCK.monotonic() // 1, console.width, console.height)
                 if self._has_news() or frame[1:] != drawn[1:]:
-                    self._table = self._picture(console.width, console.height - 4)
+                    table = self._picture(console.width, console.height - 4)
                 elif frame == drawn:
                     return
                 drawn = frame
-                live.update(Group(self._table, Text(self._time_line())), refresh=True)
+                live.update(Group(table, Text(self._time_line())), refresh=True)
 
             yield draw
 
@@ -11471,20 +11356,19 @@ class Viewer:
         """Tell what changed since the last look, one line per VM."""
         if self.screen.quiet or not self._has_news():
             return
-        experiment = current_experiment(self.db)
         for row in vm_rows(self.db):
             held = row["reason"].startswith((HELD, WAITS))
-            news = (row["state"], row["time"], row["done"], row["failed"], row["unknown"], held)
-            if self._told.get(row["vm"]) != news:
-                self._told[row["vm"]] = news
-                self.screen.tell(_progress_line(row))
-            wait = row["reason"] if row["state"] == VMState.UNINITIALIZED and not held else ""
-            if wait and self._told.get("") != (wait,):  # the same for all VMs of the pool
-                self._told[""] = (wait,)
-                self.screen.tell(wait)
-        if experiment["start_at"] and not self._start_told:
-            self._start_told = True
-            self.screen.tell(f"all VMs are ready: time 0 is {_iso(experiment['start_at'])}")
+            news = [row[key] for key in ("state", "time", "done", "failed", "unknown")]
+            self._tell_once(row["vm"], [*news, held], _progress_line(row))
+            if row["state"] == VMState.UNINITIALIZED and row["reason"] and not held:
+                self._tell_once("", row["reason"], row["reason"])  # the same for all of the pool
+        if start := current_experiment(self.db)["start_at"]:
+            self._tell_once(" start", start, f"all VMs are ready: time 0 is {_iso(start)}")
+
+    def _tell_once(self, about: str, news: object, text: str) -> None:
+        if self._told.get(about) != news:
+            self._told[about] = news
+            self.screen.tell(text)
 
     def _picture(self, width: int, height: int) -> Any:
         from rich.console import Group
@@ -11501,21 +11385,18 @@ class Viewer:
                 "progress": _bar(row["done"], row["entries"]) if width >= 80 else "",
                 "done": f"{row['done']}/{row['entries']}",
                 "failed": row["failed"] + row["unknown"] or None,
-                "now": row["reason"] or self._present_entry(row),
+                "now": row["reason"] or (self._present_entry(row["vm"]) if row["running"] else ""),
             }
             for row in shown
         ]
         rest = f"… and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
-        table = _table(lines, crop=True)
-        return Group(table, Text(rest)) if rest else table
+        return Group(_table(lines, crop=True), *([Text(rest)] if rest else []))
 
-    def _present_entry(self, row: Mapping[str, Any]) -> str:
-        if not row["running"]:
-            return ""
+    def _present_entry(self, vm_name: str) -> str:
         entry = self.db.row(
             """SELECT * FROM entry_status WHERE server_name = :name AND outcome = 'running'
                ORDER BY sent_at DESC LIMIT 1""",
-            name=row["vm"],
+            name=vm_name,
         )
         return ScheduleEntry.from_dict(json.loads(entry["entry"])).label if entry else ""
 
@@ -11527,9 +11408,7 @@ class Viewer:
 
 
 def _progress_line(row: Mapping[str, Any]) -> str:
-    words = [f"{row['vm']}: {row['state']}"]
-    if row["time"]:
-        words.append(f"at {row['time']}")
+    words = [f"{row['vm']}: {row['state']}", *([f"at {row['time']}"] if row["time"] else [])]
     words.append(f"{row['done']}/{row['entries']} done")
     words += [f"{row[key]} {key}" for key in ("failed", "unknown") if row[key]]
     return ", ".join(words) + (f" ({row['reason']})" if row["reason"] else "")
@@ -11648,11 +11527,11 @@ class Cli:
         """Return a VM's name as it is written in the database."""
         return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
 
-    def remote(self, name: str, timeout: float) -> Remote:
+    def remote(self, name: str, timeout: float) -> contextlib.AbstractContextManager[Remote]:
         """Return the way to a VM of the experiment, or else of the pool."""
         sql = """SELECT server_name FROM vms WHERE server_name = :name
                  UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name"""
-        return Remote(self.db, self._name(sql, name), timeout)
+        return reached(self.db, self._name(sql, name), timeout)
 
     def _name(self, sql: str, name: str) -> str:
         found = self.open().value(sql, name=name)
@@ -11669,16 +11548,13 @@ class Cli:
             path.write_text(text, encoding="utf-8")
 
 
-_SHOWN = object()  # what a command returns that has printed its result itself
-
-
 @command()
-def cmd_demo(cli: Cli) -> object:
+def cmd_demo(cli: Cli) -> None:
     """Run a complete small experiment on three stand-in agents, in a temporary directory.
 
     Needs no VM and leaves nothing behind. Takes about ten seconds.
     """
-    return demo(cli.screen)
+    demo(cli.screen)
 
 
 @command(file="TOML, or JSON of the same structure.")
@@ -11692,13 +11568,12 @@ def cmd_load(cli: Cli, file: Path) -> object:
 
 
 @command(file="TOML, or JSON of the same structure.")
-def cmd_plan(cli: Cli, file: Path) -> object:
+def cmd_plan(cli: Cli, file: Path) -> None:
     """Show what a run of an experiment file would do; nothing is connected or written."""
     experiment = read_experiment(file)
     rows = plan_rows(experiment)
     cli.screen.show(rows)
     cli.screen.tell(_plan_summary(experiment, rows))
-    return _SHOWN
 
 
 @command(
@@ -11750,7 +11625,8 @@ def cmd_run(
         return {"supervisor": pid}
     try:
         Viewer(db, cli.screen, timeout).watch(process)
-        return _show_report(cli.screen, report_of(read_run(db)))
+        _show_report(cli.screen, report_of(read_run(db)))
+        return None
     finally:
         if report is not None:
             _write_report(cli, report)
@@ -11793,7 +11669,7 @@ def _too_late(pid: int | None, *settings: str) -> Conflict:
     )
 
 
-def _show_report(screen: Screen, outcome: Report) -> object:
+def _show_report(screen: Screen, outcome: Report) -> None:
     document = {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
     if screen.as_json:
         screen.show(document | {"faults": outcome.faults})
@@ -11803,7 +11679,6 @@ def _show_report(screen: Screen, outcome: Report) -> object:
     if not outcome.ok:
         hint = "Repeat what failed or is unknown: vmrm run --retry, or vmrm retry VM [ENTRY]"
         raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]), hint)
-    return _SHOWN
 
 
 def _write_report(cli: Cli, file: Path) -> None:
@@ -11815,18 +11690,16 @@ def _write_report(cli: Cli, file: Path) -> None:
 
 
 @command(file="The new file, which must not exist; without it, stdout.")
-def cmd_trace(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> object:
+def cmd_trace(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> None:
     """Write the run as a trace file that Perfetto and chrome://tracing open."""
     cli.write(file, json.dumps(trace(_launched(cli, experiment))) + "\n")
-    return _SHOWN
 
 
 @command(file="The new file, which must not exist; without it, stdout.")
-def cmd_report(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> object:
+def cmd_report(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> None:
     """Write the run as one HTML page: timeline, failures with their output, summary."""
     run = _launched(cli, experiment)
     cli.write(file, report_page(cli.db, run))
-    return _SHOWN
 
 
 def _launched(cli: Cli, experiment: int | None) -> Run:
@@ -11843,12 +11716,11 @@ def cmd_status(cli: Cli) -> object:
 
 
 @command(follow="Keep printing until the experiment has ended, or Ctrl-C.")
-def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> object:
+def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> None:
     """Print a VM's log: what its handler did, and the output of its programs."""
     db, name = cli.open(), cli.vm(vm)
     path = run_directory(db, "logs") / f"{name}.log"
     print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
-    return _SHOWN
 
 
 @command(
@@ -11857,12 +11729,8 @@ def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> object:
     timeout="Seconds to wait at most (exit code 124).",
 )
 def cmd_wait(
-    cli: Cli,
-    vm: str | None = None,
-    *,
-    state: VMState | None = None,
-    timeout: float | None = None,
-) -> object:
+    cli: Cli, vm: str | None = None, *, state: VMState | None = None, timeout: float | None = None
+) -> None:
     """Wait until a VM, or every managed one, is in a state."""
     db, name = cli.open(), None if vm is None else cli.vm(vm)
     state = state or VMState.CONFIGURED
@@ -11873,7 +11741,6 @@ def cmd_wait(
         if CLOCK.monotonic() >= deadline:
             raise TimedOut(f"VM {late!r} is not {state} after {timeout:g} s")
         time_to_wait(0.05)
-    return _SHOWN
 
 
 @command(tail="PROGRAM [ARG ...]")
@@ -11934,7 +11801,7 @@ def cmd_pull(
     if target.exists() and not target.is_file():
         raise UsageError(f"{str(target)!r} is not a file")
     with cli.remote(vm, timeout) as access:
-        temporary = access.sink(target)
+        temporary = make_sink(access.folder, target)
         try:
             with cli.screen.progress(access.folder):
                 answer = access.do("pull", remote=remote)
@@ -12005,7 +11872,7 @@ def cmd_resume(cli: Cli, *vms: str) -> object:
     kill="Terminate the running guest programs, too.",
     timeout="Seconds to wait for the handlers (exit code 124).",
 )
-def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> object:
+def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> None:
     """Stop the experiment: handlers leave, guest programs go on; run continues it."""
     db, process = cli.open(), None
     running = supervisor_pid(db) is not None or live_handlers(db)
@@ -12025,7 +11892,6 @@ def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> object:
         names = ", ".join([*left[:3], *(["…"] if left[3:] else [])])
         what = f"programs of {counted(len(left), 'VM')} could not be ended: {names}"
         raise VmrmError(what, f"See why: vmrm logs {left[0]}")
-    return _SHOWN
 
 
 def _is_leaving(db: Database, process: Any) -> bool:
@@ -12036,13 +11902,12 @@ def _is_leaving(db: Database, process: Any) -> bool:
 
 
 @command(yes="Really do it.", purge="Remove journal, logs and transfers, too.")
-def cmd_destroy(cli: Cli, *, yes: bool = False, purge: bool = False) -> object:
+def cmd_destroy(cli: Cli, *, yes: bool = False, purge: bool = False) -> None:
     """End the experiment: its VMs, schedules and times go, journal and logs stay."""
     db = cli.open()
     if not yes:
         raise UsageError("this removes the experiment", "Say so: vmrm destroy --yes")
     destroy_experiment(db, purge=purge)
-    return None
 
 
 @command()
@@ -12062,13 +11927,7 @@ def cmd_handle(cli: Cli, vm: str, *, allow_host: bool = False) -> object:
     root="File commands outside this directory are refused.",
     count="Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...",
 )
-def cmd_agent(
-    cli: Cli,
-    socket: str,
-    *,
-    root: str | None = None,
-    count: int | None = None,
-) -> object:
+def cmd_agent(cli: Cli, socket: str, *, root: str | None = None, count: int | None = None) -> None:
     """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
 
     For trying a schedule without a VM, for containers, and for tests. Programs run on this
@@ -12081,11 +11940,10 @@ def cmd_agent(
         drivers.serve_agents(places, ready=functools.partial(print, "listening", flush=True))
     except OSError as error:
         raise UsageError(f"cannot listen at {socket!r}: {error.strerror or error}") from error
-    return _SHOWN
 
 
 @command(fix="Remove what nothing needs any more; take back VMs of the pool from the dead.")
-def cmd_check(cli: Cli, *, fix: bool = False) -> object:
+def cmd_check(cli: Cli, *, fix: bool = False) -> None:
     """Check database, file store, requests and pool; exit code 1 if something is wrong."""
     db = cli.open()
     faults = check(db, fix)
@@ -12094,16 +11952,14 @@ def cmd_check(cli: Cli, *, fix: bool = False) -> object:
     if left:
         hint = "Remove what is unused: vmrm check --fix" if loose_ends(db) and not fix else ""
         raise VmrmError(counted(left, "fault"), hint)
-    return _SHOWN
 
 
 @command(file="The copy, which must not exist.")
-def cmd_backup(cli: Cli, file: Path) -> object:
+def cmd_backup(cli: Cli, file: Path) -> None:
     """Copy the database to a new file while it is in use; the file store is not part of it."""
     db = cli.open()
     with new_file(db, file) as copy:
         copy_database(db.connection, copy)
-    return None
 
 
 # --- schedule
@@ -12129,14 +11985,13 @@ def cmd_schedule_add(cli: Cli, vm: str, file: Path) -> object:
     files="Paths on this host.",
     unpack="Add what archives hold, and compressed files contain, instead.",
 )
-def cmd_store_add(cli: Cli, *files: Path, unpack: bool = False) -> object:
+def cmd_store_add(cli: Cli, *files: Path, unpack: bool = False) -> None:
     """Add files to the store under their own names."""
     if not files:
         raise UsageError("no file is named", "Name at least one: vmrm store add FILE")
     with VmResourceStore(decompress=unpack, db=cli.db) as store:
         for file in files:
             store.add_file(file)
-    return None
 
 
 @command(pattern="Only names that match it, with shell wildcards.")
@@ -12260,7 +12115,7 @@ def cmd_pool_acquire(
     pid: int | None = None,
     task: str | None = None,
     format: str | None = None,  # noqa: A002 (an option's name)
-) -> object:
+) -> None:
     """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
 
     vmrm becomes the COMMAND, which finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH,
@@ -12303,7 +12158,6 @@ def cmd_pool_acquire(
         f"VM {vm.vm_name!r} was given back",
     )
     pool.hand_over(vm, holder)
-    return _SHOWN
 
 
 _LEASED = {"name": "vm_name", "ip": "vm_ip", "path": "path", "token": "token", "group": "group"}
@@ -12331,7 +12185,7 @@ def _token(vm: str, given: str | None) -> str | None:
 
 
 @command()
-def cmd_pool_release(cli: Cli, *vms: str, token: str | None = None, force: bool = False) -> object:
+def cmd_pool_release(cli: Cli, *vms: str, token: str | None = None, force: bool = False) -> None:
     """Give VMs back to the pool."""
 
     def act(pool: VmManager, vm: str) -> None:
@@ -12339,10 +12193,10 @@ def cmd_pool_release(cli: Cli, *vms: str, token: str | None = None, force: bool 
             state = pool.get_vm_by_name(vm).state
             raise VmError(f"VM {vm!r} is {state}: nobody has a lease of it")
 
-    return _each(cli, vms, act)
+    _each(cli, vms, act)
 
 
-def _each(cli: Cli, vms: Sequence[str], act: Callable[[VmManager, str], object]) -> object:
+def _each(cli: Cli, vms: Sequence[str], act: Callable[[VmManager, str], object]) -> None:
     """Do something to several VMs, but nothing if one of them is not there."""
     pool = cli.pool()
     if not vms:
@@ -12357,16 +12211,14 @@ def _each(cli: Cli, vms: Sequence[str], act: Callable[[VmManager, str], object])
         cli.screen.error(other)
     if errors:
         raise errors[-1]
-    return None
 
 
 @command(until="A time from now (90s, 2h, 3d) or a date in UTC (2030-12-31T18:00).")
 def cmd_pool_hold(
     cli: Cli, vm: str, until: str, *, token: str | None = None, force: bool = False
-) -> object:
+) -> None:
     """Keep a VM for debugging: it is lent to nobody any more, and terminated after that time."""
     cli.pool().hold_vm(vm, _moment(until), token=_token(vm, token), force=force)
-    return None
 
 
 def _moment(text: str) -> float:
@@ -12381,33 +12233,30 @@ def _moment(text: str) -> float:
 
 
 @command()
-def cmd_pool_terminate(
-    cli: Cli, *vms: str, token: str | None = None, force: bool = False
-) -> object:
+def cmd_pool_terminate(cli: Cli, *vms: str, token: str | None = None, force: bool = False) -> None:
     """Have the keeper terminate VMs and forget them."""
 
     def act(pool: VmManager, vm: str) -> None:
         why = "terminated by command"
         pool.start_vm_termination(vm, reason=why, token=_token(vm, token), force=force)
 
-    return _each(cli, vms, act)
+    _each(cli, vms, act)
 
 
 @command()
-def cmd_pool_remove(cli: Cli, *vms: str) -> object:
+def cmd_pool_remove(cli: Cli, *vms: str) -> None:
     """Forget terminating VMs whose machines are known to be gone."""
-    return _each(cli, vms, VmManager.remove_vm_from_pool)
+    _each(cli, vms, VmManager.remove_vm_from_pool)
 
 
 @command()
-def cmd_pool_log(cli: Cli, vm: str) -> object:
+def cmd_pool_log(cli: Cli, vm: str) -> None:
     """Print what the hooks of a VM printed, and how they ended."""
     db = cli.pool().db
     path = pool_log(db, vm)
     if not path.exists():
         VmDescriptor.load(db, vm)  # which says so, if there is no such VM
     print_log(path, lambda: False)
-    return _SHOWN
 
 
 @command(vm="Only of this VM.")
@@ -12429,7 +12278,7 @@ def cmd_pool_metrics(cli: Cli) -> object:
 
 
 @command(once="Do what is due now and what follows from it, then leave: for cron.")
-def cmd_pool_serve(cli: Cli, *, once: bool = False) -> object:
+def cmd_pool_serve(cli: Cli, *, once: bool = False) -> None:
     """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
 
     Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
@@ -12443,7 +12292,6 @@ def cmd_pool_serve(cli: Cli, *, once: bool = False) -> object:
         told.setFormatter(LogFormatter())
         logger.addHandler(told)
     Keeper(db, once).run()
-    return _SHOWN
 
 
 @command(
@@ -12469,7 +12317,7 @@ def cmd_pool_spawn_qemu(
     cpus: int = 1,
     accel: str | None = None,
     dir: str | None = None,  # noqa: A002 - the option's name
-) -> object:
+) -> None:
     """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
 
     It has a guest-agent socket and a control socket in a directory of its own, and no network
@@ -12491,7 +12339,6 @@ def cmd_pool_spawn_qemu(
     made = machine.spawn([*words, *cli.tail])
     what = f"VM {machine.name!r} was ended again"
     cli.screen.deliver(json.dumps(made), machine.terminate, what)
-    return _SHOWN
 
 
 def _accel(cli: Cli) -> str:
@@ -12506,10 +12353,9 @@ def _accel(cli: Cli) -> str:
 
 
 @command(vm="The VM's name; without it, $VMRM_VM.")
-def cmd_pool_terminate_qemu(cli: Cli, vm: str | None = None, *, dir: str | None = None) -> object:  # noqa: A002
+def cmd_pool_terminate_qemu(cli: Cli, vm: str | None = None, *, dir: str | None = None) -> None:  # noqa: A002
     """Terminate a VM started by spawn-qemu and delete its directory. Succeeds if it is gone."""
     _qemu(cli, vm, dir).terminate()
-    return _SHOWN
 
 
 @command()
@@ -12648,7 +12494,7 @@ echo "installing in $PWD with $# arguments: $2"
 """
 
 
-def demo(screen: Screen) -> object:
+def demo(screen: Screen) -> None:
     """Run the demo experiment in a temporary directory; return its report's rows."""
     import tempfile
 
@@ -12682,7 +12528,6 @@ def demo(screen: Screen) -> object:
     screen.tell(
         "\nThat was it; nothing is left behind. Now write a lab.toml of your own: README.md"
     )
-    return _SHOWN
 
 
 @contextlib.contextmanager
@@ -12843,7 +12688,7 @@ def _understand(words: Sequence[str], tail: Sequence[str]) -> _Pending:
     except UsageError as error:  # of a parser
         error.hint = see
         raise
-    return got if isinstance(got, _Pending) else _Pending(lambda _: _SHOWN)
+    return got if isinstance(got, _Pending) else _Pending(lambda _: None)
 
 
 def _take_apart(argv: Sequence[str]) -> tuple[Cli, list[str]]:
@@ -12894,7 +12739,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         need_packages(*PACKAGES)
         with contextlib.closing(cli):
             result = _understand(line, cli.tail).run(cli)
-            if result is not _SHOWN:
+            if result is not None:
                 screen.show(result)
         return 0
     except VmrmError as error:

@@ -64,8 +64,6 @@ ROWS: dict[str, dict[str, Any]] = {
         "server_name": "web",
         "operation": "info",
         "arguments": "{}",
-        "client": "1 1 b 1",
-        "created_at": 1.0,
         "deadline_at": 2.0,
     },
     "files": {
