@@ -48,20 +48,16 @@ import logging
 import math
 import mmap
 import os
-import platform
 import re
 import reprlib
 import resource
 import secrets
 import select
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -89,7 +85,7 @@ def printable(text: str | bytes, limit: int | None = 1000, keep: str | None = No
         text = " ".join(text.split())
     if limit is not None and (cut or len(text) > limit):
         text = text[: limit - 1] + "…"
-    if text.isprintable():
+    if text.translate(dict.fromkeys(map(ord, keep or ""))).isprintable():
         return text
     escaped = "".join(
         c if c.isprintable() or c in (keep or "") else json.dumps(c)[1:-1] for c in text
@@ -990,8 +986,11 @@ class AbstractDriver(ABC):
 
         *mode* is "w" (replace) or "a" (append). Raises AgentError if it cannot be written.
         """
+        import tempfile
+
         with tempfile.NamedTemporaryFile(prefix="vmrm-") as copy:
-            shutil.copyfileobj(source, copy)
+            while chunk := source.read(1 << 20):
+                copy.write(chunk)
             copy.flush()
             if not self.write_from_file(path, copy.name, mode):
                 raise AgentError("GenericError", f"cannot write {path!r}", "write_from_file")
@@ -1002,6 +1001,8 @@ class AbstractDriver(ABC):
 
         Yields the bytes got so far. Raises AgentError if it cannot be read, and as *sink* does.
         """
+        import tempfile
+
         got, left = 0, math.inf if limit is None else limit
         with tempfile.TemporaryDirectory(prefix="vmrm-") as folder:
             copy = Path(folder) / "copy"
@@ -1915,6 +1916,8 @@ class StandInAgent:
     @property
     def boot(self) -> str:
         """The boot id."""
+        import uuid
+
         number = self._boots.stat().st_size if self._boots.exists() else 0
         host = uuid.UUID(Path(_BOOT_ID_PATH).read_text().strip())
         return str(uuid.uuid5(host, f"{self.socket_path} {number}"))
@@ -1981,6 +1984,8 @@ class StandInAgent:
         return {"version": "7.2.0", "supported_commands": commands}
 
     def guest_get_osinfo(self) -> dict[str, Any]:
+        import platform
+
         release = platform.freedesktop_os_release()
         return {"id": release["ID"], "pretty-name": release["PRETTY_NAME"]}
 

@@ -60,7 +60,6 @@ import subprocess
 import threading
 import time
 import types
-import uuid
 from collections.abc import (
     Callable,
     Collection,
@@ -7978,7 +7977,7 @@ def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
 def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
     """Make a command's directory, and keep it locked for the length of the block."""
     with adding(db, "requests"):
-        folder = db.directory("requests", uuid.uuid4().hex)
+        folder = db.directory("requests", secrets.token_hex(16))
         lock = FileLock(folder, lambda: os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
         lock.take()
     try:
@@ -10268,6 +10267,8 @@ class _ExperimentReader:
             yield self._complete(numbered)
 
     def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        import uuid
+
         name, managed = table["name"], table.get("use_vm_manager", True)
         same = ("path", "pool", "control_ip", "engine", "launch_dir", "set_time")
         entry = {key: table[key] for key in same if key in table} | {
