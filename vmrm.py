@@ -12324,15 +12324,7 @@ def cmd_pool_spawn_qemu(
     It has a guest-agent socket and a control socket in a directory of its own, and no network
     unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
     """
-    words = qemu_words(
-        memory=memory,
-        cpus=cpus,
-        disk=disk,
-        kernel=kernel,
-        initrd=initrd,
-        append=append,
-        accel=accel,
-    )
+    words = qemu_words(memory, cpus, disk, kernel, initrd=initrd, append=append, accel=accel)
     machine = _qemu(cli, vm, dir)
     words += [] if accel else ["-accel", _accel(cli)]
     if not dir:
@@ -12397,16 +12389,7 @@ def become(pool: VmManager, vm: VmDescriptor, words: Sequence[str]) -> NoReturn:
 
 
 def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
-    """Append the entries of a file to a VM's schedule; return how many that is.
-
-    Args:
-        db: The database.
-        server_name: The VM.
-        file: TOML with [[schedule]] tables, or a JSON list of entries.
-
-    Raises:
-        UsageError: the file is faulty; all faults are told.
-    """
+    """Append the entries of a file to a VM's schedule; return how many that is."""
     reader = _ExperimentReader(file)
     document = _parse_file(file)
     items = document.get("schedule") if isinstance(document, dict) else document
@@ -12449,8 +12432,8 @@ start_buffer = 1                          # seconds from "all configured" to tim
 
 [[vm]]
 name = "server"
-path = "agents/1.sock"                    # a guest agent's socket
-launch_dir = "{root}/agents/1/launch"
+path = "agents/3.sock"                    # a guest agent's socket
+launch_dir = "{root}/agents/3/launch"
 
 [[vm.schedule]]                           # negative times configure the VM, in order
 start_time = -20
@@ -12466,17 +12449,17 @@ arguments = ["-c", "[ -e ../done ] && exit 0; touch ../done; echo rebooting; exi
 [[vm.schedule]]
 start_time = 1                            # positive times are seconds after the common start
 executable = "sh"
-arguments = ["-c", "date +%T.%N >> {root}/agents/1/served; echo serving"]
+arguments = ["-c", "date +%T.%N >> {root}/agents/3/served; echo serving"]
 
 [[vm.schedule]]
 start_time = 2                            # bring files out of the VM
-transfer = [{{ location = "{root}/agents/1/served", destination = "out" }}]
+transfer = [{{ location = "{root}/agents/3/served", destination = "out" }}]
 
 [[vm]]
 name = "client{{n}}"
 count = 2
-path = "agents/{{n}}c.sock"
-launch_dir = "{root}/agents/{{n}}c/launch"
+path = "agents/{{n}}.sock"
+launch_dir = "{root}/agents/{{n}}/launch"
 
 [[vm.schedule]]
 start_time = -5
@@ -12496,25 +12479,20 @@ echo "installing in $PWD with $# arguments: $2"
 
 
 def demo(screen: Screen) -> None:
-    """Run the demo experiment in a temporary directory; return its report's rows."""
+    """Run the demo experiment in a temporary directory."""
     import tempfile
 
-    folder = tempfile.TemporaryDirectory(prefix="vmrm-demo-")
-    with folder, contextlib.ExitStack() as stack:
-        root = Path(folder.name)
+    with tempfile.TemporaryDirectory(prefix="vmrm-demo-") as folder, _demo_agents(folder):
+        root = Path(folder)
         (root / "lab.toml").write_text(DEMO.format(root=root), encoding="utf-8")
         (root / "install.sh").write_text(DEMO_INSTALL)
-        for name in ("1", "1c", "2c"):
-            (root / "agents" / name).mkdir(parents=True)
-            stack.enter_context(_demo_agent(root / "agents" / name))
         screen.tell("Three stand-in agents play VMs. The experiment, lab.toml:\n")
         screen.tell("    " + DEMO.format(root="…").replace("\n", "\n    "))
         screen.tell("$ vmrm run lab.toml")
         with Database(root / "lab.db") as db:
             load_experiment(db, read_experiment(root / "lab.toml"))
             launch(db)
-            process = spawn_supervisor(db)
-            Viewer(db, screen).watch(process)
+            Viewer(db, screen).watch(spawn_supervisor(db))
             outcome = report_of(read_run(db))
             screen.show(outcome.rows)
             screen.tell(outcome.summary)
@@ -12532,16 +12510,15 @@ def demo(screen: Screen) -> None:
 
 
 @contextlib.contextmanager
-def _demo_agent(root: Path) -> Iterator[None]:
-    """Play one agent at <root>.sock in a process of its own."""
+def _demo_agents(folder: str) -> Iterator[None]:
     import subprocess
 
-    argv = own_command("agent", f"{root}.sock", "--root", str(root))
+    argv = own_command("agent", f"{folder}/agents", "--count", "3")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise VmrmError("the stand-in agent did not start")
+                raise VmrmError("the stand-in agents did not start")
             yield
         finally:
             process.terminate()
