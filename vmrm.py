@@ -12527,12 +12527,6 @@ def _demo_agents(folder: str) -> Iterator[None]:
 # === main ========================================================================================
 
 
-def _switch(value: str) -> bool:
-    if value not in ("True", "False"):
-        raise UsageError(f"{value!r} follows a switch, which takes no value; put switches last")
-    return value == "True"
-
-
 def parse_seconds(text: str) -> float:
     """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
@@ -12542,35 +12536,39 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def _seconds(value: str) -> float:
-    try:
-        return parse_seconds(value)
-    except ValueError:
-        raise UsageError(f"{value!r} is not a number of seconds, 0 or more") from None
+def _whole(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise ValueError
+    return int(text)
 
 
-def _whole(value: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,8}", value):
-        raise UsageError(f"{value!r} is not a whole number, 1 or more")
-    return int(value)
+_WORDS_OF_SWITCHES = {"True": True, "False": False}
 
-
-def _file(value: str) -> Path:
-    if not value:  # which a path would take for the working directory
-        raise UsageError("'' names no file")
-    return Path(value)
+# By a parameter's type: what reads its word, and what is said of a word that it refuses.
+_PARSERS: dict[Any, tuple[Callable[[str], object], str]] = {
+    str: (str, ""),
+    bool: (
+        _WORDS_OF_SWITCHES.__getitem__,
+        "follows a switch, which takes no value; put switches last",
+    ),
+    float: (parse_seconds, "is not a number of seconds, 0 or more"),
+    int: (_whole, "is not a whole number, 1 or more"),
+    Path: (lambda word: Path(word or None), "names no file"),  # type: ignore[arg-type]
+}
 
 
 def _parser(name: str, kind: Any) -> Callable[[str], object]:
-    """Return what parses a parameter's word: fire by itself guesses a type from the word."""
+    """Return what reads a parameter's word: fire by itself guesses a type from the word."""
 
-    def choice(value: str) -> object:
-        if value not in set(kind):
-            raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(kind)}")
-        return kind(value)
+    reads, fault = _PARSERS.get(kind) or (functools.partial(checked_word, name, known=kind), "")
 
-    parsers = {str: str, Path: _file, bool: _switch, float: _seconds, int: _whole}
-    return cast("Callable[[str], object]", parsers.get(kind, choice))
+    def parse(word: str) -> object:
+        try:
+            return reads(word)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{word!r} {fault}" if fault else str(error)) from None
+
+    return parse
 
 
 class _Pending:

@@ -148,7 +148,7 @@ def refused(result: Result, says: str, code: int = 2) -> None:
         ("wait --timeout soon", "'soon' is not a number of seconds"),
         ("run --timeout", "is not a number of seconds"),
         ("run --start-buffer=-1e9", "is not a number of seconds, 0 or more"),
-        ("run --on-failure never", "on_failure is 'never'"),
+        ("run --on-failure never", "unknown on_failure 'never'; one of abort, drop, wait"),
         ("run --detach nosuch.toml", "'nosuch.toml' follows a switch"),
         ("stop --timeout 1x", "'1x' is not a number"),
         ("retry vm1 0", "'0' is not a whole number, 1 or more"),
@@ -156,7 +156,7 @@ def refused(result: Result, says: str, code: int = 2) -> None:
         ("retry vm1 1_0", "'1_0' is not a whole number"),
         ("retry vm1 --entry=-1", "'-1' is not a whole number"),
         ("agent x --count 0", "'0' is not a whole number"),
-        ("wait --state done", "state is 'done', but must be one of uninitialized, "),
+        ("wait --state done", "unknown state 'done'; one of uninitialized, "),
         ("destroy", "this removes the experiment"),
         ("stop", "the experiment is not running"),
         ("retry vm1", "nothing of VM 'vm1' has failed"),
@@ -253,7 +253,7 @@ def test_every_parameter_has_a_parser_by_its_type(vm: Vm) -> None:
             kind = next(iter(get_args(parameter.annotation)), parameter.annotation)
             found.add(kind)
             if kind not in (str, Path):
-                value, says = WRONG.get(kind, ("never", "is 'never', but must be one of"))
+                value, says = WRONG.get(kind, ("never", "unknown .* 'never'; one of"))
                 refused(vm(*line, f"--{parameter.name}={value}", *words), says)
     assert found == {str, Path, *WRONG, vmrm.OnFailure, vmrm.Late, vmrm.VMState}
 
@@ -596,27 +596,28 @@ def test_status_needs_neither_fire_nor_rich(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=["directly", "by a handler"])
-def either(request: pytest.FixtureRequest) -> Cli:
+def either(request: pytest.FixtureRequest) -> Vm:
     """Reach VMs without a handler, and through a live one."""
     request.getfixturevalue("loaded" if request.param == "directly" else "live")
-    return request.getfixturevalue("cli")  # type: ignore[no-any-return]
+    return request.getfixturevalue("vm")  # type: ignore[no-any-return]
 
 
-def test_exec_passes_code_and_bytes_through(either: Cli) -> None:
+def test_exec_passes_code_and_bytes_through(either: Vm, cli: Cli) -> None:
     for code in (0, 1, 2, 3, 124, 255):
         assert either("exec", "vm1", "sh", "-c", f"exit {code}") == ("", "", code)
     assert either("exec", "vm1", "sh", "-c", "kill -9 $$").code == 128 + 9
+    assert cli("exec", "vm1", "sh", "-c", "exit 7") == ("", "", 7)
     script = r"printf 'a\000\377\r\n\033[1m'; printf 'b\200' >&2"
     done = subprocess.run(
-        either.command("exec", "vm1", "sh", "-c", script),
-        env=either.environment,
+        cli.command("exec", "vm1", "sh", "-c", script),
+        env=cli.environment,
         capture_output=True,
         check=True,
     )
     assert (done.stdout, done.stderr) == (b"a\0\xff\r\n\x1b[1m", b"b\x80")
 
 
-def test_exec_passes_words_on_exactly(either: Cli) -> None:
+def test_exec_passes_words_on_exactly(either: Vm) -> None:
     words = [
         "-la",
         "--help",
@@ -641,14 +642,14 @@ def test_exec_passes_words_on_exactly(either: Cli) -> None:
     assert either("exec", "--timeout=5", "VM1", *show, "x").out == "x|"
 
 
-def test_ls_la(either: Cli) -> None:
+def test_ls_la(either: Vm) -> None:
     direct = either("exec", "vm1", "ls", "-la", "/proc/self/fd/..")
     assert direct.code == 0
     assert direct.out.startswith("total ")
     assert either("exec", "vm1", "--", "ls", "-d", "/etc").out == "/etc\n"
 
 
-def test_a_program_that_is_not_there(either: Cli) -> None:
+def test_a_program_that_is_not_there(either: Vm) -> None:
     result = either("exec", "vm1", "nosuch-program")
     refused(result, "VM 'vm1': guest-exec failed in the guest.*nosuch-program", 127)
     assert either("exec", "vm2", "echo", "still here").out == "still here\n"
@@ -657,7 +658,7 @@ def test_a_program_that_is_not_there(either: Cli) -> None:
 NAMES = ["plain", "with space", 'it\'s "quoted"', "né日本", "$HOME;`id`", "-dash", "a\nb"]
 
 
-def test_push_and_pull_are_bit_exact(either: Cli, tmp_path: Path) -> None:
+def test_push_and_pull_are_bit_exact(either: Vm, tmp_path: Path) -> None:
     root, back = tmp_path / "agents/1", tmp_path / "back"
     back.mkdir()
     for name, size in zip(NAMES, (0, 1, 4095, 4096, 4097, 1 << 20, 70_001), strict=True):
@@ -673,9 +674,7 @@ def test_push_and_pull_are_bit_exact(either: Cli, tmp_path: Path) -> None:
     assert left == []
 
 
-def test_push_into_a_directory_over_a_file_and_onto_a_directory(
-    either: Cli, tmp_path: Path
-) -> None:
+def test_push_into_a_directory_over_a_file_and_onto_a_directory(either: Vm, tmp_path: Path) -> None:
     root = tmp_path / "agents/1"
     source = tmp_path / "tool"
     source.write_text("#!/bin/sh\necho works\n")
@@ -693,7 +692,7 @@ def test_push_into_a_directory_over_a_file_and_onto_a_directory(
     assert [path.name for path in (root / "bin").iterdir()] == ["tool"]
 
 
-def test_pull_keeps_what_is_there_if_it_fails(either: Cli, tmp_path: Path) -> None:
+def test_pull_keeps_what_is_there_if_it_fails(either: Vm, tmp_path: Path) -> None:
     root, mine = tmp_path / "agents/1", tmp_path / "mine"
     (root / "data").write_bytes(b"new")
     mine.write_bytes(b"old")
@@ -707,7 +706,7 @@ def test_pull_keeps_what_is_there_if_it_fails(either: Cli, tmp_path: Path) -> No
     assert not list(tmp_path.glob(".vmrm-*"))
 
 
-def test_info_and_reboot(either: Cli) -> None:
+def test_info_and_reboot(either: Vm) -> None:
     before = json.loads(either("info", "vm1", "--json").out)
     assert before["health"] == "ok"
     assert set(before) >= {"agent", "os", "host_name", "boot_id", "time", "addresses", "disabled"}

@@ -188,7 +188,7 @@ USERS = {
     "pool group ci --colour red": "unknown key 'colour'",
     "load nothing.toml": "cannot read 'nothing.toml'",
     "backup nowhere/copy.db": "'nowhere/copy.db': no such file or directory",
-    "wait --state ready": "state is 'ready', but must be one of uninitialized, ",
+    "wait --state ready": "unknown state 'ready'; one of uninitialized, ",
 }
 
 
