@@ -581,10 +581,6 @@ class FileLock:
 
     The file is created if need be and never removed: a lock on a removed file excludes nobody.
     Each acquisition has a descriptor of its own, so threads exclude each other, too.
-
-    Args:
-        path: The file.
-        opened: Opens it, where it is not simply ours.
     """
 
     def __init__(self, path: Path, opened: Callable[[], int] | None = None) -> None:
@@ -607,10 +603,7 @@ class FileLock:
         return True
 
     def take(self, seconds: float = LOOK_S, nap: Callable[[float], object] | None = None) -> bool:
-        """Take the lock within so many seconds, trying again after each nap.
-
-        The default outlasts those who only look whether it is held.
-        """
+        """Take the lock within so many seconds, trying again after each nap."""
         deadline = CLOCK.monotonic() + seconds
         while not self.try_():
             if CLOCK.monotonic() >= deadline:
@@ -619,18 +612,13 @@ class FileLock:
         return True
 
     def take_in_turn(self, seconds: float) -> bool:
-        """Take the lock within so many seconds, after those who came before us.
-
-        A thread waits in our stead, so that there can be a deadline. Trying again and again
-        would be fair, too, but takes twice as long.
-        """
+        """Take the lock within so many seconds, after those who came before us."""
         if self.try_():
             return True
-        fd = self._opened()
-        if not _LockWaiter.wait(fd, seconds):
-            return False
-        self.fd = fd
-        return True
+        # Trying again and again would be fair, too, but takes twice as long.
+        if had := _LockWaiter.wait(fd := self._opened(), seconds):
+            self.fd = fd
+        return had
 
     def release(self) -> None:
         """Let go of the lock, also for a child that has inherited it."""
@@ -646,12 +634,7 @@ class FileLock:
 
     @contextlib.contextmanager
     def held(self, what: str, hint: str = "") -> Iterator[Self]:
-        """Hold the lock for the length of the block, else raise `Conflict` naming its holder.
-
-        Args:
-            what: What is the case if it is taken.
-            hint: What to do then.
-        """
+        """Hold the lock for the length of the block, else raise `Conflict`: `what`, and by whom."""
         if not self.take():
             raise Conflict(f"{what}, by {self.holder_name}", hint)
         try:
@@ -703,7 +686,7 @@ class FileLock:
 
 
 class _LockWaiter(threading.Thread):
-    """A thread that waits for locks in the stead of others; it ends when it is idle."""
+    """A thread that waits for locks in the stead of others, so that they can have a deadline."""
 
     _idle: ClassVar[list[_LockWaiter]] = []
 
@@ -730,7 +713,7 @@ class _LockWaiter(threading.Thread):
         return not decided.acquire(blocking=False)
 
     def run(self) -> None:
-        """Take one lock after the other; let go at once of what nobody waits for any more."""
+        """Take one lock after the other, until there is none; let go of what comes too late."""
         while True:
             try:
                 fd, decided, had = self._wanted.get(timeout=1)
@@ -958,7 +941,12 @@ class Database:
         try:
             self._make_file()
             with _telling_trouble():
-                connection = self._connect()
+                connection = sqlite3.connect(
+                    self.path,
+                    isolation_level=None,
+                    timeout=self.timeouts.writer,
+                    factory=_Connection,
+                )
                 try:
                     self._set_up(connection)
                 except BaseException:  # who tries again and again must not run out of descriptors
@@ -983,12 +971,6 @@ class Database:
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-
-    def _connect(self) -> _Connection:
-        patience = self.timeouts.writer
-        return sqlite3.connect(
-            self.path, isolation_level=None, timeout=patience, factory=_Connection
-        )
 
     def _set_up(self, connection: _Connection) -> None:
         try:
@@ -1044,11 +1026,7 @@ class Database:
         return _schema() + after
 
     def _upgrade(self, connection: sqlite3.Connection, found: int) -> None:
-        """Bring an older database to this schema: a copy beside it, then one transaction.
-
-        Raises:
-            Conflict: a process of that older vmrm still works with it.
-        """
+        """Bring an older database to this schema: a copy beside it, then one transaction."""
         for path in sorted(self.directory("locks").iterdir()):
             pid = FileLock(path).holder if path.name != "writer" else None
             if pid not in (None, os.getpid()):
@@ -1231,7 +1209,8 @@ def _wanted_identity() -> tuple[int, int]:
     return int(found["application_id"]), int(found["user_version"])
 
 
-RUN_DIRECTORIES = ("logs", "transfers")  # <kind>.<experiment> holds what an experiment leaves
+# <kind>.<experiment> holds what an experiment leaves: nothing is ever moved, or mixed.
+RUN_DIRECTORIES = ("logs", "transfers")
 _RUN_DIRECTORY = re.compile(rf"(?:{'|'.join(RUN_DIRECTORIES)})\.(\d+)|(\d+)-.*")
 
 
@@ -1485,15 +1464,7 @@ def _begin_experiment(db: Database) -> Row:
 
 
 def run_directory(db: Database, kind: str, *parts: str) -> Path:
-    """Return a directory for what the current experiment leaves, made if missing.
-
-    It carries the experiment's number from the start, so nothing is ever moved or mixed.
-
-    Args:
-        db: The database.
-        kind: One of `RUN_DIRECTORIES`.
-        parts: Directories in it.
-    """
+    """Return a directory below one of `RUN_DIRECTORIES` of this experiment, made if missing."""
     return db.directory(f"{kind}.{current_experiment(db).id}", *parts)
 
 
@@ -2487,8 +2458,6 @@ class Journal:
     ) -> dict[int, Attempt]:
         """Record that these entries are about to be sent, each as a new attempt.
 
-        Numbers go on over the generations of an experiment: output files are named after them.
-
         Args:
             planned: Planned wall time by ordinal; None in negative time.
             boot: The guest's boot id.
@@ -2497,6 +2466,7 @@ class Journal:
         with self.db.transaction() as db:
             continued_at = self.check().continued_at or 0
             for ordinal, at in planned.items():
+                # Counted over all generations of an experiment: output files are named after it.
                 sql = """SELECT max(attempt) FROM attempts WHERE experiment_id = :experiment_id
                          AND server_name = :server_name AND ordinal = :ordinal"""
                 number = 1 + (db.value(sql, **self._key, ordinal=ordinal) or 0)
@@ -2590,15 +2560,12 @@ def _plain_time(at: float) -> str:
 
 
 def retry_failed(db: Database, server_name: str | None = None, ordinal: int | None = None) -> int:
-    """Give failed and unknown entries another attempt, and failed VMs another chance.
+    """Give failed and unknown entries, and failed VMs, another chance; return how many it were.
 
     Args:
         db: The database.
         server_name: Only of this VM; None means of all.
         ordinal: Only this entry of it.
-
-    Returns:
-        How many entries and VMs that is.
     """
     with _changing_vms(db):
         return len(retry_in(db, server_name, ordinal))
@@ -2613,12 +2580,8 @@ def retry_in(
 ) -> list[str]:
     """Do so inside the caller's transaction; return whom it concerns.
 
-    Args:
-        db: The database.
-        server_name: Only of this VM.
-        ordinal: Only this entry of it.
-        needed: Only those entries without which a VM cannot get to time 0, be it failed or, for
-            it was stopped before it noticed, not yet.
+    With `needed` only those entries without which a VM cannot get to time 0, be it failed or, for
+    it was stopped before it noticed, not yet.
     """
     again = db.write(
         """UPDATE attempts SET retried = 1
