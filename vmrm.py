@@ -772,20 +772,25 @@ def _error_code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-@contextlib.contextmanager
-def _telling_trouble() -> Iterator[None]:
+class _TellingTrouble:
     """Raise `Unwritable` for a temporary problem, and `SchemaError` for a damaged file."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, sqlite3.DatabaseError):
+            return
         if (code := _error_code(error)) in _DAMAGE:
             raise SchemaError(f"the database is damaged: {error}", RESTORE) from error
-        if code not in _TROUBLE:
-            raise
-        raise Unwritable(
-            f"the database cannot be used now: {error}",
-            "Make room on its disk, or see who else has it open; nothing is lost",
-        ) from error
+        if code in _TROUBLE:
+            raise Unwritable(
+                f"the database cannot be used now: {error}",
+                "Make room on its disk, or see who else has it open; nothing is lost",
+            ) from error
+
+
+_telling_trouble = _TellingTrouble
 
 
 @contextlib.contextmanager
@@ -886,6 +891,7 @@ class Database:
         self.path = Path(path or default_database()).absolute()
         self.state_dir = self.path.with_name(self.path.name + ".d")
         self.timeouts = timeouts or Timeouts.from_environment()
+        self._writer_path = self.state_dir / "locks" / "writer"
         self._checkpoint, self._create = checkpoint, create
         self._opened, self._pid = threading.local(), os.getpid()
         self._file: os.stat_result | None = None  # as it was when last seen
@@ -1101,7 +1107,7 @@ class Database:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Be the one writer: SQLite's own busy handler starves some for seconds."""
-        lock, seconds = FileLock(self.state_dir / "locks" / "writer"), self.timeouts.writer
+        lock, seconds = FileLock(self._writer_path), self.timeouts.writer
         if not lock.take_in_turn(seconds):
             raise Busy(
                 f"the database was kept busy for {seconds:g} s by {lock.holder_name}",
@@ -1428,10 +1434,10 @@ def wake(db: Database, *names: int | str) -> None:
     if POOL in sockets:
         sockets = sockets - {POOL} | {KEEPER}
         with contextlib.suppress(Unavailable):  # what we tell of is done
-            sockets |= {f"wait-{token}" for token in VmManager(db=db).next_in_queue()}
+            sockets |= {f"wait-{token}" for token in Leases(db).next_in_queue()}
     if not sockets:
         return
-    directory = os.open(db.state_dir / "wake", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(f"{db.state_dir}/wake", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
             for name in sockets:
@@ -3009,7 +3015,7 @@ class VmDescriptor(Row):
 
     __slots__ = ("_read",)
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, row: Row) -> None:
         super().__init__(row, group=_group_id(row["group"]))
         object.__setattr__(self, "_read", dict(self))
 
@@ -3041,8 +3047,7 @@ class VmDescriptor(Row):
         """Read a VM's row, or raise `VmDescriptorNotFound`."""
         if row := db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name):
             return cls(row)
-        hint = "See which there are: vmrm pool list"
-        raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
+        raise _no_vm(vm_name)
 
     def store(self, db: Database) -> None:
         """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
@@ -3071,6 +3076,11 @@ class VmDescriptor(Row):
         self[field] = self._read[field] = value
 
 
+def _no_vm(vm_name: str) -> VmDescriptorNotFound:
+    hint = "See which there are: vmrm pool list"
+    return VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
+
+
 def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
     """Add a row inside the caller's transaction."""
     now = CLOCK.wall()
@@ -3086,13 +3096,13 @@ def move_pool_vm(
     Its lease ends where that state allows none. `old` saves reading the state it is in.
     """
     old = old or VmDescriptor.load(db, vm_name).state
-    try:
-        target = checked_pool_move(old, state)
-    except ValueError as error:
-        raise VmError(f"VM {vm_name!r}: {error}") from None
-    if target != old:
+    if state != old:
+        try:
+            target = checked_pool_move(old, state)
+        except ValueError as error:
+            raise VmError(f"VM {vm_name!r}: {error}") from None
         columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
-    if target != old or reason:
+    if state != old or reason:
         columns["reason"] = reason
     if columns:
         sets = ", ".join(f'"{column}" = :{column}' for column in columns)
@@ -3151,6 +3161,11 @@ class Request:
     # Called with the leased VMs, inside the transaction that leases them.
     within: Callable[[list[VmDescriptor]], object] | None = None
     token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its leases go on after a power cut, which ends every process."""
+        return self.holder is None or self.lease_s is not None
 
     @property
     def groups(self) -> list[str]:
@@ -3407,12 +3422,9 @@ def _told_or_none(value: object) -> str | None:
 
 # --- leases and the queue
 
-# What an acquire looks at first: is there a queue, is a group unknown, who runs the pool?
+# What an acquire looks at first: where the pool's processes see each other, and whether some wait.
 _SERVER = """
-SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) AS waiting,
-       (SELECT value FROM json_each(:groups)
-        WHERE value COLLATE NOCASE NOT IN (SELECT name FROM pool_groups)) AS unknown
-FROM (SELECT 1) LEFT JOIN pool_server"""
+SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) FROM (SELECT 1) LEFT JOIN pool_server"""
 
 # The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
 # first. What is worn is the keeper's to end, and nobody's until then.
@@ -3432,6 +3444,17 @@ SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
     WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
 FROM pool_groups AS g WHERE name = :group"""
 
+_QUEUE = """
+SELECT wants, owner, sandbox, token FROM pool_waiters
+WHERE heartbeat_at > ? ORDER BY priority DESC, id"""
+
+_LEASE = """
+INSERT INTO leases (vm_name, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+# What matters of a VM at the end of its lease.
+_RELEASED = """
+SELECT vm_name, state, check_fails, builds_count, bound_to_user, token, holder, release
+FROM pool_list LEFT JOIN pool_groups AS g ON g.name = "group" WHERE vm_name = ?"""
 _LEASES = "SELECT vm_name FROM leases"
 _LEASES_OF = """
 SELECT vm_name FROM pool_vms INDEXED BY pool_bound
@@ -3465,8 +3488,9 @@ class Leases(_Rows):
 
     def __init__(self, db: Database | str | os.PathLike[str] | None = None) -> None:
         super().__init__(db)
-        self.log = logging.getLogger("vmrm")
-        self._tokens: dict[str, str] = {}  # of the leases this object has obtained
+        self.log = _log
+        self._mine: dict[str, Request] = {}  # of the leases this object has obtained, by VM
+        self._known: set[str] = set()  # groups, which are never removed
 
     def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
         sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
@@ -3506,7 +3530,7 @@ class Leases(_Rows):
         if not vms and wait is None:
             raise NoVmAvailable(self.why_none(request))
         vms = vms or self._wait(request, wait or 0.0, tell or self.log.info)
-        self._tokens |= {vm.vm_name.lower(): request.token for vm in vms}
+        self._mine |= {vm.vm_name.lower(): request for vm in vms}
         return vms
 
     def lend(self, request: Request) -> list[VmDescriptor]:
@@ -3514,10 +3538,8 @@ class Leases(_Rows):
 
         Before anybody is refused, or has another VM bound, the dead are looked for.
 
-        To lend a process what is bound to its owner already need not survive a power cut, which
-        the process does not, either.
         """
-        with self.db.transaction(durable=request.holder is None or request.lease_s is not None):
+        with self.db.transaction(durable=request.lasts):
             vms, share = self._lend(request, binding=False)
         if not vms:
             freed = self.reap(owner=request.owner) + (self.reap(32) if share.missing else [])
@@ -3536,13 +3558,13 @@ class Leases(_Rows):
         share = self._allot([*(self.ahead(request) if waiting else ()), request])[-1]
         if share.missing or (share.binds and not binding):
             return [], share
-        job = {key: getattr(request, key) for key in ("token", "task_id", "build_id", "chroot")}
-        job |= {"holder": request.holder and str(request.holder), "acquired_at": now}
-        job |= {"lease_end_at": None if request.lease_s is None else now + request.lease_s}
+        holder = request.holder and str(request.holder)
+        end = None if request.lease_s is None else now + request.lease_s
+        job = (request.token, holder, now, end, request.task_id, request.build_id, request.chroot)
         reason = f"task {request.task_id}" if request.task_id else ""
         bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
         for name in share.vm_names:
-            db.insert("leases", vm_name=name, **job)
+            db.connection.execute(_LEASE, (name, *job))
             move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
         vms = [VmDescriptor.load(db, name) for name in share.vm_names]
         if waiting:
@@ -3554,19 +3576,20 @@ class Leases(_Rows):
 
     def _see_server(self, request: Request) -> bool:
         """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
-        [row] = self.db.query(_SERVER, groups=json.dumps(request.groups))
-        if row.unknown is not None:
-            self.group(row.unknown)
+        boot, namespace, waiting = self.db.connection.execute(_SERVER).fetchone()
+        for group in set(request.groups) - self._known:
+            self.group(group)  # which says so if there is none
+            self._known.add(group)
         holder = request.holder
-        if holder and row.boot != holder.boot:
+        if holder and boot != holder.boot:
             here = {"boot": holder.boot, "namespace": holder.namespace}
             self.db.upsert("pool_server", "id", id=1, **here)
-        elif holder and holder.namespace != row.namespace and request.lease_s is None:
+        elif holder and holder.namespace != namespace and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
                 "Give the lease an end, and renew it: --lease SECONDS",
             )
-        return bool(row.waiting)
+        return bool(waiting)
 
     def _allot(self, queue: Sequence[Request]) -> list[Share]:
         execute, now = self.db.connection.execute, CLOCK.wall()
@@ -3636,11 +3659,12 @@ class Leases(_Rows):
 
     def queue(self) -> list[Request]:
         """Return what those want who wait and live, the first one first."""
-        alive = CLOCK.wall() - self.db.timeouts.heartbeat
-        sql = "SELECT * FROM pool_waiters WHERE heartbeat_at > :alive ORDER BY priority DESC, id"
+        with _telling_trouble():
+            alive = CLOCK.wall() - self.db.timeouts.heartbeat
+            rows = self.db.connection.execute(_QUEUE, (alive,)).fetchall()
         return [
-            Request(tuple(map(tuple, json.loads(w.wants))), w.owner, w.sandbox, None, token=w.token)
-            for w in self.db.query(sql, alive=alive)
+            Request(tuple(map(tuple, json.loads(wants))), owner, sandbox, None, token=token)
+            for wants, owner, sandbox, token in rows
         ]
 
     def ahead(self, request: Request) -> list[Request]:
@@ -3682,45 +3706,47 @@ class Leases(_Rows):
                 the holder is this process or an ancestor of it.
             force: Even if someone else holds the lease; then it is an error if nobody does.
         """
-        token = token or self._tokens.get(vm_name.lower())
-        timed = "SELECT lease_end_at IS NOT NULL FROM leases WHERE vm_name = :name"
-        with self.db.transaction(durable=bool(self.db.value(timed, name=vm_name))) as db:
-            vm = VmDescriptor.load(db, vm_name)
-            if vm.token is None and token is None and not force:
+        mine = self._mine.get(vm_name.lower())
+        token = token or (mine.token if mine else None)
+        with self.db.transaction(durable=mine is None or mine.lasts) as db:
+            vm = db.connection.execute(_RELEASED, (vm_name,)).fetchone()
+            if vm is None:
+                raise _no_vm(vm_name)
+            if vm["token"] is None and token is None and not force:
                 return False
-            if not force or vm.token is None:
+            if not force or vm["token"] is None:
                 self.own(vm, token)
-            self.end_lease(vm, "released" if not force else "released by force")
+            self.end_lease(vm_name, "released" if not force else "released by force", vm)
             _crash("pool-releasing")
         _crash("pool-released")
-        self._tokens.pop(vm_name.lower(), None)
+        self._mine.pop(vm_name.lower(), None)
         return True
 
-    def end_lease(self, vm: Mapping[str, Any], reason: str) -> None:
+    def end_lease(self, vm_name: str, reason: str, vm: sqlite3.Row | None = None) -> None:
         """End a lease, inside the caller's transaction."""
-        name, state, now = vm["vm_name"], vm["state"], CLOCK.wall()
+        vm = vm or self.db.connection.execute(_RELEASED, (vm_name,)).fetchone()
+        state, now, hook = vm["state"], CLOCK.wall(), vm["release"]
         if state == VmStates.HELD:  # the lease ends, the VM stays
-            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=name)
+            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=vm_name)
             return
-        sql = "SELECT release FROM pool_groups WHERE name = :group"
-        hook = self.db.value(sql, group=str(vm["group"]))
         target = VmStates.CHECK_HEALTH if hook else VmStates.READY
         target = VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] else target
         used = {"last_release": now, "builds_count": vm["builds_count"] + 1}
         releasing_at = now if hook else None
-        move_pool_vm(self.db, name, target, reason, state, releasing_at=releasing_at, **used)
+        move_pool_vm(self.db, vm_name, target, reason, state, releasing_at=releasing_at, **used)
 
-    def own(self, vm: VmDescriptor, token: str | None) -> None:
+    def own(self, vm: sqlite3.Row | VmDescriptor, token: str | None) -> None:
         """Refuse whoever does not have the lease of a VM."""
-        token = token or self._tokens.get(vm.vm_name.lower())
-        if vm.token is None and token is None:
-            raise VmError(f"VM {vm.vm_name!r} is {vm.state}: nobody has a lease of it")
-        if token is None:
-            if not vm.holder or not _descends_from(Process.parse(vm.holder)):
-                message = f"the lease of VM {vm.vm_name!r} is not yours; {vm.bound_to_user} has it"
-                raise VmError(message, "Name its token (--token), or use --force")
-        elif token != vm.token:
-            raise VmError(f"the lease of VM {vm.vm_name!r} was lost; the VM is {vm.state}")
+        name, state, holder = vm["vm_name"], vm["state"], vm["holder"]
+        mine = self._mine.get(name.lower())
+        token = token or (mine.token if mine else None)
+        if vm["token"] is None and token is None:
+            raise VmError(f"VM {name!r} is {state}: nobody has a lease of it")
+        if token is None and not (holder and _descends_from(Process.parse(holder))):
+            message = f"the lease of VM {name!r} is not yours; {vm['bound_to_user']} has it"
+            raise VmError(message, "Name its token (--token), or use --force")
+        if token not in (None, vm["token"]):
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {state}")
 
     def over(self, which: str = _LEASES, **parameters: object) -> list[tuple[VmDescriptor, str]]:
         """Return the VMs whose lease is over, and why: it has ended, or its holder is dead."""
@@ -3742,7 +3768,7 @@ class Leases(_Rows):
             terms = {key: vm[key] for key in ("vm_name", "token", "holder", "lease_end_at")}
             with self.db.transaction(durable=True):
                 for now in self._select(f"{same} AND lease_end_at IS :lease_end_at", **terms):
-                    self.end_lease(now, f"taken back: {why}")
+                    self.end_lease(now.vm_name, f"taken back: {why}")
                     names.append(now.vm_name)
         return names
 
@@ -8623,8 +8649,8 @@ def lost_vms(db: Database) -> list[str]:
 def give_back(db: Database) -> None:
     """Release the experiment's VMs of the pool, inside the caller's transaction."""
     pool = VmManager(db=db)
-    for row in db.query("SELECT * FROM pool_list WHERE vm_name IN (SELECT vm_name FROM loans)"):
-        pool.end_lease(row, "the experiment has ended")
+    for row in db.query("SELECT vm_name FROM loans WHERE vm_name IS NOT NULL"):
+        pool.end_lease(row.vm_name, "the experiment has ended")
     db.write("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 

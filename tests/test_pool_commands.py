@@ -264,7 +264,7 @@ def test_a_release_is_done_although_nobody_could_be_woken(
         def busy(*_: object) -> None:
             raise vmrm.Busy("the database was kept busy")
 
-        monkeypatch.setattr(VmManager, "next_in_queue", busy)
+        monkeypatch.setattr(vmrm.Leases, "next_in_queue", busy)
         assert pool.release_vm("a") is True
     assert states(pool) == {"a": "ready"}
 

@@ -29,7 +29,7 @@ SELECT (SELECT vm_name FROM pool_vms WHERE "group" = 'g' AND state = 'ready'
         AND bound_to_user IS NULL AND bound_sandbox = '' AND last_health_check > 0
         ORDER BY last_health_check DESC LIMIT 1),
        max_vm_per_user,
-       (SELECT count(*) FROM pool_vms
+       (SELECT count(*) FROM pool_vms INDEXED BY pool_bound
         WHERE "group" = 'g' AND bound_to_user = :owner AND state <> 'terminating')
 FROM pool_groups WHERE name = 'g'"""
 CHUNKS = 8  # per round: short ones, so that what else the host does falls on all alike
