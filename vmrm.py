@@ -7174,13 +7174,13 @@ class Life:
             vm.set_state(VMState.CONFIGURING)
         if vm.state() == VMState.CONFIGURING:
             yield from self._delay_steps()
-            yield from self._all_negative_steps()
+            yield from self._negative_steps()
             if self.plan.halt is not Halt.ABORT:
                 _crash("before-configured")
                 vm.set_state(VMState.CONFIGURED)
                 _crash("configured")
         while vm.start.wall is None and self.plan.halt is not Halt.ABORT:
-            yield from self._all_negative_steps()
+            yield from self._negative_steps()
             if vm.start.wall is None:
                 yield math.inf
             if self.plan.halt is Halt.END:
@@ -7248,46 +7248,46 @@ class Life:
 
     # --- negative time
 
-    def _all_negative_steps(self) -> Steps:
-        """Every negative time that is not done, in order; later ones come by retry or addition."""
-        while self.plan.halt is not Halt.ABORT:
-            yield from self._prepare_steps()
-            runs = [run for run in self._ready() if run.entry.start_time < 0]
-            done = self._needs(runs)[NextStep.NOTHING]
-            at = min((run.entry.start_time for run in runs if run not in done), default=None)
-            if at is None:
-                return
-            yield from self._negative_steps(at)
-
     def _delay_steps(self) -> Steps:
         """Pauses at -inf delay the first negative entry in wall time, counted from the launch."""
-        launched = self.vm.db.value("SELECT launched_at FROM current_experiment") or CLOCK.wall()
-        negative = {e.ordinal for e in self.plan.entries if e.start_time < 0}
-        while self.plan.halt is None and not negative & self.journal.latest().keys():
-            delay = opening_delay(self.plan.entries, self.plan.holds)
-            if (left := launched + delay - CLOCK.wall()) <= 0:
+        negative = {entry.ordinal for entry in self.plan.entries if entry.start_time < 0}
+        while delay := opening_delay(self.plan.entries, self.plan.holds):
+            launched = current_experiment(self.vm.db).launched_at or CLOCK.wall()
+            left = launched + delay - CLOCK.wall()
+            if left <= 0 or self.plan.halt or negative & self.journal.latest().keys():
                 return
             yield left
 
-    def _negative_steps(self, at: float) -> Steps:
-        """One negative time: start all its entries together, go on when the last has ended."""
-        while True:
-            needs = self._needs(run for run in self._ready() if run.entry.start_time == at)
+    def _negative_steps(self) -> Steps:
+        """Negative times in order: start all entries of one, go on when the last has ended.
+
+        Later ones come by retry or addition. After an abort, only the time that has begun goes on.
+        """
+        begun: float | None = None
+        while self.plan.halt is not Halt.ABORT or begun is not None:
+            yield from self._prepare_steps()
+            needs = self._needs(run for run in self._ready() if run.entry.start_time < 0)
+            del needs[NextStep.NOTHING]
+            todo = (run.entry.start_time for runs in needs.values() for run in runs)
+            at = min(todo, default=None)
+            if at is None or (self.plan.halt is Halt.ABORT and at != begun):
+                return
+            begun = at
+            for step, runs in needs.items():
+                needs[step] = [run for run in runs if run.entry.start_time == at]
             if ready := needs[NextStep.RUN]:
                 armed = self._arm({run.entry.ordinal: None for run in ready})
                 for run in ready:
                     self._spawn(run, armed[run.entry.ordinal])
             if tasks := [cast(Task, run.task) for run in ready + needs[NextStep.WATCH]]:
                 yield tasks
-                continue
-            if failed := needs[NextStep.FAILED]:
+            elif failed := needs[NextStep.FAILED]:
                 entry = failed[0].entry
                 attempt = self.journal.latest()[entry.ordinal]
                 why = attempt.error or attempt.outcome
                 raise VMFailed(f"entry {entry.ordinal} ({entry}): {why}")
-            if not (again := needs[NextStep.REBOOT]):
-                return
-            yield from self._rerun_steps([run.entry for run in again])
+            else:
+                yield from self._rerun_steps([run.entry for run in needs[NextStep.REBOOT]])
 
     def _rerun_steps(self, entries: Sequence[ScheduleEntry]) -> Steps:
         """Reboot once for all entries that asked for it; they run again afterwards."""
@@ -7369,7 +7369,7 @@ class Life:
         _crash("start-seen")
         while True:
             yield from arming_meanwhile(self._prepare_steps(), self._arm_due)
-            yield from self._all_negative_steps()
+            yield from self._negative_steps()
             if self.staging.missing(self.plan.entries):  # added meanwhile
                 continue
             next_arming = self._arm_due()
@@ -7566,8 +7566,8 @@ class VMResourceHandler:
         sql = "SELECT revision FROM vms WHERE server_name = :name"
         if self.db.value(sql, name=self.vm_name) == self._seen:
             return
-        self._leave_if_told()
         known, plan = self._plan, Plan.read(self.db, self.vm_name, self._plan)
+        self._leave_if(plan.halt)
         for hold in plan.holds[len(known.holds) if known else 0 :]:
             self.log.info("%s at %.3f", hold, hold.time)
         self._plan = plan
@@ -7622,7 +7622,9 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        halt = self.db.value("SELECT halt FROM current_experiment")
+        self._leave_if(self.db.value("SELECT halt FROM current_experiment"))
+
+    def _leave_if(self, halt: str | None) -> None:
         if halt in (Halt.STOP, Halt.KILL) and self._obeyed is None:
             raise _Leave(f"told to {halt}", Halt(halt))
 
