@@ -70,9 +70,7 @@ CREATE TABLE vms (
 CREATE TABLE schedules (
     server_name TEXT PRIMARY KEY COLLATE NOCASE,
     generation INTEGER NOT NULL DEFAULT 1,
-    text TEXT CHECK (text IS NULL OR json_valid(text)),
-    vm_resources_ip TEXT NOT NULL DEFAULT '',
-    put_at REAL NOT NULL
+    text TEXT CHECK (text IS NULL OR json_valid(text))
 ) STRICT;
 
 -- The journal: one row per attempt of an entry, written by the VM's handler before the program is

@@ -2224,8 +2224,7 @@ class ScheduleDb(_Rows):
     """The schedules of the experiment's VMs, as JSON texts.
 
     Args:
-        cache_name: Accepted for the reference's sake; only its type is looked at.
-        log: Where to report; None means the module's logger.
+        cache_name: Accepted for the reference's sake, as is `log`; only its type is looked at.
         db: The database's path, an open `Database`, or None for the default database.
     """
 
@@ -2239,39 +2238,35 @@ class ScheduleDb(_Rows):
         if not isinstance(cache_name, str) or not cache_name:
             raise RuntimeError(f"cache_name {cache_name!r} is not a name")
         super().__init__(db)
-        self.log = log or logging.getLogger("vmrm")
 
     def put(
         self, server_name: str, text: str, vm_resources_ip: str = "", broadcast: bool = True
     ) -> None:
-        """Store a VM's schedule.
+        """Store a VM's schedule, a JSON list of entries; the VM need not exist yet.
 
         While nothing of the stored schedule has run, it is replaced. Afterwards the new one must
-        begin with the stored entries (compared as JSON) and may only add more.
-
-        The VM need not exist yet; `broadcast` has no effect, for there is one database.
+        begin with the stored entries (compared as JSON) and may only add more. The address and
+        `broadcast` have no effect: there is one database.
         """
-        self._put([(server_name, text, vm_resources_ip)])
+        self._put({server_name: text})
 
     def batch_put(self, sched_list: Iterable[Mapping[str, str]], broadcast: bool = False) -> None:
         """Store many schedules, dictionaries with `server_name` and `text`: all or none."""
-        schedules = []
+        schedules = {}
         for item in sched_list:
             if not isinstance(item, Mapping) or item.keys() != {"server_name", "text"}:
                 raise WrongValue(f"not a dictionary with server_name and text: {item!r:.200}")
-            schedules.append((item["server_name"], item["text"], ""))
+            schedules[checked_name("VM", item["server_name"])] = item["text"]
         self._put(schedules)
 
-    def _put(self, schedules: Sequence[tuple[str, str, str]]) -> None:
-        for name, text, address in schedules:
+    def _put(self, schedules: Mapping[str, str]) -> None:
+        for name, text in schedules.items():
             checked_name("VM", name)
             parse_schedule(text)
-            if not _is_word(address):
-                raise WrongValue(f"vm_resources_ip {address!r} is not a text")
         try:
             with self.db.transaction():
-                for schedule in schedules:
-                    _put_schedule(self.db, *schedule)
+                for name, text in schedules.items():
+                    _put_schedule(self.db, name, text)
         except Busy as error:
             raise ScheduleDbTimeoutError(str(error), error.hint) from error
 
@@ -2305,7 +2300,7 @@ class ScheduleDb(_Rows):
         self.db.write(sql, durable=True, **parameters)
 
 
-def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str = "") -> None:
+def _put_schedule(db: Database, name: str, text: str) -> None:
     """Write one schedule inside the caller's transaction, if it keeps what has begun to run."""
     old = db.row(
         """SELECT text, EXISTS (SELECT 1 FROM attempts AS a WHERE a.generation = s.generation
@@ -2323,14 +2318,13 @@ def _put_schedule(db: Database, name: str, text: str, vm_resources_ip: str = "")
             "the new one differs; entries can only be added at the end"
         )
     # A handler may hold the old entries: under a new generation they are not taken for these.
-    db.connection.execute(
-        """INSERT INTO schedules (server_name, text, vm_resources_ip, put_at)
-           VALUES (:name, :text, :ip, :now)
+    db.write(
+        """INSERT INTO schedules (server_name, text) VALUES (:name, :text)
            ON CONFLICT (server_name) DO UPDATE SET text = excluded.text,
-               generation = generation + :replaced,
-               vm_resources_ip = excluded.vm_resources_ip, put_at = excluded.put_at""",
-        {"name": name, "text": text, "ip": vm_resources_ip, "now": CLOCK.wall()}
-        | {"replaced": differs is not None},
+               generation = generation + :replaced""",
+        name=name,
+        text=text,
+        replaced=differs is not None,
     )
 
 

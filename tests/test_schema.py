@@ -47,7 +47,7 @@ def in_child(work: Callable[[], None]) -> None:
 ROWS: dict[str, dict[str, Any]] = {
     "experiments": {"created_at": 1.0, "destroyed_at": 2.0},
     "vms": {"server_uuid": "u", "server_name": "web", "state_at": 1.0},
-    "schedules": {"server_name": "web", "text": "[]", "put_at": 1.0},
+    "schedules": {"server_name": "web", "text": "[]"},
     "attempts": {
         "experiment_id": 1,
         "server_name": "web",
