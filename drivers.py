@@ -458,19 +458,27 @@ class Session:
         self._log = log
         self._idents = itertools.count(secrets.randbits(52))
 
-    def encode(self, command: str, arguments: Words) -> tuple[Ticket, bytes]:
-        """Return a ticket and the bytes to send for it; `expect` it when they are sent."""
-        request: dict[str, Any] = {"execute": command, "id": next(self._idents)}
-        if arguments:
-            request["arguments"] = arguments
-        data = _encode_json(request).encode()
-        content = 0  # bytes that the reply may have as base64
+    def encode(
+        self, command: str, arguments: Words, content: bytes | None = None
+    ) -> tuple[Ticket, bytes]:
+        """Return a ticket and the bytes to send for it; `expect` it when they are sent.
+
+        *content* is sent with the *arguments* as guest-file-write wants it.
+        """
+        ident = next(self._idents)
+        words = f', "arguments": {_encode_json(arguments)}' if arguments else ""
+        data = f'{{"execute": {_encode_json(command)}, "id": {ident}{words}}}'.encode()
+        if content is not None:
+            # Put in by hand: the encoder of JSON would look at each of its characters.
+            base64_ = binascii.b2a_base64(content, newline=False)
+            data = b"".join((data[:-2], b', "buf-b64": "', base64_, b'"}}'))
+        size = 0  # of what the reply may have as base64
         if command == "guest-file-read":  # an agent reads 4096 bytes unless told
-            content = int((arguments or {}).get("count", 4096))
+            size = int((arguments or {}).get("count", 4096))
         elif command == "guest-exec-status":
-            content = 2 * _OUTPUT_LIMIT
-        limit = REPLY_LIMIT + 4 * (content // 3 + 2)
-        return Ticket(command, request["id"], len(data) > _SMALL_REQUEST, limit), data
+            size = 2 * _OUTPUT_LIMIT
+        limit = REPLY_LIMIT + 4 * (size // 3 + 2)
+        return Ticket(command, ident, len(data) > _SMALL_REQUEST, limit), data
 
     def expect(self, ticket: Ticket) -> None:
         """Wait for the reply to *ticket* from now on."""
@@ -519,11 +527,12 @@ def _depth(frame: bytes) -> int:
 
 def parse_reply(frame: bytes) -> dict[str, Any]:
     """Return the reply in *frame*: an object with either `return` or a well-formed `error`."""
-    openers = _count(frame, b"[") + _count(frame, b"{")
-    if openers + _count(frame, b",") > _ELEMENT_LIMIT:
-        raise FrameError(f"has over {_ELEMENT_LIMIT} elements", frame)
-    if openers > _DEPTH_LIMIT and _depth(frame) > _DEPTH_LIMIT:
-        raise FrameError(f"is nested over {_DEPTH_LIMIT} levels deep", frame)
+    if len(frame) > 2 * _DEPTH_LIMIT:
+        openers = _count(frame, b"[") + _count(frame, b"{")
+        if openers + _count(frame, b",") > _ELEMENT_LIMIT:
+            raise FrameError(f"has over {_ELEMENT_LIMIT} elements", frame)
+        if openers > _DEPTH_LIMIT and _depth(frame) > _DEPTH_LIMIT:
+            raise FrameError(f"is nested over {_DEPTH_LIMIT} levels deep", frame)
     try:
         reply = _decode_json(frame.decode())
         if b"\\" in frame:  # half a surrogate pair is text that nobody could write down
@@ -594,13 +603,14 @@ class Link:
         return self._sock
 
     @_fatal
-    def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> None:
-        """Send a request, alone if it or one under way is large."""
+    def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> Ticket:
+        """Send a request, alone if it or one under way is large; return its ticket."""
         self._live()
-        if ticket.large or self.session.large_pending:
+        if self.session.pending and (ticket.large or self.session.large_pending):
             self.drain(deadline)
         self.session.expect(ticket)
         self._send(data, deadline, ticket.command)
+        return ticket
 
     def collect(self, ticket: Ticket, deadline: Deadline) -> Any:
         """Return the result of *ticket*, keeping the replies to others that come before it."""
@@ -644,9 +654,8 @@ class Link:
             try:
                 rest = rest[sock.send(rest) :]
             except BlockingIOError:
-                if deadline.expired or not self._wait(
-                    sock.fileno(), select.POLLOUT, deadline.remaining()
-                ):
+                left = deadline.remaining()
+                if not left or not self._wait(sock.fileno(), select.POLLOUT, left):
                     raise DriverTimeout(f"sending {what}", deadline.seconds) from None
             except OSError as error:
                 raise LinkLost(f"connection was lost while sending {what}: {error}") from error
@@ -655,7 +664,8 @@ class Link:
     def _receive(self, deadline: Deadline, what: str, accept: bool = True) -> None:
         sock = self._live()
         # A guest that never pauses must not outlast the deadline either.
-        if deadline.expired or not self._wait(sock.fileno(), select.POLLIN, deadline.remaining()):
+        left = deadline.remaining()
+        if not left or not self._wait(sock.fileno(), select.POLLIN, left):
             raise DriverTimeout(what, deadline.seconds)
         try:
             size = sock.recv_into(self._space)
@@ -1357,19 +1367,12 @@ class AgentConnection(AbstractDriver):
     def _call(self, link: Link, command: str, words: Words = None, timeout: Seconds = None) -> Any:
         deadline = Deadline(self.timeout if timeout is None else timeout)
         with self.lock:
-            ticket = self._post(link, command, words, deadline)
+            ticket = link.post(*link.session.encode(command, words), deadline)
             return self._collect(link, ticket, deadline)
-
-    def _post(self, link: Link, command: str, words: Words, deadline: Deadline) -> Ticket:
-        ticket, data = link.session.encode(command, words)
-        with self.lock:
-            link.post(ticket, data, deadline)
-        return ticket
 
     def _collect(self, link: Link, ticket: Ticket, deadline: Deadline) -> Any:
         try:
-            with self.lock:
-                return link.collect(ticket, deadline)
+            return link.collect(ticket, deadline)
         except AgentError as error:
             if error.class_ != "CommandNotFound":
                 raise
@@ -1551,7 +1554,8 @@ class QemuGuestAgentDriver(AgentConnection):
         """
         with self.lock:
             link = self._link()
-            ticket = self._post(link, "guest-shutdown", {"mode": "reboot"}, Deadline(self.timeout))
+            encoded = link.session.encode("guest-shutdown", {"mode": "reboot"})
+            ticket = link.post(*encoded, Deadline(self.timeout))
             try:
                 self._collect(link, ticket, Deadline(timeout))
             except (DriverTimeout, LinkLost):
@@ -1689,8 +1693,7 @@ class QemuGuestAgentDriver(AgentConnection):
     @staticmethod
     def _next_write(link: Link, handle: int, source: BinaryIO) -> tuple[bytes, Ticket, bytes]:
         data = source.read(_PUSH_BYTES)
-        arguments = {"handle": handle, "buf-b64": _encoded(data)}
-        return data, *link.session.encode("guest-file-write", arguments)
+        return data, *link.session.encode("guest-file-write", {"handle": handle}, data)
 
     def pull(self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None) -> Copy:
         """As `AbstractDriver.pull`; one read is ahead, other calls fit between two yields."""
@@ -1701,15 +1704,17 @@ class QemuGuestAgentDriver(AgentConnection):
             if offset:
                 self.seek(handle, offset)
             while True:
-                while left > 0 and len(ahead) < 2:
-                    words = {"handle": handle, "count": (count := int(min(left, _PULL_BYTES)))}
-                    deadline = Deadline(self.timeout)
-                    ahead.append((self._post(link, "guest-file-read", words, deadline), count))
-                    left -= count
-                if not ahead:
-                    return
-                ticket, count = ahead.popleft()
-                reply = self._collect(link, ticket, Deadline(self.timeout))
+                with self.lock:
+                    while left > 0 and len(ahead) < 2:
+                        count = int(min(left, _PULL_BYTES))
+                        words = {"handle": handle, "count": count}
+                        encoded = link.session.encode("guest-file-read", words)
+                        ahead.append((link.post(*encoded, Deadline(self.timeout)), count))
+                        left -= count
+                    if not ahead:
+                        return
+                    ticket, count = ahead.popleft()
+                    reply = self._collect(link, ticket, Deadline(self.timeout))
                 data, eof = self._parse_read(reply, count)
                 left += count - len(data)
                 sink.write(data)
