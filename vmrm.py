@@ -3001,7 +3001,7 @@ def _user() -> str:
 
 def _group_id(name: str) -> int | str:
     """Return a group's name as the reference has it: those of digits only are numbers."""
-    return int(name) if re.fullmatch("0|[1-9][0-9]*", name) else name
+    return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
 class VmDescriptor(Row):
@@ -3009,9 +3009,10 @@ class VmDescriptor(Row):
 
     __slots__ = ("_read",)
 
-    def __init__(self, row: Row) -> None:
-        super().__init__(row, group=_group_id(row["group"]))
-        object.__setattr__(self, "_read", dict(self))
+    def __init__(self, row: dict[str, Any]) -> None:
+        row["group"] = _group_id(row["group"])
+        super().__init__(row)
+        object.__setattr__(self, "_read", row)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
@@ -3228,7 +3229,8 @@ class Waiting:
     """
 
     def __init__(self, pool: Leases, request: Request) -> None:
-        self.pool, self.request, self._holders = pool, request, list[int]()
+        self.pool, self.request = pool, request
+        self._holders: dict[int, str] = {}  # of VMs that we could have, by a descriptor of each
         self._socket, self._poll = WakeSocket(pool.db, f"wait-{request.token}"), select.epoll()
         self._poll.register(self._socket.fileno(), select.EPOLLIN)
 
@@ -3251,25 +3253,26 @@ class Waiting:
         """Return all VMs that are wanted, now leased; or none, and go on waiting."""
         db, request = self.pool.db, self.request
         self._socket.drain()
-        ended = self._poll.poll(0)
+        ended = [self._holders[fd] for fd, _ in self._poll.poll(0)]
         self._forget_holders()
         wants = {"wants": json.dumps(request.wants), "priority": request.priority}
         who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
         alive = {"token": request.token, "heartbeat_at": CLOCK.wall()}
         db.upsert("pool_waiters", "token", **alive, **wants, **who)
         if ended:
-            self.pool.reap()
+            self.pool.reap(_LEASES_BY, holders=json.dumps(ended))
         if vms := self.pool.lend(request):
             return vms
         for row in db.query(_HOLDERS, groups=json.dumps(request.groups)):
             with contextlib.suppress(OSError):  # it has ended, or is in another pid namespace
-                self._holders.append(os.pidfd_open(Process.parse(row.holder).pid))
-                self._poll.register(self._holders[-1], select.EPOLLIN)
+                fd = os.pidfd_open(Process.parse(row.holder).pid)
+                self._holders[fd] = row.holder
+                self._poll.register(fd, select.EPOLLIN)
         return []
 
     def _forget_holders(self) -> None:
         while self._holders:
-            os.close(self._holders.pop())
+            os.close(self._holders.popitem()[0])
 
     def reason(self) -> str:
         """Return the place in the queue, and why there is nothing yet."""
@@ -3450,6 +3453,8 @@ _RELEASED = """
 SELECT vm_name, state, check_fails, builds_count, bound_to_user, token, holder, release
 FROM pool_list LEFT JOIN pool_groups AS g ON g.name = "group" WHERE vm_name = ?"""
 _LEASES = "SELECT vm_name FROM leases"
+_SOME_LEASES = f"{_LEASES} ORDER BY random() LIMIT 32"
+_LEASES_BY = "SELECT vm_name FROM leases WHERE holder IN (SELECT value FROM json_each(:holders))"
 _LEASES_OF = """
 SELECT vm_name FROM pool_vms INDEXED BY pool_bound
 WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
@@ -3536,7 +3541,8 @@ class Leases(_Rows):
         with self.db.transaction(durable=request.lasts):
             vms, share = self._lend(request, binding=False)
         if not vms:
-            freed = self.reap(owner=request.owner) + (self.reap(32) if share.missing else [])
+            freed = self.reap(_LEASES_OF, owner=request.owner)
+            freed += self.reap(_SOME_LEASES) if share.missing else []
             if share.binds or freed or self.drop_dead_waiters():
                 with self.db.transaction(durable=True):
                     vms, _ = self._lend(request, binding=True)
@@ -3581,7 +3587,7 @@ class Leases(_Rows):
         elif holder and holder.namespace != namespace and request.lease_s is None:
             raise UsageError(
                 "the pool's processes cannot see this one, which is in another pid namespace",
-                "Give the lease an end, and renew it: --lease SECONDS",
+                "Acquire without a COMMAND, and renew the lease: --lease SECONDS",
             )
         return bool(waiting)
 
@@ -3753,12 +3759,11 @@ class Leases(_Rows):
                 found.append((vm, f"its holder, process {holder.pid}, is dead"))
         return found
 
-    def reap(self, limit: int | None = None, owner: str | None = None) -> list[str]:
-        """End leases that are over, of one owner or so many, whichever; return their VMs' names."""
-        some = f"{_LEASES} ORDER BY random() LIMIT :limit"
-        which, names = _LEASES_OF if owner is not None else some if limit else _LEASES, []
-        for vm, why in self.over(which, owner=owner, limit=limit):
-            same = "vm_name = :vm_name AND token = :token AND holder IS :holder"
+    def reap(self, which: str = _LEASES, **parameters: object) -> list[str]:
+        """End leases that are over, of these VMs; return the names of those that had one."""
+        names = []
+        same = "vm_name = :vm_name AND token = :token AND holder IS :holder"
+        for vm, why in self.over(which, **parameters):
             terms = {key: vm[key] for key in ("vm_name", "token", "holder", "lease_end_at")}
             with self.db.transaction(durable=True):
                 for now in self._select(f"{same} AND lease_end_at IS :lease_end_at", **terms):
@@ -12084,7 +12089,7 @@ def cmd_pool_info(cli: Cli, vm: str | None = None) -> object:
     wait="Wait in the queue if there is none now.",
     timeout="Seconds to wait at most (exit code 124).",
     priority="In the queue: higher ones first.",
-    lease="Seconds after which the lease ends unless renewed; default 1 h without --pid.",
+    lease="Seconds after which it ends unless renewed; default 1 h without --pid or COMMAND.",
     pid="The process that holds it: when it is dead, the VM is taken back.",
     task="A name for the job, shown in listings.",
     format="Print this, with {name}, {ip}, {path}, {token}, {group} filled in.",

@@ -276,6 +276,21 @@ def test_the_lists_of_the_schema_are_the_enums(
 # === Triggers ====================================================================================
 
 
+@pytest.mark.parametrize("state", ["ready", "check_health", "terminating", "held"])
+def test_a_vm_in_use_has_a_lease_which_ends_with_the_state_that_allows_one(
+    db: Database, state: str
+) -> None:
+    insert(db, "pool_vms", state="ready")
+    with pytest.raises(sqlite3.IntegrityError, match="CHECK: a VM in use has a lease"):
+        db.write("UPDATE pool_vms SET state = 'in_use'")
+    insert(db, "leases", vm_name="P1")
+    db.write("UPDATE pool_vms SET state = 'in_use'")
+    db.write("UPDATE pool_vms SET state = :state, held_until = 9", state=state)
+    assert db.value("SELECT count(*) FROM leases") == (state == "held")
+    db.write("DELETE FROM pool_vms")
+    assert db.value("SELECT count(*) FROM leases") == 0
+
+
 def test_every_state_of_a_vm_is_in_its_history_and_nothing_else(db: Database) -> None:
     mapping = vmrm.VMMapping(db=db)
     mapping.put("u", "web")
