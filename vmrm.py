@@ -4434,8 +4434,7 @@ enter() {  # a directory, made with umask $2; through no link that another user 
             echo "$at cannot be made" >&2; return 1
         fi
         cd -P "./$part" || return 1
-        if [ "$(pwd -P; echo .)" != "${at:-/}
-." ]; then
+        if [ "$PWD" != "${at:-/}" ]; then
             echo "other users of the VM can change $at" >&2; return 1
         fi
     done
@@ -4477,8 +4476,7 @@ if [ "$session" != own ] && [ "$group" != "$$" ] && command -v setsid >/dev/null
 fi
 cd {folder} || exit {claim_failed}
 mkdir "$here" || exit {claim_failed}
-keep() {{ {{ echo "$2" > "$here/$1.new" && mv -f "$here/$1.new" "$here/$1"; }} 2>/dev/null; }}
-keep pid "$$ $started"
+{{ echo "$$ $started" > "$here/pid"; }} 2>/dev/null
 if (true > "$here/out" && true > "$here/err") 2>/dev/null; then
     exec > "$here/out" 2> "$here/err" < /dev/null
 else
@@ -4492,7 +4490,7 @@ if [ "$code" = 0 ]; then
     code=$?
 fi
 reboot=0; [ -e {reboot} ] && reboot=1
-keep exit "$code $reboot"
+{{ echo "$code $reboot" > "$here/exit.new" && mv -f "$here/exit.new" "$here/exit"; }} 2>/dev/null
 exit "$code"
 """
 
@@ -4520,9 +4518,9 @@ private() {{ [ -O "$stage" ] && case $(ls -ld "$stage") in drwx------*) ;; *) fa
 if [ -e "$stage" ] || [ -L "$stage" ]; then
     private || rm -rf "$stage"  # what lay in an open one may still be open
 fi
-mkdir "$stage" 2>/dev/null  # another VM that shares the directory may be faster
+[ -d "$stage" ] || mkdir "$stage" 2>/dev/null  # another VM that shares it may be faster
 private || {{ echo "$stage cannot be made" >&2; exit 1; }}
-ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
+[ -L "$stage/of.$experiment" ] || ln -s "$vm" "$stage/of.$experiment" 2>/dev/null
 if [ "$(readlink "$stage/of.$experiment")" != "$vm" ]; then
     echo "this launch directory is used by another VM of this experiment" >&2; exit 1
 fi
@@ -4553,14 +4551,14 @@ script() {{
     mv -f "$new" "$1" || exit 1
 }}
 cd "$stage" && eval "$(cat)" || exit 1
-wc -c * 2>/dev/null
+for some in *; do [ ! -f "$some" ] || {{ wc -c * 2>/dev/null; break; }}; done
 exit 0
 """,
     "probe": """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
-    [ -f "$here/pid" ] && read -r pid < "$here/pid"
+    [ -f "$here/pid" ] && { read -r pid < "$here/pid" || pid=; }  # half a line is none
     if [ -n "$pid" ]; then
         line=$(cat "/proc/${pid% *}/stat" 2>/dev/null); set -f; set -- ${line##*) }; set +f
         if [ -e /proc/self/stat ]; then
@@ -5125,7 +5123,7 @@ class Guest:
         self, scripts: Iterable[Script], contents: Iterable[Staged]
     ) -> tuple[list[str], list[Staged], list[str]]:
         """Return the lines that bring a text, what must be pushed, and the lines for after that."""
-        lines, files = ["rm -f ./*.part"], []
+        lines, files = ['for old in ./*.part; do [ ! -e "$old" ] || rm -f "$old"; done'], []
         for staged in contents:
             if 0 < len(staged.text) < _TEXT_BYTES and "\0" not in staged.text:
                 lines.append(self._line("text", staged.sha256, staged.text))
