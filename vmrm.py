@@ -4957,7 +4957,6 @@ class Guest:
 
     name = "guest"
     launch = "/var/launch"
-    separator = "/"
     always_tells_boot = False  # unless it cannot run programs yet
     reboots = True  # if an entry asks for it
     captures = True  # what a script says before its claim is kept for the error's message
@@ -4994,7 +4993,7 @@ class Guest:
 
     def join(self, *parts: str) -> str:
         """Return a path of the guest."""
-        return self.separator.join(parts)
+        return str(self.flavour(*parts))
 
     def path(self, entry: ScheduleEntry, location: str) -> str:
         """Return a location as an absolute path: relative ones lie in the entry's directory."""
@@ -5056,7 +5055,7 @@ class Guest:
         Args:
             entry: With its places.
             title: What people read at a script's head.
-            token: The script refuses to run for a caller with another one.
+            token: A plain word; the script refuses to run for a caller with another one.
             placed: (SHA-256, file mode) of each file of `entry_files`, in that order.
         """
         folder, user, own, running = self.folder(entry), entry.options.get("user", ""), [], ":"
@@ -5074,7 +5073,7 @@ class Guest:
         placing = [f"[ $code = 0 ] && {{ place {w} cp || code={PLACE_FAILED}; }}" for w in words]
         script = _CALL_SCRIPT.format(
             title=_NOT_PLAIN.sub("?", title),
-            token=shlex.quote(token),
+            token=token,
             claim_failed=CLAIM_FAILED,
             script=shlex.quote(str(entry.call_arguments_filename)),
             folder=shlex.quote(str(folder)),
@@ -5166,13 +5165,9 @@ class Guest:
 
     # --- attempts
 
-    def token(self, token: str) -> str:
-        """Return a word by which a script of ours knows its experiment."""
-        return token
-
     def start(self, entry: ScheduleEntry, attempt: Attempt, token: str) -> int:
         """Start an entry's script, which claims the attempt first; return its pid."""
-        words = str(entry.call_arguments_filename), attempt.claim, self.token(token)
+        words = str(entry.call_arguments_filename), attempt.claim, token
         return self.driver.start(self.command(*words), capture=self.captures)
 
     def refused(self, status: drivers.ExecStatus) -> bool:
@@ -5237,7 +5232,6 @@ class WindowsGuest(Guest):
     """A Windows guest: batch files for what starts programs, PowerShell for all else."""
 
     launch = "C:\\launch"
-    separator = "\\"
     always_tells_boot = True
     # Every process inherits every pipe: with a daemon left behind, a program would never end.
     captures = False
@@ -5255,9 +5249,6 @@ class WindowsGuest(Guest):
         is_batch = PureWindowsPath(location).suffix.lower() in _BATCHES
         return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
 
-    def token(self, token: str) -> str:
-        return _digest(token)
-
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
     ) -> list[Script]:
@@ -5265,7 +5256,7 @@ class WindowsGuest(Guest):
             raise WrongValue("user is for POSIX guests; Windows lets nobody become another so")
         script = _CALL_BATCH.format(
             title=re.sub(r"[^A-Za-z0-9 ,.:()_-]", "?", title),
-            token=self.token(token),
+            token=token,
             claim_failed=CLAIM_FAILED,
             working_dir=_batch_path(str(entry.working_dir)),
             reboot=_batch_path(str(entry.reboot_filepath)),
@@ -6364,7 +6355,7 @@ class HandledVM:
     @property
     def token(self) -> str:
         """What a script of ours must be told before it begins."""
-        return f"{self.config['vm_uuid']}.{self.journal.token}"
+        return _digest(f"{self.config['vm_uuid']}.{self.journal.token}")
 
     def open_output(self) -> None:
         """Begin to write logs; anew, where there may be room again."""

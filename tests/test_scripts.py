@@ -515,6 +515,16 @@ def test_a_content_is_brought_once_and_an_older_experiment_is_moved_aside(guest:
     }
 
 
+def test_of_many_scripts_none_is_moved_aside_as_old(guest: Guest) -> None:
+    """They come by several programs of the guest, of which the first one moves."""
+    (guest.launch / "-5").mkdir()
+    (guest.launch / "-5" / "old").touch()
+    places = [f"{guest.launch}/-5/prog-{n}/call_arguments.sh" for n in range(70)]
+    guest.stage([vmrm.Script(f"it's {path}", path) for path in places], aside=["-5"])
+    assert [Path(path).read_text() for path in places] == [f"it's {path}" for path in places]
+    assert [p.parent.parent.parent.name for p in guest.launch.rglob("old")] == [".previous"]
+
+
 def test_what_is_cut_short_is_not_done(guest: Guest) -> None:
     """The lines of a layout come by a pipe, whose writer may die at any byte."""
     entry = shell_program("true")

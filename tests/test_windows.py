@@ -158,9 +158,7 @@ class Player:
     def start(self, entry: ScheduleEntry, attempt: int = 1, token: str = TOKEN) -> int | None:
         """Run an attempt to its end; return its exit code."""
         script = str(entry.call_arguments_filename)
-        return self.run(
-            self.guest.command(script, f"attempt.{attempt}", self.guest.token(token))
-        ).exitcode
+        return self.run(self.guest.command(script, f"attempt.{attempt}", token)).exitcode
 
     def left(self, name: str, attempt: int = 1, number: int = 1) -> str:
         """Return a file that an attempt left."""
