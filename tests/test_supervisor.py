@@ -280,7 +280,7 @@ def test_an_entry_that_was_replaced_is_not_armed(tmp_path: Path) -> None:
             until(lambda: tables.states(lab.db)["vm1"] == "configuring")
             os.kill(agent.pid, signal.SIGSTOP)
             try:
-                until(lambda: tables.vms(lab.db)["vm1"]["current_time"] == "-1")
+                until(lambda: time.time() > tables.experiment(lab.db)["launched_at"] + 4)
                 with vmrm.Database(lab.db) as db:
                     vmrm.ScheduleDb(db=db).put("vm1", json.dumps([new]))
             finally:
