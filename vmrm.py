@@ -1598,7 +1598,7 @@ class VMMapping(_Served):
         complete["state"] = checked_word("VM state", complete["state"], VMState).value
         if complete["current_time"] != "":
             complete["current_time"] = _checked_time(complete["current_time"])
-        if faults := _key_faults(complete, _VM_VALUES, f"VM {entry['server_name']!r}"):
+        if faults := _sound(complete, _VM_VALUES, f"VM {entry['server_name']!r}")[1]:
             raise WrongValue(faults[0])
         return complete
 
@@ -1842,31 +1842,30 @@ def unknown_key(key: object, known: Iterable[str]) -> str:
     return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _key_faults(item: object, keys: Mapping[str, tuple[Any, ...]], where: str) -> list[str]:
+def _sound(
+    item: object, keys: Mapping[str, tuple[Any, ...]], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what of a table is known and of the right kind, and what is wrong with the rest."""
     if not isinstance(item, dict):
-        return [f"{where}: {item!r} is not a table of key = value"]
-    faults = []
+        return {}, [f"{where}: {item!r} is not a table of key = value"]
+    sound, faults = {}, []
     for key, value in item.items():
         if key not in keys:
             faults.append(f"{where}: {unknown_key(key, keys)}")
-        elif not keys[key][0](value):
+        elif keys[key][0](value):
+            sound[key] = value
+        else:
             told = repr(value)
             told = told if len(told) <= 200 else f"{told[:200]}…"
             faults.append(f"{where}: {key} is {told}, but must be {keys[key][1]}")
-    return faults
-
-
-def _sound(item: Mapping[str, Any], keys: _Keys) -> dict[str, Any]:
-    """Return what of a table has a known key and a value of the right kind."""
-    return {key: value for key, value in item.items() if key in keys and keys[key][0](value)}
+    return sound, faults
 
 
 def entry_faults(item: object, where: str) -> list[str]:
     """Return all that is wrong with an entry as a table, infinities being floats, a line each."""
-    faults = _key_faults(item, ENTRY_KEYS, where)
+    sound, faults = _sound(item, ENTRY_KEYS, where)
     if not isinstance(item, dict):
         return faults
-    sound = _sound(item, ENTRY_KEYS)
     for kind in DATA_KEYS:
         wrong = [f for part in sound.get(kind, []) for f in _part_faults(kind, part, where)]
         faults += wrong
@@ -1878,7 +1877,7 @@ def entry_faults(item: object, where: str) -> list[str]:
 def _part_faults(kind: str, part: object, where: str) -> list[str]:
     where = f"{where}, {kind}"
     missing = {"location", _MARKS[kind]} - {"interval", *(part if isinstance(part, dict) else ())}
-    faults = _key_faults(part, DATA_KEYS[kind], where)
+    faults = _sound(part, DATA_KEYS[kind], where)[1]
     return faults + [f"{where}: {key} is missing" for key in sorted(missing)]
 
 
@@ -1924,11 +1923,8 @@ def _with_infinities(item: Any) -> Any:
     """Return an entry with start time and pause as numbers; JSON has the infinities as strings."""
     if not isinstance(item, Mapping):
         return item
-    words = {"inf": math.inf, "-inf": -math.inf}
-    return {
-        key: words[value] if key in ("start_time", "pause") and value in list(words) else value
-        for key, value in item.items()
-    }
+    texts = {key: str(item.get(key)) for key in ("start_time", "pause")}
+    return {**item} | {key: float(text) for key, text in texts.items() if text in ("inf", "-inf")}
 
 
 def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -2248,6 +2244,8 @@ class ScheduleDb(_Rows):
         begin with the stored entries (compared as JSON) and may only add more. The address and
         `broadcast` have no effect: there is one database.
         """
+        if not _is_word(vm_resources_ip):
+            raise WrongValue(f"vm_resources_ip {vm_resources_ip!r} is not a text")
         self._put({server_name: text})
 
     def batch_put(self, sched_list: Iterable[Mapping[str, str]], broadcast: bool = False) -> None:
@@ -10199,7 +10197,7 @@ class _ExperimentReader:
         known = ("experiment", "vm")
         self.faults += [unknown_key(key, known) for key in document if key not in known]
         settings, tables = document.get("experiment", {}), document.get("vm", [])
-        self.faults += _key_faults(settings, EXPERIMENT_KEYS, "[experiment]")
+        self.faults += _sound(settings, EXPERIMENT_KEYS, "[experiment]")[1]
         if not isinstance(tables, list) or not tables:
             self.faults.append("there is no [[vm]]")
             tables = []
@@ -10211,10 +10209,10 @@ class _ExperimentReader:
     def _read_vm(self, table: Any, where: str) -> None:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             where = f"vm {table['name']!r}"
-        self.faults += _key_faults(table, VM_KEYS, where)
+        sound, faults = _sound(table, VM_KEYS, where)
+        self.faults += faults
         if not isinstance(table, dict):
             return
-        sound = _sound(table, VM_KEYS)
         text = self.read_schedule(sound.get("schedule", []), where)
         if "name" not in table:
             self.faults.append(f"{where}: name is missing")
