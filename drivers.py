@@ -173,7 +173,7 @@ class StateError(DriverError):
 class AgentError(DriverError):
     """The agent answered `sent` (a command's name) with an error of class `class_` and text `desc`.
 
-    Decide by class, never by text: texts differ between versions of the agent.
+    Decide by class, never by text, which differs between versions of the agent.
     """
 
     def __init__(self, class_: str, desc: str, sent: str, hint: str = "") -> None:
@@ -310,7 +310,6 @@ _FAIR_TRY_S = 0.5
 _BUSY_HINT = "Start the guest's agent, or stop the other client that perhaps holds the socket"
 
 
-# What *code* (an errno) means for connecting to *address*.
 def _refusal(address: Address, code: int) -> ConnectError:
     if code in (errno.EAGAIN, errno.ETIMEDOUT):  # the queue of a busy server is full
         return NoAnswer(str(address), "does not take the connection", _BUSY_HINT)
@@ -458,17 +457,12 @@ class Session:
         self._log = log
         self._idents = itertools.count(secrets.randbits(52))
 
-    def encode(
-        self, command: str, arguments: Words, content: bytes | None = None
-    ) -> tuple[Ticket, bytes]:
-        """Return a ticket and the bytes to send for it; `expect` it when they are sent.
-
-        *content* is sent with the *arguments* as guest-file-write wants it.
-        """
+    def encode(self, command: str, arguments: Words, content: bytes = b"") -> tuple[Ticket, bytes]:
+        """Return a ticket, to be made `pending`, and the bytes to send; *content* is written."""
         ident = next(self._idents)
         words = f', "arguments": {_encode_json(arguments)}' if arguments else ""
         data = f'{{"execute": {_encode_json(command)}, "id": {ident}{words}}}'.encode()
-        if content is not None:
+        if content:
             # Put in by hand: the encoder of JSON would look at each of its characters.
             base64_ = binascii.b2a_base64(content, newline=False)
             data = b"".join((data[:-2], b', "buf-b64": "', base64_, b'"}}'))
@@ -480,19 +474,10 @@ class Session:
         limit = REPLY_LIMIT + 4 * (size // 3 + 2)
         return Ticket(command, ident, len(data) > _SMALL_REQUEST, limit), data
 
-    def expect(self, ticket: Ticket) -> None:
-        """Wait for the reply to *ticket* from now on."""
-        self.pending[ticket.ident] = ticket
-
     @property
     def next_limit(self) -> int:
         """Bytes that the next reply may have: the agent answers in the order of requests."""
         return next((ticket.limit for ticket in self.pending.values()), REPLY_LIMIT)
-
-    @property
-    def large_pending(self) -> bool:
-        """Whether a large request is on its way, beside which nothing may be sent."""
-        return any(ticket.large for ticket in self.pending.values())
 
     def accept(self, frame: bytes) -> None:
         """Hand the reply in *frame* to its ticket; one that nobody waits for is dropped."""
@@ -519,7 +504,6 @@ def _count(frame: bytes, mark: bytes) -> int:
 _TEXT_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
 
 
-# How deep the lists and objects of some JSON are nested.
 def _depth(frame: bytes) -> int:
     marks = _TEXT_OR_BRACKET.finditer(frame)
     return max(itertools.accumulate(bool(mark[1]) - bool(mark[2]) for mark in marks))
@@ -606,9 +590,10 @@ class Link:
     def post(self, ticket: Ticket, data: bytes, deadline: Deadline) -> Ticket:
         """Send a request, alone if it or one under way is large; return its ticket."""
         self._live()
-        if self.session.pending and (ticket.large or self.session.large_pending):
+        pending = self.session.pending
+        if any(ticket.large or other.large for other in pending.values()):
             self.drain(deadline)
-        self.session.expect(ticket)
+        pending[ticket.ident] = ticket
         self._send(data, deadline, ticket.command)
         return ticket
 
@@ -786,8 +771,6 @@ class AbstractDriver(ABC):
 
     `config` needs "path" (see `parse_address`) and may have "name", "launch_dir", "timeout"
     (seconds per call, 30) and "connect_timeout" (seconds, 20). `log` takes what is worth knowing.
-
-    Raises FileNotFoundError if no path was given, ValueError for one that is no address.
     """
 
     _EXEC_ERROR_MSG = "`execute` returned `None` indicating an error has occurred."
@@ -813,18 +796,22 @@ class AbstractDriver(ABC):
     @abstractmethod
     def connect(self) -> int:
         """Connect to the agent and synchronise; return the token of that exchange."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
         """Close the connection."""
+        raise NotImplementedError
 
     @abstractmethod
     def sync(self, timeout: float = 5) -> int | None:
         """Synchronise with the agent within *timeout* seconds; return the token or None."""
+        raise NotImplementedError
 
     @abstractmethod
     def ping(self, timeout: float = 10) -> bool:
         """Tell whether the agent answers within *timeout* seconds."""
+        raise NotImplementedError
 
     @abstractmethod
     def execute(
@@ -840,59 +827,73 @@ class AbstractDriver(ABC):
         *arg* is one argument as text or a list of them; *env* (a list of "KEY=value") replaces
         the whole environment. A daemon counts as running while it holds captured output.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def exec_status(self, pid: int) -> dict[str, Any]:
         """Return what the agent knows of program *pid*, and pass it to `store_captured_output`."""
+        raise NotImplementedError
 
     @abstractmethod
     def store_captured_output(self, pid: int, output: Mapping[str, Any]) -> None:
         """Keep what the agent told of program *pid* in `output_cache`."""
+        raise NotImplementedError
 
     @abstractmethod
     def file_flush(self, handle: int) -> None:
         """Flush an open file of the guest."""
+        raise NotImplementedError
 
     @abstractmethod
     def _write(self, filename: str, data: str | bytes, mode: str = "w") -> bool:
         """Write *data* to a file of the guest; return whether the agent accepted it."""
+        raise NotImplementedError
 
     @abstractmethod
     def write_from_file(self, filename: str, local_filename: LocalPath, mode: str = "w") -> bool:
         """Write a local file's content to a file of the guest."""
+        raise NotImplementedError
 
     @abstractmethod
     def read_file(self, filename: str, local_destination: LocalPath, mode: str = "rb") -> bool:
         """Fetch a file of the guest to the local path *local_destination*."""
+        raise NotImplementedError
 
     @abstractmethod
     def get_os(self) -> str:
         """Return the pretty name of the guest's system."""
+        raise NotImplementedError
 
     @abstractmethod
     def get_time(self) -> int:
         """Return the guest's time in nanoseconds since 1970."""
+        raise NotImplementedError
 
     @abstractmethod
     def set_time(self, now_ns: int | None = None) -> None:
         """Set the guest's clock to *now_ns*, or to the host's present time."""
+        raise NotImplementedError
 
     @abstractmethod
     def set_user_password(self, username: str, password: str) -> None:
         """Set the password of a user of the guest."""
+        raise NotImplementedError
 
     @abstractmethod
     def network_get_interfaces(self) -> list[dict[str, Any]]:
         """Return the guest's network interfaces."""
+        raise NotImplementedError
 
     @abstractmethod
     def reboot(self) -> None:
         """Make the guest reboot."""
+        raise NotImplementedError
 
     @staticmethod
     @abstractmethod
     def get_engine() -> str:
         """Return the name of the engine whose VMs this driver can talk to."""
+        raise NotImplementedError
 
     def connected(self, timeout: float = 10) -> dict[str, Any]:
         """Return {} if the agent answers within *timeout* seconds. Raises DriverTimeout if not."""
@@ -992,10 +993,7 @@ class AbstractDriver(ABC):
         return sink.getvalue()
 
     def push(self, source: BinaryIO, path: str, *, mode: str = "w") -> Copy:
-        """Copy *source* to the guest's file *path*, yielding the bytes sent so far per chunk.
-
-        *mode* is "w" (replace) or "a" (append). Raises AgentError if it cannot be written.
-        """
+        """Copy *source* to the guest's file *path*, in mode "w" or "a". Raises AgentError."""
         import tempfile
 
         with tempfile.NamedTemporaryFile(prefix="vmrm-") as copy:
@@ -1007,10 +1005,7 @@ class AbstractDriver(ABC):
             yield copy.tell()
 
     def pull(self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None) -> Copy:
-        """Copy at most *limit* bytes of the guest's file from *offset* on to *sink*.
-
-        Yields the bytes got so far. Raises AgentError if it cannot be read, and as *sink* does.
-        """
+        """Copy at most *limit* bytes of a file of the guest to *sink*. Raises AgentError."""
         import tempfile
 
         got, left = 0, math.inf if limit is None else limit
@@ -1032,17 +1027,14 @@ class AbstractDriver(ABC):
         self.output_cache.clear()
 
     def get_exitcode(self, pid: int) -> int | None:
-        """Return the exit code of *pid*, or None while it runs; for a signal 128 + its number.
-
-        On Windows the number of an unhandled exception stands for itself.
-        """
+        """Return the exit code of *pid*, or None while it runs; for a signal 128 + its number."""
         status = self._cached_status(pid)
         if not status["exited"]:
             return None
         number = status.get("signal")
         if number is None:
             return int(status["exitcode"])
-        return int(number) + (128 if number < 128 else 0)
+        return int(number) + (128 if number < 128 else 0)  # Windows has bigger ones
 
     def wait_for_exitcode(self, pid: int, interval: float = 1) -> int:
         """Return the exit code of *pid* once it has one, looking every *interval* s or sooner."""
@@ -1095,10 +1087,7 @@ class AbstractDriver(ABC):
         return None if status is None else status.exitcode == 0
 
     def file_exists(self, path: str) -> bool | None:
-        """Tell whether *path* exists in the guest; None if the attempt to look failed.
-
-        The shell's wildcards `*`, `?` and `[…]` are expanded, and one match is enough.
-        """
+        """Tell whether *path*, or what its wildcards match, exists; None if that failed."""
         return self._succeeds(_EXISTS, path)
 
     def create_directories(self, directory: GuestPath) -> bool | None:
@@ -1154,10 +1143,7 @@ class AbstractDriver(ABC):
         return PureWindowsPath(path) if self.is_windows else PurePosixPath(path)
 
     def deconflict_agent_path(self, path: GuestPath) -> PurePath:
-        """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before.
-
-        Case does not distinguish paths. The same calls in the same order give the same paths.
-        """
+        """Return *path*, or the first of `path-2`, `path-3`, … that was not given out before."""
         wanted = str(self._pure_path(path))
         names = itertools.chain([wanted], (f"{wanted}-{n}" for n in itertools.count(2)))
         unique = next(name for name in names if name.casefold() not in self.used_agent_paths)
@@ -1167,9 +1153,8 @@ class AbstractDriver(ABC):
     def create_paths(self, schedule_entry: Any) -> None:
         """Choose the guest's places for *schedule_entry* and set them on it as text.
 
-        Sets `call_arguments_filename` (the script in `<launch_dir>/<start_time>/<name>`),
-        `working_dir` (that directory; for an entry with a user, one in it that is the user's) and
-        `reboot_filepath` (the file in `working_dir` whose presence asks for a reboot).
+        `call_arguments_filename` is the script, `working_dir` where it runs (for an entry with a
+        user, what is the user's), `reboot_filepath` the file there that asks for a reboot.
         """
         default, suffix = ("C:\\launch", "bat") if self.is_windows else ("/var/launch", "sh")
         program = str(schedule_entry.executable or "").replace("\\", "/").rpartition("/")[2]
@@ -1193,7 +1178,6 @@ _PULL_BYTES = 256 * 1024  # the fastest reads, and still small enough to share t
 _CRUMBS = 16  # in a row; an agent reads and writes what it is asked, but at the end of a file
 
 
-# Member *key* of *reply*, which must be of type *kind*.
 def _field(reply: Any, key: str, kind: type, sent: str) -> Any:
     value = reply.get(key) if isinstance(reply, dict) else None
     if type(value) is not kind:
@@ -1201,7 +1185,6 @@ def _field(reply: Any, key: str, kind: type, sent: str) -> Any:
     return value
 
 
-# The integer *key* of *reply*, which must be in *low* to *high*.
 def _number(reply: Any, key: str, low: int, high: int, sent: str) -> int:
     value = _field(reply, key, int, sent)
     if not low <= value <= high:
@@ -1209,7 +1192,6 @@ def _number(reply: Any, key: str, low: int, high: int, sent: str) -> int:
     return int(value)
 
 
-# The bytes of the base64 *key* of *reply*.
 def _content(reply: Any, key: str, sent: str) -> bytes:
     text = _field(reply, key, str, sent)
     try:
@@ -1246,11 +1228,7 @@ def _parse_status(reply: Any) -> ExecStatus:
 
 
 class AgentConnection(AbstractDriver):
-    """A QEMU guest agent's connection: made, proven, used for one request, and closed by failure.
-
-    Any exception inside a request (a timeout, a Ctrl-C, whatever `wait` raises) closes the
-    connection; then every call raises StateError until `connect`.
-    """
+    """A connection to a QEMU guest agent; what fails in it ends it, until the next `connect`."""
 
     def __init__(self, config: Mapping[str, Any], log: logging.Logger) -> None:
         super().__init__(config, log)
@@ -1260,9 +1238,8 @@ class AgentConnection(AbstractDriver):
     def connect(self, timeout: Seconds = None, retry: bool = True) -> int:
         """Connect afresh, drop what earlier clients left, and return the synchronisation id.
 
-        Each try has a new connection and id, since a channel opened while a guest boots may stay
-        mute for ever; with *retry* false there is one. Raises what the last try met that had time
-        for an answer.
+        Each try has a new connection: one opened while a guest boots may stay mute for ever.
+        Raises what the last try met that had time for an answer.
         """
         deadline = Deadline(self.connect_timeout if timeout is None else timeout)
         pauses = iter([0.05, 0.1, 0.2, 0.5])
@@ -1357,10 +1334,7 @@ class AgentConnection(AbstractDriver):
         return {}
 
     def call(self, command: str, arguments: Words = None, *, timeout: Seconds = None) -> Any:
-        """Send one request and return what the agent returned, unchecked.
-
-        *timeout* (seconds) covers sending and waiting. An AgentError leaves the connection intact.
-        """
+        """Send one request and return what the agent returned, unchecked."""
         return self._call(self._link(), command, arguments, timeout)
 
     # Only ever on that link: on another one, a handle may be another file's.
@@ -1402,7 +1376,6 @@ class AgentConnection(AbstractDriver):
         """Tell whether the agent knows *command* and its configuration allows it."""
         return self._commands(self._link()).get(command, False)
 
-    # The agent's commands, and whether each is allowed.
     def _commands(self, link: Link) -> dict[str, bool]:
         if self._info is None:
             info = self._call(link, "guest-info")
@@ -1423,11 +1396,7 @@ class AgentConnection(AbstractDriver):
 
 
 class QemuGuestAgentDriver(AgentConnection):
-    """Driver for the QEMU Guest Agent, over the host's end of its channel.
-
-    The methods up to "strict" keep the reference's returns; those below give a value or raise a
-    DriverError.
-    """
+    """Driver for the QEMU Guest Agent; below "strict" a method gives a value or raises an error."""
 
     @staticmethod
     def get_engine() -> str:
@@ -1547,18 +1516,14 @@ class QemuGuestAgentDriver(AgentConnection):
         return found
 
     def reboot(self, timeout: float = 1) -> None:
-        """Make the guest reboot, after which the driver is not connected.
-
-        The agent answers a failure within milliseconds and a success never, so silence for
-        *timeout* seconds, or the end of the connection, means that it was accepted.
-        """
+        """Make the guest reboot, and close; silence for *timeout* seconds means that it will."""
         with self.lock:
             link = self._link()
             encoded = link.session.encode("guest-shutdown", {"mode": "reboot"})
             ticket = link.post(*encoded, Deadline(self.timeout))
             try:
                 self._collect(link, ticket, Deadline(timeout))
-            except (DriverTimeout, LinkLost):
+            except (DriverTimeout, LinkLost):  # only a failure is answered, in milliseconds
                 self.log.debug("the guest accepted the reboot silently")
             self.close()
             self._reset_cache()
@@ -1580,7 +1545,6 @@ class QemuGuestAgentDriver(AgentConnection):
     def status(self, pid: int, timeout: float = math.inf) -> ExecStatus:
         return _parse_status(self._ask_status(pid, timeout))
 
-    # *timeout* only shortens that of any call.
     def _ask_status(self, pid: int, timeout: float = math.inf) -> Any:
         seconds = min(self.timeout, timeout)
         try:
@@ -1594,10 +1558,7 @@ class QemuGuestAgentDriver(AgentConnection):
     # --- strict: files ---
 
     def open(self, path: str, mode: str) -> int:
-        """Open a file of the guest in one of fopen's modes; return its handle.
-
-        Raises LinkLost, with the connection closed, if the guest has rebooted behind it.
-        """
+        """Open a file of the guest in one of fopen's modes; return its handle."""
         return self._open(self._link(), path, mode)
 
     # On virtio-serial a connection outlives the agent, which counts handles up from 1000 for ever,
@@ -1627,10 +1588,7 @@ class QemuGuestAgentDriver(AgentConnection):
         return _number(reply, "position", 0, 2**63 - 1, sent), _field(reply, "eof", bool, sent)
 
     def read(self, handle: int, count: int) -> tuple[bytes, bool]:
-        """Read up to *count* bytes (48 MiB at most); return them and whether the file ended.
-
-        A POSIX agent says so with the last bytes, a Windows one only with no bytes at all.
-        """
+        """Read up to *count* bytes (48 MiB at most); return them and whether the file ended."""
         reply = self.call("guest-file-read", {"handle": handle, "count": count})
         return self._parse_read(reply, count)
 
@@ -1721,7 +1679,7 @@ class QemuGuestAgentDriver(AgentConnection):
                 got += len(data)
                 if data:
                     yield got
-                if eof or not data:
+                if eof or not data:  # an agent of Windows says so with no bytes only
                     return
                 crumbs = crumbs + 1 if len(data) < count else 0
                 if crumbs == _CRUMBS:
@@ -1816,10 +1774,7 @@ class RequestSplitter:
         self._may_be_whole |= len(self._held) < 1000 or any(mark in data for mark in b"}]\xff")
 
     def next_value(self) -> Any:
-        """Return the next value, or None if more bytes are needed.
-
-        Raises ValueError for what is no value, having dropped it.
-        """
+        """Return the next value, or None; drop what is none, and raise ValueError."""
         held = self._held
         if self._may_be_whole:
             before, mark, _ = held.partition(b"\xff")
@@ -1895,13 +1850,11 @@ class _Program:
 
 
 class StandInAgent:
-    """The state of one agent: open files, programs, boots, clock; no socket.
+    """The state of one agent: open files, programs, boots, clock. Its commands are `guest_…`.
 
     Guest paths are paths of this host. With *root*, file commands outside of it are refused,
     after links and `..` are resolved; programs are not confined. `<socket_path>.boot` has a byte
     for each boot that ended, so that an agent that is killed and started again is on the same.
-
-    The methods `guest_…` are the commands, their parameters those of the commands.
     """
 
     def __init__(self, socket_path: Path, loop: AbstractEventLoop, root: Path | None) -> None:

@@ -32,7 +32,7 @@ def test_a_session_hands_each_reply_to_its_own_ticket() -> None:
     session = drivers.Session(LOG)
     tickets = [session.encode("guest-ping", None)[0] for _ in range(3)]
     for ticket in tickets:
-        session.expect(ticket)
+        session.pending[ticket.ident] = ticket
     for ticket in reversed(tickets):
         session.accept(json.dumps({"return": ticket.ident, "id": ticket.ident}).encode())
     assert [ticket.result() for ticket in tickets] == [ticket.ident for ticket in tickets]
