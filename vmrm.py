@@ -838,6 +838,8 @@ SUPERVISOR = "supervisor"  # its lock, and its wake-up socket; those of VMs are 
 KEEPER = "keeper"  # the same
 POOL = "pool"  # the keeper, and those who wait for a VM and would be given one now
 
+_POOL = f"iif(EXISTS (SELECT 1 FROM pool_waiters), '{POOL}', '{KEEPER}')"  # noqa: S608 (ours)
+
 # What changes, and the wake-up socket of whom that concerns. The schema's triggers raise the
 # revision of a VM with all that its handler must see.
 _AWAITED = (
@@ -851,18 +853,18 @@ _AWAITED = (
         "DELETE ON leases WHEN EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)",
         f"'{SUPERVISOR}'",
     ),
-    ("INSERT ON pool_vms", f"'{POOL}'"),
-    ("DELETE ON pool_vms", f"'{POOL}'"),
-    ("UPDATE ON pool_vms WHEN new.state <> 'in_use'", f"'{POOL}'"),
+    ("INSERT ON pool_vms", _POOL),
+    ("DELETE ON pool_vms", _POOL),
+    ("UPDATE ON pool_vms WHEN new.state <> 'in_use'", _POOL),
     (  # one less for anybody
         """UPDATE OF bound_to_user ON pool_vms
            WHEN new.state = 'in_use' AND old.bound_to_user IS NOT new.bound_to_user""",
         f"'{KEEPER}'",
     ),
-    ("INSERT ON pool_groups", f"'{POOL}'"),
-    ("UPDATE ON pool_groups", f"'{POOL}'"),
+    ("INSERT ON pool_groups", _POOL),
+    ("UPDATE ON pool_groups", _POOL),
     ("INSERT ON pool_waiters", f"'{KEEPER}'"),
-    ("DELETE ON pool_waiters", f"'{POOL}'"),
+    ("DELETE ON pool_waiters", _POOL),
 )
 
 _inherited: list[object] = []  # a parent process's connections, kept from every destructor
@@ -1435,9 +1437,11 @@ def wake(db: Database, *names: int | str) -> None:
         sockets = sockets - {POOL} | {KEEPER}
         with contextlib.suppress(Unavailable):  # what we tell of is done
             sockets |= {f"wait-{token}" for token in Leases(db).next_in_queue()}
+    folder = f"{db.state_dir}/wake"  # (a Path takes longer than to look whether somebody listens)
+    sockets = {name for name in sockets if os.path.exists(f"{folder}/{name}")}  # noqa: PTH110
     if not sockets:
         return
-    directory = os.open(f"{db.state_dir}/wake", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
             for name in sockets:
