@@ -733,6 +733,13 @@ def powershell(script: str, *words: str) -> list[str]:
     return ["powershell.exe", *plain, "-EncodedCommand", encoded]
 
 
+def script_argv(script: tuple[str, str], is_windows: bool, *words: str) -> list[str]:
+    """Return the argument list that runs a script, for sh or for PowerShell, with *words*."""
+    return (
+        powershell(script[1], *words) if is_windows else ["/bin/sh", "-c", script[0], "sh", *words]
+    )
+
+
 def _as_bytes(data: str | bytes) -> bytes:
     return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
 
@@ -1072,8 +1079,7 @@ class AbstractDriver(ABC):
     ) -> ExecStatus | None:
         text = os.fspath(path)
         words = (f"./{text}" if text.startswith("-") else text, *words)  # else it is an option
-        shell = ["/bin/sh", "-c", script[0], "sh", *words]
-        argv = powershell(script[1], *words) if self.is_windows else shell
+        argv = script_argv(script, self.is_windows, *words)
         try:
             return self.run(argv, timeout=patience * self.timeout)
         except UnknownPid:

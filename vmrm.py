@@ -4496,21 +4496,28 @@ reboot=0; [ -e {reboot} ] && reboot=1
 exit "$code"
 """
 
-# What a guest is asked, or has to do, by verb. The parameters:
+# What a guest is asked, or has to do, by verb, for sh and for PowerShell. The parameters:
 # - lay-out: the stage, experiment and VM that own it, a word for what is old, folders to move
 #   aside; by stdin, lines that call the functions. `script` makes a script at a path, for the
 #   agent's own user or another, who gets the directory named third; root runs and writes nothing
 #   that such a user could have put there. `keep` verifies a pushed content, `text` brings one.
 #   Tells what lies in the stage. A link is made with its content in one step: two VMs that share a
-#   directory cannot both own it.
+#   directory cannot both own it. Windows: lines come as words between tabs, in a file; sizes are
+#   verified; two accounts may change what is ours, as what is made on a drive any user may.
 # - probe, forbid: directories of attempts. `probe` looks for life before the exit code: what is
 #   gone by then has written its code. `forbid` takes the place of those that have not begun.
+#   Windows: a batch file cannot tell its pid, its command line has its path and the attempt.
 # - signal: a signal's name and a pid, without "--", which dash's kill does not know; the group, or
-#   where there is no setsid the process.
+#   where there is no setsid the process. Windows: all that it started ends, whatever the signal.
+# - has-program: a name, looked for as a shell does.
+# - list: a path or glob. Windows: a directory's entry lags behind a file that is open, hence
+#   Refresh; a link is listed by nobody, but the place that was asked for may be one.
+# - hash: exit code and 64 digits tell; where one of the programs is missing, it is asked no more.
 # - receive, deliver, discard: a file that is pushed, and a token; it arrives where it belongs if
 #   nobody else can change that, else in a directory of ours.
-_SH = {
-    "lay-out": f"""\
+_SCRIPTS = {
+    "lay-out": (
+        f"""\
 {_TRUSTED_SH}
 umask 077
 stage=$1 experiment=$2 vm=$3 old=$4; shift 4
@@ -4556,7 +4563,47 @@ cd "$stage" && eval "$(cat)" || exit 1
 for some in *; do [ ! -f "$some" ] || {{ wc -c * 2>/dev/null; break; }}; done
 exit 0
 """,
-    "probe": """\
+        drivers.STOP_PS
+        + r"""
+$stage, $experiment, $vm, $old, $aside = $w; $lines = "lines.$old"
+function fail($why) { [Console]::Error.WriteLine($why); exit 1 }
+function folder($path) { [void](New-Item -ItemType Directory -Force -Path $path) }
+function replace($to, $from) { Move-Item -Force -LiteralPath $from -Destination $to }
+folder $stage
+icacls.exe (Split-Path -Parent $stage) /inheritance:r /grant:r '*S-1-5-18:(OI)(CI)F' `
+    '*S-1-5-32-544:(OI)(CI)F' | Out-Null
+if ($LASTEXITCODE) { fail 'icacls fails' }
+Set-Location -LiteralPath $stage; [Environment]::CurrentDirectory = $stage
+[IO.File]::WriteAllText("new.$old", $vm)
+try { [IO.File]::Move("new.$old", "of.$experiment") }  # which replaces nothing
+catch { Remove-Item -LiteralPath "new.$old" }
+if ([IO.File]::ReadAllText("of.$experiment") -ne $vm) {
+    fail 'this launch directory is used by another VM of this experiment'
+}
+foreach ($name in $aside) {
+    if (Test-Path -LiteralPath "..\$name") {
+        folder "..\.previous\$old"
+        replace "..\.previous\$old" "..\$name"
+    }
+}
+foreach ($line in Get-Content -Encoding UTF8 -LiteralPath $lines -ErrorAction Ignore) {
+    $verb, $content, $word = $line.Split([char]9)
+    if ($verb -eq 'script') {
+        folder (Split-Path -Parent $word)
+        Copy-Item -LiteralPath $content -Destination "$word.new"
+        replace $word "$word.new"
+    } else {
+        $size = (Get-Item -LiteralPath "$content.part").Length
+        if ($size -ne $word) { fail "$content arrived damaged" }
+        replace $content "$content.part"
+    }
+}
+Remove-Item -LiteralPath $lines -ErrorAction Ignore
+Get-ChildItem -File | ForEach-Object { '{0} {1}' -f $_.Length, $_.Name }
+""",
+    ),
+    "probe": (
+        """\
 for here; do
     if [ ! -d "$here" ]; then echo none; continue; fi
     code= pid= life=gone
@@ -4573,20 +4620,49 @@ for here; do
     echo "claim:$code:$pid:$life"
 done
 """,
-    "forbid": f"""\
+        r"""
+$all = @(Get-CimInstance Win32_Process -Filter "Name='cmd.exe'")
+foreach ($here in $w) {
+    if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }
+    $code = ''; $file = Join-Path $here 'exit'
+    if (Test-Path -LiteralPath $file) {
+        $code = [IO.File]::ReadAllText($file).Trim() -replace '\s+', ' '
+    }
+    $script = Join-Path (Split-Path $here) 'call_arguments.bat'
+    $number = (Split-Path -Leaf $here).Substring('attempt.'.Length)
+    $pattern = [regex]::Escape($script) + '"? (attempt[.])?' + [regex]::Escape($number) + ' '
+    $p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1
+    $life = if ($p) { 'alive' } else { 'gone' }
+    'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life
+}
+""",
+    ),
+    "forbid": (
+        f"""\
 umask 077
 for here; do
     mkdir "$here" 2>/dev/null && echo "{CLAIM_FAILED} 0" > "$here/exit"
 done
 exit 0
 """,
-    "signal": 'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null',
-    # Where a shell would look for a program.
+        f"""
+foreach ($here in $w) {{
+    cmd.exe /d /c mkdir $here 2>$null
+    if (-not $LASTEXITCODE) {{ [IO.File]::WriteAllText("$here\\exit", '{CLAIM_FAILED} 0') }}
+}}
+""",
+    ),
+    "signal": (
+        'kill -"$1" "-$2" 2>/dev/null || kill -"$1" "$2" 2>/dev/null',
+        "taskkill.exe /T /F /PID $w[1] | Out-Null; exit 1",
+    ),
     "has-program": (
         'set -f; case $1 in */*) [ -e "$1" ]; exit;; esac; '
-        'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1'
+        'IFS=:; for d in $PATH; do [ -e "$d/$1" ] && exit 0; done; exit 1',
+        "exit [int](-not (Test-Path -LiteralPath $w[0]))",
     ),
-    "list": """\
+    "list": (
+        """\
 IFS=
 now=$(date +%s)
 quick=; find -H / -maxdepth 0 -printf '' >/dev/null 2>&1 && quick=yes  # no process per file
@@ -4605,10 +4681,50 @@ for top in $1; do
         done' sh "$now" {} +
 done
 """,
-    # Exit code and 64 digits tell; where one of the two programs is missing, it is asked no more.
-    "hash": 'head -c "$2" < "$1" | sha256sum',
-    "facts": 'ls -ldnL "$1"',
-    "receive": f"""\
+        f"""{drivers.TELL_PS}
+$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack
+Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | ForEach-Object {{ $todo.Push($_) }}
+while ($todo.Count) {{
+    $f = $todo.Pop(); $f.Refresh()
+    if (-not $f.Exists) {{ continue }}
+    $kind, $size = 'f', $f.Length
+    if ($f.PSIsContainer) {{
+        $kind, $size = 'd', 0
+        Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue |
+            Where-Object {{ -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) }} |
+            ForEach-Object {{ $todo.Push($_) }}
+    }}
+    $time = seconds $f.LastWriteTimeUtc
+    tell ('{{0}} 600 {{1}} {{2}} {{3}} {{4}}' -f $kind, $size, $time, $now, $f.FullName)
+}}
+""",
+    ),
+    "hash": (
+        'head -c "$2" < "$1" | sha256sum',
+        drivers.STOP_PS
+        + """
+$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576
+$left = [int64]$w[1]
+$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete')
+while ($left -gt 0) {
+    $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length))
+    if (-not $n) { exit 1 }
+    [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n
+}
+[void]$h.TransformFinalBlock($b, 0, 0)
+-join ($h.Hash | ForEach-Object { $_.ToString('x2') })
+""",
+    ),
+    "facts": (
+        'ls -ldnL "$1"',
+        drivers.STOP_PS
+        + """
+$f = Get-Item -Force -LiteralPath $w[0]; $kind = if ($f.PSIsContainer) { 'd' } else { '-' }
+'{0}rw------- 1 0 0 {1} ' -f $kind, $f.Length
+""",
+    ),
+    "receive": (
+        f"""\
 {_TRUSTED_SH}
 kib=$((($2 + 1023) / 1024))
 if [ -d "$1" ]; then echo "it is a directory" >&2; exit 1; fi
@@ -4629,136 +4745,38 @@ for place in "$folder" /var/tmp /tmp /run; do
 done
 echo "other users can change $folder, and there is no /var/tmp or /tmp" >&2; exit 1
 """,
-    "deliver": _PLACE_SH + 'place "$1" "$2" "$3" mv || exit 1; rmdir "${1%/*}"',
-    "discard": """\
-for place in "${1%/*}" /var/tmp /tmp /run; do
-    rm -f "$place/.vmrm-$2/data"; rmdir "$place/.vmrm-$2"
-done 2>/dev/null
-exit 0
-""",
-}
-
-# The same for Windows. `lay-out` takes its lines from a file, as words between tabs, and verifies
-# sizes; two accounts may change what is ours, since what is made on a drive any user may. `signal`
-# ends a program and all that it started, whatever the signal, and says that nothing is left. A
-# batch file cannot tell its own pid, so `probe` looks for its path and the attempt's number in
-# command lines. A directory's entry lags behind a file that is open, hence Refresh in `list`; a
-# link is listed by nobody, but the place that was asked for may be one.
-_PS = {
-    "lay-out": drivers.STOP_PS
-    + r"""
-$stage, $experiment, $vm, $old, $aside = $w; $lines = "lines.$old"
-function fail($why) { [Console]::Error.WriteLine($why); exit 1 }
-function folder($path) { [void](New-Item -ItemType Directory -Force -Path $path) }
-function move($from, $to) { Move-Item -Force -LiteralPath $from -Destination $to }
-folder $stage
-icacls.exe (Split-Path -Parent $stage) /inheritance:r /grant:r '*S-1-5-18:(OI)(CI)F' `
-    '*S-1-5-32-544:(OI)(CI)F' | Out-Null
-if ($LASTEXITCODE) { fail 'icacls fails' }
-Set-Location -LiteralPath $stage; [Environment]::CurrentDirectory = $stage
-[IO.File]::WriteAllText("new.$old", $vm)
-try { [IO.File]::Move("new.$old", "of.$experiment") }  # which replaces nothing
-catch { Remove-Item -LiteralPath "new.$old" }
-if ([IO.File]::ReadAllText("of.$experiment") -ne $vm) {
-    fail 'this launch directory is used by another VM of this experiment'
-}
-foreach ($name in $aside) {
-    if (Test-Path -LiteralPath "..\$name") {
-        folder "..\.previous\$old"
-        move "..\$name" "..\.previous\$old"
-    }
-}
-foreach ($line in Get-Content -Encoding UTF8 -LiteralPath $lines -ErrorAction Ignore) {
-    $verb, $content, $word = $line.Split([char]9)
-    if ($verb -eq 'script') {
-        folder (Split-Path -Parent $word)
-        Copy-Item -LiteralPath $content -Destination "$word.new"
-        move "$word.new" $word
-    } else {
-        $size = (Get-Item -LiteralPath "$content.part").Length
-        if ($size -ne $word) { fail "$content arrived damaged" }
-        move "$content.part" $content
-    }
-}
-Remove-Item -LiteralPath $lines -ErrorAction Ignore
-Get-ChildItem -File | ForEach-Object { '{0} {1}' -f $_.Length, $_.Name }
-""",
-    "probe": r"""
-$all = @(Get-CimInstance Win32_Process -Filter "Name='cmd.exe'")
-foreach ($here in $w) {
-    if (-not (Test-Path -LiteralPath $here -PathType Container)) { 'none'; continue }
-    $code = ''; $file = Join-Path $here 'exit'
-    if (Test-Path -LiteralPath $file) {
-        $code = [IO.File]::ReadAllText($file).Trim() -replace '\s+', ' '
-    }
-    $script = Join-Path (Split-Path $here) 'call_arguments.bat'
-    $number = (Split-Path -Leaf $here).Substring('attempt.'.Length)
-    $pattern = [regex]::Escape($script) + '"? (attempt[.])?' + [regex]::Escape($number) + ' '
-    $p = $all | Where-Object { $_.CommandLine -match $pattern } | Select-Object -First 1
-    $life = if ($p) { 'alive' } else { 'gone' }
-    'claim:{0}:{1}:{2}' -f $code, $p.ProcessId, $life
-}
-""",
-    "forbid": f"""
-foreach ($here in $w) {{
-    cmd.exe /d /c mkdir $here 2>$null
-    if (-not $LASTEXITCODE) {{ [IO.File]::WriteAllText("$here\\exit", '{CLAIM_FAILED} 0') }}
-}}
-""",
-    "signal": "taskkill.exe /T /F /PID $w[1] | Out-Null; exit 1",
-    "has-program": "exit [int](-not (Test-Path -LiteralPath $w[0]))",
-    "list": f"""{drivers.TELL_PS}
-$now = seconds ([datetime]::UtcNow); $todo = New-Object Collections.Stack
-Get-Item -Force -Path $w[0] -ErrorAction SilentlyContinue | ForEach-Object {{ $todo.Push($_) }}
-while ($todo.Count) {{
-    $f = $todo.Pop(); $f.Refresh()
-    if (-not $f.Exists) {{ continue }}
-    $kind, $size = 'f', $f.Length
-    if ($f.PSIsContainer) {{
-        $kind, $size = 'd', 0
-        Get-ChildItem -Force -LiteralPath $f.FullName -ErrorAction SilentlyContinue |
-            Where-Object {{ -not ($_.Attributes -band [IO.FileAttributes]::ReparsePoint) }} |
-            ForEach-Object {{ $todo.Push($_) }}
-    }}
-    $time = seconds $f.LastWriteTimeUtc
-    tell ('{{0}} 600 {{1}} {{2}} {{3}} {{4}}' -f $kind, $size, $time, $now, $f.FullName)
-}}
-""",
-    "hash": drivers.STOP_PS
-    + """
-$h = [Security.Cryptography.SHA256]::Create(); $b = New-Object byte[] 1048576
-$left = [int64]$w[1]
-$s = New-Object IO.FileStream($w[0], 'Open', 'Read', 'ReadWrite, Delete')
-while ($left -gt 0) {
-    $n = $s.Read($b, 0, [int][Math]::Min($left, $b.Length))
-    if (-not $n) { exit 1 }
-    [void]$h.TransformBlock($b, 0, $n, $b, 0); $left -= $n
-}
-[void]$h.TransformFinalBlock($b, 0, 0)
--join ($h.Hash | ForEach-Object { $_.ToString('x2') })
-""",
-    "facts": drivers.STOP_PS
-    + """
-$f = Get-Item -Force -LiteralPath $w[0]; $kind = if ($f.PSIsContainer) { 'd' } else { '-' }
-'{0}rw------- 1 0 0 {1} ' -f $kind, $f.Length
-""",
-    "receive": drivers.STOP_PS
-    + """
+        drivers.STOP_PS
+        + """
 $folder = [IO.Path]::GetDirectoryName($w[0])
 New-Item -ItemType Directory -Force -Path $folder | Out-Null
 $free = (Get-Item -LiteralPath $folder).PSDrive.Free
 if ($free -and $free -lt [int64]$w[1]) { [Console]::Error.WriteLine('no space in the VM'); exit 1 }
 "$($w[0]).vmrm-$($w[2])"
 """,
-    "deliver": drivers.STOP_PS
-    + """
+    ),
+    "deliver": (
+        _PLACE_SH + 'place "$1" "$2" "$3" mv || exit 1; rmdir "${1%/*}"',
+        drivers.STOP_PS
+        + """
 if (Test-Path -LiteralPath $w[1] -PathType Container) {
     Remove-Item -LiteralPath $w[0]; [Console]::Error.WriteLine('it is a directory'); exit 1
 }
 Move-Item -Force -LiteralPath $w[0] -Destination $w[1]
 """,
-    "discard": drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"',
-    "copy": drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)",
+    ),
+    "discard": (
+        """\
+for place in "${1%/*}" /var/tmp /tmp /run; do
+    rm -f "$place/.vmrm-$2/data"; rmdir "$place/.vmrm-$2"
+done 2>/dev/null
+exit 0
+""",
+        drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"',
+    ),
+    "copy": (
+        "",
+        drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)",
+    ),
 }
 
 _STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})\r?$", re.MULTILINE | re.ASCII)
@@ -4958,6 +4976,7 @@ class Guest:
     """Where programs of a VM run: its driver, its system's paths and scripts, its present boot."""
 
     name = "guest"
+    is_windows = False
     launch = "/var/launch"
     always_tells_boot = False  # unless it cannot run programs yet
     reboots = True  # if an entry asks for it
@@ -5013,7 +5032,7 @@ class Guest:
 
     def argv(self, verb: str, *words: str) -> list[str]:
         """Return the command that does, or tells, what a verb of our table of scripts says."""
-        return ["/bin/sh", "-c", _SH[verb], "sh", *words]
+        return drivers.script_argv(_SCRIPTS[verb], self.is_windows, *words)
 
     def command(self, script: str, *words: str) -> list[str]:
         """Return the command that runs a script of ours that lies in the guest."""
@@ -5233,14 +5252,12 @@ def run_commands(entry: ScheduleEntry) -> str:
 class WindowsGuest(Guest):
     """A Windows guest: batch files for what starts programs, PowerShell for all else."""
 
+    is_windows = True
     launch = "C:\\launch"
     always_tells_boot = True
     # Every process inherits every pipe: with a daemon left behind, a program would never end.
     captures = False
     flavour = PureWindowsPath
-
-    def argv(self, verb: str, *words: str) -> list[str]:
-        return drivers.powershell(_PS[verb], *words)
 
     def command(self, script: str, *words: str) -> list[str]:
         # The agent puts quotes around a path with blanks; cmd.exe takes them for what they are, for

@@ -24,7 +24,7 @@ import windows_player
 import drivers
 import vmrm
 
-NAMES = {script: verb for verb, script in vmrm._PS.items()} | {
+NAMES = {scripts[1]: verb for verb, scripts in vmrm._SCRIPTS.items()} | {
     drivers._EXISTS[1]: "exists",
     drivers._MKDIR[1]: "mkdir",
     drivers._DELETE[1]: "delete",
