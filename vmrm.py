@@ -9462,16 +9462,13 @@ class _Dues:
     def __init__(self, now: float) -> None:
         self.now, self.next_at = now, math.inf
 
-    def passed(self, at: float, since: float | None = None) -> bool:
-        """Whether a time has come; one that counts since a time to come is another clock's."""
-        if at <= self.now or (since or 0.0) > self.now + 1:
-            return True
-        self.next_at = min(self.next_at, at)
-        return False
-
     def again(self, last_at: float | None, pause: float) -> bool:
-        """Whether a pause since the last time is over."""
-        return self.passed((last_at or 0.0) + pause, last_at)
+        """Whether a pause since the last time is over; a last time to come is another clock's."""
+        last_at = last_at or 0.0
+        if last_at + pause <= self.now or last_at > self.now + 1:
+            return True
+        self.next_at = min(self.next_at, last_at + pause)
+        return False
 
 
 def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
@@ -9501,17 +9498,19 @@ def _plan_vms(
 ) -> list[PoolAction]:
     """Return the most urgent of what is due for each VM; a check is not begun at once again."""
     by_name, actions = {group["name"].lower(): group for group in groups}, {}
-    rows = db.query(
-        "SELECT d.* FROM pool_dues AS d JOIN pool_vms USING (vm_name) ORDER BY state_at"
-    )
-    for row in sorted(rows, key=lambda row: _URGENCY.index(row["what"])):
-        name, what, vm = row["vm_name"], row["what"], vms[row["vm_name"]]
-        group = by_name.get(vm["group"].lower())
-        if group is None or name in actions or not dues.passed(row["due_at"] or 0.0, row["since"]):
+    sql = "SELECT * FROM pool_dues WHERE due_at <= :now OR since > :now + 1"
+    for row in sorted(db.query(sql, now=dues.now), key=lambda row: _URGENCY.index(row.what)):
+        name, vm = row.vm_name, vms.get(row.vm_name)  # which may have just been added
+        group = by_name.get(vm["group"].lower()) if vm else None
+        if vm is None or group is None or name in actions:
             continue
-        if what != "check" or dues.again(vm["check_started_at"], db.timeouts.recheck):
-            actions[name] = PoolAction(what, {**group, **vm}, group["name"], name, row["reason"])
-    return list(actions.values())
+        if row.what != "check" or dues.again(vm["check_started_at"], db.timeouts.recheck):
+            actions[name] = PoolAction(row.what, {**group, **vm}, group["name"], name, row.reason)
+    sql = """SELECT min(due_at) FROM pool_dues WHERE due_at > :now
+             AND vm_name NOT IN (SELECT value FROM json_each(:names))"""
+    later = db.value(sql, now=dues.now, names=json.dumps(list(actions)))
+    dues.next_at = min(dues.next_at, later or math.inf)
+    return [actions[name] for name in vms if name in actions]
 
 
 class _Supply:
