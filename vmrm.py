@@ -11685,8 +11685,7 @@ def cmd_trace(cli: Cli, file: Path | None = None, *, experiment: int | None = No
 @command(file="The new file, which must not exist; without it, stdout.")
 def cmd_report(cli: Cli, file: Path | None = None, *, experiment: int | None = None) -> None:
     """Write the run as one HTML page: timeline, failures with their output, summary."""
-    run = _launched(cli, experiment)
-    cli.write(file, report_page(cli.db, run))
+    cli.write(file, report_page(cli.db, _launched(cli, experiment)))
 
 
 def _launched(cli: Cli, experiment: int | None) -> Run:
@@ -11831,19 +11830,15 @@ def cmd_pause(cli: Cli, *vms: str, duration: float) -> object:
 
     Given before time 0, it begins at time 0. The start time itself never changes.
     """
-    return _hold(cli, vms, duration)
+    if not vms:
+        raise UsageError("no VM is named", "See which there are: vmrm status")
+    return pause_vms(cli.open(), vms, duration)
 
 
 @command()
 def cmd_break(cli: Cli, *vms: str) -> object:
     """Hold everything of VMs that has not started yet, until resume."""
-    return _hold(cli, vms, math.inf)
-
-
-def _hold(cli: Cli, vms: Sequence[str], duration: float) -> object:
-    if not vms:
-        raise UsageError("no VM is named", "See which there are: vmrm status")
-    return pause_vms(cli.open(), vms, duration)
+    return cmd_pause(cli, *vms, duration=math.inf)
 
 
 @command(vms="The VMs' names; without any, all that are in a break.")
