@@ -60,7 +60,7 @@ def test_a_frozen_guest_is_told_as_frozen(cli: Cli, tmp_path: Path) -> None:
         assert cli("run", path, "--detach", env=FAST).code == 0
         until(lambda: "frozen" in cli("status").out, 30)
         assert cli("stop", env=FAST).code == 0
-        assert "frozen" in cli("push", "vm1", "a", "/tmp/never/b").err
+        assert "frozen" in cli("push", "--timeout=3", "vm1", "a", "/tmp/never/b").err
         watched = cli("run", "--timeout", "4", env=FAST)
         assert watched.code == 124
         assert re.search(r"vm1: uninitialized, .*frozen", watched.err), watched.err

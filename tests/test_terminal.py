@@ -155,20 +155,20 @@ def open_files(pid: int) -> Iterator[Path]:
     return Path(f"/proc/{pid}/fd").iterdir()
 
 
-@pytest.mark.parametrize("words", ["wait", "logs vm1 --follow", "exec vm1 sleep 20"])
-def test_ctrl_c_in_a_waiting_command(cli: Cli, tmp_path: Path, children: None, words: str) -> None:
+def test_ctrl_c_in_a_waiting_command(cli: Cli, tmp_path: Path, children: None) -> None:
     with stand_ins(tmp_path / "agents", 1):
         assert cli("run", endless(tmp_path), "--detach").code == 0
         until((tmp_path / "pid").exists)
-        with terminal(cli, *words.split()) as child:
-            until(lambda: has_open(child.pid, cli.db))
-            with pytest.raises(pexpect.TIMEOUT):
-                child.expect(pexpect.EOF, timeout=1)
-            child.sendintr()
-            text, code = ended(child)
-        assert code == 130
-        assert "Traceback" not in text
-        assert cli("status").out.startswith("vm1\tconfiguring")
+        for words in ("wait", "logs vm1 --follow", "exec vm1 sleep 20"):
+            with terminal(cli, *words.split()) as child:
+                until(lambda child=child: has_open(child.pid, cli.db))  # type: ignore[misc]
+                with pytest.raises(pexpect.TIMEOUT):
+                    child.expect(pexpect.EOF, timeout=1)
+                child.sendintr()
+                text, code = ended(child)
+            assert code == 130, words
+            assert "Traceback" not in text
+            assert cli("status").out.startswith("vm1\tconfiguring")
         assert cli("stop", "--kill").code == 0
 
 
