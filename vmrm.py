@@ -6196,6 +6196,7 @@ def recovered(found: Found, *, same_boot: bool, due: bool) -> NextStep:
 _OUTPUT_PIECE = 1 << 17  # in short lines, logging it takes a tenth of a second
 NOTHING_THERE = "the VM has no file at"
 SKIPPED = "it was overdue when the experiment was continued"
+LOST = {"unknown": "it may have run: the connection was lost"}  # answer to a request
 
 
 def _write_program(path: Path, source: Path | BinaryIO) -> None:
@@ -6385,13 +6386,16 @@ class HandledVM:
         self.log.info("the VM is %s", state)
 
     def check_in(self) -> None:
-        """Say, in the caller's transaction, that this process is the VM's handler now."""
-        self.db.connection.execute(
-            """UPDATE vms SET handler = :me,
-                   reason = CASE state WHEN 'failed' THEN reason ELSE '' END
-               WHERE server_name = :name""",
-            {"me": str(Process.of()), "name": self.name},
-        )
+        """Say that this process is the VM's handler now, and what became of the last one's work."""
+        with self.db.transaction() as db:
+            db.write(
+                """UPDATE vms SET handler = :me,
+                       reason = CASE state WHEN 'failed' THEN reason ELSE '' END
+                   WHERE server_name = :name""",
+                me=str(Process.of()),
+                name=self.name,
+            )
+            answer_requests(self, LOST)
         self._told = ""
 
     def tell(self, reason: str) -> None:
@@ -6503,8 +6507,7 @@ class HandledVM:
             return
         if abs(skew) > 1:
             self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
-        sql = "UPDATE vms SET skew_s = :skew WHERE server_name = :name"
-        self.db.write(sql, skew=skew, name=self.name)
+        self.db.update("vms", {"server_name": self.name}, skew_s=skew)
         yield 0
 
     def _skew(self) -> float:
@@ -6789,62 +6792,53 @@ class Transfers:
         return 0
 
 
-class Requests:
-    """What commands ask of a VM's handler: each is claimed once, done and answered."""
-
-    def __init__(self, db: Database, vm_name: str) -> None:
-        self.db, self.vm_name = db, vm_name
-
-    def claim(self) -> Iterator[Row]:
-        """Claim the requests still wanted, each by one UPDATE: after a stop nothing begins."""
-        rows = self.db.query(
-            """SELECT id FROM requests WHERE server_name = :name AND NOT withdrawn
-               AND answered_at IS NULL AND claimed_by IS NULL""",
-            name=self.vm_name,
+def claim_requests(vm: HandledVM) -> Iterator[Row]:
+    """Claim what commands ask of a handler, each by one UPDATE: after a stop nothing begins."""
+    rows = vm.db.query(
+        """SELECT id FROM requests WHERE server_name = :name AND NOT withdrawn
+           AND answered_at IS NULL AND claimed_by IS NULL""",
+        name=vm.name,
+    )
+    for row in rows:
+        if not FileLock(vm.db.state_dir / "requests" / row.id).is_held:
+            continue  # its client is gone
+        yield from vm.db.write(
+            """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
+               AND NOT withdrawn AND deadline_at > :now AND NOT EXISTS (
+                   SELECT 1 FROM current_experiment WHERE halt IN ('stop', 'kill'))
+               RETURNING *""",
+            me=str(Process.of()),
+            id=row.id,
+            now=CLOCK.wall(),
         )
-        for row in rows:
-            if not FileLock(self.db.state_dir / "requests" / row.id).is_held:
-                continue  # its client is gone
-            yield from self.db.write(
-                """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
-                   AND NOT withdrawn AND deadline_at > :now
-                   AND NOT EXISTS (SELECT 1 FROM current_experiment
-                                   WHERE halt IN ('stop', 'kill'))
-                   RETURNING *""",
-                me=str(Process.of()),
-                id=row.id,
-                now=CLOCK.wall(),
-            )
 
-    def steps(self, row: Row, vm: HandledVM) -> Steps:
-        """Do what a claimed request asks for."""
-        _crash("request-claimed")
-        folder = self.db.directory("requests", row["id"])
-        try:
-            answer = yield from operation_steps(
-                vm, row.operation, json.loads(row.arguments), folder
-            )
-        except (drivers.AgentError, VmrmError, OSError) as error:
-            if _is_link_trouble(error):
-                raise
-            answer = {"error": _one_line(error)}
-        with self.db.transaction():
-            self._answer(row["id"], answer)
-        if not FileLock(folder).is_held:
-            forget_request(self.db, folder)
 
-    def answer_lost(self) -> None:
-        """Answer, in the caller's transaction, what a dead handler or a lost link left claimed."""
-        self._answer(None, {"unknown": "it may have run: the connection was lost"})
+def request_steps(vm: HandledVM, row: Row) -> Steps:
+    """Do what a claimed request asks for, and answer it."""
+    _crash("request-claimed")
+    folder = vm.db.directory("requests", row.id)
+    try:
+        answer = yield from operation_steps(vm, row.operation, json.loads(row.arguments), folder)
+    except (drivers.AgentError, VmrmError, OSError) as error:
+        if _is_link_trouble(error):
+            raise
+        answer = {"error": _one_line(error)}
+    answer_requests(vm, answer, row.id)
+    if not FileLock(folder).is_held:
+        forget_request(vm.db, folder)
 
-    def _answer(self, request: str | None, answer: Mapping[str, Any]) -> None:
-        self.db.connection.execute(
-            """UPDATE requests SET answered_at = :now, answer = :answer
-               WHERE answered_at IS NULL AND (id = :id
-                   OR :id IS NULL AND server_name = :name AND claimed_by IS NOT NULL)""",
-            {"id": request, "name": self.vm_name, "now": CLOCK.wall()}
-            | {"answer": json.dumps(answer)},
-        )
+
+def answer_requests(vm: HandledVM, answer: Mapping[str, Any], request: str | None = None) -> None:
+    """Answer a request; without one, all that a dead handler or a lost link left claimed."""
+    vm.db.write(
+        """UPDATE requests SET answered_at = :now, answer = :answer
+           WHERE answered_at IS NULL AND (id = :id
+               OR :id IS NULL AND server_name = :name AND claimed_by IS NOT NULL)""",
+        id=request,
+        name=vm.name,
+        now=CLOCK.wall(),
+        answer=json.dumps(answer),
+    )
 
 
 class Limit(NamedTuple):
@@ -7407,13 +7401,9 @@ class Life:
 
         Returns false if there is new work instead.
         """
-        self.vm.db.write(
-            """UPDATE vms SET finished_at = :now
-               WHERE server_name = :name AND finished_at IS NULL AND revision = :revision""",
-            now=CLOCK.wall(),
-            name=self.vm.name,
-            revision=self.plan.revision,
-        )
+        unfinished = {"finished_at": None, "revision": self.plan.revision}
+        now = CLOCK.wall()
+        self.vm.db.update("vms", {"server_name": self.vm.name, **unfinished}, finished_at=now)
         _crash("finished")
         alone = self.vm.config.get("alone")  # nobody will say when all is done
         if not alone and self.plan.halt is not Halt.END:
@@ -7448,7 +7438,6 @@ class VMResourceHandler:
         self.db, self.log, self.vm_name = self.vm.db, self.vm.log, self.vm.name
         self.mapping = VMMapping(db=self.db)
         self.replaced = False  # it left because its entries are no longer the VM's schedule
-        self._requests = Requests(self.db, self.vm_name)
         self._staging = Staging(self.vm)
         self._plan: Plan | None = None  # the one read last
         self._seen = -1  # its revision, once it was taken
@@ -7468,7 +7457,7 @@ class VMResourceHandler:
             raise Conflict(f"VM {self.vm_name!r} has a handler already: {lock.holder_name}")
         self._wake = WakeSocket(self.db, self.config["ordinal"])
         try:
-            self._check_in()
+            self.vm.check_in()
             forget_abandoned(self.db)
             patience = self.db.timeouts.lock
             with agent_lock(self.config["path"], self.db.path, self._nap, patience):
@@ -7480,11 +7469,6 @@ class VMResourceHandler:
             self._wake.close()
             lock.release()
         return 0
-
-    def _check_in(self) -> None:
-        with self.db.transaction():
-            self.vm.check_in()
-            self._requests.answer_lost()
 
     def _run_until_told(self) -> None:
         try:
@@ -7509,7 +7493,7 @@ class VMResourceHandler:
         while True:
             with contextlib.suppress(Unavailable):
                 self._nap(self.db.timeouts.reconnect)
-                self._check_in()
+                self.vm.check_in()
                 break
         self.vm.open_output()
         self.log.warning("the database can be used again")
@@ -7526,8 +7510,7 @@ class VMResourceHandler:
                     pause = self.vm.patience.trouble(error)
                     self.log.warning("trouble with the agent, connecting anew: %s", error)
                     self.vm.close()
-                    with self.db.transaction():
-                        self._requests.answer_lost()
+                    answer_requests(self.vm, LOST)
                     self.vm.tell(f"{WAITS}{error}")
                     self._nap(min(self.db.timeouts.reconnect, pause))
         except VMFailed as failed:
@@ -7568,8 +7551,8 @@ class VMResourceHandler:
             self.log.info("%s at %.3f", hold, hold.time)
         self._plan = plan
         life.take(plan)
-        for request in self._requests.claim():
-            life.agenda.spawn(self._requests.steps(request, self.vm))
+        for request in claim_requests(self.vm):
+            life.agenda.spawn(request_steps(self.vm, request))
         self._seen = plan.revision  # last: what an error kept from being taken is news still
 
     # --- waiting
