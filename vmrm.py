@@ -7745,17 +7745,9 @@ class VMResourceHandler:
         """Tells a script what is new, as events; the handler itself reads rows."""
         from queue import PriorityQueue
 
-        return ScheduleUpdater(
-            self.config,
-            PriorityQueue(),
-            threading.Condition(),
-            VmResourceStore(db=self.db),
-            ScheduleDb(db=self.db),
-            None,
-            self.log,
-            None,
-            interval_time=self.check_interval,
-        )
+        where = self.config, PriorityQueue[Any](), threading.Condition(), None
+        schedules, seconds = ScheduleDb(db=self.db), self.check_interval
+        return ScheduleUpdater(*where, schedules, None, self.log, None, interval_time=seconds)
 
     def get_events(self) -> list[ScheduleEvent]:
         """Take all events off the updater's queue, in the order of their times."""
