@@ -10908,10 +10908,11 @@ def _page_failures(db: Database, run: Run) -> Iterator[str]:
         head = f"{vm.name}, entry {a.ordinal} ({a.label}), attempt {a.attempt}: {a.outcome}"
         head += f"{', ignored' if a.ignored else ''}: {a.error}"
         yield f"<details{' open' if len(failed) <= 10 else ''}><summary>{_html(head)}</summary>"
-        for stream in ("out", "err"):
-            tail = _output_tail(logs / vm.name / f"{a.ordinal}.{a.attempt}.{stream}")
-            yield f'<p class="faint">std{stream}</p><pre>{_html(tail)}</pre>' if tail else ""
-        yield "</details>"
+        stem = logs / vm.name / f"{a.ordinal}.{a.attempt}"
+        tails = {s: t for s in ("out", "err") if (t := _output_tail(Path(f"{stem}.{s}")))}
+        for stream, tail in tails.items():
+            yield f'<p class="faint">std{stream}</p><pre>{_html(tail)}</pre>'
+        yield "</details>" if tails else '<p class="faint">no output</p></details>'
     if len(failed) > _MAX_TAILS:
         yield f'<p class="faint">and {len(failed) - _MAX_TAILS} more: vmrm schedule show VM</p>'
 
