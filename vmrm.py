@@ -3538,14 +3538,14 @@ class Leases(_Rows):
         """Lease what is asked for, or return none.
 
         Before anybody is refused, or has another VM bound, the dead are looked for.
-
         """
         with self.db.transaction(durable=request.lasts):
             vms, share = self._lend(request, binding=False)
         if not vms:
-            freed = self.reap(_LEASES_OF, owner=request.owner)
-            freed += self.reap(_SOME_LEASES) if share.missing else []
-            if share.binds or freed or self.drop_dead_waiters():
+            again = bool(self.reap(_LEASES_OF, owner=request.owner)) or share.binds
+            if share.missing:
+                again |= bool(self.reap(_SOME_LEASES)) | self.drop_dead_waiters()
+            if again:
                 with self.db.transaction(durable=True):
                     vms, _ = self._lend(request, binding=True)
         _crash("pool-acquired")
@@ -3937,10 +3937,15 @@ class VmManager(Leases):
         return self.get_vm_by_name(vm_name)
 
     @contextlib.contextmanager
-    def _changing(self, vm_name: str) -> Iterator[VmDescriptor]:
-        """Yield a VM in a transaction that changes it."""
+    def _changing(
+        self, vm_name: str, token: str | None = None, force: bool = True
+    ) -> Iterator[VmDescriptor]:
+        """Yield a VM in a transaction that changes it; unforced only to whoever leased it."""
         with self.db.transaction(durable=True) as db:
-            yield VmDescriptor.load(db, vm_name)
+            vm = VmDescriptor.load(db, vm_name)
+            if vm.token is not None and not force:
+                self.own(vm, token)
+            yield vm
 
     def mark_server_start(self) -> None:
         """Distrust all health checks until now: VMs are given out after their next one."""
@@ -4011,9 +4016,7 @@ class VmManager(Leases):
             token: As for `release_vm`; needed for a VM that is leased.
             force: Even if someone else holds the lease.
         """
-        with self._changing(vm_name) as vm:
-            if vm.token is not None and not force:
-                self.own(vm, token)
+        with self._changing(vm_name, token, force) as vm:
             if allowed_pre_state not in (None, NOTHING, vm.state):
                 raise VmError(f"VM {vm_name!r} is {vm.state}, not {allowed_pre_state}")
             ending = VmStates.TERMINATING
@@ -4104,9 +4107,7 @@ class VmManager(Leases):
         The time is in seconds since the epoch, token and `force` are as for `release_vm`.
         """
         words = f"until {_iso(_listable(until))}"
-        with self._changing(vm_name) as vm:
-            if vm.token is not None and not force:
-                self.own(vm, token)
+        with self._changing(vm_name, token, force) as vm:
             held = {"held_until": until, "releasing_at": None}
             move_pool_vm(self.db, vm_name, VmStates.HELD, words, vm.state, **held)
 
