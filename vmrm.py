@@ -392,8 +392,7 @@ class Clock:
         return time.monotonic()
 
 
-@dataclasses.dataclass(frozen=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     """Every time-out and interval, in seconds; tests scale them."""
 
     writer: float = 60.0  # for the database's writer lock
@@ -420,9 +419,8 @@ class Timeouts:
     def from_environment(cls) -> Timeouts:
         """Return the defaults, scaled as `$VMRM_TIMEOUT_SCALE` says: `0.2`, `0.2,look=1000`."""
         scale, *more = os.environ.get("VMRM_TIMEOUT_SCALE", "1").split(",")
-        scales = {field.name: scale for field in dataclasses.fields(cls)}
-        scales |= dict(word.split("=") for word in more)
-        return cls(**{name: getattr(cls, name) * float(scales[name]) for name in scales})
+        scales = dict.fromkeys(cls._fields, scale) | dict(word.split("=") for word in more)
+        return cls(**{name: cls._field_defaults[name] * float(scales[name]) for name in scales})
 
 
 CLOCK = Clock()
@@ -4786,8 +4784,7 @@ _TEXT_BYTES = 1 << 12  # a content that is no longer costs less as a line than a
 _NOT_PLAIN = re.compile(r"[^ -~]")
 
 
-@dataclasses.dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """A content that must lie in the guest's stage before the first entry runs."""
 
     sha256: str
@@ -4796,8 +4793,7 @@ class Staged:
     text: str = ""  # if it is one
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What an attempt has left in the guest."""
 
     claimed: bool
@@ -5814,8 +5810,7 @@ def _one_line(error: BaseException) -> str:
 SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
 
 
-@dataclasses.dataclass(frozen=True)
-class Listed:
+class Listed(NamedTuple):
     """One file or directory as a guest lists it."""
 
     is_dir: bool
@@ -7035,7 +7030,7 @@ class EntryRun:
         if status.exitcode is None:
             raise _EntryFailed(f"killed by signal {status.signal}")
         reboot = guest.reboots and bool(guest.driver.file_exists(str(self.entry.reboot_filepath)))
-        return dataclasses.replace(found, exit_code=status.exitcode, reboot=reboot)
+        return found._replace(exit_code=status.exitcode, reboot=reboot)
 
     def _kill_steps(self, pid: int | None) -> Steps:
         """End a program and what it started: TERM, and KILL if anything is left after the grace."""
@@ -7080,7 +7075,7 @@ def look_at(guest: Guest, runs: Sequence[EntryRun]) -> Iterator[tuple[EntryRun, 
     """Ask a guest what open attempts have left in it."""
     for run, found in zip(runs, guest.look([run.folder for run in runs]), strict=True):
         pid = found.pid if found.pid is not None else run.attempt.pid  # on a full disk
-        yield run, dataclasses.replace(found, pid=pid)
+        yield run, found._replace(pid=pid)
 
 
 def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> None:
@@ -10101,8 +10096,7 @@ VM_KEYS: _Keys = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(NamedTuple):
     """A checked experiment file: everything that `load` would write."""
 
     source: Path
@@ -10592,8 +10586,7 @@ def _marks(
     return sorted(found, key=lambda mark: mark[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """How an experiment went: one row per VM, what went wrong, and whether all is well."""
 
     rows: list[dict[str, Any]]
@@ -11389,8 +11382,7 @@ def _bar(done: int, of: int, width: int = 20) -> str:
 # parameters with a default, and those after the star, are options. `command` enters it below.
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A function of the command line, and what its parameters mean."""
 
     function: Callable[..., object]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import grp
 import io
@@ -487,7 +486,7 @@ def test_a_content_that_arrived_damaged_is_refused(guest: Guest) -> None:
     stage, size = guest.launch / ".stage", 1 << 13
     content = vmrm.text_content("x" * size)  # too long for a line
     for data in (b"x" * (size - 1) + b"y", b"x" * (size - 1), b"x" * (size + 1), b""):
-        damaged = dataclasses.replace(content, source=functools.partial(io.BytesIO, data))
+        damaged = content._replace(source=functools.partial(io.BytesIO, data))
         with pytest.raises(vmrm.VMFailed, match="arrived damaged"):
             guest.stage([], [damaged])
         assert [path.name for path in stage.iterdir()] == ["of.1-1.0"]
@@ -502,7 +501,7 @@ def test_a_content_is_brought_once_and_an_older_experiment_is_moved_aside(guest:
     content = vmrm.text_content("x" * (1 << 13))
     guest.stage([], [content])
     assert (guest.launch / "-5" / "old").exists()
-    nothing = dataclasses.replace(content, source=lambda: io.BytesIO(b""))
+    nothing = content._replace(source=lambda: io.BytesIO(b""))
     guest.stage([], [nothing], aside=["-5", "10", "77"])
     left = {path.relative_to(guest.launch).parts[-3:] for path in guest.launch.rglob("old")}
     assert {(parts[0] == "other", *parts[-2:]) for parts in left} == {

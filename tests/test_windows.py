@@ -6,7 +6,6 @@ written by other people, runs the very same files.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -339,7 +338,7 @@ def test_a_directory_in_a_files_place_and_a_missing_one_are_failures(player: Pla
 def test_a_content_that_arrived_damaged_is_refused(player: Player) -> None:
     content = vmrm.text_content("12345")
     with pytest.raises(vmrm.VMFailed, match="damaged"):
-        player.stage([], [dataclasses.replace(content, size=6)])
+        player.stage([], [content._replace(size=6)])
     player.stage([], [content])
     path = player.place(player.guest.join(player.guest.stage, content.sha256))
     assert path.read_text() == "12345"
