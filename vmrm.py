@@ -5196,9 +5196,9 @@ class Guest:
         """Ask what attempts have left, once all earlier requests have run: an agent is serial."""
         if not directories:
             return []
-        told = self.ask("probe", *directories).out.decode(errors="replace").splitlines()
+        told = self.ask("probe", *directories).out.decode(errors="replace").split("\n")
         try:
-            return [parse_found(told[index]) for index in range(len(directories))]
+            return [parse_found(told[n].removesuffix("\r")) for n in range(len(directories))]
         except (ValueError, IndexError) as error:
             raise VMFailed(f"the {self.name} cannot say what has run: {error}") from error
 
