@@ -4977,6 +4977,7 @@ class Guest:
     launch = "/var/launch"
     always_tells_boot = False  # unless it cannot run programs yet
     reboots = True  # if an entry asks for it
+    has_date = True  # to set a clock that the agent cannot
     captures = True  # what a script says before its claim is kept for the error's message
     flavour: type[PurePath] = PurePosixPath
 
@@ -5034,6 +5035,10 @@ class Guest:
     def command(self, script: str, *words: str) -> list[str]:
         """Return the command that runs a script of ours that lies in the guest."""
         return ["/bin/sh", script, *words]
+
+    def unfit(self, argv: Sequence[str]) -> list[str]:
+        """Return the arguments that the agent cannot hand to a program as they are."""
+        return []
 
     def ask(self, verb: str, *words: str) -> drivers.ExecStatus:
         """Ask the guest something; an agent that cannot is no verdict on what was asked about."""
@@ -5249,7 +5254,7 @@ def run_commands(entry: ScheduleEntry) -> str:
 class WindowsGuest(Guest):
     """A Windows guest: batch files for what starts programs, PowerShell for all else."""
 
-    is_windows = True
+    is_windows, has_date = True, False
     launch = "C:\\launch"
     always_tells_boot = True
     # Every process inherits every pipe: with a daemon left behind, a program would never end.
@@ -5260,6 +5265,11 @@ class WindowsGuest(Guest):
         # The agent puts quotes around a path with blanks; cmd.exe takes them for what they are, for
         # nothing else in it needs quotes.
         return ["cmd.exe", "/d", "/c", script, *words]
+
+    def unfit(self, argv: Sequence[str]) -> list[str]:
+        # The agent quotes for programs; cmd.exe would take more than one of these for its own.
+        is_batch = PureWindowsPath(argv[0]).suffix.lower() in _BATCHES
+        return [word for word in argv[1:] if is_batch and not _PLAIN_WORD.fullmatch(word)]
 
     def content(self, location: str, text: str) -> str:
         is_batch = PureWindowsPath(location).suffix.lower() in _BATCHES
@@ -6491,7 +6501,7 @@ class HandledVM:
                 except drivers.AgentError as error:
                     refused = f"; the agent could not set it: {error}"
             skew = self._skew()
-            if may_set and abs(skew) > 1 and not self.driver.is_windows:
+            if may_set and abs(skew) > 1 and self.guest.has_date:
                 # An agent needs hwclock for it. `date` takes whole seconds, so one is waited for.
                 at = math.floor(CLOCK.wall()) + 1
                 yield at - CLOCK.wall()
@@ -7784,12 +7794,9 @@ def _guest_at_once(driver: drivers.AbstractDriver) -> Guest:
 
 def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
     driver, interval = guest.driver, 0.002
-    if driver.is_windows and PureWindowsPath(argv[0]).suffix.lower() in _BATCHES:
-        # The agent quotes for programs; cmd.exe would take more than one of these for its own.
-        for word in argv[1:]:
-            if not _PLAIN_WORD.fullmatch(word):
-                error = f"a batch file cannot be given the argument {word[:40]!r} by the agent"
-                return {"error": f"{error}; push it in a file", "code": 2}
+    if unfit := guest.unfit(argv):
+        what = f"a batch file cannot be given the argument {unfit[0][:40]!r} by the agent"
+        return {"error": f"{what}; push it in a file", "code": 2}
     try:
         pid = driver.start(argv, capture=True)
     except drivers.Frozen as error:
