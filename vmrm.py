@@ -6492,7 +6492,7 @@ class HandledVM:
         yield 0
 
     def clock_steps(self) -> Steps:
-        """Set the guest's clock, in negative time only, and record by how much it is off."""
+        """Set the guest's clock, in negative time only; return by how much it is off, if known."""
         may_set, refused = self.start.wall is None and self.config.get("set_time", True), ""
         try:
             if may_set:
@@ -6510,11 +6510,20 @@ class HandledVM:
                 skew = self._skew()
         except drivers.AgentError as error:
             self.log.warning("the guest's clock cannot be read: %s", error)
-            return
+            return None
         if abs(skew) > 1:
             self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
-        self.db.update("vms", {"server_name": self.name}, skew_s=skew)
         yield 0
+        return skew
+
+    def record(self, skew: float | None) -> str:
+        """Record in one commit how the clock is and that configuring begins; return the state."""
+        with _changing_vms(self.db):
+            if skew is not None:
+                self.db.update("vms", {"server_name": self.name}, skew_s=skew)
+            if self.state() == VMState.UNINITIALIZED:
+                move_vm(self.db, self.name, VMState.CONFIGURING, "")
+            return self.state()
 
     def _skew(self) -> float:
         """Return by how many seconds the guest's clock is off for sure."""
@@ -7165,10 +7174,7 @@ class Life:
         yield from self._prepare_steps()
         self._recover()
         yield from _discard_all_steps(vm.db, vm.name, vm.driver)
-        yield from vm.clock_steps()
-        if vm.state() == VMState.UNINITIALIZED:
-            vm.set_state(VMState.CONFIGURING)
-        if vm.state() == VMState.CONFIGURING:
+        if vm.record((yield from vm.clock_steps())) == VMState.CONFIGURING:
             yield from self._delay_steps()
             yield from self._negative_steps()
             if self.plan.halt is not Halt.ABORT:
@@ -7297,7 +7303,7 @@ class Life:
         _crash("before-reboot")
         yield from self.vm.reboot_steps()
         yield from self._prepare_steps()
-        yield from self.vm.clock_steps()
+        self.vm.record((yield from self.vm.clock_steps()))
 
     # --- recovery
 
