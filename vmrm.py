@@ -9144,28 +9144,24 @@ def log_hook(path: Path, hook: Hook) -> None:
             log.writelines(f"{line}\n" for line in lines)
 
 
-def check_agent(path: str, database: Path, timeout: float) -> str:
-    """Return how a VM's guest agent is: ok, frozen, no-exec, no-answer; in-use if others have it.
+def _check_agent(words: Sequence[str]) -> int:
+    """The default check's main, `_check_agent PATH DATABASE SECONDS`: print how an agent is.
 
-    It must begin to answer within the time-out; the database is named to whoever comes second.
+    That is ok, frozen, no-exec or no-answer; in-use, which tells nothing, if others have it.
     """
+    path, database, seconds = words
+    if not path:
+        print("the VM has no path")
+        return 1
     driver = drivers.QemuGuestAgentDriver({"path": path, "name": "vm"}, logging.getLogger("vmrm"))
     try:
-        with agent_lock(path, database, time_to_wait, 0):
-            driver.connect(timeout)
-            return driver.health()
-    except Conflict as error:
-        return f"in-use: {error}"
-    except drivers.DriverError as error:
-        return f"no-answer: {error}"
+        with agent_lock(path, Path(database), time_to_wait, 0):
+            driver.connect(float(seconds))
+            health = driver.health()
+    except (Conflict, drivers.DriverError) as error:
+        health = f"{'in-use' if isinstance(error, Conflict) else 'no-answer'}: {error}"
     finally:
         driver.close()
-
-
-def _check_agent(words: Sequence[str]) -> int:
-    """The default check's main, `_check_agent PATH DATABASE SECONDS`."""
-    path, database, seconds = words
-    health = check_agent(path, Path(database), float(seconds)) if path else "the VM has no path"
     print(health)
     return {"ok": 0, "in-use": EX_TEMPFAIL}.get(health.partition(":")[0], 1)
 

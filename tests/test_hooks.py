@@ -14,6 +14,7 @@ import tables
 from cli_lab import until
 from conftest import ROOT, HostAgent
 from keepers import group, keep, log, reasons, states
+from lab import VMRM
 
 import vmrm
 
@@ -271,7 +272,9 @@ def test_the_default_check_tells_no_agent_from_no_exec(
     assert states(db) == {"ok": "check_health", "mute": failed, "lost": failed}
     told = {name: row["reason"] for name, row in tables.pool_vms(db.path).items()}
     assert "no-exec" in told["mute"]
-    assert vmrm.check_agent(str(tmp_path / "no.sock"), db.path, 0.1).startswith("no-answer: ")
+    words = [*VMRM, "_check_agent", str(tmp_path / "no.sock"), str(db.path), "0.1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[:11]) == (1, "no-answer: ")
     assert "no path" in told["lost"]
     assert "in-use" in log(db, "ok")
     tables.put(db.path, "pool_vms", {"check_started_at": None})
