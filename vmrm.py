@@ -3253,7 +3253,7 @@ class Waiting:
         """Return all VMs that are wanted, now leased; or none, and go on waiting."""
         db, request = self.pool.db, self.request
         self._socket.drain()
-        ended = [self._holders[fd] for fd, _ in self._poll.poll(0)]
+        ended = [self._holders[fd] for fd, _ in self._poll.poll(0) if fd in self._holders]
         self._forget_holders()
         wants = {"wants": json.dumps(request.wants), "priority": request.priority}
         who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
