@@ -3225,14 +3225,15 @@ def allot(
 class Waiting:
     """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
 
-    It is readable when there may be something for us, also since the holder of a VM has ended.
+    It is readable when there may be something for us, also since the holder of a VM has ended. Its
+    row is there before its socket and goes after it, so that who is killed leaves nothing unknown.
     """
 
     def __init__(self, pool: Leases, request: Request) -> None:
         self.pool, self.request = pool, request
         self._holders: dict[int, str] = {}  # of VMs that we could have, by a descriptor of each
-        self._socket, self._poll = WakeSocket(pool.db, f"wait-{request.token}"), select.epoll()
-        self._poll.register(self._socket.fileno(), select.EPOLLIN)
+        self._socket: WakeSocket | None = None
+        self._poll = select.epoll()
 
     def __enter__(self) -> Self:
         return self
@@ -3241,7 +3242,8 @@ class Waiting:
         """Leave the queue; who came after may have what was kept for us."""
         self._forget_holders()
         self._poll.close()
-        self._socket.close()
+        if self._socket:
+            self._socket.close()
         sql = "DELETE FROM pool_waiters WHERE token = :token"
         self.pool.db.write(sql, token=self.request.token)
 
@@ -3252,13 +3254,17 @@ class Waiting:
     def try_again(self) -> list[VmDescriptor]:
         """Return all VMs that are wanted, now leased; or none, and go on waiting."""
         db, request = self.pool.db, self.request
-        self._socket.drain()
+        if self._socket:
+            self._socket.drain()
         ended = [self._holders[fd] for fd, _ in self._poll.poll(0) if fd in self._holders]
         self._forget_holders()
         wants = {"wants": json.dumps(request.wants), "priority": request.priority}
         who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
         alive = {"token": request.token, "heartbeat_at": CLOCK.wall()}
         db.upsert("pool_waiters", "token", **alive, **wants, **who)
+        if not self._socket:
+            self._socket = WakeSocket(db, f"wait-{request.token}")
+            self._poll.register(self._socket.fileno(), select.EPOLLIN)
         if ended:
             self.pool.reap(_LEASES_BY, holders=json.dumps(ended))
         if vms := self.pool.lend(request):
@@ -3443,7 +3449,7 @@ FROM pool_groups AS g WHERE name = :group"""
 
 _QUEUE = """
 SELECT wants, owner, sandbox, token FROM pool_waiters
-WHERE heartbeat_at > ? ORDER BY priority DESC, id"""
+WHERE heartbeat_at > ? AND wants <> '[]' ORDER BY priority DESC, id"""
 
 _LEASE = """
 INSERT INTO leases (vm_name, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot)
@@ -3568,7 +3574,7 @@ class Leases(_Rows):
             move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
         vms = [VmDescriptor.load(db, name) for name in share.vm_names]
         if waiting:
-            db.write("DELETE FROM pool_waiters WHERE token = :token", token=request.token)
+            db.update("pool_waiters", {"token": request.token}, wants="[]")  # until it leaves
         if request.within:
             request.within(vms)
         _crash("pool-acquiring")
