@@ -519,6 +519,12 @@ def test_a_long_path_is_reached(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_a_name_too_long_for_any_address_is_a_connect_error(tmp_path: Path) -> None:
+    driver = drivers.QemuGuestAgentDriver({"path": str(tmp_path / ("s" * 200))}, LOG)
+    with pytest.raises(drivers.ConnectError, match="too long"):
+        driver.connect(timeout=0.2)
+
+
 def test_tcp_is_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=lambda: answer_all(server.accept()[0]), daemon=True)
