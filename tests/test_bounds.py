@@ -335,7 +335,7 @@ def test_what_is_due_starts_while_others_are_laid_out(
 ) -> None:
     """The guest's part of laying out waits here for the entry that is due meanwhile."""
     replaced(
-        "wc",
+        "readlink",
         f"""#!/bin/sh
 PATH=${{PATH#*:}}; cd {tmp_path}
 if mv armed waiting 2>/dev/null; then
@@ -343,7 +343,7 @@ if mv armed waiting 2>/dev/null; then
     n=0; while [ ! -e released ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done
     echo end >> order
 fi
-cd "$OLDPWD"; exec wc "$@"
+cd "$OLDPWD"; exec readlink "$@"
 """,
     )
     due = f"cd {tmp_path}; echo due >> order; touch released"
