@@ -526,6 +526,27 @@ def test_no_statement_of_an_acquire_or_release_reads_the_whole_pool(pool: VmMana
         assert not [step for step in plan if too_much.match(step)], (sql, plan)
 
 
+def test_what_binds_a_vm_or_outlives_its_process_is_synced_and_nothing_else(
+    pool: VmManager,
+) -> None:
+    add(pool, "a")
+    asked: list[str] = []
+    pool.db.connection.set_trace_callback(asked.append)
+
+    def synced(lease: float | None) -> list[bool]:
+        """Whether the acquire, and the release after it, would survive a power cut."""
+        found = []
+        for step in (lambda: pool.acquire_vm([7], "ann", "s", ME, lease=lease), None):
+            asked.clear()
+            step() if step else pool.release_vm("a")
+            found.append("PRAGMA synchronous = FULL" in asked)
+        return found
+
+    assert synced(None) == [True, False], "it was bound"
+    assert synced(None) == [False, False]
+    assert synced(60) == [True, True]
+
+
 def test_groups_and_their_settings_come_from_opts_as_in_the_reference(tmp_path: Path) -> None:
     groups = {0: {"name": "x86", "archs": ["x86_64"], "max_vm_per_user": 3}, "arm": {}}
     for opts in ({"build_groups": groups}, SimpleNamespace(build_groups=groups)):
