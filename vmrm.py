@@ -6147,6 +6147,12 @@ def _driver_file(path: Path) -> list[Driver]:
 
 
 # === handler =====================================================================================
+#
+# One process for one VM. `Plan` is what rows want of the VM, `HandledVM` the VM with its agent and
+# its guest. `Staging` brings files in, `EntryRun` takes an attempt from armed to its end,
+# `Transfers` brings files out. A `Life` has them all on one agenda, and is thrown away with the
+# link to the agent; `VMResourceHandler` only lives, waits and leaves. What may run again is decided
+# by `next_step` and `recovered` alone.
 
 
 class _Leave(Exception):
