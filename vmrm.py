@@ -6384,6 +6384,10 @@ class HandledVM:
         """What a script of ours must be told before it begins."""
         return _digest(f"{self.config['vm_uuid']}.{self.journal.token}")
 
+    def nap(self, seconds: float) -> None:
+        """Wait for time to pass."""
+        self.wait(-1, 0, seconds)
+
     def open_output(self) -> None:
         """Begin to write logs; anew, where there may be room again."""
         self.output = OutputLog(run_directory(self.db, "logs"), self.name, self.log)
@@ -6463,7 +6467,7 @@ class HandledVM:
         while not (boot := self.driver.boot_id()) and self.guest.always_tells_boot:
             if CLOCK.monotonic() > deadline:  # it runs no programs yet
                 raise VMFailed(f"its agent answers, but no program ran in {limit:g} s")
-            self.wait(-1, 0, 1)
+            self.nap(1)
         if not boot and any(attempt.boot_id for attempt in self.journal.latest().values()):
             raise drivers.LinkLost("the guest does not tell its boot now; is it frozen?")
         self.guest.boot = boot
@@ -6498,7 +6502,7 @@ class HandledVM:
                 what = "does not come back" if booting else "does not go down"
                 raise VMFailed(f"the VM accepted a reboot but {what}")
             driver.close()
-            self.wait(-1, 0, 0.2)
+            self.nap(0.2)
         guest.boot = boot
         self.log.info("the VM is back (boot %s)", boot)
         yield 0
@@ -7129,7 +7133,7 @@ def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> 
             elif run.recover(found, due=True) is NextStep.WATCH:
                 tasks.append(agenda.spawn(run.steps(found, _KILL)))
         for task in tasks:
-            agenda.finish(task, lambda seconds: vm.wait(-1, 0, seconds))
+            agenda.finish(task, vm.nap)
 
 
 def arming_meanwhile(steps: Steps, arm: Callable[[], float]) -> Steps:
@@ -7245,7 +7249,7 @@ class Life:
         """Arm one attempt of an entry, take it to its end, and return it."""
         run = self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
         self._spawn(run, self._arm({entry.ordinal: None})[entry.ordinal])
-        self.agenda.finish(cast(Task, run.task), lambda seconds: self.vm.wait(-1, 0, seconds))
+        self.agenda.finish(cast(Task, run.task), self.vm.nap)
         return self.journal.latest()[entry.ordinal]
 
     def _repeat(self, run: EntryRun) -> None:
@@ -7484,7 +7488,7 @@ class VMResourceHandler:
             self.vm.check_in()
             forget_abandoned(self.db)
             patience = self.db.timeouts.lock
-            with agent_lock(self.config["path"], self.db.path, self._nap, patience):
+            with agent_lock(self.config["path"], self.db.path, self.vm.nap, patience):
                 self._run_until_told()
         except _Leave as leave:  # while it waited for the agent
             self.log.info("leaving: %s", leave)
@@ -7516,7 +7520,7 @@ class VMResourceHandler:
         self.vm.close()
         while True:
             with contextlib.suppress(Unavailable):
-                self._nap(self.db.timeouts.reconnect)
+                self.vm.nap(self.db.timeouts.reconnect)
                 self.vm.check_in()
                 break
         self.vm.open_output()
@@ -7536,7 +7540,7 @@ class VMResourceHandler:
                     self.vm.close()
                     answer_requests(self.vm, LOST)
                     self.vm.tell(f"{WAITS}{error}")
-                    self._nap(min(self.db.timeouts.reconnect, pause))
+                    self.vm.nap(min(self.db.timeouts.reconnect, pause))
         except VMFailed as failed:
             self.log.error("the VM failed: %s", failed)
             self.vm.set_state(VMState.FAILED, str(failed))
@@ -7593,9 +7597,6 @@ class VMResourceHandler:
         self.vm.patience.calm += CLOCK.monotonic() - now
         if spoke:
             raise drivers.LinkLost("the agent hung up, or spoke without being asked")
-
-    def _nap(self, seconds: float) -> None:
-        self._wait(-1, 0, seconds)
 
     def _wait(self, fd: int, events: int, seconds: float) -> bool:
         """Wait, in driver calls too, for a descriptor (-1: none); return whether it is ready."""
@@ -7680,7 +7681,7 @@ class VMResourceHandler:
 
     def load_files_in_target(self, schedule_entry: ScheduleEntry) -> bool:
         """Bring what one entry needs into the guest's stage; return whether that worked."""
-        return self._quietly(run_steps, Staging(self.vm).steps([schedule_entry]), self._nap)
+        return self._quietly(run_steps, Staging(self.vm).steps([schedule_entry]), self.vm.nap)
 
     def preload_files(self) -> bool:
         """Bring everything all entries need into the guest; return whether that worked.
@@ -7688,7 +7689,7 @@ class VMResourceHandler:
         So we write nothing to its disk right after a reboot, which Windows does not take well.
         """
         entries = Plan.read(self.db, self.vm_name).entries
-        return self._quietly(run_steps, Staging(self.vm).steps(entries), self._nap)
+        return self._quietly(run_steps, Staging(self.vm).steps(entries), self.vm.nap)
 
     def run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
@@ -7713,7 +7714,7 @@ class VMResourceHandler:
 
     def reboot(self) -> None:
         """Reboot the VM; return when its agent answers again. VMFailed if that takes too long."""
-        run_steps(self.vm.reboot_steps(), self._nap)
+        run_steps(self.vm.reboot_steps(), self.vm.nap)
 
     def print_output(self, schedule_entry: ScheduleEntry, pid: int) -> None:
         """Write the output of the guest's process `pid`, as the agent has it, to the VM's log."""
@@ -7747,7 +7748,7 @@ class VMResourceHandler:
             raise RuntimeError(f"transfer path {location!r} is not absolute")
         default = run_directory(self.db, "transfers")
         transfers = Transfers(self.vm.guest, self.vm_name, default, self.log)
-        run_steps(transfers.steps(name, location, interval, destination), self._nap)
+        run_steps(transfers.steps(name, location, interval, destination), self.vm.nap)
 
     _transfer_data = transfer_data
 
@@ -8151,19 +8152,18 @@ class Remote:
         """Do it here, waiting for others that use the agent; None if a handler has it."""
         if self._is_handled:
             return None
-        handler = VMResourceHandler({**self.config, "agent_timeout": self.timeout})
-        vm = handler.vm
+        vm = HandledVM({**self.config, "agent_timeout": self.timeout}, drivers.plain_wait)
         begun, deadline = False, drivers.Deadline(self.timeout)
         try:
             with agent_lock(self.config["path"], self.db.path, self._nap, self.timeout):
                 vm.connect(max(0.1, deadline.remaining()))
-                run_steps(_discard_all_steps(self.db, self.name, vm.driver), handler._nap)
+                run_steps(_discard_all_steps(self.db, self.name, vm.driver), vm.nap)
                 begun = True
                 try:
                     steps = operation_steps(vm, operation, arguments, self.folder)
-                    return cast("dict[str, Any]", run_steps(steps, handler._nap))
+                    return cast("dict[str, Any]", run_steps(steps, vm.nap))
                 finally:
-                    self._discard(handler)
+                    self._discard(vm)
         except _Handled:
             return None
         except drivers.AgentError as error:
@@ -8177,12 +8177,12 @@ class Remote:
         finally:
             vm.close()
 
-    def _discard(self, handler: VMResourceHandler) -> None:
+    def _discard(self, vm: HandledVM) -> None:
         """After the connection was lost, or we were told to end: leave nothing in the guest."""
         if (self.folder / _BROKEN_OFF).exists():
             with contextlib.suppress(drivers.DriverError, VMFailed):
-                handler.vm.connect(min(self.timeout, 5))
-                run_steps(_discard_steps(handler.vm.driver, self.folder), handler._nap)
+                vm.connect(min(self.timeout, 5))
+                run_steps(_discard_steps(vm.driver, self.folder), vm.nap)
 
     def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Ask the handler; None if it has left without taking the request."""
