@@ -1944,11 +1944,8 @@ def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
 class ScheduleEntry:
     """One item of a VM's schedule: what happens in the VM at one start time.
 
-    Args:
-        start_time: Seconds: negative configures the VM, positive is after the common start.
-        ignore_failure: Whether the VM goes on if this entry fails.
-        pause: Seconds by which all later entries are shifted; `math.inf` is a break. Only a
-            pause may have start time 0 or -inf.
+    Negative seconds configure the VM, positive ones are after the common start; only a pause may be
+    at 0 or -inf. With `ignore_failure` the VM goes on if the entry fails.
 
     Attributes:
         executable: Name of the program to run, or None.
@@ -10557,7 +10554,11 @@ def read_run(db: Database, number: int | None = None) -> Run:
     for key, moved in moves.items():
         texts = {s.generation: parsed(s.text or "[]") for s in schedules.pop(key, ())}
         for row in attempts[key]:
-            _add_to_attempt(row, texts.get(row.generation, []), now)
+            entry = next(iter(texts.get(row.generation, [])[row.ordinal - 1 :]), None)
+            on_host = entry is not None and entry.on_host
+            label = f"{entry or f'entry {row.ordinal}'}{' on the host' if on_host else ''}"
+            row.update(label=label, on_host=on_host, ignored=entry and entry.ignore_failure)
+            row["end"] = max(row.begin, row.ended_at or now)
         last = max(texts, default=0)  # it stays, also that of a removed schedule
         entries, tries = texts.get(last, []), [a for a in attempts[key] if a.generation == last]
         latest, first = ({a.ordinal: a for a in order} for order in (tries, reversed(tries)))
@@ -10567,15 +10568,6 @@ def read_run(db: Database, number: int | None = None) -> Run:
         run.vms.append(VMRun(*vm, entries, latest, first, attempts[key], marks))
     run.loose = sorted(s[-1].server_name for s in schedules.values() if s[-1].text)
     return run
-
-
-def _add_to_attempt(row: Row, entries: list[ScheduleEntry], now: float) -> None:
-    """Add to an attempt what its entry says, and until when it is drawn."""
-    entry = next(iter(entries[row.ordinal - 1 :]), None)
-    on_host = entry is not None and entry.on_host
-    label = str(entry) if entry else f"entry {row.ordinal}"
-    row.update(label=f"{label} on the host" if on_host else label, on_host=on_host)
-    row.update(ignored=entry and entry.ignore_failure, end=max(row.begin, row.ended_at or now))
 
 
 def _marks(
@@ -10732,9 +10724,7 @@ def trace(run: Run) -> dict[str, Any]:
 def lanes(attempts: Iterable[Row], place: Callable[[float], float]) -> list[list[Row]]:
     """Deal attempts out to as few lanes as they need so that none overlaps another of its lane.
 
-    Args:
-        attempts: With `begin` and `end`.
-        place: Where a time is drawn: what touches there counts as free.
+    `place` says where a time is drawn: what touches there counts as free.
     """
     dealt: list[list[Row]] = []
     for attempt in sorted(attempts, key=lambda a: (place(a["begin"]), place(a["end"]))):
@@ -10948,13 +10938,7 @@ def _output_tail(path: Path) -> str:
 def check(db: Database, fix: bool = False) -> list[str]:
     """Return what is wrong with the database, the store and the processes; repair what is safe.
 
-    Args:
-        db: The database.
-        fix: Whether to remove unused contents and left-over requests, and take back VMs of the
-            pool from the dead.
-
-    Raises:
-        SchemaError: the database itself is damaged.
+    That is to remove what is unused or left over, and to take back VMs of the pool from the dead.
     """
     refuse_damaged(db.connection)
     faults = []
