@@ -203,8 +203,6 @@ class UnknownPid(AgentError):
 class Deadline:
     """A point in monotonic time, made once and passed down; None means never."""
 
-    __slots__ = ("_at", "seconds")
-
     def __init__(self, seconds: float | None) -> None:
         self.seconds = math.inf if seconds is None else seconds
         self._at = time.monotonic() + self.seconds
@@ -378,8 +376,8 @@ class FrameBuffer:
 
     def __init__(self, limit: int = REPLY_LIMIT) -> None:
         self.limit = limit  # bytes of a frame; may be changed at any time
-        self._held = bytearray()
-        self._scanned = 0  # bytes of _held known to hold no newline: big frames stay linear
+        self.held = bytearray()  # of a frame that is not complete
+        self._scanned = 0  # bytes of it known to hold no newline: big frames stay linear
         self._skipping = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
@@ -387,33 +385,28 @@ class FrameBuffer:
         if self._skipping:
             _, mark, data = bytes(data).partition(b"\xff")
             self._skipping = not mark
-        self._held += data
-
-    @property
-    def begun(self) -> bool:
-        """Whether a frame has come in part."""
-        return bool(self._held)
+        self.held += data
 
     def skip_to_mark(self) -> None:
         """Discard everything up to and including the next 0xFF, without holding it in memory."""
-        held = bytes(self._held)
-        self._held.clear()
+        held = bytes(self.held)
+        self.held.clear()
         self._scanned = 0
         self._skipping = True
         self.feed(held)
 
     def next_frame(self) -> bytes | None:
         """Return the next line that is not blank, or None if more bytes are needed."""
-        while 0 <= (end := self._held.find(b"\n", self._scanned)) <= self.limit:
-            frame = bytes(memoryview(self._held)[:end])
+        while 0 <= (end := self.held.find(b"\n", self._scanned)) <= self.limit:
+            frame = bytes(memoryview(self.held)[:end])
             # Deleting in front only moves a pointer in CPython's bytearray.
-            del self._held[: end + 1]
+            del self.held[: end + 1]
             self._scanned = 0
             if frame and not frame.isspace():
                 return frame
-        self._scanned = len(self._held)
+        self._scanned = len(self.held)
         if self._scanned > self.limit:
-            raise FrameError(f"exceeds {self.limit} bytes", bytes(self._held[:1000]))
+            raise FrameError(f"exceeds {self.limit} bytes", bytes(self.held[:1000]))
         return None
 
 
@@ -660,7 +653,7 @@ class Link:
         left = deadline.remaining()
         if not left or not self._wait(sock.fileno(), select.POLLIN, left):
             raise DriverTimeout(what, deadline.seconds)
-        if self._frames.begun:
+        if self._frames.held:
             plain_wait(-1, 0, _LULL_S)
         try:
             size = sock.recv_into(self._space)
@@ -745,9 +738,8 @@ def powershell(script: str, *words: str) -> list[str]:
 
 def script_argv(script: tuple[str, str], is_windows: bool, *words: str) -> list[str]:
     """Return the argument list that runs a script, for sh or for PowerShell, with *words*."""
-    return (
-        powershell(script[1], *words) if is_windows else ["/bin/sh", "-c", script[0], "sh", *words]
-    )
+    posix = ["/bin/sh", "-c", script[0], "sh", *words]
+    return powershell(script[1], *words) if is_windows else posix
 
 
 def _as_bytes(data: str | bytes) -> bytes:
@@ -1638,10 +1630,8 @@ class QemuGuestAgentDriver(AgentConnection):
         except BaseException:
             # On another connection the same number may be another file.
             if link.open:
-                try:
+                with contextlib.suppress(DriverError):
                     self._call(link, "guest-file-close", {"handle": handle}, 5)
-                except DriverError as error:
-                    self.log.debug("cannot close %r in the guest: %s", path, error)
             raise
         self._call(link, "guest-file-close", {"handle": handle})
 

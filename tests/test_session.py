@@ -459,7 +459,7 @@ def test_ten_megabytes_of_stale_tail_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with listening_script(path, stale), connected(path) as driver:
         assert driver.target_os == "Test 1"
-        assert len(driver._link()._frames._held) == 0
+        assert len(driver._link()._frames.held) == 0
 
 
 def test_a_mute_connection_is_replaced_by_a_fresh_one(tmp_path: Path) -> None:
