@@ -9271,10 +9271,10 @@ class QemuVm:
         """Whether a process holds the lock."""
         return FileLock(self._pid).is_held
 
-    def _lock(self) -> FileLock | None:
-        """Return the lock, or None if it is taken. Who removes the directory holds it, too."""
+    def _lock(self, seconds: float = LOOK_S) -> FileLock | None:
+        """Return the lock, or None if it stays taken. Who removes the directory holds it, too."""
         lock = FileLock(self._pid)
-        while lock.take():
+        while lock.take(seconds):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fd), self._pid.stat()):
                     return lock
@@ -9362,10 +9362,10 @@ class QemuVm:
         """Terminate QEMU and delete the directory; what is gone already is no error."""
         import shutil
 
-        ends = [None, signal.SIGTERM, signal.SIGKILL]
+        ends, patience = [None, signal.SIGTERM, signal.SIGKILL], LOOK_S
         with contextlib.suppress(FileNotFoundError):  # somebody else does the same
             while self._pid.exists():  # without that file it is not one of our directories
-                if (lock := self._lock()) is not None:
+                if (lock := self._lock(patience)) is not None:
                     _crash("qemu-ended")
                     for path in [path for path in self.folder.iterdir() if path != self._pid]:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -9373,21 +9373,19 @@ class QemuVm:
                     lock.release()
                 elif ends:
                     self._end(ends.pop(0))
+                    patience = QEMU_GRACE_S
                 else:
                     raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
     def _end(self, number: signal.Signals | None) -> None:
-        """Ask QEMU to quit, or signal it and its children, and give it time to be gone."""
-        deadline = CLOCK.monotonic() + QEMU_GRACE_S
+        """Ask QEMU to quit, or signal it and its children."""
         if number is None:
             with contextlib.suppress(OSError, ValueError):
                 self.control("quit", QEMU_GRACE_S)
         elif signed := self._pid.read_text().split():
             signal_session(int(signed[0]), int(signed[1]), number)
-        while self.runs and CLOCK.monotonic() < deadline:
-            time_to_wait(0.02)
 
 
 def qemu_words(
