@@ -381,15 +381,10 @@ _Keys = dict[str, tuple[Callable[[object], bool], str]]  # whether a value will 
 
 
 class Clock:
-    """Both clocks in one place: wall time for what is shared, monotonic time for waiting."""
+    """Both clocks in one place: wall time (UTC) for what is shared, monotonic time for waiting."""
 
-    def wall(self) -> float:
-        """Return seconds since the epoch, UTC."""
-        return time.time()
-
-    def monotonic(self) -> float:
-        """Return seconds of a clock that never steps."""
-        return time.monotonic()
+    wall = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
 
 
 class Timeouts(NamedTuple):
@@ -946,18 +941,20 @@ class Database:
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
         try:
             self._make_file()
-            with _telling_trouble():
-                connection = sqlite3.connect(
-                    self.path,
-                    isolation_level=None,
-                    timeout=self.timeouts.writer,
-                    factory=_Connection,
-                )
-                try:
-                    self._set_up(connection)
-                except BaseException:  # who tries again and again must not run out of descriptors
-                    connection.close()
-                    raise
+            patience = self.timeouts.writer
+            connection = sqlite3.connect(
+                self.path, isolation_level=None, timeout=patience, factory=_Connection
+            )
+            try:
+                with _telling_trouble():
+                    self._make_ours(connection)
+                    connection.watch()
+                    connection.execute("PRAGMA synchronous = NORMAL")
+                    if not self._checkpoint:
+                        connection.execute("PRAGMA wal_autocheckpoint = 0")
+            except BaseException:  # who tries again and again must not run out of descriptors
+                connection.close()
+                raise
         except (OSError, sqlite3.OperationalError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise UsageError(f"cannot open {str(self.path)!r}: {why}") from error
@@ -978,29 +975,19 @@ class Database:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
-    def _set_up(self, connection: _Connection) -> None:
-        try:
-            self._make_ours(connection)
-        except sqlite3.OperationalError as error:
-            if _error_code(error) in _TROUBLE and not self.state_dir.exists():
-                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
-            raise
-        except (sqlite3.DatabaseError, SchemaError) as error:
-            damaged = isinstance(error, sqlite3.Error) and _error_code(error) in _DAMAGE
-            what = f"{str(self.path)!r} is not usable: {error}"
-            aside = "Name another file with --db, or move this one away"
-            raise SchemaError(what, RESTORE if damaged else aside) from error
-        connection.watch()
-        connection.execute("PRAGMA synchronous = NORMAL")
-        if not self._checkpoint:
-            connection.execute("PRAGMA wal_autocheckpoint = 0")
-
     def _make_ours(self, connection: sqlite3.Connection) -> None:
         """Create or upgrade what can be; nothing is made beside, or in, what is not ours."""
         ours, wanted = _wanted_identity()
-        application, version = self._identity(connection)
+        try:
+            application, version = self._identity(connection)
+        except sqlite3.DatabaseError as error:
+            if _error_code(error) == sqlite3.SQLITE_NOTADB:
+                raise self._unusable(str(error)) from error
+            if _error_code(error) == sqlite3.SQLITE_READONLY and not self.state_dir.exists():
+                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+            raise
         if application != ours and not self._is_new(connection):
-            raise SchemaError("it is another program's database")
+            raise self._unusable("it is another program's database")
         for name in ("store", "locks", "wake", "requests"):
             self.directory(name)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -1013,7 +1000,11 @@ class Database:
                     self._upgrade(connection, version)
                     version = wanted
         if version != wanted:
-            raise SchemaError(f"it has schema version {version}, this vmrm wants {wanted}")
+            raise self._unusable(f"it has schema version {version}, this vmrm wants {wanted}")
+
+    def _unusable(self, why: str) -> SchemaError:
+        hint = "Name another file with --db, or move this one away"
+        return SchemaError(f"{str(self.path)!r} is not usable: {why}", hint)
 
     @staticmethod
     def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
