@@ -9670,8 +9670,7 @@ class _Book:
             self._listed(hook)
             return
         _crash("hook-ended")
-        row = self.row(hook.vm_name)
-        process = str(hook.identity)
+        row, process = self.row(hook.vm_name), str(hook.identity)
         if row is None or row["hook_process"] == process:  # else removed by hand, and added again
             with contextlib.suppress(VmDescriptorNotFound):  # removed by hand meanwhile
                 getattr(self, f"_end_{hook.kind}")(hook)
@@ -9694,7 +9693,8 @@ class _Book:
         with self.db.transaction(durable=True) as db:
             row = self.row(hook.vm_name)
             if row is None:  # a machine may be there
-                self._add_machine(hook.vm_name, hook.group, "it was removed while it was spawned")
+                reason = "it was removed while it was spawned"
+                add_pool_vm(db, hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
             elif row["state"] == VmStates.SPAWNING:
                 if hook.spawned:
                     self._settle(hook, hook.spawned)
@@ -9707,10 +9707,6 @@ class _Book:
         elif hook.fault and not hook.killed:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall(), "why": hook.fault}
             self.note(hook.group, "failed", failed)
-
-    def _add_machine(self, name: str, group: str, reason: str) -> None:
-        """Add a machine that may be there, to be terminated, inside the caller's transaction."""
-        add_pool_vm(self.db, name, group, VmStates.TERMINATING, reason=reason)
 
     def _settle(self, hook: Hook, name: str) -> None:
         """Give a spawned VM's row the name and machine it has, unless they are another VM's."""
@@ -9822,7 +9818,7 @@ class _Book:
                 move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
             elif kind == "strangers" and row is None:
                 reason = "a machine that the pool did not know"
-                self._add_machine(name, group, reason)
+                add_pool_vm(db, name, group, VmStates.TERMINATING, reason=reason)
             else:
                 return
         self.log.warning("%s is terminated: %s", name, reason)
