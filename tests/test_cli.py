@@ -595,22 +595,40 @@ def test_status_needs_neither_fire_nor_rich(cli: Cli, tmp_path: Path) -> None:
 # === exec, push, pull, info, reboot ==============================================================
 
 
-@pytest.fixture(params=["directly", "by a handler"])
-def either(request: pytest.FixtureRequest) -> Vm:
-    """Reach VMs without a handler, and through a live one."""
-    request.getfixturevalue("loaded" if request.param == "directly" else "live")
-    return request.getfixturevalue("vm")  # type: ignore[no-any-return]
+@pytest.fixture(scope="module", params=["directly", "by a handler"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cli]:
+    """Have two VMs for several tests, without handlers and with live ones."""
+    folder = tmp_path_factory.mktemp("shared")
+    cli = Cli(folder / "lab.db", folder)
+    with stand_ins(folder / "agents", 2):
+        assert cli("load", lab(folder, entry(-1, "echo hi"), "")).code == 0
+        if request.param == "directly":
+            yield cli
+            return
+        assert cli("run", "--stay", "--detach").code == 0
+        assert cli("wait", "--timeout", "20").code == 0
+        yield cli
+        cli("stop", "--kill")
 
 
-def test_exec_passes_code_and_bytes_through(either: Vm, cli: Cli) -> None:
+@pytest.fixture
+def either(shared: Cli, vm: Vm, monkeypatch: pytest.MonkeyPatch) -> Vm:
+    """Reach these VMs from this process."""
+    monkeypatch.setenv("VMRM_DB", str(shared.db))
+    return vm
+
+
+def test_exec_passes_code_and_bytes_through(either: Vm, shared: Cli) -> None:
     for code in (0, 1, 2, 3, 124, 255):
         assert either("exec", "vm1", "sh", "-c", f"exit {code}") == ("", "", code)
     assert either("exec", "vm1", "sh", "-c", "kill -9 $$").code == 128 + 9
-    assert cli("exec", "vm1", "sh", "-c", "exit 7") == ("", "", 7)
+    assert shared("exec", "vm1", "sh", "-c", "exit 7") == ("", "", 7)
     script = r"printf 'a\000\377\r\n\033[1m'; printf 'b\200' >&2"
     done = subprocess.run(
-        cli.command("exec", "vm1", "sh", "-c", script),
-        env=cli.environment,
+        shared.command("exec", "vm1", "sh", "-c", script),
+        env=shared.environment,
         capture_output=True,
         check=True,
     )
@@ -658,8 +676,8 @@ def test_a_program_that_is_not_there(either: Vm) -> None:
 NAMES = ["plain", "with space", 'it\'s "quoted"', "né日本", "$HOME;`id`", "-dash", "a\nb"]
 
 
-def test_push_and_pull_are_bit_exact(either: Vm, tmp_path: Path) -> None:
-    root, back = tmp_path / "agents/1", tmp_path / "back"
+def test_push_and_pull_are_bit_exact(either: Vm, shared: Cli, tmp_path: Path) -> None:
+    root, back = shared.folder / "agents/1", tmp_path / "back"
     back.mkdir()
     for name, size in zip(NAMES, (0, 1, 4095, 4096, 4097, 1 << 20, 70_001), strict=True):
         source = tmp_path / f"src-{name}"
@@ -674,8 +692,10 @@ def test_push_and_pull_are_bit_exact(either: Vm, tmp_path: Path) -> None:
     assert left == []
 
 
-def test_push_into_a_directory_over_a_file_and_onto_a_directory(either: Vm, tmp_path: Path) -> None:
-    root = tmp_path / "agents/1"
+def test_push_into_a_directory_over_a_file_and_onto_a_directory(
+    either: Vm, shared: Cli, tmp_path: Path
+) -> None:
+    root = shared.folder / "agents/1"
     source = tmp_path / "tool"
     source.write_text("#!/bin/sh\necho works\n")
     source.chmod(0o755)
@@ -692,8 +712,8 @@ def test_push_into_a_directory_over_a_file_and_onto_a_directory(either: Vm, tmp_
     assert [path.name for path in (root / "bin").iterdir()] == ["tool"]
 
 
-def test_pull_keeps_what_is_there_if_it_fails(either: Vm, tmp_path: Path) -> None:
-    root, mine = tmp_path / "agents/1", tmp_path / "mine"
+def test_pull_keeps_what_is_there_if_it_fails(either: Vm, shared: Cli, tmp_path: Path) -> None:
+    root, mine = shared.folder / "agents/1", tmp_path / "mine"
     (root / "data").write_bytes(b"new")
     mine.write_bytes(b"old")
     refused(either("pull", "vm1", root / "nosuch", mine), "No such file", 1)
