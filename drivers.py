@@ -51,7 +51,6 @@ import os
 import re
 import reprlib
 import resource
-import secrets
 import select
 import signal
 import socket
@@ -64,7 +63,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -249,8 +248,7 @@ def plain_wait(fd: int, events: int, seconds: float) -> bool:
 # === addresses ====================================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """Where an agent listens: a socket `family` and the `target` that connect() takes."""
 
     family: int
@@ -453,7 +451,7 @@ class Session:
     def __init__(self, log: logging.Logger) -> None:
         self.pending: dict[int, Ticket] = {}
         self._log = log
-        self._idents = itertools.count(secrets.randbits(52))
+        self._idents = itertools.count(int.from_bytes(os.urandom(6)))
 
     def encode(self, command: str, arguments: Words, content: bytes = b"") -> tuple[Ticket, bytes]:
         """Return a ticket, to be made `pending`, and the bytes to send; *content* is written."""
@@ -615,7 +613,7 @@ class Link:
     @_fatal
     def sync(self, deadline: Deadline) -> int:
         """Drop whatever is left of earlier clients and return the random id that proves it."""
-        ident = secrets.randbits(63)
+        ident = int.from_bytes(os.urandom(7))
         self.session.pending.clear()
         request = {"execute": _SYNC, "arguments": {"id": ident}}
         # 0xFF resets the agent's lexer, should half a request of a former client be in it.
@@ -746,8 +744,7 @@ def _as_bytes(data: str | bytes) -> bytes:
     return data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
 
 
-@dataclass(frozen=True, slots=True)
-class ExecStatus:
+class ExecStatus(NamedTuple):
     """What the agent knows of a program: once it exited, its exit code or signal and output."""
 
     exited: bool
@@ -1473,7 +1470,7 @@ class QemuGuestAgentDriver(AgentConnection):
         if mode not in ("r", "rb"):
             raise ValueError(f"mode {mode!r} does not read")
         target = Path(local_destination)
-        temporary = target.with_name(f".vmrm-{secrets.token_hex(8)}")
+        temporary = target.with_name(f".vmrm-{os.urandom(8).hex()}")
         try:
             with temporary.open("xb") as sink:
                 done = self._accepted(f"read {filename!r}", self.pull(filename, sink))

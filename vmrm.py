@@ -48,7 +48,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import select
 import shlex
 import signal
@@ -2609,7 +2608,7 @@ _OUR_TEMPORARY = re.compile(r"\.vmrm-[0-9a-f]{16}")
 
 def temporary_name() -> str:
     """Return a name for a file that is not complete yet, by which `check` knows it after a kill."""
-    return f".vmrm-{secrets.token_hex(8)}"
+    return f".vmrm-{os.urandom(8).hex()}"
 
 
 @contextlib.contextmanager
@@ -2651,7 +2650,7 @@ def remove_tree(top: Path) -> None:
                     path.unlink()
                     continue
                 for below in list(path.iterdir()):
-                    below.rename(top / f".{secrets.token_hex(8)}")
+                    below.rename(top / f".{os.urandom(8).hex()}")
                 path.rmdir()
         top.rmdir()
 
@@ -3143,7 +3142,7 @@ class Request:
     priority: int = 0  # in the queue: higher ones first
     # Called with the leased VMs, inside the transaction that leases them.
     within: Callable[[list[VmDescriptor]], object] | None = None
-    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))
+    token: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
 
     @property
     def lasts(self) -> bool:
@@ -5154,7 +5153,7 @@ class Guest:
         self, owner: tuple[str, str], aside: Iterable[str], lines: Sequence[str]
     ) -> Steps:
         """Do what lines say, some at a time; return names and sizes of what lies in the stage."""
-        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+        old = f"{CLOCK.wall():.0f}-{os.urandom(4).hex()}"
         for at in range(0, len(lines), _LINES_AT_ONCE):
             # What is cut short in a brace is no command, so nothing of it is done.
             told = "\n".join(["{", *lines[at : at + _LINES_AT_ONCE], "}\n"])
@@ -5340,7 +5339,7 @@ class WindowsGuest(Guest):
             raise VMFailed(
                 f"launch_dir {self.launch!r} is not plain, like C:\\lab (letters, digits, ._-~)"
             )
-        old = f"{CLOCK.wall():.0f}-{secrets.token_hex(4)}"
+        old = f"{CLOCK.wall():.0f}-{os.urandom(4).hex()}"
         if lines:
             text = text_content("\n".join(lines))
             yield from self._push_steps(text, f"lines.{old}", lambda *_: None)
@@ -5366,7 +5365,7 @@ class WindowsGuest(Guest):
         try:
             yield from self.driver.pull(path, sink, offset=offset, limit=limit)
         except drivers.AgentError:
-            copy = self.join(self.stage, f"copy.{secrets.token_hex(8)}")
+            copy = self.join(self.stage, f"copy.{os.urandom(8).hex()}")
             status = self.driver.run(self.argv("copy", path, copy), timeout=self.seconds)
             if status.exitcode != 0 or sink.tell() != begin:
                 raise
@@ -6878,7 +6877,7 @@ class EntryRun:
     ) -> None:
         self.vm, self.entry, self.transfers = vm, entry, transfers
         self.guest = vm.place(entry)
-        self.lead = 1 + secrets.randbelow(4000) / 1000  # seconds between arming and due
+        self.lead = 1 + int.from_bytes(os.urandom(2)) / 16384  # seconds between arming and due
         self.attempt: Attempt = cast(Any, None)
         self.due: float | None = None  # the effective time that the attempt was armed for, if any
         self.task: Task | None = None  # takes the attempt to its end
@@ -7462,7 +7461,7 @@ class VMResourceHandler:
         self._obeyed: Halt | None = None
         self._look_at = 0.0
         # Drawn once: a look's price is the cold memory it touches.
-        self._look_interval = self.db.timeouts.look * (0.75 + secrets.randbelow(500) / 1000)
+        self._look_interval = self.db.timeouts.look * (0.75 + os.urandom(1)[0] / 512)
 
     # --- life
 
@@ -7828,7 +7827,7 @@ def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
 
 def _push_steps(guest: Guest, folder: Path, remote: str, size: int, mode: str) -> Steps:
     """Copy `source` into the guest, as long as it is now, then put it in its place."""
-    note, token = folder / _BROKEN_OFF, secrets.token_hex(8)
+    note, token = folder / _BROKEN_OFF, os.urandom(8).hex()
     note.write_text(json.dumps([remote, token]))
     _crash("push-begun")
     try:
@@ -7949,7 +7948,7 @@ def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
 def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
     """Make a command's directory, and keep it locked for the length of the block."""
     with adding(db, "requests"):
-        folder = db.directory("requests", secrets.token_hex(16))
+        folder = db.directory("requests", os.urandom(16).hex())
         lock = FileLock(folder, lambda: os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
         lock.take()
     try:
@@ -8093,7 +8092,7 @@ def reached(db: Database, vm_name: str, timeout: float) -> Iterator[Remote]:
         yield Remote(db, config, folder, timeout)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Remote:
     """Does things on one VM at once: through its handler if one lives, else by itself."""
 
@@ -10044,7 +10043,7 @@ class Keeper:
         kind, row = HookKind(action.what), action.row
         name = action.vm_name
         if kind == HookKind.SPAWN:
-            name = f"{action.group[:57]}-{secrets.token_hex(3)}"
+            name = f"{action.group[:57]}-{os.urandom(3).hex()}"
         limit = row["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
         command = row[kind]
         if not command:
