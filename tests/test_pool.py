@@ -696,9 +696,9 @@ def test_a_command_has_its_vm_for_as_long_as_it_lives_and_the_next_gets_it_at_on
 
         def wait() -> None:
             with VmManager(db=pool.db) as waiting:
-                served.append(waiting.acquire_vm([7], "ann", "s", ME, wait=60).vm_name)
+                served.append(waiting.acquire_vm([7], "ann", "s", ME, wait=600).vm_name)
 
-        thread = threading.Thread(target=wait)
+        thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         until(pool.queue)
         time.sleep(0.3)  # until it waits

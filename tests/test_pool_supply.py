@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tables
 from cli_lab import until
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from keepers import FAST, Provider, group, keep, reasons, served, states
 from lab import VMRM
@@ -60,6 +60,11 @@ limits = st.fixed_dictionaries({name: st.none() | st.integers(0, 3) for name in 
 
 
 @given(machines=machines, wishes=wishes, limits=limits)
+@example(  # what is hopeless for the first is there for the second
+    machines=[("a", None, True)],
+    wishes=[([["a"], ["a"]], "ann", "s"), ([["a"]], "ann", "s")],
+    limits={"a": 1, "b": None},
+)
 def test_who_can_be_served_is_served_and_nobody_beyond_a_limit(
     machines: list[tuple[str, tuple[str, str] | None, bool]],
     wishes: list[tuple[list[list[str]], str, str]],
