@@ -760,10 +760,6 @@ _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 RESTORE = "Put a copy of vmrm backup in its place, or save what can be read: sqlite3 FILE .recover"
 
 
-def _error_code(error: sqlite3.Error) -> int:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
 class _TellingTrouble:
     """Raise `Unwritable` for a temporary problem, and `SchemaError` for a damaged file."""
 
@@ -773,29 +769,14 @@ class _TellingTrouble:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, sqlite3.DatabaseError):
             return
-        if (code := _error_code(error)) in _DAMAGE:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGE:
             raise SchemaError(f"the database is damaged: {error}", RESTORE) from error
         if code in _TROUBLE:
             raise Unwritable(
                 f"the database cannot be used now: {error}",
                 "Make room on its disk, or see who else has it open; nothing is lost",
             ) from error
-
-
-_telling_trouble = _TellingTrouble
-
-
-@contextlib.contextmanager
-def _begun(connection: sqlite3.Connection) -> Iterator[None]:
-    """Run the block as one transaction of writing; leave nothing behind if it raises."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 class Row(dict[str, Any]):
@@ -821,7 +802,8 @@ class _Connection(sqlite3.Connection):
     def watch(self) -> None:
         """Have every change that somebody waits for note who that is."""
         self.execute("PRAGMA temp_store = MEMORY")
-        for number, (change, who) in enumerate(_AWAITED):
+        for number, line in enumerate(_AWAITED.strip().splitlines()):
+            change, who = line.split(" WAKES ")
             trigger = f"CREATE TEMP TRIGGER wakes_{number} AFTER {change}"
             self.execute(f"{trigger} BEGIN SELECT wake_up({who}); END")
 
@@ -833,31 +815,26 @@ POOL = "pool"  # the keeper, and those who wait for a VM and would be given one 
 _POOL = f"iif(EXISTS (SELECT 1 FROM pool_waiters), '{POOL}', '{KEEPER}')"  # noqa: S608 (ours)
 
 # What changes, and the wake-up socket of whom that concerns. The schema's triggers raise the
-# revision of a VM with all that its handler must see.
-_AWAITED = (
-    ("UPDATE OF revision ON vms", "new.ordinal"),
-    ("UPDATE OF state, finished_at ON vms", f"'{SUPERVISOR}'"),
-    ("INSERT ON vms", f"'{SUPERVISOR}'"),
-    ("DELETE ON vms", f"'{SUPERVISOR}'"),
-    ("UPDATE OF start_at, halt ON experiments", f"'{SUPERVISOR}'"),
-    ("UPDATE OF answered_at ON requests", "'c-' || new.id"),
-    (  # a machine of the pool that the experiment has was taken back
-        "DELETE ON leases WHEN EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token)",
-        f"'{SUPERVISOR}'",
-    ),
-    ("INSERT ON pool_vms", _POOL),
-    ("DELETE ON pool_vms", _POOL),
-    ("UPDATE ON pool_vms WHEN new.state <> 'in_use'", _POOL),
-    (  # one less for anybody
-        """UPDATE OF bound_to_user ON pool_vms
-           WHEN new.state = 'in_use' AND old.bound_to_user IS NOT new.bound_to_user""",
-        f"'{KEEPER}'",
-    ),
-    ("INSERT ON pool_groups", _POOL),
-    ("UPDATE ON pool_groups", _POOL),
-    ("INSERT ON pool_waiters", f"'{KEEPER}'"),
-    ("DELETE ON pool_waiters", _POOL),
-)
+# revision of a VM with all that its handler must see. A lease of the experiment that ends was taken
+# back; a VM in use that is bound otherwise is one less for anybody.
+_AWAITED = f"""
+UPDATE OF revision ON vms WAKES new.ordinal
+UPDATE OF state, finished_at ON vms WAKES '{SUPERVISOR}'
+INSERT ON vms WAKES '{SUPERVISOR}'
+DELETE ON vms WAKES '{SUPERVISOR}'
+UPDATE OF start_at, halt ON experiments WAKES '{SUPERVISOR}'
+UPDATE OF answered_at ON requests WAKES 'c-' || new.id
+DELETE ON leases WHEN EXISTS (SELECT 1 FROM vms WHERE pool_token = old.token) WAKES '{SUPERVISOR}'
+INSERT ON pool_vms WAKES {_POOL}
+DELETE ON pool_vms WAKES {_POOL}
+UPDATE ON pool_vms WHEN new.state <> 'in_use' WAKES {_POOL}
+UPDATE OF bound_to_user ON pool_vms WHEN new.state = 'in_use'
+    AND old.bound_to_user IS NOT new.bound_to_user WAKES '{KEEPER}'
+INSERT ON pool_groups WAKES {_POOL}
+UPDATE ON pool_groups WAKES {_POOL}
+INSERT ON pool_waiters WAKES '{KEEPER}'
+DELETE ON pool_waiters WAKES {_POOL}
+""".replace("\n    ", " ")  # noqa: S608 (ours)
 
 _inherited: list[object] = []  # a parent process's connections, kept from every destructor
 
@@ -938,25 +915,23 @@ class Database:
         """Connect, see whose file it is, make it ours if it is new or older, then set it up."""
         if not self._create and not (self.path.exists() and self.path.stat().st_size):
             raise NotFound(f"no database at {str(self.path)!r}", "Name it with --db")
-        try:
-            self._make_file()
-            patience = self.timeouts.writer
-            connection = sqlite3.connect(
-                self.path, isolation_level=None, timeout=patience, factory=_Connection
-            )
+        with contextlib.ExitStack() as unless_done:
             try:
-                with _telling_trouble():
+                self._make_file()
+                connection = _Connection(
+                    self.path, isolation_level=None, timeout=self.timeouts.writer
+                )
+                unless_done.callback(connection.close)  # who tries again must not run out of them
+                with _TellingTrouble():
                     self._make_ours(connection)
                     connection.watch()
                     connection.execute("PRAGMA synchronous = NORMAL")
                     if not self._checkpoint:
                         connection.execute("PRAGMA wal_autocheckpoint = 0")
-            except BaseException:  # who tries again and again must not run out of descriptors
-                connection.close()
-                raise
-        except (OSError, sqlite3.OperationalError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise UsageError(f"cannot open {str(self.path)!r}: {why}") from error
+            except (OSError, sqlite3.OperationalError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise UsageError(f"cannot open {str(self.path)!r}: {why}") from error
+            unless_done.pop_all()
         self._file = self.path.stat()
         return connection
 
@@ -972,48 +947,39 @@ class Database:
             )
         # Only ever at its birth: closing a descriptor of a database drops SQLite's locks on it.
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            self.path.touch(0o600, exist_ok=False)
 
     def _make_ours(self, connection: sqlite3.Connection) -> None:
         """Create or upgrade what can be; nothing is made beside, or in, what is not ours."""
-        ours, wanted = _wanted_identity()
         try:
-            application, version = self._identity(connection)
+            found = _identity(connection)
         except sqlite3.DatabaseError as error:
-            if _error_code(error) == sqlite3.SQLITE_NOTADB:
+            if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
                 raise self._unusable(str(error)) from error
-            if _error_code(error) == sqlite3.SQLITE_READONLY and not self.state_dir.exists():
-                raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
-            raise
-        if application != ours and not self._is_new(connection):
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY or self.state_dir.exists():
+                raise
+            raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
+        ours = _wanted_identity()
+        if found != _NEW and found[0] != ours[0]:
             raise self._unusable("it is another program's database")
         for name in ("store", "locks", "wake", "requests"):
             self.directory(name)
         connection.execute("PRAGMA journal_mode = WAL")
-        if (application, version) != (ours, wanted):
+        if found[:2] != ours:
             with self._writing():
-                if self._is_new(connection):
+                found = _identity(connection)  # somebody may have been faster
+                if found == _NEW:
                     connection.executescript(f"BEGIN IMMEDIATE; {self._new_schema()} COMMIT;")
-                version = self._identity(connection)[1]  # somebody may have been faster
-                if OLDEST_VERSION <= version < wanted:
-                    self._upgrade(connection, version)
-                    version = wanted
-        if version != wanted:
-            raise self._unusable(f"it has schema version {version}, this vmrm wants {wanted}")
+                elif found[1] == OLDEST_VERSION:
+                    self._upgrade(connection)
+                found = _identity(connection)
+        if found[:2] != ours:
+            why = f"it has schema version {found[1]}, this vmrm wants {ours[1]}"
+            raise self._unusable(why)
 
     def _unusable(self, why: str) -> SchemaError:
         hint = "Name another file with --db, or move this one away"
         return SchemaError(f"{str(self.path)!r} is not usable: {why}", hint)
-
-    @staticmethod
-    def _identity(connection: sqlite3.Connection) -> tuple[int, int]:
-        names = ("application_id", "user_version")
-        first, second = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
-        return first, second
-
-    def _is_new(self, connection: sqlite3.Connection) -> bool:
-        empty = not connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()
-        return empty and self._identity(connection) == (0, 0)
 
     def _new_schema(self) -> str:
         """Return the schema; experiments begin after those that have left files here."""
@@ -1021,34 +987,35 @@ class Database:
         after = f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});" if last else ""  # noqa: S608
         return _schema() + after
 
-    def _upgrade(self, connection: sqlite3.Connection, found: int) -> None:
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
         """Bring an older database to this schema: a copy beside it, then one transaction."""
         for path in sorted(self.directory("locks").iterdir()):
             pid = FileLock(path).holder if path.name != "writer" else None
             if pid not in (None, os.getpid()):
                 raise Conflict(
-                    f"{str(self.path)!r} is of schema version {found}, and process {pid} of an "
-                    "older vmrm works with it",
+                    f"{str(self.path)!r} is of schema version {OLDEST_VERSION}, and process {pid} "
+                    "of an older vmrm works with it",
                     f"End that process first: kill {pid}",
                 )
-        kept = self.path.with_name(f"{self.path.name}.v{found}")
+        kept = self.path.with_name(f"{self.path.name}.v{OLDEST_VERSION}")
         half = kept.with_name(f"{kept.name}.part")
         half.unlink(missing_ok=True)  # of an upgrade that was killed
         try:
-            os.close(os.open(half, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            half.touch(0o600, exist_ok=False)
             copy_database(connection, half)
             half.rename(kept)
         finally:
             half.unlink(missing_ok=True)
         _crash("upgrade-copied")
-        with _begun(connection):
-            _conform(connection, found)
-            _take_steps(connection, found)
-            if found < 3:
-                self._number_output(connection)
+        connection.execute("BEGIN IMMEDIATE")
+        with connection:
+            _conform(connection)
+            _take_steps(connection)
+            self._number_output(connection)
             _crash("upgrade-before-commit")
         _crash("upgrade-committed")
-        _log.warning("upgraded %s from version %d; a copy of it is %s", self.path, found, kept)
+        version = _wanted_identity()[1]
+        _log.warning("upgraded %s to version %d; a copy of it is %s", self.path, version, kept)
 
     def _number_output(self, connection: sqlite3.Connection) -> None:
         """Give the current experiment's output the number that later versions begin with.
@@ -1078,7 +1045,7 @@ class Database:
 
     def query(self, sql: str, **parameters: object) -> list[Row]:
         """Return all rows of one statement; it belongs to the open transaction, if there is one."""
-        with _telling_trouble():
+        with _TellingTrouble():
             found = self.connection.execute(sql, parameters)
             names = [column[0] for column in found.description or ()]
             return [Row(zip(names, row, strict=True)) for row in found.fetchall()]
@@ -1090,21 +1057,22 @@ class Database:
 
     def value(self, sql: str, **parameters: object) -> Any:
         """Return the first column of the first row, or None if there is none."""
-        with _telling_trouble():
+        with _TellingTrouble():
             row = self.connection.execute(sql, parameters).fetchone()
         return row[0] if row else None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Be the one writer: SQLite's own busy handler starves some for seconds."""
-        lock, seconds = FileLock(self._writer_path), self.timeouts.writer
-        if not lock.take_in_turn(seconds):
+        lock = FileLock(self._writer_path)
+        if not lock.take_in_turn(self.timeouts.writer):
             raise Busy(
-                f"the database was kept busy for {seconds:g} s by {lock.holder_name}",
+                f"the database was kept busy for {self.timeouts.writer:g} s by {lock.holder_name}",
                 "Try again, or look at what that process does",
             )
         try:
-            yield
+            with _TellingTrouble():
+                yield
         finally:
             lock.release()
 
@@ -1112,20 +1080,16 @@ class Database:
     def transaction(self, *, durable: bool = False) -> Iterator[Self]:
         """Run the block as one write transaction; then wake who waits for what it has changed.
 
-        Args:
-            durable: Whether the commit must survive a power cut of the host, not just kill -9.
-
-        Raises:
-            Busy: other writers did not let us in within the writer time-out.
-            Unwritable: the disk is full, for example.
+        With `durable` its commit survives a power cut of the host, and not just kill -9.
         """
         connection = self.connection
         connection.to_wake.clear()
-        with self._writing(), _telling_trouble():
+        with self._writing():
             if durable:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
-                with _begun(connection):
+                connection.execute("BEGIN IMMEDIATE")
+                with connection:  # commits, or leaves nothing behind
                     yield self
             finally:
                 if durable:
@@ -1205,6 +1169,17 @@ def _wanted_identity() -> tuple[int, int]:
     return int(found["application_id"]), int(found["user_version"])
 
 
+_NEW = (0, 0, True)  # the identity of a database that nobody has used
+
+
+def _identity(connection: sqlite3.Connection) -> tuple[int, int, bool]:
+    """Return a database's application_id and user_version, and whether it is empty."""
+    sql = """SELECT application_id, user_version, NOT EXISTS (SELECT 1 FROM sqlite_schema)
+             FROM pragma_application_id, pragma_user_version"""
+    application, version, is_empty = connection.execute(sql).fetchone()
+    return application, version, bool(is_empty)
+
+
 # <kind>.<experiment> holds what an experiment leaves: nothing is ever moved, or mixed.
 RUN_DIRECTORIES = ("logs", "transfers")
 _RUN_DIRECTORY = re.compile(rf"(?:{'|'.join(RUN_DIRECTORIES)})\.(\d+)|(\d+)-.*")
@@ -1218,48 +1193,50 @@ def run_directories(state_dir: Path) -> list[tuple[Path, int]]:
 
 
 OLDEST_VERSION = 2  # of the schema that can be upgraded
+_WHOLE = "{0}_pid || ' ' || {0}_started || ' ' || {0}_boot || ' ' || {1}"  # its text of a process
+_HOLDER = _WHOLE.format("holder", "holder_namespace")
 
 
-def _process_text(prefix: str, namespace: str) -> str:
-    """Return SQL for the text of a process that version 2 has in several columns."""
-    return f"{prefix}_pid || ' ' || {prefix}_started || ' ' || {prefix}_boot || ' ' || {namespace}"
-
-
-def _spelt_otherwise() -> dict[tuple[str, str], str]:
+def _spelt_otherwise() -> dict[str, dict[str, str]]:
     """Return, by table and column, the SQL for what version 2 spells otherwise.
 
     No process of that older vmrm lives any more: where it had a pid alone, that will do.
     """
     boot, here = Process.of()[2:]
     return {
-        ("pool_vms", "hook_process"): _process_text("hook", f"{here}"),
-        ("pool_waiters", "holder"): _process_text("holder", "holder_namespace"),
-        ("requests", "claimed_by"): f"claimed_by || ' 0 {boot} {here}'",
-        ("vms", "handler"): f"handler_pid || ' 0 {boot} {here}'",
+        "pool_vms": {"hook_process": _WHOLE.format("hook", here)},
+        "pool_waiters": {"holder": _HOLDER},
+        "requests": {"claimed_by": f"claimed_by || ' 0 {boot} {here}'"},
+        "vms": {"handler": f"handler_pid || ' 0 {boot} {here}'"},
     }
 
 
-def _conform(connection: sqlite3.Connection, found: int) -> None:
-    """Make an older database's tables anew, and all else of schema.sql.
+def _conform(connection: sqlite3.Connection) -> None:
+    """Make an older database's tables anew, with their rows, and all else of schema.sql.
 
-    Each table takes over the rows, column by column; so a change that only adds, drops or
-    constrains needs nothing but schema.sql. The older one stays for the steps after that, as
-    "old NAME".
+    So a change that only adds, drops or constrains a column needs nothing but schema.sql. The older
+    tables stay for the steps after that, as "old NAME".
     """
-    listed = """SELECT name, type, sql FROM sqlite_schema
-                WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY type = 'table', rowid"""
+    listed = """SELECT name, type, sql FROM sqlite_schema WHERE sql IS NOT NULL
+                AND name NOT LIKE 'sqlite_%' ORDER BY type <> 'table', rowid"""
     with contextlib.closing(sqlite3.connect(":memory:")) as model:
         model.executescript(_schema())
         wanted = model.execute(listed).fetchall()
-    for name, kind, _ in connection.execute(listed).fetchall():
+    for name, kind, _ in connection.execute(listed).fetchall()[::-1]:
         changed = f'RENAME TO "old {name}"' if kind == "table" else ""
         connection.execute(f'{"ALTER" if changed else "DROP"} {kind} "{name}" {changed}')
-    otherwise = _spelt_otherwise() if found == 2 else {}
-    for name, kind, sql in sorted(wanted, key=lambda row: row[1] != "table"):
+    otherwise = _spelt_otherwise()
+    for name, kind, sql in wanted:  # tables first: no trigger must see the rows come
         connection.execute(sql)
-        if kind == "table":  # before there is a trigger that would see the rows come
-            spelt = {column: sql for (table, column), sql in otherwise.items() if table == name}
-            _take_over(connection, name, spelt)
+        new, old = (
+            {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+            for table in (name, f"old {name}")
+        )
+        if kind == "table" and old:
+            taken = {column: f'"{column}"' for column in new & old} | otherwise.get(name, {})
+            names, values = (", ".join(f'"{n}"' for n in taken)), ", ".join(taken.values())
+            take = f'INSERT INTO "{name}" ({names}) SELECT {values} FROM "old {name}"'  # noqa: S608
+            connection.execute(take)
     for sql in (  # numbers that are never used again
         "DELETE FROM sqlite_sequence WHERE 'old ' || name IN (SELECT name FROM sqlite_sequence)",
         "UPDATE sqlite_sequence SET name = substr(name, 5) WHERE name LIKE 'old %'",
@@ -1267,30 +1244,19 @@ def _conform(connection: sqlite3.Connection, found: int) -> None:
         connection.execute(sql)
 
 
-def _take_over(connection: sqlite3.Connection, name: str, spelt: Mapping[str, str]) -> None:
-    new, old = (
-        {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
-        for table in (name, f"old {name}")
-    )
-    if old:
-        columns = {f'"{column}"': f'"{column}"' for column in sorted(new & old)} | dict(spelt)
-        names, values = ", ".join(columns), ", ".join(columns.values())
-        connection.execute(f'INSERT INTO "{name}" ({names}) SELECT {values} FROM "old {name}"')  # noqa: S608
-
-
-def _take_steps(connection: sqlite3.Connection, found: int) -> None:
-    """Do to the rows, already in this schema's form, what each version since `found` asks for."""
+def _take_steps(connection: sqlite3.Connection) -> None:
+    """Do to the rows, already in this schema's form, what each version asks for."""
     need_packages("sqlite_utils")
     from sqlite_utils import Database as Utils
     from sqlite_utils import Migrations
 
     steps = Migrations("vmrm")
 
+    @steps()
     def version_3(db: Utils) -> None:
         """Write leases down, tell machines apart, name each attempt's directory in the guest."""
-        holder = _process_text("holder", "holder_namespace")
         db.execute(
-            f"""INSERT INTO leases SELECT vm_name, token, {holder}, acquired_at, lease_end_at,
+            f"""INSERT INTO leases SELECT vm_name, token, {_HOLDER}, acquired_at, lease_end_at,
                     task_id, build_id, chroot FROM "old pool_vms" WHERE token IS NOT NULL"""  # noqa: S608
         )
         for vm in with_addresses(db.query("SELECT server_name, path, pool FROM vms")):
@@ -1303,9 +1269,6 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
                 row["value"] = json.dumps(found)
                 db.execute("UPDATE pool_info SET value = :value WHERE rowid = :rowid", row)
 
-    for version, step in ((3, version_3),):
-        if version > found:
-            steps()(step)
     steps.apply(Utils(connection, execute_plugins=False))
     old = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE 'old %'"
     for (name,) in connection.execute(old).fetchall():
@@ -1315,14 +1278,14 @@ def _take_steps(connection: sqlite3.Connection, found: int) -> None:
 
 def copy_database(source: sqlite3.Connection, copy: Path) -> None:
     """Copy a database, which may be in use, and read the copy back."""
-    with contextlib.closing(sqlite3.connect(copy)) as target, _telling_trouble():
+    with contextlib.closing(sqlite3.connect(copy)) as target, _TellingTrouble():
         source.backup(target)
         refuse_damaged(target)
 
 
 def refuse_damaged(connection: sqlite3.Connection) -> None:
     """Read all of a database; raise `SchemaError` if anything in it is not as it must be."""
-    with _telling_trouble():
+    with _TellingTrouble():
         faults = [row[0] for row in connection.execute("PRAGMA integrity_check(10)")]
     if faults != ["ok"]:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
@@ -3595,7 +3558,7 @@ class Leases(_Rows):
         def room(group: str, owner: str) -> float:
             return cast(float, self.db.value(_ROOM, group=group, owner=owner) or 0.0)
 
-        with _telling_trouble():
+        with _TellingTrouble():
             return allot(queue, free, room)
 
     def why_none(self, request: Request) -> str:
@@ -3652,7 +3615,7 @@ class Leases(_Rows):
 
     def queue(self) -> list[Request]:
         """Return what those want who wait and live, the first one first."""
-        with _telling_trouble():
+        with _TellingTrouble():
             alive = CLOCK.wall() - self.db.timeouts.heartbeat
             rows = self.db.connection.execute(_QUEUE, (alive,)).fetchall()
         return [
