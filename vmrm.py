@@ -918,8 +918,9 @@ class Database:
         with contextlib.ExitStack() as unless_done:
             try:
                 self._make_file()
-                connection = _Connection(
-                    self.path, isolation_level=None, timeout=self.timeouts.writer
+                patience = self.timeouts.writer
+                connection = sqlite3.connect(
+                    self.path, isolation_level=None, timeout=patience, factory=_Connection
                 )
                 unless_done.callback(connection.close)  # who tries again must not run out of them
                 with _TellingTrouble():
@@ -1013,6 +1014,7 @@ class Database:
             _take_steps(connection)
             self._number_output(connection)
             _crash("upgrade-before-commit")
+            connection.execute("COMMIT")
         _crash("upgrade-committed")
         version = _wanted_identity()[1]
         _log.warning("upgraded %s to version %d; a copy of it is %s", self.path, version, kept)
@@ -1089,8 +1091,9 @@ class Database:
                 connection.execute("PRAGMA synchronous = FULL")
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                with connection:  # commits, or leaves nothing behind
+                with connection:  # which leaves nothing behind if this raises
                     yield self
+                    connection.execute("COMMIT")
             finally:
                 if durable:
                     connection.execute("PRAGMA synchronous = NORMAL")
