@@ -11338,26 +11338,18 @@ def _bar(done: int, of: int, width: int = 20) -> str:
 
 
 class Command(NamedTuple):
-    """A function of the command line, and what its parameters mean."""
-
     function: Callable[..., object]
     tail: str  # the words of a program that may follow it
     words: Mapping[str, str]  # of parameters whose meaning is not that of WORDS
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """Return what the command line may give, by name; the first parameter is the Cli."""
+        """What the command line may give, by name; the first parameter is the Cli."""
         parameters = inspect.signature(self.function, eval_str=True).parameters
         return dict(itertools.islice(parameters.items(), 1, None))
 
     @property
-    def needs_nothing(self) -> bool:
-        """Return whether it can do without any word."""
-        return all(p.default is not p.empty for p in self.parameters.values())
-
-    @property
     def help(self) -> str:
-        """Return the docstring, with a line for each parameter."""
         words = {**WORDS, **self.words}
         lines = [f"    {name}: {words[name]}" for name in self.parameters]
         text = inspect.getdoc(self.function) or ""
@@ -11414,12 +11406,10 @@ class Cli:
         self.path, self.screen, self.tail = path, screen, list(tail)
 
     @functools.cached_property
-    def db(self) -> Database:
-        """Return the database, which is made if there is none."""
+    def db(self) -> Database:  # made if there is none
         return Database(self.path)
 
     def close(self) -> None:
-        """Close the database, if it was used."""
         if "db" in vars(self):
             self.db.close()
 
@@ -11431,7 +11421,6 @@ class Cli:
         return self.db
 
     def pool(self) -> VmManager:
-        """Return the pool, if there is a database."""
         return VmManager(db=self.open("Make a group: vmrm pool group NAME"))
 
     def vm(self, name: str) -> str:
@@ -11451,12 +11440,12 @@ class Cli:
         return cast(str, found)
 
     def write(self, file: Path | None, text: str) -> None:
-        """Write a new file for the user, or stdout."""
-        if file is None:
+        """Write a new file, or stdout."""
+        if file is not None:
+            with new_file(self.open(), file) as path:
+                path.write_text(text, encoding="utf-8")
+        else:
             print(text, end="")
-            return
-        with new_file(self.open(), file) as path:
-            path.write_text(text, encoding="utf-8")
 
 
 @command()
@@ -11465,7 +11454,76 @@ def cmd_demo(cli: Cli) -> None:
 
     Needs no VM and leaves nothing behind. Takes about ten seconds.
     """
-    demo(cli.screen)
+    import subprocess
+    import tempfile
+
+    screen = cli.screen
+    with contextlib.ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmrm-demo-")))
+        argv = own_command("agent", f"{root}/agents", "--count", "3")
+        quiet = subprocess.DEVNULL
+        agents = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=quiet)
+        stack.enter_context(agents)
+        stack.callback(agents.terminate)
+        assert agents.stdout is not None
+        if not agents.stdout.readline():
+            raise VmrmError("the stand-in agents did not start")
+        (root / "lab.toml").write_text(DEMO.format(root=root), encoding="utf-8")
+        screen.tell("Three stand-in agents play VMs. The experiment, lab.toml:\n")
+        screen.tell("    " + DEMO.format(root="…").replace("\n", "\n    "))
+        screen.tell("$ vmrm run lab.toml")
+        db = stack.enter_context(Database(root / "lab.db"))
+        load_experiment(db, read_experiment(root / "lab.toml"))
+        launch(db)
+        Viewer(db, screen).watch(spawn_supervisor(db))
+        outcome = report_of(read_run(db))
+        screen.show(outcome.rows)
+        screen.tell(outcome.summary)
+        if not screen.as_json:  # which is one document
+            screen.tell("\n$ vmrm schedule show server")
+            screen.show(entry_rows(db, "server"))
+        screen.tell("\nThe transfer brought out out/server/…/served:")
+        served = next((root / "out" / "server").rglob("served"))
+        screen.tell(f"    {served.read_text().strip()}")
+    if not outcome.ok:
+        raise VmrmError("\n  ".join(["the demo failed", *outcome.faults]))
+    screen.tell("\nThat was it; nothing is left behind. README.md shows how to write a lab.toml")
+
+
+DEMO = """\
+[experiment]
+start_buffer = 1                          # seconds from "all configured" to time 0
+
+[[vm]]
+name = "server"
+path = "agents/3.sock"                    # a guest agent's socket
+launch_dir = "{root}/agents/3/launch"
+schedule = [                              # negative times configure the VM, in order
+    {{ start_time = -20, executable = "install.sh", arguments = ["it's $HOME"], content = [
+        {{ location = "install.sh", executable = true, content = "#!/bin/sh\\necho got $1\\n" }},
+    ] }},
+    {{ start_time = -10, executable = "sh", arguments = [
+        "-c",                             # exit code 10: reboot, then run me again
+        "[ -e ../done ] && exit 0; touch ../done; echo rebooting; exit 10",
+    ] }},                                 # positive times are seconds after the common start
+    {{ start_time = 1, executable = "sh", arguments = [
+        "-c", "date +%T.%N >> {root}/agents/3/served; echo serving",
+    ] }},
+    {{ start_time = 2, transfer = [        # bring files out of the VM
+        {{ location = "{root}/agents/3/served", destination = "out" }},
+    ] }},
+]
+
+[[vm]]
+name = "client{{n}}"
+count = 2
+path = "agents/{{n}}.sock"
+launch_dir = "{root}/agents/{{n}}/launch"
+schedule = [
+    {{ start_time = -5, executable = "sleep", arguments = ["1"] }},
+    {{ start_time = 1.5, executable = "sh", arguments = ["-c", "echo asking the server"] }},
+]
+"""
 
 
 @command(file="TOML, or JSON of the same structure.")
@@ -11544,17 +11602,16 @@ def cmd_run(
 
 
 def _check_new(report: Path, detach: bool) -> None:
-    """Refuse at once what would lose the report when all is over."""
     if detach:
         raise UsageError("--report needs a run that waits", "Later: vmrm report FILE")
-    if os.path.lexists(report):
+    if os.path.lexists(report):  # now, not when all is over and the report would be lost
         raise UsageError(f"{str(report)!r} exists already")
     if not os.access(report.absolute().parent, os.W_OK):
         raise UsageError(f"{str(report)!r} cannot be written: no such directory, or no right to")
 
 
 def _supervised(cli: Cli, settings: Mapping[str, Any]) -> tuple[int, Any]:
-    """Have a supervisor run the experiment; return its pid, and its process if we started it."""
+    """Return the pid of the experiment's supervisor, and its process if we started it."""
     if pid := supervisor_pid(cli.db):
         now = current_experiment(cli.db)
         now["start_buffer"] = now["start_buffer_s"]
@@ -11655,10 +11712,9 @@ def cmd_wait(
 
 @command(tail="PROGRAM [ARG ...]")
 def cmd_exec(cli: Cli, vm: str, *, timeout: float = 30.0) -> object:
-    """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...].
+    """Run a program in a VM: vmrm exec VM PROGRAM [ARG ...]. Options go before VM.
 
-    Its output and exit code are passed through; 255 if the VM could not be reached or nobody
-    knows how it ended. Options go before VM; all words after it are the program's.
+    Passes on its output and exit code; 255 if the VM was not reached or the outcome is unknown.
     """
     if not cli.tail:
         raise UsageError("no program is named", "Name one: vmrm exec VM PROGRAM [ARG ...]")
@@ -11712,16 +11768,12 @@ def cmd_pull(
         raise UsageError(f"{str(target)!r} is not a file")
     with cli.remote(vm, timeout) as access:
         temporary = make_sink(access.folder, target)
-        try:
-            with cli.screen.progress(access.folder):
-                answer = access.do("pull", remote=remote)
-            mask = os.umask(0o077)
-            os.umask(mask)
-            temporary.chmod(answer["mode"] & ~mask)
-            _crash("pull-before-rename")
-            temporary.rename(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with cli.screen.progress(access.folder):
+            answer = access.do("pull", remote=remote)
+        os.umask(mask := os.umask(0o077))
+        temporary.chmod(answer["mode"] & ~mask)
+        _crash("pull-before-rename")
+        temporary.rename(target)
     return {"bytes": answer["bytes"]}
 
 
@@ -11834,10 +11886,9 @@ def cmd_handle(cli: Cli, vm: str, *, allow_host: bool = False) -> object:
     count="Play N agents: sockets DIR/1.sock ..., roots DIR/1/ ...",
 )
 def cmd_agent(cli: Cli, socket: str, *, root: str | None = None, count: int | None = None) -> None:
-    """Play a guest agent on a UNIX socket of this host, until Ctrl-C or SIGTERM.
+    """Play a guest agent on a UNIX socket of this host, to try a schedule without a VM.
 
-    For trying a schedule without a VM, for containers, and for tests. Programs run on this
-    host, with your rights.
+    Programs run on this host, with your rights. Ends at Ctrl-C or SIGTERM.
     """
     places = {socket: root}
     if count is not None:
@@ -11941,7 +11992,6 @@ def cmd_pool_group(cli: Cli, name: str | None = None, **settings: str) -> object
 
 
 def _setting(key: str, text: str) -> object:
-    """Return a group's setting as its column takes it."""
     if text in ("True", "False") and key not in ("release_cleans", "unique_ip"):
         raise UsageError(f"--{key.replace('_', '-')} needs a value")
     if text in ("none", "True", "False"):
@@ -12024,9 +12074,8 @@ def cmd_pool_acquire(
 ) -> None:
     """Lease a VM: vmrm pool acquire GROUP ... [-- COMMAND ...]; exit code 75 if there is none.
 
-    vmrm becomes the COMMAND, which finds the VM in its environment: VMRM_VM, VMRM_IP, VMRM_PATH,
-    VMRM_LEASE. The lease ends with it. Without one, name, ip, path and token of the lease are
-    printed.
+    vmrm becomes the COMMAND, with VMRM_VM, VMRM_IP, VMRM_PATH and VMRM_LEASE in its environment;
+    the lease ends with it. Without a COMMAND, prints name, ip, path and token of the lease.
     """
     runs = bool(cli.tail)
     if runs and pid is not None:
@@ -12128,7 +12177,6 @@ def cmd_pool_hold(
 
 
 def _moment(text: str) -> float:
-    """Return a time from now, or a date, in seconds since the epoch."""
     with contextlib.suppress(ValueError):
         return CLOCK.wall() + parse_seconds(text)
     try:
@@ -12187,8 +12235,7 @@ def cmd_pool_metrics(cli: Cli) -> object:
 def cmd_pool_serve(cli: Cli, *, once: bool = False) -> None:
     """Keep the pool until Ctrl-C or SIGTERM: spawn, check, clean, terminate and count its VMs.
 
-    Hooks that run when it is told to stop are killed, and begun again by the next keeper. The
-    VMs stay.
+    A stopped keeper kills its hooks, which the next one begins again. The VMs stay.
     """
     db = cli.pool().db
     logger = logging.getLogger("vmrm.keeper")
@@ -12226,8 +12273,7 @@ def cmd_pool_spawn_qemu(
 ) -> None:
     """Start a VM by QEMU, which outlives this command: a spawn hook; words after -- are QEMU's.
 
-    It has a guest-agent socket and a control socket in a directory of its own, and no network
-    unless QEMU's words give it one. Printed are its name, ip (not known) and the agent's path.
+    Prints its name and the guest agent's path. It has no network unless QEMU's words give one.
     """
     words = qemu_words(memory, cpus, disk, kernel, initrd=initrd, append=append, accel=accel)
     machine = _qemu(cli, vm, dir)
@@ -12240,12 +12286,10 @@ def cmd_pool_spawn_qemu(
 
 
 def _accel(cli: Cli) -> str:
-    """Return the accelerator that works."""
     import shutil
 
     program = shutil.which(QEMU)
-    fault = kvm_fault(program) if program else ""
-    if fault:
+    if fault := kvm_fault(program) if program else "":
         cli.screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
     return "tcg" if fault else "kvm"
 
@@ -12329,106 +12373,6 @@ def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
         time_to_wait(0.2)
 
 
-# --- the demo
-
-DEMO = """\
-[experiment]
-start_buffer = 1                          # seconds from "all configured" to time 0
-
-[[vm]]
-name = "server"
-path = "agents/3.sock"                    # a guest agent's socket
-launch_dir = "{root}/agents/3/launch"
-
-[[vm.schedule]]                           # negative times configure the VM, in order
-start_time = -20
-executable = "install.sh"
-arguments = ["--greeting", "hello, it's $HOME"]
-file = [{{ location = "install.sh", filename = "install.sh" }}]
-
-[[vm.schedule]]
-start_time = -10                          # exit code 10: reboot, then run me again
-executable = "sh"
-arguments = ["-c", "[ -e ../done ] && exit 0; touch ../done; echo rebooting; exit 10"]
-
-[[vm.schedule]]
-start_time = 1                            # positive times are seconds after the common start
-executable = "sh"
-arguments = ["-c", "date +%T.%N >> {root}/agents/3/served; echo serving"]
-
-[[vm.schedule]]
-start_time = 2                            # bring files out of the VM
-transfer = [{{ location = "{root}/agents/3/served", destination = "out" }}]
-
-[[vm]]
-name = "client{{n}}"
-count = 2
-path = "agents/{{n}}.sock"
-launch_dir = "{root}/agents/{{n}}/launch"
-
-[[vm.schedule]]
-start_time = -5
-executable = "sleep"
-arguments = ["1"]
-
-[[vm.schedule]]
-start_time = 1.5
-executable = "sh"
-arguments = ["-c", "echo asking the server"]
-"""
-
-DEMO_INSTALL = """\
-#!/bin/sh
-echo "installing in $PWD with $# arguments: $2"
-"""
-
-
-def demo(screen: Screen) -> None:
-    """Run the demo experiment in a temporary directory."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="vmrm-demo-") as folder, _demo_agents(folder):
-        root = Path(folder)
-        (root / "lab.toml").write_text(DEMO.format(root=root), encoding="utf-8")
-        (root / "install.sh").write_text(DEMO_INSTALL)
-        screen.tell("Three stand-in agents play VMs. The experiment, lab.toml:\n")
-        screen.tell("    " + DEMO.format(root="…").replace("\n", "\n    "))
-        screen.tell("$ vmrm run lab.toml")
-        with Database(root / "lab.db") as db:
-            load_experiment(db, read_experiment(root / "lab.toml"))
-            launch(db)
-            Viewer(db, screen).watch(spawn_supervisor(db))
-            outcome = report_of(read_run(db))
-            screen.show(outcome.rows)
-            screen.tell(outcome.summary)
-            if not screen.as_json:  # which is one document
-                screen.tell("\n$ vmrm schedule show server")
-                screen.show(entry_rows(db, "server"))
-            screen.tell("\nThe transfer brought out out/server/…/served:")
-            served = next((root / "out" / "server").rglob("served"))
-            screen.tell(f"    {served.read_text().strip()}")
-    if not outcome.ok:
-        raise VmrmError("\n  ".join(["the demo failed", *outcome.faults]))
-    screen.tell(
-        "\nThat was it; nothing is left behind. Now write a lab.toml of your own: README.md"
-    )
-
-
-@contextlib.contextmanager
-def _demo_agents(folder: str) -> Iterator[None]:
-    import subprocess
-
-    argv = own_command("agent", f"{folder}/agents", "--count", "3")
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        try:
-            assert process.stdout is not None
-            if not process.stdout.readline():
-                raise VmrmError("the stand-in agents did not start")
-            yield
-        finally:
-            process.terminate()
-
-
 # === main ========================================================================================
 
 
@@ -12447,13 +12391,11 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-_WORDS_OF_SWITCHES = {"True": True, "False": False}
-
 # By a parameter's type: what reads its word, and what is said of a word that it refuses.
 _PARSERS: dict[Any, tuple[Callable[[str], object], str]] = {
     str: (str, ""),
     bool: (
-        _WORDS_OF_SWITCHES.__getitem__,
+        {"True": True, "False": False}.__getitem__,
         "follows a switch, which takes no value; put switches last",
     ),
     float: (parse_seconds, "is not a number of seconds, 0 or more"),
@@ -12462,9 +12404,8 @@ _PARSERS: dict[Any, tuple[Callable[[str], object], str]] = {
 }
 
 
+# Fire by itself guesses a type from the word.
 def _parser(name: str, kind: Any) -> Callable[[str], object]:
-    """Return what reads a parameter's word: fire by itself guesses a type from the word."""
-
     reads, fault = _PARSERS.get(kind) or (functools.partial(checked_word, name, known=kind), "")
 
     def parse(word: str) -> object:
@@ -12487,10 +12428,8 @@ class _Pending:
 
 
 class _Group(dict[str, Any]):
-    """Commands by name, for fire, which would offer a dictionary's methods as well."""
-
     def __dir__(self) -> list[str]:
-        return []
+        return []  # fire would offer a dictionary's methods as well
 
 
 def _for_fire(name: str, entry: Any) -> Any:
@@ -12515,8 +12454,7 @@ def _for_fire(name: str, entry: Any) -> Any:
     return decorators.SetParseFns(**parsers)(decorators.SetParseFn(str)(pending))
 
 
-def _named(words: Sequence[str]) -> tuple[list[str], Any]:
-    """Return the words that name a command, or a group, and what they name."""
+def _named(words: Sequence[str]) -> tuple[list[str], Any]:  # a command, or a group
     names: list[str] = []
     found: Any = COMMANDS
     for word in words:
@@ -12532,17 +12470,13 @@ def _named(words: Sequence[str]) -> tuple[list[str], Any]:
 
 
 def _understand(words: Sequence[str], tail: Sequence[str]) -> _Pending:
-    """Return the command that the words mean, which may be to do nothing: fire has printed help.
-
-    Raises:
-        UsageError: a word is not understood; nothing was run.
-    """
+    """Return the command that the words mean; it does nothing if fire has printed help."""
     names, entry = _named(words)
     rest, name = words[len(names) :], " ".join(["vmrm", *names])
     is_command, see = isinstance(entry, Command), f"See: {name} --help"
     if tail and not (is_command and entry.tail):
         raise UsageError(f"{name} takes no words after '--'", see)
-    if is_command and not rest and entry.needs_nothing:
+    if is_command and not rest and all(p.default != p.empty for p in entry.parameters.values()):
         return _Pending(entry.function)  # `status`, in a loop, need not import fire
     if {"--help", "-h"} & set(rest):
         rest = ["--", "--help"]
@@ -12573,10 +12507,8 @@ def _understand(words: Sequence[str], tail: Sequence[str]) -> _Pending:
 
 
 def _take_apart(argv: Sequence[str]) -> tuple[Cli, list[str]]:
-    """Return what is ours of a command line, and the words that fire is to understand.
-
-    Our own options may stand anywhere before the words of a program, which fire must not see.
-    """
+    """Return the options of all commands, which may stand anywhere before the words of a program,
+    and the words that fire is to understand."""
     path, ours, words, tail, rest = None, set(), list[str](), list[str](), list(argv)
     while rest:
         word = rest.pop(0)
@@ -12603,11 +12535,7 @@ def _take_apart(argv: Sequence[str]) -> tuple[Cli, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; return its exit code.
-
-    Args:
-        argv: The words after the program's name; None takes this process's own.
-    """
+    """Run one command line, this process's own by default; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     screen = Screen()
     try:
@@ -12648,11 +12576,8 @@ _SHORTAGES = frozenset(
 
 
 def _told(error: Exception, words: Sequence[str]) -> VmrmError:
-    """Return what is to be said about an error that is none of ours: whose fault it is.
-
-    A file that the command line names is the user's affair, what the host refuses is the host's.
-    All else is a fault of vmrm, and its traceback is printed for whoever mends it.
-    """
+    """Return an unforeseen error as the user's, if the command line names its file, the host's,
+    or a fault of vmrm, whose traceback is printed."""
     if isinstance(error, drivers.AddressError):
         return UsageError(str(error))
     if isinstance(error, drivers.DriverError):
