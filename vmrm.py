@@ -4752,9 +4752,7 @@ class Staged(NamedTuple):
     text: str = ""  # if it is one
 
 
-class Found(NamedTuple):
-    """What an attempt has left in the guest."""
-
+class Found(NamedTuple):  # what an attempt has left in the guest
     claimed: bool
     exit_code: int | None = None
     reboot: bool = False
@@ -4763,15 +4761,12 @@ class Found(NamedTuple):
 
 
 class Script(NamedTuple):
-    """A script of an entry, at its place in the guest."""
-
     text: str
     path: str
     user: str = ""  # whose it is; '': the agent's
 
 
 def text_content(text: str) -> Staged:
-    """Return a text as content for the stage."""
     data = text.encode()
     return Staged(hashlib.sha256(data).hexdigest(), len(data), lambda: io.BytesIO(data), text)
 
@@ -4787,29 +4782,22 @@ def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
 
 
 def parse_found(line: str) -> Found:
-    """Return what one line of the probe says. Raises ValueError if it is no such line.
-
-    The guest wrote it, so nothing of it is trusted. An `exit` file that cannot be read counts as
-    none: it is the doubt of one entry, not of the VM.
-    """
+    """Return what one line of the probe, which the guest wrote, says. Raises ValueError."""
     if line == "none":
         return Found(claimed=False)
     match = re.fullmatch(r"claim:(.*):(?:([1-9][0-9]{0,9})(?: [0-9]+)?)?:(alive|gone)", line)
     if match is None:
         raise ValueError(f"unexpected answer of the probe: {line[:80]!r}")
     exit_code, reboot = None, False
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # the doubt of one entry, not of the VM
         exit_code, reboot = parse_exit(match[1])
     pid = int(match[2]) if match[2] else None
     return Found(True, exit_code, reboot, pid, match[3] == "alive")
 
 
-_EXIT_WORDS = re.compile(r"(-?[0-9]{1,10}) ([01])\r?\n?")  # Windows has 32 bits
-
-
 def parse_exit(text: str) -> tuple[int, bool]:
     """Return exit code and reboot wish from an attempt's `exit` file. Raises ValueError."""
-    match = _EXIT_WORDS.fullmatch(text)
+    match = re.fullmatch(r"(-?[0-9]{1,10}) ([01])\r?\n?", text)  # Windows has 32 bits
     if match is None:
         raise ValueError(f"unexpected exit file in the guest: {text[:80]!r}")
     return int(match[1]), match[2] == "1"
@@ -4854,7 +4842,7 @@ if errorlevel 1 exit /b {place_failed}
 move /y {temporary} {location} >nul
 if errorlevel 1 exit /b {place_failed}"""
 
-_BATCHES = (".bat", ".cmd")
+
 _BATCH_LINE = 8000  # cmd.exe takes 8191 characters
 _PLAIN_LAUNCH = re.compile(r"[A-Za-z]:\\[A-Za-z0-9 ._~\\-]*")
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_./\\:@+-]+")
@@ -4863,64 +4851,50 @@ _NO_BATCH_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f]")
 
 
 def batch_text(text: str) -> str:
-    """Return a text for a line of a batch file that cmd.exe passes on unchanged.
-
-    Every character that means something is escaped, quotes too, so that there is no quoted part
-    in which `^` would escape nothing.
-    """
+    """Return a text for a line of a batch file that cmd.exe passes on unchanged."""
+    # Quotes are escaped, too, so that there is no quoted part in which `^` would escape nothing.
     return re.sub(r'[()!^"<>&|]', r"^\g<0>", text).replace("%", "%%")
 
 
-def batch_command(program: str, arguments: Sequence[str]) -> str:
-    """Return a line of a batch file that runs a program with exactly these arguments.
+def _is_batch(program: str) -> bool:
+    return PureWindowsPath(program).suffix.lower() in (".bat", ".cmd")
 
-    Raises ValueError if cmd.exe, or a batch file, cannot be given one of them.
-    """
+
+def batch_command(program: str, arguments: Sequence[str]) -> str:
+    """Return a line of a batch file that runs a program with exactly these arguments."""
     if odd := [word for word in (program, *arguments) if _NO_BATCH_TEXT.search(word)]:
         what = f"a line break or control character: {odd[0][:40]!r}"
         raise WrongValue(f"cmd.exe cannot carry {what}; pass it in a file")
-    suffix, quoted = PureWindowsPath(program).suffix.lower(), [w for w in arguments if '"' in w]
-    if suffix in _BATCHES and quoted:
+    is_batch, quoted = _is_batch(program), [word for word in arguments if '"' in word]
+    if is_batch and quoted:
         what = f'an argument with ": {quoted[0][:40]!r}'
         where = "pass it in a file, or in the environment"
         raise WrongValue(f"a batch file cannot be given {what}; {where}")
-    if suffix not in (*_BATCHES, ".exe", ".com") and quoted:
+    if quoted and PureWindowsPath(program).suffix.lower() not in (".exe", ".com"):
         program += ".exe"  # what has another suffix on the PATH might be a batch file
     told = []
     for word in arguments:  # `a,b` is one word to a program, two to a batch file
-        inner = word if suffix in _BATCHES else _BEFORE_QUOTE.sub(_escaped, word)
+        # Backslashes before a quote or the end are doubled, as the C run time reads them back.
+        run_time = re.sub(r'\\*(?="|\Z)', lambda match: match[0] * 2, word).replace('"', r"\"")
+        inner = word if is_batch else run_time
         told.append(word if _PLAIN_WORD.fullmatch(word) else f'"{inner}"')
     return f"{_batch_path(program)} {batch_text(' '.join(told))}".rstrip(" ")
 
 
-_BEFORE_QUOTE = re.compile(r'(\\*)("|\Z)')
-
-
-def _escaped(match: re.Match[str]) -> str:
-    """Return backslashes and a quote, or the end, as the C run time reads them back."""
-    return match[1] * 2 + ('\\"' if match[2] else "")
-
-
 def _batch_path(path: str, inside: str = "") -> str:
-    """Return a path in quotes for a batch file. Raises ValueError for one that no Windows has."""
     if _NO_WINDOWS_PATH.search(path):
         raise WrongValue(f"no path of Windows: {path!r}")
     return '"' + path.replace("%", "%%") + inside + '"'
 
 
-def _batch_folder(path: str) -> str:
-    """Return, for `if exist`, what exists only if a path is a directory, an empty one too."""
+def _batch_folder(path: str) -> str:  # for `if exist`: a directory, an empty one too
     return _batch_path(path.rstrip("\\"), "\\*")
 
 
 def batch_file(text: str) -> str:
-    """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced.
-
-    Raises ValueError if a line is too long for cmd.exe.
-    """
+    """Return a batch file as cmd.exe wants it: lines end with CR LF, and UTF-8 is announced."""
     lines = re.split(r"\r?\n", text)
-    if not text.isascii():
-        # Where there is no console it fails, and only a program sets ERRORLEVEL back.
+    if not text.isascii():  # without a console it fails, and only a program sets ERRORLEVEL back
         lines[1:1] = ["chcp 65001 >nul 2>nul", "cmd.exe /d /c exit 0"]
     longest = max(len(line.encode("utf-16-le")) // 2 for line in lines)
     if longest > _BATCH_LINE:
@@ -4960,7 +4934,6 @@ class Guest:
     # --- places
 
     def runs(self, entry: ScheduleEntry) -> bool:
-        """Whether an entry is to run here."""
         return not entry.on_host
 
     def name_places(self, entries: Iterable[ScheduleEntry]) -> None:
@@ -4970,7 +4943,6 @@ class Guest:
             self.driver.create_paths(entry)
 
     def join(self, *parts: str) -> str:
-        """Return a path of the guest."""
         return str(self.flavour(*parts))
 
     def path(self, entry: ScheduleEntry, location: str) -> str:
@@ -4982,13 +4954,12 @@ class Guest:
         return self.flavour(entry.call_arguments_filename).parent
 
     def attempt_dir(self, entry: ScheduleEntry, attempt: Attempt) -> str:
-        """Return the directory where an attempt leaves what became of it."""
         return self.join(str(self.folder(entry)), attempt.claim)
 
     # --- our scripts
 
     def argv(self, verb: str, *words: str) -> list[str]:
-        """Return the command that does, or tells, what a verb of our table of scripts says."""
+        """Return the command for a verb of _SCRIPTS."""
         return drivers.script_argv(_SCRIPTS[verb], self.is_windows, *words)
 
     def command(self, script: str, *words: str) -> list[str]:
@@ -5025,20 +4996,15 @@ class Guest:
 
     # --- what entries need
 
-    def content(self, location: str, text: str) -> str:
-        """Return a text as the file at a location must have it."""
+    def content(self, location: str, text: str) -> str:  # as the file there must have it
         return text
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
     ) -> list[Script]:
-        """Return the scripts of an entry. Raises ValueError if the system has none for it.
+        """Return the scripts of an entry, which refuse to run for a caller with another token.
 
-        Args:
-            entry: With its places.
-            title: What people read at a script's head.
-            token: A plain word; the script refuses to run for a caller with another one.
-            placed: (SHA-256, file mode) of each file of `entry_files`, in that order.
+        `placed` is (SHA-256, file mode) of each file of `entry_files`, in that order.
         """
         folder, user, own, running = self.folder(entry), entry.options.get("user", ""), [], ":"
         if entry.executable:
@@ -5079,12 +5045,7 @@ class Guest:
     ) -> Steps:
         """Make the stage, bring scripts to their places and contents, each once, to the stage.
 
-        Args:
-            owner: Experiment and VM; the stage is this VM's alone.
-            aside: Folders of the launch directory that an older experiment has left.
-            scripts: What `scripts` returned.
-            contents: What entries place.
-            progress: Told how far it is.
+        It is its owner's alone: an experiment's VM. Folders that an older one left go aside.
         """
         lines, contents, after = self._carried(scripts, contents)
         present = yield from self._lay_out_steps(owner, aside, lines)
@@ -5102,8 +5063,7 @@ class Guest:
 
     def _carried(
         self, scripts: Iterable[Script], contents: Iterable[Staged]
-    ) -> tuple[list[str], list[Staged], list[str]]:
-        """Return the lines that bring a text, what must be pushed, and the lines for after that."""
+    ) -> tuple[list[str], list[Staged], list[str]]:  # lines, what must be pushed, lines after that
         lines, files = ['for old in ./*.part; do [ ! -e "$old" ] || rm -f "$old"; done'], []
         for staged in contents:
             if 0 < len(staged.text) < _TEXT_BYTES and "\0" not in staged.text:
@@ -5189,10 +5149,7 @@ class Guest:
 
 
 def run_commands(entry: ScheduleEntry) -> str:
-    """Return the shell commands that become the entry's program: directory, environment, exec.
-
-    A list of arguments arrives as written; a string is the guest's shell's to take apart.
-    """
+    """Return the shell commands that become the entry's program."""
     assert entry.executable is not None
     here = PurePosixPath(entry.working_dir)
     own = {str(here / item["location"]) for item in entry_files(entry)}
@@ -5221,18 +5178,15 @@ class WindowsGuest(Guest):
     flavour = PureWindowsPath
 
     def command(self, script: str, *words: str) -> list[str]:
-        # The agent puts quotes around a path with blanks; cmd.exe takes them for what they are, for
-        # nothing else in it needs quotes.
+        # The agent quotes a path with blanks; cmd.exe understands, for nothing else needs quotes.
         return ["cmd.exe", "/d", "/c", script, *words]
 
     def unfit(self, argv: Sequence[str]) -> list[str]:
         # The agent quotes for programs; cmd.exe would take more than one of these for its own.
-        is_batch = PureWindowsPath(argv[0]).suffix.lower() in _BATCHES
-        return [word for word in argv[1:] if is_batch and not _PLAIN_WORD.fullmatch(word)]
+        return [word for word in argv[1:] if _is_batch(argv[0]) and not _PLAIN_WORD.fullmatch(word)]
 
     def content(self, location: str, text: str) -> str:
-        is_batch = PureWindowsPath(location).suffix.lower() in _BATCHES
-        return re.sub(r"\r?\n", "\r\n", text) if is_batch else text
+        return re.sub(r"\r?\n", "\r\n", text) if _is_batch(location) else text
 
     def scripts(
         self, entry: ScheduleEntry, title: str, token: str, placed: Sequence[tuple[str, str]]
@@ -5355,7 +5309,7 @@ class HostGuest(Guest):
         self.boot = boot_id()
 
     def check_boot(self) -> None:
-        """Do nothing: this process would not have outlived it."""
+        pass  # this process would not have outlived it
 
     def runs(self, entry: ScheduleEntry) -> bool:
         return entry.on_host
@@ -5382,13 +5336,11 @@ class HostGuest(Guest):
         _write_program(Path(script.path), io.BytesIO(script.text.encode()))
 
 
-def _digest(text: str) -> str:
-    """Return a word without any character that means something, instead of somebody's text."""
+def _digest(text: str) -> str:  # no character of it means something
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def guest_of(driver: drivers.AbstractDriver, *options: Any) -> Guest:
-    """Return the guest of a connected driver; the options are those of `Guest`."""
     return (WindowsGuest if driver.is_windows else Guest)(driver, *options)
 
 
@@ -5617,9 +5569,8 @@ class OutputLog:
     """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
 
     A full disk on the host loses output, never an outcome: it is told once and then left. Of an
-    attempt, the raw output has at most `MAX_OUTPUT_BYTES`, and so has what both logs say of it: a
-    line of one byte takes fifty there.
-    """
+    attempt, raw output and both logs together (a line of one byte takes fifty there) have at most
+    `MAX_OUTPUT_BYTES` each."""
 
     def __init__(self, folder: Path, vm_name: str, log: logging.Logger) -> None:
         self.folder, self.vm_name, self.log = folder, vm_name, log
@@ -5646,7 +5597,6 @@ class OutputLog:
         return MAX_OUTPUT_BYTES - used
 
     def loss(self, attempt: Attempt) -> str:
-        """Return why the output of an attempt is incomplete, '' if it is not."""
         why = self._lost.get(attempt.id)
         return f"its output is incomplete: {why}" if why else ""
 
@@ -5668,14 +5618,12 @@ class OutputLog:
         return True
 
     def end(self, entry: ScheduleEntry, attempt: Attempt) -> None:
-        """Write what is left of a last line without an end."""
         for stream in ("out", "err"):
             self._log_output(entry, attempt, stream, b"", final=True)
 
     def _log_output(
         self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes, final: bool = False
     ) -> None:
-        """Add whole lines of output to the logs, up to the bound of its attempt."""
         *whole, rest = (self._rest.pop((attempt.id, stream), b"") + data).split(b"\n")
         lines = [line.decode(errors="replace") for line in whole]
         if rest and (final or len(rest) >= 1 << 16):
@@ -5685,9 +5633,9 @@ class OutputLog:
             self._rest[attempt.id, stream] = rest
         if self._logged.get(attempt.id, 0) >= MAX_OUTPUT_BYTES:
             return
-        before = self._log_bytes()
+        told = self._log_bytes()
         self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
-        self._logged[attempt.id] = self._logged.get(attempt.id, 0) + self._log_bytes() - before
+        self._logged[attempt.id] = self._logged.get(attempt.id, 0) + self._log_bytes() - told
         if self._logged[attempt.id] >= MAX_OUTPUT_BYTES:
             self.log.warning(
                 "the output of entry %d (%s) is longer than is logged; all of it: vmrm logs %s %d",
@@ -5725,7 +5673,6 @@ class LogFormatter(logging.Formatter):
     """Time in UTC, level, message; control characters of guests are shown, never obeyed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one record as one line, an exception as one line each."""
         lines = getattr(record, "lines", None) or [printable(record.getMessage(), 4000, "\t")]
         if record.exc_info:
             lines += self.formatException(record.exc_info).splitlines()
@@ -5738,7 +5685,7 @@ def _as_logged(line: str) -> str:
 
 
 class LogFile(logging.Handler):
-    """A log that a full disk cannot break: what it cannot keep is counted, and told later."""
+    """A log that a full disk cannot break: it counts the lost records, and says so later."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -5759,7 +5706,6 @@ class LogFile(logging.Handler):
 
 
 def log_to(logger: logging.Logger, path: Path) -> None:
-    """Make a logger write to a file, and nowhere else."""
     logger.handlers[:] = [LogFile(path)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -5900,8 +5846,7 @@ def _copy_of(folder: int, name: str) -> os.stat_result | None:
 SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
 
 
-def _is_link_trouble(error: BaseException) -> bool:
-    """Whether the connection to an agent is at fault, and not what was asked of it."""
+def _is_link_trouble(error: BaseException) -> bool:  # not trouble with what was asked of the agent
     return isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError)
 
 
@@ -5929,14 +5874,14 @@ def agent_lock(
 
 def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
     """Raise Conflict, before anything starts, if the lock of a VM's agent cannot be had at all."""
-    faults: list[tuple[str, Conflict]] = []
+    faults: dict[str, Conflict] = {}
     for row in rows:
         try:
             if row["path"]:
                 os.close(_open_agent_lock(row["path"]))
         except Conflict as error:
-            faults.append((row["server_name"], error))
-    for name, first in faults[:1]:
+            faults[row["server_name"]] = error
+    for name, first in faults.items():
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise Conflict(f"VM {name!r}{more}: {first}", first.hint)
 
@@ -5944,7 +5889,13 @@ def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
 def _open_agent_lock(path: str) -> int:
     """Return a descriptor of an agent's lock file. Raises Conflict if it cannot be had."""
     lock, socket_path = _agent_lock_path(path)
-    owner, group, mode = _rights_to(socket_path)
+    # Those of the socket, or of where it will be; any user of this host can reach a port.
+    owner, group, mode = os.geteuid(), os.getegid(), 0o600 if socket_path else 0o666
+    for place in (socket_path.parent, socket_path) if socket_path else ():
+        with contextlib.suppress(OSError):
+            info = place.stat()
+            write = info.st_mode & 0o222
+            owner, group, mode = info.st_uid, info.st_gid, write | write << 1
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         try:  # not with O_CREAT at once: another's file in a sticky directory would be refused
@@ -5967,17 +5918,6 @@ def _open_agent_lock(path: str) -> int:
         with contextlib.suppress(PermissionError):  # only root gives to anybody
             os.fchown(fd, -1 if me else owner, group)
     return fd
-
-
-def _rights_to(socket_path: Path | None) -> tuple[int, int, int]:
-    """Return owner, group and mode of a lock: those of the socket, or of where it will be."""
-    for place in (socket_path, socket_path.parent) if socket_path else ():
-        with contextlib.suppress(OSError):
-            info = place.stat()
-            write = info.st_mode & 0o222
-            return info.st_uid, info.st_gid, write | write << 1
-    # Any user of this host can reach a port.
-    return os.geteuid(), os.getegid(), 0o600 if socket_path else 0o666
 
 
 def _owner_of(path: Path) -> str:
@@ -6004,8 +5944,7 @@ def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
     return (beside if os.access(real.parent, os.W_OK) else _shared_locks(path) / name), real
 
 
-def _is_trusted(directory: Path) -> bool:
-    """Whether a directory is root's or ours, and nobody else can remove our files there."""
+def _is_trusted(directory: Path) -> bool:  # root's or ours, and nobody else can remove our files
     with contextlib.suppress(OSError):
         info = directory.lstat()
         sticky = stat.S_ISDIR(info.st_mode) and bool(info.st_mode & stat.S_ISVTX)
