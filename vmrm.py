@@ -7731,7 +7731,6 @@ def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
 
 
 def _push_steps(guest: Guest, folder: Path, remote: str, size: int, mode: str) -> Steps:
-    """Copy `source` into the guest, as long as it is now, then put it in its place."""
     note, token = folder / _BROKEN_OFF, os.urandom(8).hex()
     note.write_text(json.dumps([remote, token]))
     _crash("push-begun")
@@ -7752,9 +7751,7 @@ def _push_steps(guest: Guest, folder: Path, remote: str, size: int, mode: str) -
     return {"bytes": size}
 
 
-class _First:
-    """The first bytes of a file that may be growing."""
-
+class _First:  # bytes of a file that may be growing
     def __init__(self, source: BinaryIO, size: int) -> None:
         self.source, self.left = source, size
 
@@ -7765,7 +7762,6 @@ class _First:
 
 
 def _pull_steps(guest: Guest, folder: Path, remote: str) -> Steps:
-    """Copy a file of the guest to `sink`, as long as it is now."""
     mode, size, what = 0o600, None, f"cannot read {remote!r}"
     with contextlib.suppress(drivers.CommandDisabled, drivers.CommandMissing):
         told = yield from _told_steps(guest, guest.argv("facts", remote), what)
@@ -7786,7 +7782,6 @@ def _pull_steps(guest: Guest, folder: Path, remote: str) -> Steps:
 
 
 def _told_steps(guest: Guest, argv: Sequence[str], what: str) -> Steps:
-    """Run a short program of the guest; return what it tells. Raises VmrmError if it fails."""
     status = yield from guest.finish(argv)
     if status.exitcode != 0:
         raise VmrmError(f"{what}: {printable(status.err) or 'no reason given'}")
@@ -7794,7 +7789,7 @@ def _told_steps(guest: Guest, argv: Sequence[str], what: str) -> Steps:
 
 
 def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
-    """Go on with a copy as long as somebody waits for it, and tell how far it is."""
+    """Copy as long as somebody waits for it, and tell how far it is."""
     told, looked_at = 0, CLOCK.monotonic()
     for moved in copy:
         if CLOCK.monotonic() > looked_at + 0.5:
@@ -7818,7 +7813,7 @@ def _info_steps(guest: Guest, folder: Path) -> Steps:
         "host_name": lambda: _guest_text(driver.call("guest-get-host-name")["host-name"]),
         "boot_id": driver.boot_id,
         "time": lambda: _iso(driver.get_time() / 1e9),
-        "addresses": lambda: _addresses(driver.network_get_interfaces()),
+        "addresses": lambda: list(itertools.islice(_addresses(driver), MAX_FAULTS)),
     }
     for name, ask in asked.items():
         try:
@@ -7837,13 +7832,10 @@ def _guest_text(value: object) -> str:
     return printable(value)
 
 
-def _addresses(interfaces: Iterable[Mapping[str, Any]]) -> list[str]:
-    told = (
-        _guest_text(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
-        for interface in interfaces
-        for address in interface.get("ip-addresses", [])
-    )
-    return list(itertools.islice(told, MAX_FAULTS))
+def _addresses(driver: drivers.AbstractDriver) -> Iterator[str]:
+    for interface in driver.network_get_interfaces():
+        for address in interface.get("ip-addresses", []):
+            yield printable(f"{interface['name']} {address['ip-address']}/{address['prefix']}")
 
 
 # --- a command's directory
@@ -7928,10 +7920,7 @@ def new_file(db: Database, path: Path) -> Iterator[Path]:
 
 
 def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
-    """Return the directories of commands that nobody works on any more, each with its VM's name.
-
-    The name is '' if the command did not come to write it, or has to do with no VM.
-    """
+    """Return the directories of dead commands, each with its VM's name, '' if there is none."""
     lock, found = db.lock("requests"), []
     alone = lock.take()  # while none is made, each has its lock
     try:
@@ -7955,7 +7944,6 @@ def forget_abandoned(db: Database) -> None:
 
 
 def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
-    """Remove from a guest what a push left there that was broken off, if it was."""
     guest, note = _guest_at_once(driver), folder / _BROKEN_OFF
     with contextlib.suppress(drivers.AgentError, VmrmError, ValueError, FileNotFoundError):
         yield from guest.finish(guest.argv("discard", *json.loads(note.read_text())))
@@ -7964,7 +7952,7 @@ def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
 
 
 def _discard_all_steps(db: Database, vm_name: str, driver: drivers.AbstractDriver) -> Steps:
-    """Remove from a guest what commands have left there that were killed."""
+    """Remove from a guest what killed commands have left there."""
     for folder, name in abandoned_requests(db):
         if name == vm_name:
             yield from _discard_steps(driver, folder)
@@ -7985,7 +7973,7 @@ def run_steps(steps: Steps, wait: Callable[[float], object]) -> Any:
 
 
 class _Handled(Exception):
-    """The VM has a handler by now."""
+    pass
 
 
 @contextlib.contextmanager
@@ -7997,8 +7985,7 @@ def reached(db: Database, vm_name: str, timeout: float) -> Iterator[Remote]:
         yield Remote(db, config, folder, timeout)
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class Remote:
+class Remote(NamedTuple):
     """Does things on one VM at once: through its handler if one lives, else by itself."""
 
     db: Database
@@ -8008,16 +7995,10 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """Return the VM's name."""
         return cast(str, self.config["vm_name"])
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Have an operation done; return its answer.
-
-        Raises:
-            VmrmError: it failed in the VM (code 1), could not be begun, or may have been done
-                and nobody knows (255).
-        """
+        """Have an operation done; return its answer. Raises VmrmError: 255 if nobody knows."""
         for way in (self._directly, self._by_handler) * 2:  # handlers come and go
             if (answer := way(operation, arguments)) is not None:
                 break
@@ -8041,7 +8022,7 @@ class Remote:
             raise _Handled
 
     def _directly(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Do it here, waiting for others that use the agent; None if a handler has it."""
+        """Do it here; None if a handler has the agent."""
         if self._is_handled:
             return None
         vm = HandledVM({**self.config, "agent_timeout": self.timeout}, drivers.plain_wait)
@@ -8070,8 +8051,7 @@ class Remote:
             vm.close()
 
     def _discard(self, vm: HandledVM) -> None:
-        """After the connection was lost, or we were told to end: leave nothing in the guest."""
-        if (self.folder / _BROKEN_OFF).exists():
+        if (self.folder / _BROKEN_OFF).exists():  # the connection was lost, or we are to end
             with contextlib.suppress(drivers.DriverError, VMFailed):
                 vm.connect(min(self.timeout, 5))
                 run_steps(_discard_steps(vm.driver, self.folder), vm.nap)
