@@ -2172,12 +2172,7 @@ def opening_delay(entries: Iterable[ScheduleEntry], holds: Iterable[Hold] = ()) 
 
 
 class ScheduleDb(_Rows):
-    """The schedules of the experiment's VMs, as JSON texts.
-
-    Args:
-        cache_name: Accepted for the reference's sake, as is `log`; only its type is looked at.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
+    """The schedules of the experiment's VMs, as JSON texts; `cache_name` and `log` do nothing."""
 
     def __init__(
         self,
@@ -2201,7 +2196,7 @@ class ScheduleDb(_Rows):
         """
         if not _is_word(vm_resources_ip):
             raise WrongValue(f"vm_resources_ip {vm_resources_ip!r} is not a text")
-        self._put({server_name: text})
+        self.batch_put([{"server_name": server_name, "text": text}])
 
     def batch_put(self, sched_list: Iterable[Mapping[str, str]], broadcast: bool = False) -> None:
         """Store many schedules, dictionaries with `server_name` and `text`: all or none."""
@@ -2210,12 +2205,7 @@ class ScheduleDb(_Rows):
             if not isinstance(item, Mapping) or item.keys() != {"server_name", "text"}:
                 raise WrongValue(f"not a dictionary with server_name and text: {item!r:.200}")
             schedules[checked_name("VM", item["server_name"])] = item["text"]
-        self._put(schedules)
-
-    def _put(self, schedules: Mapping[str, str]) -> None:
-        for name, text in schedules.items():
-            checked_name("VM", name)
-            parse_schedule(text)
+            parse_schedule(item["text"])
         try:
             with self.db.transaction():
                 for name, text in schedules.items():
@@ -2225,19 +2215,14 @@ class ScheduleDb(_Rows):
 
     def get(self, server_name: str) -> str | None:
         """Return a VM's schedule as the text that was put, or None if it has none."""
-        text: str | None = self.db.value(
-            "SELECT text FROM schedules WHERE server_name = :name", name=server_name
-        )
-        return text
+        sql = "SELECT text FROM schedules WHERE server_name = :name"
+        return cast(str | None, self.db.value(sql, name=server_name))
 
     def list_all(self, pattern: str | None = None) -> list[dict[str, str]]:
         """Return server_name and text of the schedules, of VMs whose name matches a pattern."""
         sql = "SELECT server_name, text FROM schedules WHERE text IS NOT NULL ORDER BY server_name"
-        return [
-            dict(row)
-            for row in self.db.query(sql)
-            if pattern is None or fnmatch.fnmatchcase(row["server_name"], pattern)
-        ]
+        rows, wanted = self.db.query(sql), "*" if pattern is None else pattern
+        return [dict(row) for row in rows if fnmatch.fnmatchcase(row.server_name, wanted)]
 
     def destroy_one(self, server_name: str) -> None:
         """Remove one VM's schedule and begin a new generation; one without is no error."""
@@ -2262,10 +2247,10 @@ def _put_schedule(db: Database, name: str, text: str) -> None:
            FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL""",
         name=name,
     )
-    stored, new = (json.loads(old["text"]), json.loads(text)) if old else ([], [])
+    stored, new = json.loads(old.text if old else "[]"), json.loads(text)
     pairs = enumerate(itertools.zip_longest(stored, new[: len(stored)]), 1)
     differs = next((ordinal for ordinal, (kept, given) in pairs if kept != given), None)
-    if old and old["begun"] and differs:
+    if old and old.begun and differs:
         raise WrongValue(
             f"the schedule of VM {name!r} has begun to run, and entry {differs} of "
             "the new one differs; entries can only be added at the end"
@@ -2300,46 +2285,45 @@ def read_schedule(db: Database, server_name: str) -> tuple[list[ScheduleEntry], 
 def pause_vms(
     db: Database, server_names: Iterable[str], duration: float = math.inf
 ) -> list[dict[str, Any]]:
-    """Shift what has not started in VMs by so many seconds; inf is a break.
+    """Shift what has not started in VMs by so many seconds, from time 0 on; inf is a break.
 
     Returns, for each VM, its name, the experiment time, and what was done: a break in a break is
-    ignored. Before time 0 a pause is from time 0 on.
+    ignored.
     """
     if not _is_duration(duration):
         raise WrongValue(f"pause of {duration!r} s is not positive")
-    return _give(db, list(server_names), duration)
+    return _give(db, server_names, duration)
 
 
 def resume_vms(db: Database, server_names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """End the break of these VMs, or of all that are in one; return what `pause_vms` does."""
-    return _give(db, None if server_names is None else list(server_names), None)
+    return _give(db, server_names, None)
 
 
 def _give(
-    db: Database, server_names: list[str] | None, duration: float | None
+    db: Database, server_names: Iterable[str] | None, duration: float | None
 ) -> list[dict[str, Any]]:
     given = []
     with db.transaction():
-        known = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
-        states = {row.server_name.lower(): row for row in known}
-        if server_names is None:
-            chosen = [row for row in known if _break_of(db, row)[1] is not None]
-        elif missing := [name for name in server_names if name.lower() not in states]:
-            raise NotFound(f"no VM {missing[0]!r} that is managed", "See: vmrm status")
-        else:
-            chosen = [states[name] for name in dict.fromkeys(map(str.lower, server_names))]
-        for vm in chosen:
-            now, begun = _break_of(db, vm)
+        rows = db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'")
+        vms = {row.server_name.lower(): row for row in rows}
+        names = vms if server_names is None else {name.lower(): name for name in server_names}
+        for name in names:
+            if name not in vms:
+                raise NotFound(f"no VM {names[name]!r} that is managed", "See: vmrm status")
+            now, begun = _break_of(db, vms[name])
             hold = Hold(-math.inf if duration is None and begun == -math.inf else now, duration)
             ignored, done = False, str(hold)
             if duration is None and begun is None:
+                if server_names is None:
+                    continue
                 ignored, done = True, "ignored: it is in no break"
             elif duration is None:
                 done = f"resume: ends the break of {begun:g}"
             elif math.isinf(duration) and begun is not None:
                 ignored, done = True, f"ignored: it is in a break since {begun:g}"
-            _record_hold(db, vm.server_name, hold, ignored)
-            given.append({"vm": vm.server_name, "time": round(now, 3), "done": done})
+            _record_hold(db, vms[name].server_name, hold, ignored)
+            given.append({"vm": vms[name].server_name, "time": round(now, 3), "done": done})
     return given
 
 
@@ -2355,11 +2339,9 @@ def _break_of(db: Database, vm: Mapping[str, Any]) -> tuple[float, float | None]
 
 
 def _record_hold(db: Database, name: str, hold: Hold, ignored: bool = False) -> None:
-    db.connection.execute(
-        """INSERT INTO holds (experiment_id, server_name, at, experiment_time, duration_s, ignored)
-           VALUES ((SELECT id FROM current_experiment), ?, ?, ?, ?, ?)""",
-        (name, CLOCK.wall(), hold.time, hold.duration, ignored),
-    )
+    row = {"experiment_time": hold.time, "duration_s": hold.duration, "ignored": ignored}
+    of = current_experiment(db).id
+    db.insert("holds", experiment_id=of, server_name=name, at=CLOCK.wall(), **row)
 
 
 # === journal =====================================================================================
