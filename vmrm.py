@@ -6411,9 +6411,12 @@ class HandledVM:
         with _changing_vms(self.db):
             if skew is not None:
                 self.db.update("vms", {"server_name": self.name}, skew_s=skew)
-            if self.state() == VMState.UNINITIALIZED:
+            if begins := self.state() == VMState.UNINITIALIZED:
                 move_vm(self.db, self.name, VMState.CONFIGURING, "")
-            return self.state()
+            state = self.state()
+        if begins:
+            self.log.info("the VM is %s", state)
+        return state
 
     def _skew(self) -> float:
         """Return by how many seconds the guest's clock is off for sure."""
