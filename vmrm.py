@@ -2942,15 +2942,12 @@ def _group_id(name: str) -> int | str:
 class VmDescriptor(Row):
     """A VM of the pool as its row of pool_list was when it was read: each column an attribute."""
 
-    __slots__ = ("_read",)
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        row["group"] = _group_id(row["group"])
-        super().__init__(row)
-        object.__setattr__(self, "_read", row)
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row, group=_group_id(row["group"]))
+        self.__dict__["_set"] = {}  # what was set here and not stored yet
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+        self[name] = self._set[name] = value
 
     @property
     def holder_pid(self) -> int | None:
@@ -2977,38 +2974,34 @@ class VmDescriptor(Row):
         """Read a VM's row, or raise `VmDescriptorNotFound`."""
         if row := db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name):
             return cls(row)
-        raise _no_vm(vm_name)
+        hint = "See which there are: vmrm pool list"
+        raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
 
     def store(self, db: Database) -> None:
-        """Write what was changed here since it was read; the state moves by `POOL_MOVES`.
+        """Write what was set here; the state moves by `POOL_MOVES`.
 
         A `VmError` refuses fields that do not go together, and the machine of another VM.
         """
-        if {("vm_ip", self.vm_ip), ("path", self.path)} - self._read.items():
-            self.update(_pool_machine(self.vm_ip, self.path))
-        changed = dict(self.items() - self._read.items())
+        new = self._set
+        if moved := new.keys() & {"vm_ip", "path"}:
+            new |= _pool_machine(self.vm_ip, self.path)
         with db.transaction(durable=True):
             row = VmDescriptor.load(db, self.vm_name)
-            if changed.keys() & {"group", "vm_ip", "address"}:
-                changed |= {"group": str(self.group)}
-                _refuse_twin(db, self.vm_name, row | changed)
+            if moved or "group" in new:
+                _refuse_twin(db, row | new)
             try:
-                move_pool_vm(db, self.vm_name, changed.pop("state", row.state), **changed)
+                move_pool_vm(db, self.vm_name, **{"state": row.state, **new})
             except (sqlite3.IntegrityError, sqlite3.OperationalError) as error:
                 raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
-        object.__setattr__(self, "_read", dict(self))
+        self.update(new)
+        new.clear()
 
     def store_field(self, db: Database, field: str, value: Any) -> None:
         """Set one field, here and in the row."""
-        current = VmDescriptor.load(db, self.vm_name)
-        current[field] = value
-        current.store(db)
-        self[field] = self._read[field] = value
-
-
-def _no_vm(vm_name: str) -> VmDescriptorNotFound:
-    hint = "See which there are: vmrm pool list"
-    return VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
+        one = VmDescriptor.load(db, self.vm_name)
+        setattr(one, field, value)
+        one.store(db)
+        self[field] = value
 
 
 def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
@@ -3179,8 +3172,7 @@ class Waiting:
         self._poll.close()
         if self._socket:
             self._socket.close()
-        sql = "DELETE FROM pool_waiters WHERE token = :token"
-        self.pool.db.write(sql, token=self.request.token)
+        self.pool.db.write(_LEAVE, token=self.request.token)
 
     def fileno(self) -> int:
         """Return the descriptor to wait on."""
@@ -3224,40 +3216,38 @@ class Waiting:
 # --- which machine a VM is
 
 
-def agent_address(text: str, folder: str | os.PathLike[str] = "") -> str:
+def machine_address(path: str) -> str:
     """Return an agent's address in the one spelling by which machines are told apart.
 
-    A socket goes by its real path; a relative one is in the folder, or in the working directory.
-    Names of hosts are not looked up.
+    A socket goes by its real path. Names of hosts are not looked up, and what is an address only
+    to a plug-in stays as it is.
     """
-    import ipaddress
-
-    address = drivers.parse_address(text)
+    try:
+        address = drivers.parse_address(path)
+    except ValueError:
+        return path
     if isinstance(address.target, str):
-        return os.path.realpath(Path(folder) / address.target)
+        return os.path.realpath(address.target)
     host, port = address.target
     if isinstance(host, str):
-        host = host.lower().rstrip(".")
-        with contextlib.suppress(OSError):  # 127.1 is an address, too
-            host = socket.inet_ntoa(socket.inet_aton(host))
-        with contextlib.suppress(ValueError):
-            number = ipaddress.ip_address(host)
-            host = str(getattr(number, "ipv4_mapped", None) or number)
-    return str(drivers.Address(address.family, cast("tuple[str, int]", (host, port))))
+        address = address._replace(target=(_host(host.lower().rstrip(".")), port))
+    return str(address)
+
+
+def _host(text: str) -> str:
+    """Return an IP address in its usual spelling, and any other text as it is."""
+    with contextlib.suppress(OSError, ValueError):  # bytes: a str would be read as IDNA
+        found = socket.getaddrinfo(os.fsencode(text), None, flags=socket.AI_NUMERICHOST)
+        return str(found[0][4][0]).removeprefix("::ffff:")
+    return text
 
 
 def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
     """Return the columns that say which machine a VM is, or raise `ValueError` for the path."""
-    import ipaddress
-
-    with contextlib.suppress(ValueError):
-        vm_ip = str(ipaddress.ip_address(vm_ip))
-    if not path:
-        return {"vm_ip": vm_ip, "path": "", "address": ""}
-    address, wrong = agent_address(path), ""
-    if address.startswith("/"):
+    address, wrong = machine_address(path), ""
+    if path and (target := drivers.parse_address(path).target) and isinstance(target, str):
         try:
-            if not stat.S_ISSOCK(Path(address).stat().st_mode):
+            if not stat.S_ISSOCK(os.stat(address).st_mode):  # noqa: PTH116
                 wrong = f"{address!r} is no socket"
         except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a guest that is off
             if "/" not in path and not path.startswith("unix:"):
@@ -3266,23 +3256,13 @@ def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
             wrong = f"{error.strerror}"
         if wrong:
             raise WrongValue(f"address {path!r} is none: {wrong}")
-        path = str(Path.cwd() / str(drivers.parse_address(path).target))
-    return {"vm_ip": vm_ip, "path": path, "address": address}
-
-
-def _address_or_path(path: str) -> str:
-    """Return an address as `agent_address` does, or else the text that a plug-in takes for one."""
-    with contextlib.suppress(ValueError):
-        return agent_address(path)
-    return path
+        path = str(Path.cwd() / target)
+    return {"vm_ip": _host(vm_ip), "path": path, "address": address}
 
 
 def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return VMs of an experiment with the address of each one's own path, as it leads now."""
-    return [
-        {**vm, "address": _address_or_path(vm["path"]) if vm["path"] and not vm["pool"] else ""}
-        for vm in vms
-    ]
+    return [{**vm, "address": "" if vm["pool"] else machine_address(vm["path"])} for vm in vms]
 
 
 def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) -> None:
@@ -3296,27 +3276,25 @@ def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) 
         )
 
 
-def _refuse_twin(db: Database, vm_name: str, columns: Mapping[str, Any]) -> None:
-    """Refuse to let a VM be a machine that another is: of its group, vm_ip and address."""
-    machine = {key: str(columns[key]) for key in ("address", "vm_ip", "group")}
+def _refuse_twin(db: Database, vm: Mapping[str, Any]) -> None:
+    """Refuse a VM, by its vm_name, group, vm_ip and address, that is the machine of another."""
     twin = db.row(
-        """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :name AND (
+        """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :vm_name AND (
                (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
                AND EXISTS (SELECT 1 FROM pool_groups
                            WHERE unique_ip AND name IN (p."group", :group))))""",
-        name=vm_name,
-        **machine,
+        **vm,
     )
     if twin:
         raise VmError(
-            f"VM {vm_name!r} is the machine that the pool has as {twin.vm_name!r} "
-            f"({twin.state}): {columns['address'] or columns['vm_ip']}",
+            f"VM {vm['vm_name']!r} is the machine that the pool has as {twin.vm_name!r} "
+            f"({twin.state}): {vm['address'] or vm['vm_ip']}",
             f"See it: vmrm pool info {twin.vm_name}",
         )
     sql = "SELECT server_name FROM vms WHERE address <> '' AND address = :address"
-    if own := db.value(sql, address=columns["address"]):
+    if own := db.value(sql, **vm):
         raise VmError(
-            f"{columns['address']!r} is the path of the experiment's VM {own!r}",
+            f"{vm['address']!r} is the path of the experiment's VM {own!r}",
             "One machine serves the pool or an experiment: destroy that one first",
         )
 
@@ -3328,22 +3306,19 @@ def _find_twins(connection: sqlite3.Connection) -> None:
     alone can tell what they were meant to be.
     """
     known: dict[str, str] = {}
-    rows = """SELECT vm_name, path, state FROM pool_list WHERE path <> ''
+    rows = """SELECT vm_name, path FROM pool_list WHERE path <> ''
               ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
-    for vm_name, path, state in connection.execute(rows).fetchall():
-        address = _address_or_path(path)
-        if known.setdefault(address, vm_name) == vm_name:
-            sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
-            connection.execute(sql, (address, vm_name))
-        elif state != VmStates.TERMINATING:
-            sql = """UPDATE pool_vms SET state = 'held', held_until = ?, reason = ?, who = ?,
-                     releasing_at = NULL, state_at = ? WHERE vm_name = ?"""
-            reason = f"it is the machine of VM {known[address]}"
-            values = (FOR_GOOD, reason, _who(os.getpid()), CLOCK.wall(), vm_name)
-            connection.execute(sql, values)
-
-
-FOR_GOOD = 9e9  # in seconds since the epoch, of what waits for a person
+    for vm_name, path in connection.execute(rows).fetchall():
+        address = machine_address(path)
+        first = known.setdefault(address, vm_name)
+        sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
+        values = [address, vm_name]
+        if first != vm_name:
+            sql = """UPDATE pool_vms SET state = 'held', held_until = 9e9, releasing_at = NULL,
+                     reason = ?, who = ?, state_at = ?
+                     WHERE vm_name = ? AND state <> 'terminating'"""
+            values = [f"it is the machine of VM {first}", _who(os.getpid()), CLOCK.wall(), vm_name]
+        connection.execute(sql, values)
 
 
 def pool_log(db: Database, vm_name: str) -> Path:
@@ -3384,7 +3359,8 @@ FROM pool_groups AS g WHERE name = :group"""
 
 _QUEUE = """
 SELECT wants, owner, sandbox, token FROM pool_waiters
-WHERE heartbeat_at > ? AND wants <> '[]' ORDER BY priority DESC, id"""
+WHERE heartbeat_at > ? ORDER BY priority DESC, id"""
+_LEAVE = "DELETE FROM pool_waiters WHERE token = :token"
 
 _LEASE = """
 INSERT INTO leases (vm_name, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot)
@@ -3509,7 +3485,7 @@ class Leases(_Rows):
             move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
         vms = [VmDescriptor.load(db, name) for name in share.vm_names]
         if waiting:
-            db.update("pool_waiters", {"token": request.token}, wants="[]")  # until it leaves
+            db.write(_LEAVE, token=request.token)
         if request.within:
             request.within(vms)
         _crash("pool-acquiring")
@@ -3651,8 +3627,7 @@ class Leases(_Rows):
         token = token or (mine.token if mine else None)
         with self.db.transaction(durable=mine is None or mine.lasts) as db:
             vm = db.connection.execute(_RELEASED, (vm_name,)).fetchone()
-            if vm is None:
-                raise _no_vm(vm_name)
+            vm = vm or VmDescriptor.load(db, vm_name)  # which says that there is none
             if vm["token"] is None and token is None and not force:
                 return False
             if not force or vm["token"] is None:
@@ -3663,7 +3638,7 @@ class Leases(_Rows):
         self._mine.pop(vm_name.lower(), None)
         return True
 
-    def end_lease(self, vm_name: str, reason: str, vm: sqlite3.Row | None = None) -> None:
+    def end_lease(self, vm_name: str, reason: str, vm: Any = None) -> None:
         """End a lease, inside the caller's transaction."""
         vm = vm or self.db.connection.execute(_RELEASED, (vm_name,)).fetchone()
         state, now, hook = vm["state"], CLOCK.wall(), vm["release"]
@@ -3722,7 +3697,7 @@ class Leases(_Rows):
         """Remove the dead from the queue; return whether there were any."""
         dead = self.dead_waiters()
         for token in dead:
-            self.db.write("DELETE FROM pool_waiters WHERE token = :token", token=token)
+            self.db.write(_LEAVE, token=token)
             (self.db.state_dir / "wake" / f"wait-{token}").unlink(missing_ok=True)
         return bool(dead)
 
@@ -3852,7 +3827,7 @@ class VmManager(Leases):
         faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
         machines: dict[str, str] = {}
         for vm in self._select("path <> ''"):  # links may have been set anew
-            other = machines.setdefault(_address_or_path(vm.path), vm.vm_name)
+            other = machines.setdefault(machine_address(vm.path), vm.vm_name)
             if other != vm.vm_name:
                 faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
         return faults
@@ -3871,7 +3846,7 @@ class VmManager(Leases):
         with self.db.transaction(durable=True) as db:
             if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
                 raise VmError(f"the pool has a VM {vm_name!r} already")
-            _refuse_twin(db, vm_name, {"group": name, **machine})
+            _refuse_twin(db, {"vm_name": vm_name, "group": name, **machine})
             add_pool_vm(db, vm_name, name, VmStates.GOT_IP, **machine)
         return self.get_vm_by_name(vm_name)
 
@@ -9587,7 +9562,7 @@ class _Book:
             self.db.write(sql, name=name, old=hook.vm_name)
             hook.vm_name = name
         try:
-            _refuse_twin(self.db, name, {**hook.machine, "group": hook.group})
+            _refuse_twin(self.db, {"vm_name": name, **hook.machine, "group": hook.group})
         except VmError as error:  # by its name alone it may be terminated: the machine is another's
             hook.verdict = str(error)
             return
@@ -9616,17 +9591,17 @@ class _Book:
 
     def _twin(self, row: Mapping[str, Any]) -> str:
         """Note where a VM's path leads to by now; return whose machine that is, '' if its own."""
-        address = _address_or_path(row["path"]) if row["path"] else ""
+        address = machine_address(row["path"])
         if address == row["address"]:
             return ""
         others = self.pool._select("address = :address", address=address)
         # Of those that have moved, too, the next check says where to.
-        moved = [(vm.vm_name, vm.path) for vm in others if _address_or_path(vm.path) != address]
+        moved = [(vm.vm_name, vm.path) for vm in others if machine_address(vm.path) != address]
         sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ? AND path = ?"
         with self.db.transaction(durable=True) as db:
             db.connection.executemany(sql, [("", *other) for other in moved])
             try:
-                _refuse_twin(db, row["vm_name"], {**row, "address": address})
+                _refuse_twin(db, {**row, "address": address})
             except VmError as error:
                 return _one_line(error)
             db.connection.execute(sql, (address, row["vm_name"], row["path"]))
@@ -10158,7 +10133,7 @@ class _ExperimentReader:
         spellings: dict[str, Callable[[str], str]] = {
             "server_name": str.lower,
             "server_uuid": str,
-            "path": _address_or_path,
+            "path": machine_address,
         }
         for key, spelt in spellings.items():
             seen: dict[str, str] = {}
