@@ -3383,19 +3383,15 @@ LIMIT 100"""
 
 # What there is in a group for an owner and sandbox, in figures.
 _COUNTS = """
-SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms,
-       count(*) FILTER (WHERE state = 'in_use') AS in_use,
-       count(*) FILTER (WHERE state = 'check_health_failed') AS ill,
-       count(*) FILTER (WHERE state = 'spawning') AS spawning,
-       count(*) FILTER (WHERE state = 'held') AS held,
-       count(*) FILTER (WHERE state = 'terminating') AS terminating,
-       count(*) FILTER (WHERE bound_to_user = :owner AND state <> 'terminating') AS bound,
-       count(*) FILTER (WHERE state = 'ready' AND bound_to_user <> :owner) AS others,
-       count(*) FILTER (WHERE state = 'ready' AND bound_to_user = :owner
-                        AND bound_sandbox <> :sandbox) AS idle,
-       count(*) FILTER (WHERE state IN ('got_ip', 'check_health') OR state = 'ready'
-                        AND coalesce(last_health_check, 0) <= coalesce(
-                            (SELECT started_at FROM pool_server), 0)) AS unchecked
+SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms, sum(state = 'in_use') AS in_use,
+       sum(state = 'check_health_failed') AS ill, sum(state = 'spawning') AS spawning,
+       sum(state = 'held') AS held, sum(state = 'terminating') AS terminating,
+       sum(bound_to_user IS :owner AND state <> 'terminating') AS bound,
+       sum(state = 'ready' AND coalesce(bound_to_user, :owner) <> :owner) AS others,
+       sum(state = 'ready' AND bound_to_user IS :owner AND bound_sandbox <> :sandbox) AS idle,
+       sum(state IN ('got_ip', 'check_health')
+           OR (state = 'ready' AND coalesce(last_health_check, 0) <= coalesce(
+               (SELECT started_at FROM pool_server), 0))) AS unchecked
 FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
 
 
@@ -3525,21 +3521,20 @@ class Leases(_Rows):
     def why_none(self, request: Request) -> str:
         """Return in words why there is no VM for a request, per group."""
         reasons = [self._why(group, request) for group in request.groups]
-        ahead = len(self.ahead(request))
-        waiting = f"; {ahead} waiting" if ahead else ""
-        return f"no VM is available: {'; '.join(reasons)}{waiting}"
+        if ahead := len(self.ahead(request)):
+            reasons.append(f"{ahead} waiting")
+        return f"no VM is available: {'; '.join(reasons)}"
 
     def _why(self, group: str, request: Request) -> str:
-        party = {"owner": request.owner, "sandbox": request.sandbox}
-        row = self.db.row(_COUNTS, group=group, **party) or self.group(group)
-        wanted = max(1, request.wants.count((group,)))
+        owner, wanted = request.owner, max(1, request.wants.count((group,)))
+        [row] = self.db.query(_COUNTS, group=group, owner=owner, sandbox=request.sandbox)
         idle = f"{row.idle} of them idle in other sandboxes"
         unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
         if not row.vms:
             why = f"group {group} has no VMs{unkept if row.spawn else ''}"
         elif row.most is not None and row.bound + wanted > row.most:
             more = f"; {wanted} more are wanted" if wanted > 1 else ""
-            bound = f"{row.bound} of {row.most} bound to {request.owner}"
+            bound = f"{row.bound} of {row.most} bound to {owner}"
             why = f"group {group}: limit reached ({bound}, {idle}{more})"
         elif row.unchecked:
             why = f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
@@ -3549,7 +3544,7 @@ class Leases(_Rows):
             why = (
                 f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
                 f"{row.others} ready for others, {row.ill} failed their check{more}; "
-                f"{row.bound} bound to {request.owner}, {idle})"
+                f"{row.bound} bound to {owner}, {idle})"
             )
         return "; ".join(filter(None, (why, self.spawn_failure(group))))
 
@@ -3590,8 +3585,7 @@ class Leases(_Rows):
 
     def shares(self) -> list[Share]:
         """Return what there is for each of those who wait, the first one first."""
-        queue = self.queue()
-        return self._allot(queue) if queue else []
+        return self._allot(self.queue())
 
     def next_in_queue(self) -> list[str]:
         """Return the tokens of the waiters who would be given all they want now."""
@@ -3617,22 +3611,18 @@ class Leases(_Rows):
     def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
         """Return a VM to the pool, bound to its owner and sandbox; return False if nobody has it.
 
-        Args:
-            vm_name: The VM's name.
-            token: The lease's token; None means the one that this object obtained, or else that
-                the holder is this process or an ancestor of it.
-            force: Even if someone else holds the lease; then it is an error if nobody does.
+        Without its token, the lease must be of this object, or its holder this process or an
+        ancestor of it. With `force` it may be anybody's, but there must be one.
         """
         mine = self._mine.get(vm_name.lower())
-        token = token or (mine.token if mine else None)
         with self.db.transaction(durable=mine is None or mine.lasts) as db:
             vm = db.connection.execute(_RELEASED, (vm_name,)).fetchone()
             vm = vm or VmDescriptor.load(db, vm_name)  # which says that there is none
-            if vm["token"] is None and token is None and not force:
+            if vm["token"] is None and not (token or mine or force):
                 return False
             if not force or vm["token"] is None:
                 self.own(vm, token)
-            self.end_lease(vm_name, "released" if not force else "released by force", vm)
+            self.end_lease(vm_name, "released by force" if force else "released", vm)
             _crash("pool-releasing")
         _crash("pool-released")
         self._mine.pop(vm_name.lower(), None)
@@ -3648,8 +3638,8 @@ class Leases(_Rows):
         target = VmStates.CHECK_HEALTH if hook else VmStates.READY
         target = VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] else target
         used = {"last_release": now, "builds_count": vm["builds_count"] + 1}
-        releasing_at = now if hook else None
-        move_pool_vm(self.db, vm_name, target, reason, state, releasing_at=releasing_at, **used)
+        used["releasing_at"] = now if hook else None
+        move_pool_vm(self.db, vm_name, target, reason, state, **used)
 
     def own(self, vm: sqlite3.Row | VmDescriptor, token: str | None) -> None:
         """Refuse whoever does not have the lease of a VM."""
@@ -3678,13 +3668,13 @@ class Leases(_Rows):
     def reap(self, which: str = _LEASES, **parameters: object) -> list[str]:
         """End leases that are over, of these VMs; return the names of those that had one."""
         names = []
-        same = "vm_name = :vm_name AND token = :token AND holder IS :holder"
+        same = """vm_name = :vm_name AND token = :token AND holder IS :holder
+                  AND lease_end_at IS :lease_end_at"""
         for vm, why in self.over(which, **parameters):
-            terms = {key: vm[key] for key in ("vm_name", "token", "holder", "lease_end_at")}
             with self.db.transaction(durable=True):
-                for now in self._select(f"{same} AND lease_end_at IS :lease_end_at", **terms):
-                    self.end_lease(now.vm_name, f"taken back: {why}")
-                    names.append(now.vm_name)
+                if self._select(same, **vm):
+                    self.end_lease(vm.vm_name, f"taken back: {why}")
+                    names.append(vm.vm_name)
         return names
 
     def dead_waiters(self) -> dict[str, int]:
@@ -3796,22 +3786,20 @@ class VmManager(Leases):
 
     def metrics(self) -> str:
         """Return the pool's figures as Prometheus text."""
-        sql = 'SELECT lower("group"), state, count(*) FROM pool_vms GROUP BY 1, 2'
-        present = {(group, state): n for group, state, n in map(dict.values, self.db.query(sql))}
-        vms = [
-            (f'{{group="{group}",state="{state}"}}', present.get((str(group).lower(), state), 0))
-            for group in self.vm_groups
-            for state in VmStates
-        ]
-        moves = [
-            (f'{{group="{row["group"]}",state="{row["state"]}"}}', row["times"])
-            for row in self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
-        ]
+        label = '{{group="{}",state="{}"}}'.format
+        found = collections.Counter((vm.group, vm.state) for vm in self.get_all_vm())
+        pairs = itertools.product(self.vm_groups, VmStates)
+        moves = self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
         lines = []
         for name, kind, words, figures in (
-            ("vms", "gauge", "VMs of the pool.", vms),
+            ("vms", "gauge", "VMs of the pool.", [(label(*pair), found[pair]) for pair in pairs]),
             ("waiters", "gauge", "Requests in the queue.", [("", len(self.queue()))]),
-            ("moves_total", "counter", "How often VMs came to a state.", moves),
+            (
+                "moves_total",
+                "counter",
+                "How often VMs came to a state.",
+                [(label(row.group, row.state), row.times) for row in moves],
+            ),
         ):
             lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
             lines += [f"vmrm_pool_{name}{labels} {figure}" for labels, figure in figures]
@@ -3922,13 +3910,8 @@ class VmManager(Leases):
     ) -> None:
         """Have the keeper terminate a VM; its lease, if there is one, ends.
 
-        Args:
-            vm_name: The VM's name.
-            allowed_pre_state: The only state in which this is allowed; None, or the reference's
-                word "None", allows all.
-            reason: For the history.
-            token: As for `release_vm`; needed for a VM that is leased.
-            force: Even if someone else holds the lease.
+        It must be in `allowed_pre_state`; None, or the reference's word "None", allows all. Without
+        `force`, one that is leased is terminated only for whom `release_vm` would release it.
         """
         with self._changing(vm_name, token, force) as vm:
             if allowed_pre_state not in (None, NOTHING, vm.state):
@@ -3982,8 +3965,8 @@ class VmManager(Leases):
             sandbox: What the owner uses it for.
             pid: The process that holds it: when that is dead, the VM is taken back. None means
                 nobody, and needs a `lease`.
-            task_id: For `get_vm_by_task_id` and people, as are the other two.
-            build_id: See there.
+            task_id: For `get_vm_by_task_id` and people.
+            build_id: For people, as is `chroot`.
             chroot: See there.
             lease: Seconds after which the lease ends, unless renewed; None means never.
             wait: Seconds to wait in the queue if there is none now; None means not at all.
