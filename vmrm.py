@@ -3121,7 +3121,7 @@ def allot(
     Args:
         queue: The requests, the first one first.
         free: Returns the VMs of a group that may be lent and are bound to this owner and sandbox,
-            or to None and "", the best last. It is asked once for each.
+            or to None and "", the best last.
         room: Returns how many more VMs of a group an owner may bind, as things are before.
     """
     free, bound, shares = functools.cache(free), collections.Counter[tuple[str, str]](), []
@@ -3326,13 +3326,6 @@ def pool_log(db: Database, vm_name: str) -> Path:
     return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
 
 
-NOTHING = "None"  # the reference's default word
-
-
-def _told_or_none(value: object) -> str | None:
-    return None if value in (None, NOTHING) else str(value)
-
-
 # --- leases and the queue
 
 # What an acquire looks at first: where the pool's processes see each other, and whether some wait.
@@ -3425,10 +3418,8 @@ class Leases(_Rows):
     ) -> list[VmDescriptor]:
         """Lease all VMs that are asked for at once, or none.
 
-        Args:
-            request: What is wanted.
-            wait: Seconds to wait in the queue; None means not at all.
-            tell: Called with the place in the queue, and the reason, whenever they change.
+        Wait in the queue for `wait` seconds, if at all; `tell` is called with the place there, and
+        the reason, whenever they change.
         """
         if not request.owner:
             raise UsageError("a VM needs an owner whom it is lent to")
@@ -3439,9 +3430,18 @@ class Leases(_Rows):
         if not all(request.wants):
             raise UsageError("no group is named, so there is no VM to choose from")
         vms = self.lend(request)
-        if not vms and wait is None:
-            raise NoVmAvailable(self.why_none(request))
-        vms = vms or self._wait(request, wait or 0.0, tell or self.log.info)
+        if not vms:
+            if wait is None:
+                raise NoVmAvailable(self.why_none(request))
+            told, deadline, poll = "", CLOCK.monotonic() + wait, select.poll()
+            with Waiting(self, request) as place:
+                poll.register(place.fileno(), select.POLLIN)
+                while not (vms := place.try_again()):
+                    if (left := deadline - CLOCK.monotonic()) <= 0:
+                        raise TimedOut(f"after {wait:g} s {self.why_none(request)}")
+                    if (now := place.reason()) != told:
+                        (tell or self.log.info)(told := now)
+                    poll.poll(1000 * min(left, self.db.timeouts.look))
         self._mine |= {vm.vm_name.lower(): request for vm in vms}
         return vms
 
@@ -3590,21 +3590,6 @@ class Leases(_Rows):
     def next_in_queue(self) -> list[str]:
         """Return the tokens of the waiters who would be given all they want now."""
         return [share.request.token for share in self.shares() if not share.missing]
-
-    def _wait(
-        self, request: Request, timeout: float, tell: Callable[[str], object]
-    ) -> list[VmDescriptor]:
-        """Stand in the queue until there is what is wanted; leave it in any case."""
-        told, deadline, poll = "", CLOCK.monotonic() + timeout, select.poll()
-        with Waiting(self, request) as place:
-            poll.register(place.fileno(), select.POLLIN)
-            while not (vms := place.try_again()):
-                if (left := deadline - CLOCK.monotonic()) <= 0:
-                    raise TimedOut(f"after {timeout:g} s {self.why_none(request)}")
-                if (now := place.reason()) != told:
-                    tell(told := now)
-                poll.poll(1000 * min(left, self.db.timeouts.look))
-            return vms
 
     # --- the end of a lease ---
 
@@ -3789,17 +3774,14 @@ class VmManager(Leases):
         label = '{{group="{}",state="{}"}}'.format
         found = collections.Counter((vm.group, vm.state) for vm in self.get_all_vm())
         pairs = itertools.product(self.vm_groups, VmStates)
-        moves = self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        present = [(label(*pair), found[pair]) for pair in pairs]
+        rows = self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        moves = [(label(row.group, row.state), row.times) for row in rows]
         lines = []
         for name, kind, words, figures in (
-            ("vms", "gauge", "VMs of the pool.", [(label(*pair), found[pair]) for pair in pairs]),
+            ("vms", "gauge", "VMs of the pool.", present),
             ("waiters", "gauge", "Requests in the queue.", [("", len(self.queue()))]),
-            (
-                "moves_total",
-                "counter",
-                "How often VMs came to a state.",
-                [(label(row.group, row.state), row.times) for row in moves],
-            ),
+            ("moves_total", "counter", "How often VMs came to a state.", moves),
         ):
             lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
             lines += [f"vmrm_pool_{name}{labels} {figure}" for labels, figure in figures]
@@ -3858,16 +3840,13 @@ class VmManager(Leases):
 
     def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
         """Count a failed health check; whoever has leased the VM keeps it."""
-        self._checked(vm_name, reason)
+        self.mark_vm_checked(vm_name, reason)
 
-    def mark_vm_checked(self, vm_name: str) -> None:
-        """Record that a VM's health check, which put it in state check_health, found it well.
+    def mark_vm_checked(self, vm_name: str, fault: str = "") -> None:
+        """Record how a VM's health check ended; a leased VM stays leased.
 
-        One that waits for its release hook goes on waiting; a leased one stays leased.
+        One that was found well is ready, unless it waits for its release hook.
         """
-        self._checked(vm_name, "")
-
-    def _checked(self, vm_name: str, fault: str) -> None:
         with self._changing(vm_name) as vm:
             state = vm.state
             if fault and state not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
@@ -3914,7 +3893,7 @@ class VmManager(Leases):
         `force`, one that is leased is terminated only for whom `release_vm` would release it.
         """
         with self._changing(vm_name, token, force) as vm:
-            if allowed_pre_state not in (None, NOTHING, vm.state):
+            if allowed_pre_state not in (None, "None", vm.state):
                 raise VmError(f"VM {vm_name!r} is {vm.state}, not {allowed_pre_state}")
             ending = VmStates.TERMINATING
             move_pool_vm(self.db, vm_name, ending, reason, vm.state, releasing_at=None)
@@ -3934,10 +3913,7 @@ class VmManager(Leases):
     # --- leases ---
 
     def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
-        """Return True if an owner has fewer VMs of a group than `max_vm_per_user`.
-
-        A VM counts from its first lease until it is terminated, in use or not.
-        """
+        """Return True if an owner has fewer VMs of a group, in use or not, than it allows."""
         name = self.group(group)["name"]
         return bool(self.db.value(_ROOM, owner=username, group=name) > 0)
 
@@ -3957,39 +3933,20 @@ class VmManager(Leases):
     ) -> VmDescriptor:
         """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
 
-        If there is none now, or within `wait` seconds, `NoVmAvailable` or `TimedOut` says why.
-
-        Args:
-            groups: The groups it may come from, in order of preference.
-            ownername: Whom it counts for; at most `max_vm_per_user` of a group are bound to one.
-            sandbox: What the owner uses it for.
-            pid: The process that holds it: when that is dead, the VM is taken back. None means
-                nobody, and needs a `lease`.
-            task_id: For `get_vm_by_task_id` and people.
-            build_id: For people, as is `chroot`.
-            chroot: See there.
-            lease: Seconds after which the lease ends, unless renewed; None means never.
-            wait: Seconds to wait in the queue if there is none now; None means not at all.
-            priority: In the queue: higher ones first, equal ones as they came.
+        It comes from the first of the groups that has one. If there is none now, or within `wait`
+        seconds in the queue, where a higher `priority` comes first, `NoVmAvailable` or `TimedOut`
+        says why. The VM is taken back when the process `pid` is dead, or `lease` seconds after the
+        last renewal; one of them is needed. The rest is for people and `get_vm_by_task_id`.
         """
-        request = Request(
-            (tuple(map(str, groups)),),
-            ownername,
-            sandbox or "",
-            None if pid is None else Process.of(pid),
-            lease,
-            _told_or_none(task_id),
-            _told_or_none(build_id),
-            _told_or_none(chroot),
-            priority,
-        )
+        jobs = (task_id, build_id, chroot)
+        task, build, root = (None if job in (None, "None") else str(job) for job in jobs)
+        holder = None if pid is None else Process.of(pid)
+        party = (tuple(map(str, groups)),), ownername, sandbox or "", holder
+        request = Request(*party, lease, task, build, root, priority)
         return self.acquire(request, wait, self.log.info)[0]
 
     def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
-        """Have a lease end so many seconds from now; return that time, in seconds since the epoch.
-
-        The token is as for `release_vm`.
-        """
+        """Have a lease end so many seconds from now; return when, in seconds since the epoch."""
         with self._changing(vm_name) as vm:
             self.own(vm, token)
             end = _lease_end(lease)
@@ -3999,10 +3956,7 @@ class VmManager(Leases):
     def hold_vm(
         self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
     ) -> None:
-        """Keep a VM for a person; its lease may end, the keeper terminates it after that time.
-
-        The time is in seconds since the epoch, token and `force` are as for `release_vm`.
-        """
+        """Keep a VM for a person until a time since the epoch, when the keeper terminates it."""
         words = f"until {_iso(_listable(until))}"
         with self._changing(vm_name, token, force) as vm:
             held = {"held_until": until, "releasing_at": None}
