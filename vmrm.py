@@ -3154,7 +3154,7 @@ class Waiting:
     """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
 
     It is readable when there may be something for us, also since the holder of a VM has ended. Its
-    row is there before its socket and goes after it, so that who is killed leaves nothing unknown.
+    row is there before its socket, and goes with the lease.
     """
 
     def __init__(self, pool: Leases, request: Request) -> None:
@@ -3680,12 +3680,9 @@ class Leases(_Rows):
 class VmManager(Leases):
     """The pool of VMs that are lent to jobs.
 
-    Args:
-        opts: A mapping, or an object with attributes, whose `build_groups` maps group ids to
-            their settings: these groups are written to the database and are the only ones this
-            manager lists. Without it, the groups are those of the database (`pool group`).
-        logger: Where to report.
-        db: The database's path, an open `Database`, or None for the default database.
+    `opts` is a mapping, or an object with attributes, whose `build_groups` maps group ids to their
+    settings: these groups are written to the database, and only they are listed. Without it, the
+    groups are those of the database.
     """
 
     def __init__(

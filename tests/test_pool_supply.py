@@ -270,6 +270,18 @@ def test_no_machine_is_recycled_that_cannot_be_made_anew(
         assert states(db) == {mine: "ready"}
 
 
+def test_who_was_given_his_vms_keeps_no_others_from_those_behind_him(
+    db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
+) -> None:
+    group(db, provider.hooks, max_vm_total=2, min_ready=2)
+    keep(db)
+    request = vmrm.Request((("ci",),), "me", "box", vmrm.Process.of(ME))
+    with vmrm.Waiting(pool, request) as place:
+        assert place.try_again()
+        assert pool.queue() == []
+        assert pool.acquire_vm(["ci"], "you", "box", ME)
+
+
 def test_no_more_machines_are_recycled_than_one_while_none_can_be_made(
     db: vmrm.Database, pool: vmrm.VmManager, provider: Provider
 ) -> None:
