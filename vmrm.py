@@ -289,23 +289,17 @@ POOL_MOVES = moves(
 )
 
 
-def checked_move(old: str, new: str) -> VMState:
-    """Return `new` as a state if a VM may move there from `old`; staying put is no move."""
-    return _checked("VM", VM_MOVES, VMState(old), new)
-
-
-def checked_pool_move(old: str, new: str) -> VmStates:
-    """Return `new` as a state if a VM of the pool may move there from `old`, as `checked_move`."""
-    return _checked("pool VM", POOL_MOVES, VmStates(old), new)
-
-
-def _checked(
-    kind: str, allowed: Mapping[_State, Collection[_State]], old: _State, new: str
-) -> _State:
-    target = checked_word(f"{kind} state", new, type(old), f" (from {str(old)!r})")
-    if target not in (old, *allowed[old]):
+def _checked(kind: str, allowed: Mapping[_State, Collection[_State]], old: str, new: str) -> _State:
+    """Return `new` as a state if it may be reached from `old`; staying put is no move."""
+    states = type(next(iter(allowed)))
+    target = checked_word(f"{kind} state", new, states, f" (from {str(old)!r})")
+    if target not in (old, *allowed[states(old)]):
         raise WrongValue(f"a {kind} cannot move from {str(old)!r} to {str(new)!r}")
     return target
+
+
+checked_move = functools.partial(_checked, "VM", VM_MOVES)
+checked_pool_move = functools.partial(_checked, "pool VM", POOL_MOVES)
 
 
 def checked_word(kind: str, word: object, known: type[_State], more: str = "") -> _State:
@@ -338,12 +332,11 @@ _is_text = _matching("[^\0\ud800-\udfff]+")
 _is_user = _matching("[A-Za-z_][A-Za-z0-9._-]*")
 
 
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
+def _is_a(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
+_is_switch, _is_list = _is_a(bool), _is_a(list)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -506,11 +499,8 @@ def boot_id() -> str:
 
 
 def process_started(pid: int) -> int | None:
-    """Return when a process started, in clock ticks after boot, or None if it has ended.
-
-    A zombie has ended. The file is read as bytes: a process may have any name.
-    """
-    try:
+    """Return when a process started, in clock ticks after boot, or None if it has ended."""
+    try:  # as bytes: a process may have any name
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -541,7 +531,6 @@ class Process(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Process:
-        """Return the process of this text."""
         pid, started, boot, namespace = text.split()
         return cls(int(pid), int(started), boot, int(namespace))
 
@@ -614,15 +603,14 @@ class FileLock:
 
     def release(self) -> None:
         """Let go of the lock, also for a child that has inherited it."""
-        fd, self.fd = self.fd, -1
-        if fd != -1:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+        if self.fd != -1:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            self.leave()
 
     def leave(self) -> None:
         """Close our descriptor: a child that has inherited it keeps the lock."""
-        os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
     @contextlib.contextmanager
     def held(self, what: str, hint: str = "") -> Iterator[Self]:
@@ -684,7 +672,8 @@ class _LockWaiter(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="vmrm-lock")
-        self._wanted: SimpleQueue[tuple[int, threading.Lock, threading.Event]] = SimpleQueue()
+        self._wanted: SimpleQueue[tuple[int, threading.Lock, threading.Event] | None]
+        self._wanted = SimpleQueue()
         self.start()
 
     @classmethod
@@ -704,25 +693,37 @@ class _LockWaiter(threading.Thread):
             raise
         return not decided.acquire(blocking=False)
 
+    @classmethod
+    def end_idle(cls) -> None:
+        """Have no second thread at a fork, unless it waits in vain for a lock still."""
+        while cls._idle:
+            waiter = cls._idle.pop()
+            waiter._wanted.put(None)
+            waiter.join()
+
     def run(self) -> None:
         """Take one lock after the other, until there is none; let go of what comes too late."""
         while True:
             try:
-                fd, decided, had = self._wanted.get(timeout=1)
+                wanted = self._wanted.get(timeout=1)
             except Empty:
                 with contextlib.suppress(ValueError):  # else somebody has just chosen us
                     self._idle.remove(self)
                     return
                 continue
+            if wanted is None:
+                return
+            fd, decided, had = wanted
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if decided.acquire(blocking=False):
+            in_time = decided.acquire(blocking=False)
+            self._idle.append(self)
+            if in_time:
                 had.set()
             else:
                 os.close(fd)
-            self._idle.append(self)
 
 
-os.register_at_fork(after_in_child=_LockWaiter._idle.clear)
+os.register_at_fork(before=_LockWaiter.end_idle, after_in_child=_LockWaiter._idle.clear)
 
 
 # === database ====================================================================================
@@ -1321,31 +1322,29 @@ class _Rows:
 # === waking up ===================================================================================
 
 
-class WakeSocket:
-    """A datagram socket `wake/<ordinal>`: a byte on it means "look at the database again".
+_Datagrams = functools.partial(
+    socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+)
 
-    It is reached through /proc/self/fd/<directory>/<name>, since a UNIX path ends at 107 bytes.
-    """
+
+class WakeSocket(socket.socket):
+    """A datagram socket `wake/<ordinal>`: a byte on it means "look at the database again"."""
 
     def __init__(self, db: Database, name: int | str) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._path = db.directory("wake") / str(name)
         self._path.unlink(missing_ok=True)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        _through_directory(self._path, self.socket.bind)
-
-    def fileno(self) -> int:
-        """Return the descriptor to wait on."""
-        return self.socket.fileno()
+        _through_directory(self._path, self.bind)
 
     def drain(self) -> None:
         """Forget all bytes that came; one look at the database answers them all."""
         with contextlib.suppress(BlockingIOError):
-            while self.socket.recv(64):
+            while self.recv(64):
                 pass
 
     def close(self) -> None:
         """Close the socket and remove its path."""
-        self.socket.close()
+        super().close()
         self._path.unlink(missing_ok=True)
 
 
@@ -1353,7 +1352,7 @@ def dead_sockets(db: Database) -> list[Path]:
     """Return the wake-up sockets of processes that were killed."""
     found = []
     for path in sorted(db.directory("wake").iterdir()):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+        with _Datagrams() as probe:
             try:
                 _through_directory(path, probe.connect)
             except ConnectionRefusedError:
@@ -1377,6 +1376,7 @@ def remove_dead_sockets(db: Database) -> None:
 
 
 def _through_directory(path: Path, use: Callable[[str], object]) -> None:
+    """Use a socket's path by its directory's descriptor: a UNIX path ends at 107 bytes."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         use(f"/proc/self/fd/{directory}/{path.name}")
@@ -1393,16 +1393,9 @@ def wake(db: Database, *names: int | str) -> None:
             sockets |= {f"wait-{token}" for token in Leases(db).next_in_queue()}
     folder = f"{db.state_dir}/wake"  # (a Path takes longer than to look whether somebody listens)
     sockets = {name for name in sockets if os.path.exists(f"{folder}/{name}")}  # noqa: PTH110
-    if not sockets:
-        return
-    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender:
-            for name in sockets:
-                with contextlib.suppress(OSError):
-                    sender.sendto(b"w", f"/proc/self/fd/{directory}/{name}")
-    finally:
-        os.close(directory)
+    for name in sockets:
+        with contextlib.suppress(OSError), _Datagrams() as sender:
+            _through_directory(Path(folder, name), functools.partial(sender.sendto, b"w"))
 
 
 # === the experiment, its barrier and its VMs =====================================================
@@ -1414,17 +1407,12 @@ def _utc(seconds: float | None) -> datetime | None:
 
 def current_experiment(db: Database) -> Row:
     """Return the current experiment's row, making one if there is none yet."""
-    found = db.row("SELECT * FROM current_experiment")
-    if found is None:
-        with db.transaction():
-            found = _begin_experiment(db)
-    return found
-
-
-def _begin_experiment(db: Database) -> Row:
-    """Do the same, inside the caller's transaction."""
-    found = db.row("SELECT * FROM current_experiment")
-    return found or db.insert("experiments", created_at=CLOCK.wall())
+    sql = "SELECT * FROM current_experiment"
+    if found := db.row(sql):
+        return found
+    made = "INSERT INTO experiments (created_at) VALUES (:now) ON CONFLICT DO NOTHING"
+    db.write(made, now=CLOCK.wall())  # somebody may have been faster
+    return db.query(sql)[0]
 
 
 def run_directory(db: Database, kind: str, *parts: str) -> Path:
@@ -1433,42 +1421,37 @@ def run_directory(db: Database, kind: str, *parts: str) -> Path:
 
 
 @contextlib.contextmanager
-def _changing_vms(db: Database) -> Iterator[sqlite3.Connection]:
-    """A durable transaction that ends with the barrier."""
-    with db.transaction(durable=True):
-        _begin_experiment(db)
-        yield db.connection
-        _barrier(db.connection, CLOCK.wall())
+def _changing_vms(db: Database) -> Iterator[Database]:
+    """Open a durable transaction that ends with the barrier.
 
-
-def _barrier(connection: sqlite3.Connection, now: float) -> None:
-    """Set the start time once everybody is ready, or tell everybody that a VM has failed.
-
-    Called at the end of every transaction that changes a VM's state, adds or removes a VM,
-    launches, or changes on_failure; so the two decisions can be neither missed nor made twice.
-    The start time is rounded up to a whole second, the reference's resolution.
+    Whatever changes a VM's state, adds or removes a VM, launches, or changes on_failure does so in
+    one; so the two decisions, to start and to abort, can be neither missed nor made twice.
     """
-    connection.execute(
-        """UPDATE experiments
-           SET start_at = whole_seconds_up(:now + start_buffer_s)
-           WHERE id = (SELECT id FROM barrier WHERE is_open AND start_at IS NULL)""",
-        {"now": now},
-    )
-    connection.execute(
-        """UPDATE experiments SET halt = 'abort'
-           WHERE destroyed_at IS NULL AND launched_at IS NOT NULL AND start_at IS NULL
-             AND halt IS NULL AND on_failure = 'abort'
-             AND EXISTS (SELECT 1 FROM vms WHERE state = 'failed')"""
+    with db.transaction(durable=True):
+        current_experiment(db)
+        yield db
+        _set_start(db, "id IN (SELECT id FROM barrier WHERE is_open)")
+        db.write(
+            """UPDATE experiments SET halt = 'abort'
+               WHERE destroyed_at IS NULL AND launched_at IS NOT NULL AND start_at IS NULL
+                 AND halt IS NULL AND on_failure = 'abort'
+                 AND EXISTS (SELECT 1 FROM vms WHERE state = 'failed')"""
+        )
+
+
+def _set_start(db: Database, where: str) -> None:
+    """Set the start time, once, rounded up to a whole second: the reference's resolution."""
+    db.write(
+        f"""UPDATE experiments SET start_at = whole_seconds_up(:now + start_buffer_s)
+            WHERE destroyed_at IS NULL AND start_at IS NULL AND {where}""",  # noqa: S608
+        now=CLOCK.wall(),
     )
 
 
 def live_handlers(db: Database) -> list[str]:
     """Return the names of the VMs whose handler lives in this database's experiment."""
-    return [
-        row["server_name"]
-        for row in db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
-        if handler_lock(db, row["ordinal"]).is_held
-    ]
+    rows = db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
+    return [row.server_name for row in rows if handler_lock(db, row.ordinal).is_held]
 
 
 def handler_lock(db: Database, ordinal: int) -> FileLock:
@@ -1477,8 +1460,7 @@ def handler_lock(db: Database, ordinal: int) -> FileLock:
 
 
 def _refuse_while_live(db: Database, what: str) -> None:
-    live = live_handlers(db)
-    if live:
+    if live := live_handlers(db):
         raise Conflict(
             f"{what} is refused while {counted(len(live), 'handler')} "
             f"{'live' if live[1:] else 'lives'} ({', '.join(live[:3])}"
@@ -1575,13 +1557,9 @@ class VMMapping(_Served):
         """Add a VM, or replace the one with this uuid.
 
         Args:
-            server_uuid: The VM's uuid.
-            server_name: Its name.
-            state: The state it starts in.
             current_time: The schedule time it has reached; '' if not contacted yet.
             server_address: Its control IP.
             path: The guest agent's address: a socket's path, tcp:HOST:PORT or vsock:CID:PORT.
-            engine: Which driver talks to it.
             launch_dir: Where in the guest our files go; '' for the driver's default.
         """
         given = (server_uuid, server_name, state, current_time, server_address, path)
@@ -1611,8 +1589,6 @@ class VMMapping(_Served):
         """Return the VMs, in the order they were added.
 
         Args:
-            filter_time: Only those at this schedule time; None means all.
-            filter_state: Only those in this state; None means all.
             project_dict: Only these keys of each VM (those whose value is true).
             length: Whether to return the number of VMs instead of the list.
         """
@@ -1638,16 +1614,7 @@ class VMMapping(_Served):
         return cast(int, self.db.value(sql))
 
     def set_vm_state_by_uuid(self, uuid: str, state: str, *, reason: str = "") -> dict[str, Any]:
-        """Move a VM to a state; the last one to be configured sets the start time by this.
-
-        Args:
-            uuid: The VM's uuid.
-            state: The new state; the present one again is no move and no error.
-            reason: Why it failed, for the report.
-
-        Returns:
-            The VM as `get` returns it.
-        """
+        """Move a VM to a state, and return it; the present one again is no move and no error."""
         with _changing_vms(self.db):
             move_vm(self.db, self.get(uuid)["server_name"], state, reason)
             return self.get(uuid)
@@ -1676,7 +1643,7 @@ class VMMapping(_Served):
 
 def _insert_vms(db: Database, entries: Iterable[Mapping[str, Any]]) -> None:
     for entry in entries:
-        _refuse_pool_machine(db.connection, entry)
+        _refuse_pool_machine(db, entry)
         try:
             db.upsert("vms", "server_uuid", **entry, state_at=CLOCK.wall(), reason="")
         except sqlite3.IntegrityError as error:
@@ -1700,26 +1667,14 @@ class ExperimentStart(_Served):
     """When the experiment was launched and when its time 0 is."""
 
     def add_start_time(self) -> datetime:
-        """Set time 0 to now plus the start buffer, unless it is set; return the one that stands.
-
-        Returns:
-            UTC, whole seconds (rounded up).
-        """
+        """Set time 0 to now plus the start buffer, unless it is set; return the one that stands."""
         with self.db.transaction(durable=True):
-            _begin_experiment(self.db)
-            self.db.write(
-                """UPDATE experiments SET start_at = whole_seconds_up(:now + start_buffer_s)
-                   WHERE destroyed_at IS NULL AND start_at IS NULL""",
-                now=CLOCK.wall(),
-            )
+            current_experiment(self.db)
+            _set_start(self.db, "TRUE")
         return cast(datetime, self.get_start_time())
 
     def clear_start_time(self) -> dict[str, Any]:
-        """Forget time 0, until one is added or the next launch; a live handler is a `Conflict`.
-
-        Returns:
-            `{"start_time": None}`.
-        """
+        """Forget time 0, until one is added or the next launch; a live handler is a `Conflict`."""
         _refuse_while_live(self.db, "clearing the start time")
         with self.db.transaction(durable=True):
             self.db.update("experiments", {"destroyed_at": None}, start_at=None, start_cleared=1)
@@ -2356,11 +2311,6 @@ class Attempt(Row):
         return self["outcome"] in OPEN_OUTCOMES
 
 
-# An attempt is named by its entry and number, too: an id alone does not say what it is one of.
-_THIS_ATTEMPT = """id = :id AND experiment_id = :experiment_id AND server_name = :server_name
-    AND generation = :generation AND ordinal = :ordinal AND attempt = :attempt"""
-
-
 class Journal:
     """The attempts of one VM's schedule, written by that VM's handler alone."""
 
@@ -2424,8 +2374,8 @@ class Journal:
         """Take back armed attempts that were not sent; the next ones have their numbers again."""
         with self.db.transaction():
             for attempt in attempts:
-                sql = f"DELETE FROM attempts WHERE {_THIS_ATTEMPT} AND outcome = 'armed'"  # noqa: S608
-                self.db.write(sql, **attempt)
+                sql = "DELETE FROM attempts WHERE id = :id AND outcome = 'armed'"
+                self.db.write(sql, id=attempt.id)
 
     def check(self) -> Row:
         """Return the experiment, or raise `_Leave` if none of these entries may be sent any more.
@@ -2450,17 +2400,19 @@ class Journal:
 
         When it was sent first stands; `planned` is the plan by the clock of that moment.
         """
-        with self.db.transaction():
-            self._change(
-                attempt,
-                """outcome = 'running', answered_at = :now, pid = :its_pid,
-                   planned_at = iif(sent_at IS NULL, :planned, planned_at),
-                   sent_at = coalesce(sent_at, :sent)""",
+        with self.db.transaction() as db:
+            db.write(
+                """UPDATE attempts SET outcome = 'running', answered_at = :now, pid = :pid,
+                       planned_at = iif(sent_at IS NULL, :planned, planned_at),
+                       sent_at = coalesce(sent_at, :sent)
+                   WHERE id = :id AND ended_at IS NULL""",
+                id=attempt.id,
+                now=CLOCK.wall(),
+                pid=pid,
                 planned=planned,
                 sent=sent_at,
-                its_pid=pid,
             )
-            self.db.update("vms", {"server_name": self.server_name}, current_time=_plain_time(at))
+            db.update("vms", {"server_name": self.server_name}, current_time=_plain_time(at))
 
     def ended(
         self,
@@ -2473,20 +2425,16 @@ class Journal:
         retried: bool = False,
     ) -> None:
         """Record how an attempt ended; the first word about it stands."""
-        self._change(
-            attempt,
-            """outcome = :end, ended_at = :now, exit_code = :code, reboot = :again,
-               error = :why, retried = :anew""",
-            end=outcome.value,
-            code=exit_code,
-            again=reboot,
-            why=printable(error),
-            anew=retried,
+        self.db.update(
+            "attempts",
+            {"id": attempt.id, "ended_at": None},
+            outcome=outcome.value,
+            ended_at=CLOCK.wall(),
+            exit_code=exit_code,
+            reboot=reboot,
+            error=printable(error),
+            retried=retried,
         )
-
-    def _change(self, attempt: Attempt, change: str, **values: Any) -> None:
-        sql = f"UPDATE attempts SET {change} WHERE {_THIS_ATTEMPT} AND ended_at IS NULL"  # noqa: S608
-        self.db.write(sql, **attempt, **values, now=CLOCK.wall())
 
 
 def _plain_time(at: float) -> str:
@@ -2495,13 +2443,7 @@ def _plain_time(at: float) -> str:
 
 
 def retry_failed(db: Database, server_name: str | None = None, ordinal: int | None = None) -> int:
-    """Give failed and unknown entries, and failed VMs, another chance; return how many it were.
-
-    Args:
-        db: The database.
-        server_name: Only of this VM; None means of all.
-        ordinal: Only this entry of it.
-    """
+    """Give failed and unknown entries, and failed VMs, another chance; return how many it were."""
     with _changing_vms(db):
         return len(retry_in(db, server_name, ordinal))
 
@@ -3265,10 +3207,10 @@ def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**vm, "address": "" if vm["pool"] else machine_address(vm["path"])} for vm in vms]
 
 
-def _refuse_pool_machine(connection: sqlite3.Connection, vm: Mapping[str, Any]) -> None:
+def _refuse_pool_machine(db: Database, vm: Mapping[str, Any]) -> None:
     """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction."""
     sql = "SELECT vm_name, \"group\" FROM pool_vms WHERE address <> '' AND address = :address"
-    if twin := connection.execute(sql, vm).fetchone():
+    if twin := db.row(sql, address=vm["address"]):
         raise Conflict(
             f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
             "the pool, which lends it to others",
@@ -8537,14 +8479,14 @@ def launch(
     _check_loan(db, addressed)
     texts = ScheduleDb(db=db).list_all()
     check_host_entries({row["server_name"]: row["text"] for row in texts}, allow_host)
-    with _changing_vms(db) as connection:
+    with _changing_vms(db):
         if is_being_killed(db):
             raise Unavailable(
                 "the experiment's programs are still being ended",
                 "Run it again once vmrm stop --kill has returned; if that was killed, repeat it",
             )
         for vm in addressed:
-            _refuse_pool_machine(connection, vm)
+            _refuse_pool_machine(db, vm)
             db.update("vms", {"ordinal": vm["ordinal"]}, address=vm["address"])
         _settle_late(db, late)
         db.write(
@@ -10108,7 +10050,7 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
         return False
     vms = with_addresses(experiment.vms)
     for vm in vms:  # once more when they are written, but then the files are here
-        _refuse_pool_machine(db.connection, vm)
+        _refuse_pool_machine(db, vm)
     with adding(db, "store"):
         _store_files(db, experiment.files)
         with _changing_vms(db):

@@ -315,5 +315,5 @@ def test_a_retry_of_a_failed_vm_wakes_who_gives_it_a_handler(tmp_path: Path) -> 
     vmrm.VMMapping(db=db).set_vm_state_by_uuid("u1", "failed")
     woken = vmrm.WakeSocket(db, vmrm.SUPERVISOR)
     vmrm.retry_failed(db, "vm1")
-    assert woken.socket.recv(1) == b"w"
+    assert woken.recv(1) == b"w"
     woken.close()

@@ -293,7 +293,7 @@ def test_whoever_waits_is_woken_when_the_start_time_is_set(
     sockets = [vmrm.WakeSocket(db, ordinal) for ordinal in (vmrm.SUPERVISOR, 1, 2)]
     try:
         mapping.set_vm_state_by_uuid("u", "configured")
-        assert [socket.socket.recv(64) for socket in sockets] == [b"w"] * 3
+        assert [socket.recv(64) for socket in sockets] == [b"w"] * 3
     finally:
         for socket in sockets:
             socket.close()
@@ -335,7 +335,7 @@ def test_processes_that_configure_the_last_vms_at_once_set_one_start_time(
         assert start_at(db) is not None
         assert 0 <= (start_at(db) or 0) - (last + 60) < 2
         assert [row["revision"] for row in tables.vms(db.path).values()] == [1] * count
-        assert seen.socket.recv(64) == b"w"
+        assert seen.recv(64) == b"w"
     seen.close()
 
 

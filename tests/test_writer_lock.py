@@ -189,3 +189,16 @@ def test_a_lock_file_is_private_and_never_followed_through_a_link(tmp_path: Path
     with pytest.raises(OSError, match="symbolic links"):
         FileLock(tmp_path / "link").try_()
     assert not (tmp_path / "target").exists()
+
+
+def test_a_process_forks_without_the_thread_that_waited_for_a_lock(tmp_path: Path) -> None:
+    lock, other = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert lock.try_()
+    release = threading.Timer(0.1, lock.release)
+    release.start()
+    assert other.take_in_turn(10)
+    release.join()
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    assert "vmrm-lock" not in {thread.name for thread in threading.enumerate()}
+    assert os.waitpid(child, 0)[1] == 0
