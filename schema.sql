@@ -467,14 +467,19 @@ FROM pool_list AS p LEFT JOIN pool_groups AS g ON g.name = p."group" ORDER BY st
 
 CREATE VIEW current_experiment AS SELECT * FROM experiments WHERE destroyed_at IS NULL;
 
--- The experiment's start condition in one row: launched, nobody missing, somebody configured.
+-- The experiment's start condition in one row: launched, nobody missing, somebody configured; and
+-- whether a VM has something left to do, or, before time 0, is left that could.
 CREATE VIEW barrier AS
 SELECT e.id, e.start_at,
        e.launched_at IS NOT NULL AND NOT e.start_cleared
        AND EXISTS (SELECT 1 FROM vms WHERE state = 'configured')
        AND NOT EXISTS (
            SELECT 1 FROM vms WHERE state NOT IN ('configured', 'n/a')
-           AND NOT (state = 'failed' AND e.on_failure = 'drop')) AS is_open
+           AND NOT (state = 'failed' AND e.on_failure = 'drop')) AS is_open,
+       EXISTS (
+           SELECT 1 FROM vms WHERE iif(state IN ('n/a', 'failed'),
+               state = 'failed' AND e.start_at IS NULL AND e.on_failure = 'wait',
+               e.start_at IS NULL OR finished_at IS NULL)) AS has_work
 FROM current_experiment AS e;
 
 -- Every attempt, when it began (one that was never sent only ended), and how late that was.

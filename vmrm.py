@@ -7955,7 +7955,7 @@ def time_to_wait(seconds: float) -> None:
 # === supervisor ==================================================================================
 
 
-class Seat:
+class Seat(contextlib.ExitStack):
     """The place of the one process that runs a database's experiment, or that keeps its pool.
 
     Its lock keeps others out. Its wait ends with a wake-up, a signal, or what else is waited for:
@@ -7965,6 +7965,7 @@ class Seat:
     def __init__(
         self, db: Database, name: str, what: str, hint: str, *stops: signal.Signals
     ) -> None:
+        super().__init__()
         self.told_to_stop, self._stops = False, stops
         with contextlib.ExitStack() as stack:
             stack.enter_context(db.lock(name).held(what, hint))
@@ -7977,16 +7978,10 @@ class Seat:
             stack.callback(signal.set_wakeup_fd, before)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 stack.callback(signal.signal, number, signal.signal(number, self._note))
-            self._stack = stack.pop_all()
+            self.push(stack.pop_all())
 
     def _note(self, number: int, _: object) -> None:  # ignored, programs would inherit that
         self.told_to_stop |= number in self._stops
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def wait(self, seconds: float, *descriptors: int) -> set[int]:
         """Wait for so long, but not past a wake-up; return which descriptors have something."""
@@ -8043,15 +8038,17 @@ class Supervisor:
         with Seat(self.db, SUPERVISOR, what, hint, signal.SIGTERM) as self._seat:
             self._prepare()
             while not self._ended():
-                self._pause()
+                now = CLOCK.monotonic()
+                dues = [self._leave_by, *(charge.not_before for charge in self._charges.values())]
+                later = [due - now for due in dues if due > now]  # what is past had its turn
+                wait = min([self.timeouts.watch, *later])
+                self._seat.wait(wait, *self._loan.descriptors())
         return 0
 
     def _prepare(self) -> None:
         import gc
-        import inspect
         import resource
 
-        assert inspect  # imported here, so that handlers share it
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
@@ -8076,13 +8073,6 @@ class Supervisor:
             return self._seat.told_to_stop  # which no row can say now: the lifeline does
         return over
 
-    def _pause(self) -> None:
-        now = CLOCK.monotonic()
-        dues = [self._leave_by, *(charge.not_before for charge in self._charges.values())]
-        look = self.timeouts.watch
-        wait = min([look, *(due - now for due in dues if due > now)])  # what is past had its turn
-        self._seat.wait(wait, *self._loan.descriptors())
-
     def _step(self) -> bool:
         """Look at everything once; return whether the experiment is over."""
         self._reap()
@@ -8094,9 +8084,13 @@ class Supervisor:
             halt = Halt.END
             _crash("end-set")
         if halt is None:
-            self._see_to_loan()
-        elif halt == Halt.KILL:
-            self._start_killers()
+            self._start_handlers()
+        elif (
+            halt == Halt.KILL
+        ):  # a handler knows how to end what runs: one more where there is none
+            for name in vms_with_programs(self.db):
+                if not self._charges[name].last_rites:
+                    self._charges[name].last_rites = self._fork(name)
         if halt is not None and not any(charge.pid for charge in self._charges.values()):
             return True
         if halt in (Halt.STOP, Halt.KILL):
@@ -8104,7 +8098,7 @@ class Supervisor:
         checkpoint_wal(self.db)
         return False
 
-    def _see_to_loan(self) -> None:
+    def _start_handlers(self) -> None:
         """Start handlers once all VMs of the pool are here; give up those that were taken away."""
         lost, why = [], "its machine of the pool was taken back"
         try:
@@ -8118,30 +8112,6 @@ class Supervisor:
             if self.db.value(sql, name=name):
                 self._give_up(name, why)
             self._kill(name)
-        self._start_handlers()
-
-    def _end_if_over(self) -> bool:
-        """Tell everybody if all work is done; looking again and telling are one decision."""
-        if self.stay or not self._is_over():
-            return False
-        with self.db.transaction():
-            if not self._is_over():  # an entry was added meanwhile
-                return False
-            _set_halt(self.db, Halt.END)
-        return True
-
-    def _is_over(self) -> bool:
-        """Whether no VM has anything left to do, or none is left that could."""
-        return not self.db.value(
-            """SELECT iif(start_at IS NULL,
-                   EXISTS (SELECT 1 FROM vms WHERE state NOT IN ('n/a', 'failed')) OR
-                   on_failure = 'wait' AND EXISTS (SELECT 1 FROM vms WHERE state = 'failed'),
-                   EXISTS (SELECT 1 FROM vms WHERE state NOT IN ('n/a', 'failed')
-                           AND finished_at IS NULL))
-               FROM current_experiment"""
-        )
-
-    def _start_handlers(self) -> None:
         now = CLOCK.monotonic()
         for row in self.db.query(
             """SELECT server_name FROM vms WHERE state IN
@@ -8150,11 +8120,16 @@ class Supervisor:
             if self._charges[row["server_name"]].not_before <= now:
                 self._fork(row["server_name"])
 
-    def _start_killers(self) -> None:
-        """Where a program is left without a handler, start one, once: it knows what to do."""
-        for name in vms_with_programs(self.db):
-            if not self._charges[name].last_rites:
-                self._charges[name].last_rites = self._fork(name)
+    def _end_if_over(self) -> bool:
+        """Tell everybody if all work is done; looking again and telling are one decision."""
+        sql = "SELECT has_work FROM barrier"
+        if self.stay or self.db.value(sql):
+            return False
+        with self.db.transaction():
+            if self.db.value(sql):  # an entry was added meanwhile
+                return False
+            _set_halt(self.db, Halt.END)
+        return True
 
     def _fork(self, name: str) -> bool:
         """Start the handler of a VM unless it has one; return whether one was started."""
@@ -8182,29 +8157,23 @@ class Supervisor:
             for name, charge in self._charges.items():
                 if charge.pid == pid:
                     charge.pid, code = 0, os.waitstatus_to_exitcode(status)
-                    pause = self._died(name, charge, code) if code else self._left(charge)
+                    pause = self._died(name, charge, code)
                     charge.not_before = CLOCK.monotonic() + pause
 
-    def _left(self, charge: _Charge) -> float:
-        charge.deaths = 0
-        return 0.5  # another one comes if the VM still has work
-
     def _died(self, name: str, charge: _Charge, code: int) -> float:
-        """Return for how long to wait after a handler's death; give its VM up if that is no use."""
+        """Return for how long to wait after a handler's end; give its VM up if that is no use."""
+        if code == 0:
+            charge.deaths = 0
+            return 0.5  # another one comes if the VM still has work
         if code == Unavailable.code:  # it can do nothing without the database, nor can we
             return self.timeouts.reconnect
         if code == SchemaError.code:
             raise SchemaError(f"the handler of {name} found the database unusable", RESTORE)
         how = _signal_name(-code) if code < 0 else f"exit code {code}"
-        before, charge.progress = (
-            charge.progress,
-            self.db.row(
-                """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
-                   (SELECT state FROM vms WHERE server_name = :name) AS state
-               FROM attempts WHERE server_name = :name""",
-                name=name,
-            ),
-        )
+        sql = """SELECT count(*) AS attempts, count(sent_at) AS sent, count(ended_at) AS ended,
+                     (SELECT state FROM vms WHERE server_name = :name) AS state
+                 FROM attempts WHERE server_name = :name"""
+        before, charge.progress = charge.progress, self.db.row(sql, name=name)
         charge.deaths = charge.deaths + 1 if charge.progress == before else 1
         if charge.deaths >= MAX_DEATHS:
             sql = "SELECT reason FROM vms WHERE server_name = :name"
@@ -8370,10 +8339,9 @@ def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
             try:
                 code = handle(db, name, lifeline=3)
             except Conflict as conflict:
-                code = conflict.code
-                logger.error("%s", conflict)
                 sql = "UPDATE vms SET reason = :reason WHERE server_name = :name"
                 db.write(sql, reason=str(conflict), name=name)
+                raise
     except VmrmError as error:
         code = error.code
         logger.error("%s", error)
@@ -8555,34 +8523,29 @@ def _settle_late(db: Database, late: str) -> None:
         return
     vms = []
     for vm in db.query("SELECT server_name, state FROM vms WHERE state <> 'n/a'"):
-        line, overdue = _overdue(db, vm.server_name, since)
-        vms.append((vm, line, min((at for at, _ in overdue), default=math.inf)))
-        for at, row in overdue if late == Late.SKIP else ():
-            if row.attempt is None:
-                entry = {key: row[key] for key in ("server_name", "generation", "ordinal")}
+        name, first = vm.server_name, math.inf
+        rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
+        entries = [ScheduleEntry.from_dict(json.loads(row.entry), row.ordinal) for row in rows]
+        line = Timeline(entries, read_holds(db, name))
+        for entry, row in zip(entries, rows, strict=True):
+            at = line.times[entry.ordinal]
+            if row.outcome not in (None, Outcome.ARMED) or not 0 < at < since:
+                continue
+            if entry.pause is not None or entry.is_resume or entry.repeats:
+                continue
+            first = min(first, at)
+            if late == Late.SKIP and row.attempt is None:
+                of = {"experiment_id": experiment["id"], "server_name": name, "attempt": 1}
+                of |= {"generation": row.generation, "ordinal": row.ordinal}
                 times = {"planned_at": experiment["start_at"] + at, "armed_at": now}
                 how = {"outcome": Outcome.SKIPPED.value, "error": SKIPPED, "ended_at": now}
-                of = experiment["id"]
-                db.insert("attempts", experiment_id=of, attempt=1, **entry, **times, **how)
+                db.insert("attempts", **of, **times, **how)
+        vms.append((vm, line, first))
     together = min((at for vm, _, at in vms if vm.state != VMState.FAILED), default=math.inf)
     for vm, line, first in vms if late == Late.SHIFT else ():
         begin = first if vm.state == VMState.FAILED else together
         if begin < since and line.break_at(begin) is None:
             _record_hold(db, vm.server_name, Hold(begin, since - begin))
-
-
-def _overdue(db: Database, name: str, since: float) -> tuple[Timeline, list[tuple[float, Row]]]:
-    """Return a VM's timeline, and what should have begun by that time of it: when, and which."""
-    rows = db.query("SELECT * FROM entry_status WHERE server_name = :name", name=name)
-    entries = [ScheduleEntry.from_dict(json.loads(row.entry), row.ordinal) for row in rows]
-    line = Timeline(entries, read_holds(db, name))
-    return line, [
-        (line.times[entry.ordinal], row)
-        for entry, row in zip(entries, rows, strict=True)
-        if row.outcome in (None, Outcome.ARMED) and entry.pause is None
-        if not entry.is_resume
-        if 0 < line.times[entry.ordinal] < since and not entry.repeats
-    ]
 
 
 def supervisor_pid(db: Database) -> int | None:
