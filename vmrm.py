@@ -8580,14 +8580,8 @@ HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last 
 EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
 
 
-class HookKind(StrEnum):
-    """What a hook is for; also the name of its column of a group."""
-
-    SPAWN = "spawn"
-    CHECK = "check"
-    RELEASE = "release"
-    TERMINATE = "terminate"
-    LIST = "list"
+# What a hook is for; also the name of its column of a group.
+HookKind = StrEnum("HookKind", "SPAWN CHECK RELEASE TERMINATE LIST")
 
 
 def gated(words: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
@@ -8709,9 +8703,8 @@ class Hook:
         self.seconds = CLOCK.monotonic() - self.began_at
         if self.kind == HookKind.SPAWN and not self.fault:
             try:
-                spawned = parse_spawned("\n".join(self.out.lines()), self.vm_name)
-                self.machine = _pool_machine(spawned.ip, spawned.path)
-                self.spawned = spawned.name
+                name, ip, path = parse_spawned("\n".join(self.out.lines()), self.vm_name)
+                self.machine, self.spawned = _pool_machine(ip, path), name
             except ValueError as error:
                 self.verdict = _one_line(error)
         if not self.spawned:
@@ -8766,23 +8759,19 @@ def signal_session(session: int, started: int, number: signal.Signals) -> None:
         told |= new
 
 
-class Spawned(NamedTuple):
-    """What a spawn hook says it has made."""
-
-    name: str
-    ip: str
-    path: str
-
-
-def parse_spawned(text: str, name: str) -> Spawned:
-    """Return what a spawn hook has printed about its VM; `name` is its name if none is printed.
+def parse_spawned(text: str, name: str) -> tuple[str, str, str]:
+    """Return name, ip and path as a spawn hook has printed them; `name` if it prints none.
 
     That is one JSON object with any of ip, name and path: the whole text, or its last line that
     is one. Otherwise the last `IP=…` and the last `vm_name=…` anywhere in it. Else `ValueError`.
     """
     import ipaddress
 
-    said = _last_object(text)
+    said: dict[str, Any] | None = None
+    for part in [text, *reversed(text.splitlines())]:
+        if said is None and part.strip().startswith("{") and part.strip().endswith("}"):
+            with contextlib.suppress(ValueError, RecursionError):
+                said = json.loads(part)
     if said is None:
         words = re.findall(r"\b(IP|vm_name)=([^\s\"'{}\\,]+)", text)
         said = {{"IP": "ip", "vm_name": "name"}[key]: value for key, value in words}
@@ -8799,15 +8788,7 @@ def parse_spawned(text: str, name: str) -> Spawned:
             raise ValueError(f"it printed {known['ip']!r:.80}, which is no IP address") from None
     if known["path"]:
         drivers.parse_address(known["path"])
-    return Spawned(checked_name("VM", known["name"] or name), known["ip"], known["path"])
-
-
-def _last_object(text: str) -> dict[str, Any] | None:
-    for part in [text, *reversed(text.splitlines())]:
-        if part.strip().startswith("{") and part.strip().endswith("}"):
-            with contextlib.suppress(ValueError, RecursionError):
-                return cast("dict[str, Any]", json.loads(part))
-    return None
+    return checked_name("VM", known["name"] or name), known["ip"], known["path"]
 
 
 def log_hook(path: Path, hook: Hook) -> None:
@@ -8940,11 +8921,6 @@ class QemuVm:
         self.folder = root / checked_name("VM", name)
         self.name, self._pid = name, self.folder / "pid"
 
-    @property
-    def runs(self) -> bool:
-        """Whether a process holds the lock."""
-        return FileLock(self._pid).is_held
-
     def _lock(self, seconds: float = LOOK_S) -> FileLock | None:
         """Return the lock, or None if it stays taken. Who removes the directory holds it, too."""
         lock = FileLock(self._pid)
@@ -8975,8 +8951,13 @@ class QemuVm:
             stack.callback(lock.leave)
             log = stack.enter_context((self.folder / "qemu.log").open("wb"))
             agent, control = (stack.enter_context(self._listen(name)) for name in ("agent", "qmp"))
+            own = f"-name {self.name} -nodefaults -no-user-config -display none"
+            for name, listening in (("agent", agent), ("control", control)):
+                own += f" -chardev socket,id={name},fd={listening.fileno()},server=on,wait=off"
+            own += " -mon chardev=control,mode=control -device virtio-serial-pci"
+            own += f" -device virtserialport,chardev=agent,name={GUEST_AGENT_PORT}"
             process = gated(
-                [program, *self._own_words(agent, control), *words],
+                [program, *own.split(), *words],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"TMPDIR": str(self.folder)},  # where overlays go
@@ -9003,13 +8984,6 @@ class QemuVm:
         _through_directory(path, listening.bind)
         listening.listen(1)
         return listening
-
-    def _own_words(self, agent: socket.socket, control: socket.socket) -> list[str]:
-        words = f"-name {self.name} -nodefaults -no-user-config -display none"
-        for name, listening in (("agent", agent), ("control", control)):
-            words += f" -chardev socket,id={name},fd={listening.fileno()},server=on,wait=off"
-        words += " -mon chardev=control,mode=control -device virtio-serial-pci"
-        return f"{words} -device virtserialport,chardev=agent,name={GUEST_AGENT_PORT}".split()
 
     def control(self, command: str, timeout: float) -> None:
         """Have QEMU carry out a command on its control socket (QMP).
@@ -9089,7 +9063,9 @@ def qemu_words(
 def qemu_running(root: Path) -> list[str]:
     """Return the names of the VMs below a directory that run."""
     folders = sorted(root.iterdir()) if root.is_dir() else []
-    return [f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and QemuVm(root, f.name).runs]
+    return [
+        f.name for f in folders if NAME_PATTERN.fullmatch(f.name) and FileLock(f / "pid").is_held
+    ]
 
 
 # === the keeper ==================================================================================
@@ -9134,11 +9110,9 @@ class _Dues:
 
 def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
     """Return what is to be done now, most urgent first, and when to look again at the latest."""
-    dues, groups = _Dues(now), db.query("SELECT * FROM pool_groups ORDER BY position, name")
-    vms = db.query("SELECT * FROM pool_prospects")
-    actions = _plan_vms(db, {vm["vm_name"]: vm for vm in vms}, groups, dues)
-    pool = VmManager(db=db)
-    for supply in _supplies(pool, groups, vms):
+    dues, pool = _Dues(now), VmManager(db=db)
+    actions = _plan_vms(db, dues)
+    for supply in _supplies(pool):
         group, name = supply.group, supply.group["name"]
         actions += [PoolAction("spawn", group, name)] * supply.spawns_now(dues)
         actions += supply.recycled
@@ -9151,27 +9125,23 @@ def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
     return sorted(actions, key=lambda action: _URGENCY.index(action.what)), dues.next_at
 
 
-def _plan_vms(
-    db: Database,
-    vms: Mapping[str, Mapping[str, Any]],
-    groups: Iterable[Mapping[str, Any]],
-    dues: _Dues,
-) -> list[PoolAction]:
+def _plan_vms(db: Database, dues: _Dues) -> list[PoolAction]:
     """Return the most urgent of what is due for each VM; a check is not begun at once again."""
-    by_name, actions = {group["name"].lower(): group for group in groups}, {}
-    sql = "SELECT * FROM pool_dues WHERE due_at <= :now OR since > :now + 1"
+    actions: dict[str, PoolAction] = {}
+    sql = """SELECT g.*, p.*, what, d.reason AS why
+             FROM pool_dues AS d JOIN pool_list AS p USING (vm_name)
+             JOIN pool_groups AS g ON g.name = p."group"
+             WHERE due_at <= :now OR since > :now + 1 ORDER BY state_at, vm_name"""
     for row in sorted(db.query(sql, now=dues.now), key=lambda row: _URGENCY.index(row.what)):
-        name, vm = row.vm_name, vms.get(row.vm_name)  # which may have just been added
-        group = by_name.get(vm["group"].lower()) if vm else None
-        if vm is None or group is None or name in actions:
+        if row.vm_name in actions:
             continue
-        if row.what != "check" or dues.again(vm["check_started_at"], db.timeouts.recheck):
-            actions[name] = PoolAction(row.what, {**group, **vm}, group["name"], name, row.reason)
+        if row.what != "check" or dues.again(row.check_started_at, db.timeouts.recheck):
+            actions[row.vm_name] = PoolAction(row.what, row, row.name, row.vm_name, row.why)
     sql = """SELECT min(due_at) FROM pool_dues WHERE due_at > :now
              AND vm_name NOT IN (SELECT value FROM json_each(:names))"""
     later = db.value(sql, now=dues.now, names=json.dumps(list(actions)))
     dues.next_at = min(dues.next_at, later or math.inf)
-    return [actions[name] for name in vms if name in actions]
+    return list(actions.values())
 
 
 class _Supply:
@@ -9254,9 +9224,7 @@ class _Supply:
         return 1 if interval else count
 
 
-def _supplies(
-    pool: VmManager, groups: Sequence[Mapping[str, Any]], vms: Sequence[Mapping[str, Any]]
-) -> Collection[_Supply]:
+def _supplies(pool: VmManager) -> Collection[_Supply]:
     """Charge each want that nobody serves now to the first of its groups that can serve it.
 
     A group whose spawns fail comes last.
@@ -9264,9 +9232,9 @@ def _supplies(
     shares, supplies = pool.shares(), {}
     kept = {name for share in shares for name in share.vm_names}
     mine = collections.defaultdict[str, list[Mapping[str, Any]]](list)
-    for vm in vms:
+    for vm in pool.db.query("SELECT * FROM pool_prospects"):
         mine[vm["group"].lower()].append(vm)
-    for group in groups:
+    for group in pool.db.query("SELECT * FROM pool_groups ORDER BY position, name"):
         key, failed = group["name"].lower(), pool.keeper_info(group["name"], "failed")
         supplies[key] = _Supply(group, mine[key], kept, failed)
     for share in shares:
@@ -9374,16 +9342,16 @@ class _Book:
 
     def _end_spawn(self, hook: Hook) -> None:
         with self.db.transaction(durable=True) as db:
-            row = self.row(hook.vm_name)
+            row, name = self.row(hook.vm_name), hook.vm_name
             if row is None:  # a machine may be there
                 reason = "it was removed while it was spawned"
-                add_pool_vm(db, hook.vm_name, hook.group, VmStates.TERMINATING, reason=reason)
+                add_pool_vm(db, name, hook.group, VmStates.TERMINATING, reason=reason)
             elif row["state"] == VmStates.SPAWNING:
                 if hook.spawned:
-                    self._settle(hook, hook.spawned)
+                    name = self._settle(hook)
                 if hook.fault:
-                    reason = f"spawn hook: {hook.fault}"
-                    move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason)
+                    move_pool_vm(db, name, VmStates.TERMINATING, f"spawn hook: {hook.fault}")
+        hook.vm_name = name
         failed = self.pool.keeper_info(hook.group, "failed")
         if not hook.fault and failed:
             self.note(hook.group, "failed", {})
@@ -9391,23 +9359,26 @@ class _Book:
             failed = {"times": failed.get("times", 0) + 1, "at": CLOCK.wall(), "why": hook.fault}
             self.note(hook.group, "failed", failed)
 
-    def _settle(self, hook: Hook, name: str) -> None:
-        """Give a spawned VM's row the name and machine it has, unless they are another VM's."""
+    def _settle(self, hook: Hook) -> str:
+        """Give a spawned VM's row the name and machine it has, unless they are another VM's.
+
+        Returns its name from now on.
+        """
+        name = hook.spawned
         if name.lower() != hook.vm_name.lower():
             if self.row(name):
                 hook.verdict = f"it says its VM is {name!r}, which the pool has already"
-                return
-            sql = "UPDATE pool_vms SET vm_name = :name WHERE vm_name = :old"
-            self.db.write(sql, name=name, old=hook.vm_name)
-            hook.vm_name = name
+                return hook.vm_name
+            self.db.update("pool_vms", {"vm_name": hook.vm_name}, vm_name=name)
         try:
             _refuse_twin(self.db, {"vm_name": name, **hook.machine, "group": hook.group})
         except VmError as error:  # by its name alone it may be terminated: the machine is another's
             hook.verdict = str(error)
-            return
+            return name
         # Off the record at once: the VM may be in the hook's session, which nobody may kill now.
         settled: dict[str, Any] = {**hook.machine, "spawned_at": CLOCK.wall(), **NO_HOOK}
         move_pool_vm(self.db, name, VmStates.GOT_IP, **settled)
+        return name
 
     def _end_check(self, hook: Hook) -> None:
         row = VmDescriptor.load(self.db, hook.vm_name)
@@ -9489,22 +9460,18 @@ class _Book:
             since = {row.vm_name: found.get(kind, {}).get(row.vm_name, began) for row in rows}
             found[kind] = {name: at for name, at in since.items() if at >= old}
             for name in since.keys() - found[kind].keys():
-                self._reconcile(kind, name, hook.group)
+                with self.db.transaction(durable=True) as db:
+                    row, ends = self.row(name), VmStates.TERMINATING
+                    if kind == "missing" and row:
+                        reason = "its machine is gone"
+                        move_pool_vm(db, name, ends, reason, releasing_at=None)
+                    elif kind == "strangers" and row is None:
+                        reason = "a machine that the pool did not know"
+                        add_pool_vm(db, name, hook.group, ends, reason=reason)
+                    else:
+                        continue
+                self.log.warning("%s is terminated: %s", name, reason)
         self.note(hook.group, "listed", found)
-
-    def _reconcile(self, kind: str, name: str, group: str) -> None:
-        """End a VM without a machine, or a machine without a VM, in the way of all others."""
-        with self.db.transaction(durable=True) as db:
-            row = self.row(name)
-            if kind == "missing" and row:
-                reason = "its machine is gone"
-                move_pool_vm(db, name, VmStates.TERMINATING, reason, releasing_at=None)
-            elif kind == "strangers" and row is None:
-                reason = "a machine that the pool did not know"
-                add_pool_vm(db, name, group, VmStates.TERMINATING, reason=reason)
-            else:
-                return
-        self.log.warning("%s is terminated: %s", name, reason)
 
 
 class Keeper:
@@ -9665,13 +9632,7 @@ class Keeper:
     def _tell_ended(self) -> None:
         """Write down how hooks ended; one stays in the list until that is done."""
         while self._untold:
-            hook = self._untold[0]
-            name = hook.vm_name
-            try:
-                self.book.ended(hook)
-            except Unavailable:
-                hook.vm_name = name  # a new one was rolled back
-                raise
+            self.book.ended(self._untold[0])
             del self._untold[0]
 
     # --- beginning ---
@@ -9702,17 +9663,13 @@ class Keeper:
             self.log.error("no hook can be started: %s", error)
             self._not_before = CLOCK.monotonic() + self.timeouts.recheck
             return False
-        return self._begin(hook, action)
-
-    def _begin(self, hook: Hook, action: PoolAction) -> bool:
-        """Claim a hook's row and open its gate, or leave it behind that if its VM was moved."""
+        claimed = False
         try:
             claimed = self.book.claim(hook, action)
-        except Unavailable:
-            hook.abandon()
-            raise
+        finally:
+            if not claimed:  # its VM was moved meanwhile
+                hook.abandon()
         if not claimed:
-            hook.abandon()
             return True
         self.hooks[hook.pid] = hook
         if self.once and hook.kind != HookKind.SPAWN:
