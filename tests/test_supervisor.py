@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import tables
 from cli_lab import until
+from hostile import Asked, hostile
 from lab import Lab, kill, stand_ins
 from test_handler import load, outcomes, sh, vm
 
@@ -273,18 +275,25 @@ def test_a_pause_that_meets_an_entry_just_sent_leaves_its_attempt(tmp_path: Path
 def test_an_entry_that_was_replaced_is_not_armed(tmp_path: Path) -> None:
     """The handler asks the guest for its boot, the last thing before it arms, and waits for it."""
     lab = Lab(tmp_path)
-    with stand_ins(tmp_path / "agents", 1) as agent:
-        old, new = (sh(-1, f"echo {word} >> ../../record") for word in ("old", "new"))
-        loaded(lab, [{"start_time": "-inf", "pause": 3}, old])
+    old, new = (sh(-1, f"echo {word} >> ../../record") for word in ("old", "new"))
+    honest, asked, replaced = tmp_path / "agents" / "1.sock", threading.Event(), threading.Event()
+
+    def answer_late(request: Asked) -> Iterator[bytes]:
+        launched = tables.experiment(lab.db)["launched_at"]
+        if "boot_id" in request.request["arguments"]["path"] and time.time() > launched + 3:
+            asked.set()
+            replaced.wait(60)
+        yield request.honest()
+
+    with stand_ins(tmp_path / "agents", 1), hostile(honest, tmp_path / "late.sock") as guest:
+        schedule = [{"start_time": "-inf", "pause": 3}, old]
+        load(lab, vm("vm1", tmp_path / "late.sock", lab.guest(1) / "launch", *schedule))
+        guest.rules["guest-file-open"] = answer_late
         with lab.start("run") as run:
-            until(lambda: tables.states(lab.db)["vm1"] == "configuring")
-            os.kill(agent.pid, signal.SIGSTOP)
-            try:
-                until(lambda: time.time() > tables.experiment(lab.db)["launched_at"] + 4)
-                with vmrm.Database(lab.db) as db:
-                    vmrm.ScheduleDb(db=db).put("vm1", json.dumps([new]))
-            finally:
-                os.kill(agent.pid, signal.SIGCONT)
+            until(asked.is_set)
+            with vmrm.Database(lab.db) as db:
+                vmrm.ScheduleDb(db=db).put("vm1", json.dumps([new]))
+            replaced.set()
             assert run.wait(60) == 0, lab.logs()
     assert record(lab) == ["new"]
     assert [row["outcome"] for row in tables.attempts(lab.db)] == ["done"]
