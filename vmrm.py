@@ -2920,10 +2920,7 @@ class VmDescriptor(Row):
         raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
 
     def store(self, db: Database) -> None:
-        """Write what was set here; the state moves by `POOL_MOVES`.
-
-        A `VmError` refuses fields that do not go together, and the machine of another VM.
-        """
+        """Write what was set here; a `VmError` refuses what does not go together."""
         new = self._set
         if moved := new.keys() & {"vm_ip", "path"}:
             new |= _pool_machine(self.vm_ip, self.path)
@@ -2956,10 +2953,7 @@ def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **colum
 def move_pool_vm(
     db: Database, vm_name: str, state: str, reason: str = "", old: str = "", **columns: object
 ) -> None:
-    """Move one VM, inside the caller's transaction, to a state that `POOL_MOVES` allows.
-
-    Its lease ends where that state allows none. `old` saves reading the state it is in.
-    """
+    """Move one VM as `POOL_MOVES` allows, inside the caller's transaction; set columns of it."""
     old = old or VmDescriptor.load(db, vm_name).state
     if state != old:
         try:
@@ -2983,15 +2977,11 @@ def group_settings(db: Database) -> dict[str, str]:
 
 
 def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
-    """Add a group to the pool, or change settings of it, by the names of `group_settings`.
-
-    None is no limit; durations are in seconds. A `ValueError` refuses what cannot be.
-    """
+    """Add a group, or change settings of it, by the names of `group_settings`; None is no limit."""
     checked_name("group", name)
     known = group_settings(db)
-    for key in settings:
-        if key not in known:
-            raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
+    for key in settings.keys() - known.keys():
+        raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
     row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
     if row is not None and all(row[known[key]] == value for key, value in settings.items()):
         return
@@ -3053,7 +3043,7 @@ def allot(
     free: Callable[[str, str | None, str], list[str]],
     room: Callable[[str, str], float],
 ) -> list[Share]:
-    """Return who in the queue gets which VMs, in order.
+    """Return who in the queue, the first one first, gets which VMs.
 
     Each VM of a request comes from the first of its groups that has one: one that the owner used
     for the sandbox before, or a fresh one if the owner may bind more. While some are missing, the
@@ -3061,7 +3051,7 @@ def allot(
     nobody.
 
     Args:
-        queue: The requests, the first one first.
+        queue: All requests.
         free: Returns the VMs of a group that may be lent and are bound to this owner and sandbox,
             or to None and "", the best last.
         room: Returns how many more VMs of a group an owner may bind, as things are before.
@@ -3159,19 +3149,15 @@ class Waiting:
 
 
 def machine_address(path: str) -> str:
-    """Return an agent's address in the one spelling by which machines are told apart.
-
-    A socket goes by its real path. Names of hosts are not looked up, and what is an address only
-    to a plug-in stays as it is.
-    """
+    """Return an agent's address in the one spelling by which machines are told apart."""
     try:
         address = drivers.parse_address(path)
-    except ValueError:
+    except ValueError:  # only a plug-in takes it for one
         return path
     if isinstance(address.target, str):
         return os.path.realpath(address.target)
     host, port = address.target
-    if isinstance(host, str):
+    if isinstance(host, str):  # a name is not looked up
         address = address._replace(target=(_host(host.lower().rstrip(".")), port))
     return str(address)
 
@@ -3242,11 +3228,7 @@ def _refuse_twin(db: Database, vm: Mapping[str, Any]) -> None:
 
 
 def _find_twins(connection: sqlite3.Connection) -> None:
-    """Note which machine each VM of the pool is; of several that are one, only the first is lent.
-
-    That is the one that somebody has, or else the oldest. The others are kept for a person, who
-    alone can tell what they were meant to be.
-    """
+    """Note which machine each VM of the pool is; of those that are one, only the first is lent."""
     known: dict[str, str] = {}
     rows = """SELECT vm_name, path FROM pool_list WHERE path <> ''
               ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
@@ -3255,7 +3237,7 @@ def _find_twins(connection: sqlite3.Connection) -> None:
         first = known.setdefault(address, vm_name)
         sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
         values = [address, vm_name]
-        if first != vm_name:
+        if first != vm_name:  # only a person can tell what it was meant to be
             sql = """UPDATE pool_vms SET state = 'held', held_until = 9e9, releasing_at = NULL,
                      reason = ?, who = ?, state_at = ?
                      WHERE vm_name = ? AND state <> 'terminating'"""
@@ -3294,7 +3276,7 @@ FROM pool_groups AS g WHERE name = :group"""
 
 _QUEUE = """
 SELECT wants, owner, sandbox, token FROM pool_waiters
-WHERE heartbeat_at > ? ORDER BY priority DESC, id"""
+WHERE heartbeat_at > :alive ORDER BY priority DESC, id"""
 _LEAVE = "DELETE FROM pool_waiters WHERE token = :token"
 
 _LEASE = """
@@ -3388,13 +3370,10 @@ class Leases(_Rows):
         return vms
 
     def lend(self, request: Request) -> list[VmDescriptor]:
-        """Lease what is asked for, or return none.
-
-        Before anybody is refused, or has another VM bound, the dead are looked for.
-        """
+        """Lease what is asked for, or return none."""
         with self.db.transaction(durable=request.lasts):
             vms, share = self._lend(request, binding=False)
-        if not vms:
+        if not vms:  # before anybody is refused, or has another VM bound, the dead are looked for
             again = bool(self.reap(_LEASES_OF, owner=request.owner)) or share.binds
             if share.missing:
                 again |= bool(self.reap(_SOME_LEASES)) | self.drop_dead_waiters()
@@ -3405,10 +3384,7 @@ class Leases(_Rows):
         return vms
 
     def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
-        """Choose VMs and lease them inside the caller's transaction; say also what was chosen.
-
-        Leased is none if one is missing, or has to be bound to the owner and may not.
-        """
+        """Choose VMs inside the caller's transaction; lease them if it is all and may be done."""
         waiting, db, now = self._see_server(request), self.db, CLOCK.wall()
         share = self._allot([*(self.ahead(request) if waiting else ()), request])[-1]
         if share.missing or (share.binds and not binding):
@@ -3513,12 +3489,10 @@ class Leases(_Rows):
 
     def queue(self) -> list[Request]:
         """Return what those want who wait and live, the first one first."""
-        with _TellingTrouble():
-            alive = CLOCK.wall() - self.db.timeouts.heartbeat
-            rows = self.db.connection.execute(_QUEUE, (alive,)).fetchall()
+        alive = CLOCK.wall() - self.db.timeouts.heartbeat
         return [
-            Request(tuple(map(tuple, json.loads(wants))), owner, sandbox, None, token=token)
-            for wants, owner, sandbox, token in rows
+            Request(tuple(map(tuple, json.loads(w.wants))), w.owner, w.sandbox, None, token=w.token)
+            for w in self.db.query(_QUEUE, alive=alive)
         ]
 
     def ahead(self, request: Request) -> list[Request]:
@@ -3538,8 +3512,7 @@ class Leases(_Rows):
     def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
         """Return a VM to the pool, bound to its owner and sandbox; return False if nobody has it.
 
-        Without its token, the lease must be of this object, or its holder this process or an
-        ancestor of it. With `force` it may be anybody's, but there must be one.
+        Without its token, this object, this process or an ancestor must have the lease, or `force`.
         """
         mine = self._mine.get(vm_name.lower())
         with self.db.transaction(durable=mine is None or mine.lasts) as db:
@@ -3746,10 +3719,7 @@ class VmManager(Leases):
     def add_vm_to_pool(
         self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
     ) -> VmDescriptor:
-        """Add an existing VM; it can be acquired once it passes a health check.
-
-        The path is the guest agent's address. A `VmError` refuses a VM that the pool has.
-        """
+        """Add an existing VM with its agent's address; it is lent once a health check is passed."""
         checked_name("VM", vm_name)
         name, machine = self.group(group)["name"], _pool_machine(vm_ip, path)
         with self.db.transaction(durable=True) as db:
@@ -3771,7 +3741,7 @@ class VmManager(Leases):
             yield vm
 
     def mark_server_start(self) -> None:
-        """Distrust all health checks until now: VMs are given out after their next one."""
+        """Distrust all health checks until now: VMs are lent after their next one."""
         boot, namespace = Process.of()[2:]
         with self.db.transaction(durable=True) as db:
             start = {"started_at": CLOCK.wall(), "boot": boot, "namespace": namespace}
@@ -3782,25 +3752,19 @@ class VmManager(Leases):
         self.mark_vm_checked(vm_name, reason)
 
     def mark_vm_checked(self, vm_name: str, fault: str = "") -> None:
-        """Record how a VM's health check ended; a leased VM stays leased.
-
-        One that was found well is ready, unless it waits for its release hook.
-        """
+        """Record how a VM's health check ended; a leased VM stays leased."""
         with self._changing(vm_name) as vm:
             state = vm.state
             if fault and state not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
                 state = VmStates.CHECK_HEALTH_FAILED
             elif not fault and state == VmStates.CHECK_HEALTH and vm.releasing_at is None:
-                state = VmStates.READY
+                state = VmStates.READY  # else its release hook is to come
             found = {"last_health_check": CLOCK.wall(), "check_started_at": None}
             fails = vm.check_fails + 1 if fault else 0
             move_pool_vm(self.db, vm_name, state, fault, vm.state, check_fails=fails, **found)
 
     def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
-        """Record how the release hook of a VM ended; without it the VM is given to nobody.
-
-        A failure terminates the VM, or makes it ill if its group has no terminate hook.
-        """
+        """Record how the release hook of a VM ended, before which it is given to nobody."""
         with self._changing(vm_name) as vm:
             if vm.releasing_at is None:
                 return
@@ -3853,8 +3817,7 @@ class VmManager(Leases):
 
     def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
         """Return True if an owner has fewer VMs of a group, in use or not, than it allows."""
-        name = self.group(group)["name"]
-        return bool(self.db.value(_ROOM, owner=username, group=name) > 0)
+        return bool(self.db.value(_ROOM, owner=username, group=self.group(group).name) > 0)
 
     def acquire_vm(
         self,
@@ -3919,8 +3882,7 @@ class VmManager(Leases):
     ) -> Iterator[VmDescriptor]:
         """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
 
-        A lease with an end is renewed meanwhile. At the end the VM is released; a `VmError` says
-        then if the lease was lost meanwhile, as the log did at once.
+        A lease with an end is renewed. If it is lost, the log says so at once, a `VmError` then.
         """
         vm = self.acquire_vm(groups, ownername, sandbox, os.getpid(), lease=lease, **more)
         over = threading.Event()
@@ -3953,7 +3915,6 @@ class VmManager(Leases):
 
 
 def _lease_end(seconds: float) -> float:
-    """Return when a lease that begins now ends."""
     if seconds <= 0:
         raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
     return _listable(CLOCK.wall() + seconds)
