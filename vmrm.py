@@ -3086,7 +3086,7 @@ class Waiting:
     """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
 
     It is readable when there may be something for us, also since the holder of a VM has ended. Its
-    row is there before its socket, and goes with the lease.
+    row is there before its socket and goes after it, so that who is killed leaves nothing unknown.
     """
 
     def __init__(self, pool: Leases, request: Request) -> None:
@@ -3276,7 +3276,7 @@ FROM pool_groups AS g WHERE name = :group"""
 
 _QUEUE = """
 SELECT wants, owner, sandbox, token FROM pool_waiters
-WHERE heartbeat_at > :alive ORDER BY priority DESC, id"""
+WHERE heartbeat_at > :alive AND wants <> '[]' ORDER BY priority DESC, id"""
 _LEAVE = "DELETE FROM pool_waiters WHERE token = :token"
 
 _LEASE = """
@@ -3399,7 +3399,7 @@ class Leases(_Rows):
             move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
         vms = [VmDescriptor.load(db, name) for name in share.vm_names]
         if waiting:
-            db.write(_LEAVE, token=request.token)
+            db.update("pool_waiters", {"token": request.token}, wants="[]")  # until it leaves
         if request.within:
             request.within(vms)
         _crash("pool-acquiring")
