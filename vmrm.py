@@ -10221,18 +10221,13 @@ def report_of(run: Run) -> Report:
 def _vm_row(vm: VMRun) -> dict[str, Any]:
     latest = [a for a in vm.latest.values() if vm.entries[a.ordinal - 1].pause is None]
     outcomes = [a.outcome for a in latest if not (a.outcome == "done" and a.reboot)]
-    first = [a for a in vm.first.values() if a.late_s is not None and not a.overdue]
+    first = (a for a in vm.first.values() if a.late_s is not None and not a.overdue)
     late = sorted(a.late_s * 1000 for a in first)
+    entries = sum(entry.pause is None for entry in vm.entries)
     counts = {key: outcomes.count(key) for key in ("done", "failed", "unknown")}
-    counts = {"entries": sum(entry.pause is None for entry in vm.entries)} | counts
-    return (
-        {"vm": vm.name, "state": vm.state}
-        | counts
-        | {
-            "late_p50_ms": round(late[len(late) // 2], 1) if late else None,
-            "late_worst_ms": round(late[-1], 1) if late else None,
-        }
-    )
+    half, worst = (round(late[at], 1) if late else None for at in (len(late) // 2, -1))
+    row = {"vm": vm.name, "state": vm.state, "entries": entries} | counts
+    return row | {"late_p50_ms": half, "late_worst_ms": worst}
 
 
 def _vm_faults(vm: VMRun, stopped: bool) -> Iterator[str]:
@@ -10330,14 +10325,13 @@ _PAGE = string.Template("""\
 <meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'">
 <title>$source: $word</title><style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2433; --faint: #667085;
-  --line: #e2e6ee; --band: #f6f8fb; --done: #2f9e62; --failed: #d64545; --unknown: #b35cc9;
-  --skipped: #98a2b3; --running: #3b82d6; --armed: #9cc3ee; --mark: #b7791f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e3e7ee;
-  --faint: #939db0; --line: #2b313c; --band: #1a1e26; --done: #3fae73; --failed: #ef6461;
-  --unknown: #c884db; --running: #5a9be6; --armed: #35597f; --mark: #e0ab4f; } }
-body { margin: 0 auto; max-width: 1400px; padding: 28px 32px 60px; background: var(--paper);
-  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --done: #2f9e62; --failed: #e05252; --unknown: #b968cf;
+  --skipped: #98a2b3; --running: #3b82d6; --armed: #7da7d6; --mark: #c08a2b;
+  --faint: color-mix(in srgb, canvastext 60%, canvas);
+  --line: color-mix(in srgb, canvastext 14%, canvas);
+  --band: color-mix(in srgb, canvastext 5%, canvas); }
+body { margin: 0 auto; max-width: 1400px; padding: 28px 32px 60px;
+  font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 span { color: #fff; border-radius: 4px; padding: 2px 9px; font-size: 14px; }
 ul { max-height: 20em; overflow-y: auto; } .faint, th, footer { color: var(--faint); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -10346,12 +10340,12 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 .bad { color: var(--failed); font-weight: 600; }
 .legend i { display: inline-block; width: 11px; height: 11px; margin: 0 6px 0 16px; }
 .timeline { display: grid; grid-template-columns: minmax(5em, max-content) 1fr; }
-.axis { position: sticky; top: 0; background: var(--paper); height: 26px; font-size: 12px; }
+.axis { position: sticky; top: 0; background: canvas; height: 26px; font-size: 12px; }
 .name { max-width: 16em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .name:nth-child(even) { background: var(--band); } .zebra { fill: var(--band); }
 svg { width: 100%; overflow: visible; } text { fill: var(--faint); text-anchor: middle; }
-.mark { fill: var(--mark); } rect:hover { stroke: var(--ink); } .grid { stroke: var(--line); }
-.start { stroke: var(--ink); stroke-dasharray: 4 3; }
+.mark { fill: var(--mark); } rect:hover { stroke: canvastext; } .grid { stroke: var(--line); }
+.start { stroke: canvastext; stroke-dasharray: 4 3; }
 details { border-left: 3px solid var(--failed); padding-left: 12px; margin: 8px 0; }
 pre { background: var(--band); padding: 8px 12px; overflow-x: auto; }
 $colours</style></head><body>
@@ -10527,17 +10521,16 @@ def check(db: Database, fix: bool = False) -> list[str]:
     That is to remove what is unused or left over, and to take back VMs of the pool from the dead.
     """
     refuse_damaged(db.connection)
-    faults = []
+    faults, pool = [], VmManager(db=db)
     for row in db.query("SELECT * FROM named_contents"):
-        path = content_path(db, row["sha256"])
-        if not path.is_file():
-            faults.append(f"{row['named_by']}: its content is missing")
-        elif file_sha256(path) != row["sha256"]:
-            faults.append(f"{row['named_by']}: its content is damaged")
-    faults += VmManager(db=db).check()
+        path = content_path(db, row.sha256)
+        if not path.is_file() or file_sha256(path) != row.sha256:
+            how = "damaged" if path.is_file() else "missing"
+            faults.append(f"{row.named_by}: its content is {how}")
+    faults += pool.check()
     loose = loose_ends(db)
     if fix and loose:
-        VmManager(db=db).reap()
+        pool.reap()
         tie_up(db)
     return faults + loose
 
@@ -10559,16 +10552,16 @@ def tie_up(db: Database) -> None:
 def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]]:
     """Yield each kind of what killed processes leave on this host: names, and what removes it."""
     commands = abandoned_requests(db)
-    names = []
-    for folder, vm in commands:
-        what = f"left-over of a command{f' on VM {vm!r}' if vm else ''}"
-        names += [f"{what}: {path}" for path in (folder, *_sinks(folder))]
+    names = [
+        f"left-over of a command{f' on VM {vm!r}' if vm else ''}: {path}"
+        for folder, vm in commands
+        for path in (folder, *_sinks(folder))
+    ]
     yield names, lambda: _forget_for_good(db, commands)
-    dead = _dead_requests(db)
-    yield (
-        [f"request {row['id']}: its client is gone" for row in dead],
-        lambda: [db.write("DELETE FROM requests WHERE id = :id", id=r["id"]) for r in dead],
-    )
+    made, sql = [row.id for row in db.query("SELECT id FROM requests")], "DELETE FROM requests"
+    dead = [name for name in made if not _is_needed(db, db.state_dir / "requests" / name)]
+    names = [f"request {name}: its client is gone" for name in dead]
+    yield names, lambda: [db.write(f"{sql} WHERE id = :id", id=name) for name in dead]
     pool = VmManager(db=db)
     dead_pids = pool.dead_waiters().values()
     yield [f"queue: process {pid} is dead" for pid in dead_pids], pool.drop_dead_waiters
@@ -10599,24 +10592,17 @@ def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None
         forget_request(db, folder)
 
 
-def _dead_requests(db: Database) -> list[Row]:
-    """Return the requests of clients that are gone, unless a handler is carrying them out."""
-    return [
-        row
-        for row in db.query("SELECT * FROM requests")
-        if not _is_needed(db, db.state_dir / "requests" / row.id)
-    ]
-
-
 def _broken_files(db: Database) -> list[Path]:
     """Return what handlers and keepers that were killed have left of files they were making."""
-    vms = db.query("SELECT server_name, ordinal, text FROM vms NATURAL LEFT JOIN schedules")
-    live = {v["server_name"] for v in vms if handler_lock(db, v["ordinal"]).is_held}
     tops = {*db.state_dir.glob("transfers.*/*"), *db.state_dir.glob("host/*/*")}
-    for vm in vms:
-        for entry in parse_schedule(vm["text"]) if vm["text"] else ():
-            roots = (item["destination"] for item in entry.items("transfer"))
-            tops.update(Path(root) / vm["server_name"] for root in roots if root)
+    for row in db.query(
+        """SELECT v.server_name, json_extract(t.value, '$.destination') AS folder
+           FROM vms AS v JOIN schedules AS s ON s.server_name = v.server_name,
+                json_each(s.text) AS j, json_each(j.value, '$.transfer') AS t
+           WHERE folder IS NOT NULL"""
+    ):
+        tops.add(Path(row.folder) / row.server_name)
+    live = live_handlers(db)
     tops = {top for top in tops if top.name not in live}
     if not db.lock(KEEPER).is_held:
         tops.add(db.state_dir / "bin")
