@@ -9729,8 +9729,7 @@ def read_experiment(path: str | os.PathLike[str]) -> Experiment:
 
 
 def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object's items, refusing what TOML refuses, too: a key that comes twice."""
-    table = dict(pairs)
+    table = dict(pairs)  # as TOML, refuse a key that comes twice
     if len(table) < len(pairs):
         (double, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
         raise WrongValue(f"key {double!r} comes twice in one object")
@@ -9761,9 +9760,8 @@ class _ExperimentReader:
 
     def __init__(self, source: Path) -> None:
         self.source, self.base = source, source.absolute().parent
-        self.faults, self.vms = list[str](), list[dict[str, Any]]()
-        self.schedules: dict[str, str] = {}
-        self.files: dict[str, Path] = {}
+        self.faults, self.files = list[str](), dict[str, Path]()
+        self.vms, self.schedules = list[dict[str, Any]](), dict[str, str]()
         self._sha256 = functools.cache(file_sha256)
 
     def refuse_faults(self) -> None:
@@ -9799,48 +9797,45 @@ class _ExperimentReader:
         text = self.read_schedule(sound.get("schedule", []), where)
         if "name" not in table:
             self.faults.append(f"{where}: name is missing")
-        for vm in self._expand(sound, table.keys(), where) if "name" in sound else ():
-            self.vms.append(vm)
-            if text:
-                self.schedules[vm["server_name"]] = text
+        vms, count = list[dict[str, Any]](), sound.get("count")
+        if count and "{n}" not in sound.get("name", "{n}"):
+            self.faults.append(f"{where}: with count, the name needs {{n}}")
+        elif "name" in sound:
+            vms = self._expanded(sound, table.keys(), count, where)
+        self.vms += vms
+        self.schedules |= {vm["server_name"]: text for vm in vms if text}
         try:
             driver_of(sound.get("engine", "QemuVM"))
         except UsageError as error:
             self.faults.append(f"{where}: {error}")
 
-    def _expand(
-        self, table: dict[str, Any], given: Collection[str], where: str
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the VMs of one table: one, or `count` with {n} in its texts."""
-        count = table.get("count")
-        if count is not None and "{n}" not in table["name"]:
-            self.faults.append(f"{where}: with count, the name needs {{n}}")
-            return
+    def _expanded(
+        self, table: dict[str, Any], given: Collection[str], count: int | None, where: str
+    ) -> list[dict[str, Any]]:
+        """Return the VMs of one table: one, or `count` with {n} in its texts."""
+        import uuid
+
+        vms = []
         for n in range(1, (count or 1) + 1):
-            numbered = {
+            vm = {
                 key: value.replace("{n}", str(n)) if count and isinstance(value, str) else value
                 for key, value in table.items()
             }
-            if faults := list(_vm_table_faults(numbered, given)):
+            if faults := list(_vm_table_faults(vm, given)):
                 self.faults += [f"{where}: {fault}" for fault in faults]
-                return
-            yield self._complete(numbered)
-
-    def _complete(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        import uuid
-
-        name, managed = table["name"], table.get("use_vm_manager", True)
-        same = ("path", "pool", "control_ip", "engine", "launch_dir", "set_time")
-        entry = {key: table[key] for key in same if key in table} | {
-            "server_uuid": table.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
-            "server_name": name,
-            "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
-        }
-        if not table.get("path", "tcp:").startswith(("tcp:", "vsock:")):
-            entry["path"] = str(self.base / table["path"].removeprefix("unix:"))
-        if "agent_timeout" in table:
-            entry["agent_timeout_s"] = float(table["agent_timeout"])
-        return VMMapping.prepare_put(entry)
+                break
+            name, managed = vm["name"], vm.get("use_vm_manager", True)
+            entry = {key: vm[key] for key in _VM_VALUES if key in vm} | {
+                "server_uuid": vm.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
+                "server_name": name,
+                "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
+            }
+            if not vm.get("path", "tcp:").startswith(("tcp:", "vsock:")):
+                entry["path"] = str(self.base / vm["path"].removeprefix("unix:"))
+            if "agent_timeout" in vm:
+                entry["agent_timeout_s"] = float(vm["agent_timeout"])
+            vms.append(VMMapping.prepare_put(entry))
+        return vms
 
     def read_schedule(self, items: list[Any], where: str) -> str:
         """Return the JSON text of a list of entries, '' if there is none or it has faults."""
