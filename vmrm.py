@@ -2202,7 +2202,7 @@ def _put_schedule(db: Database, name: str, text: str) -> None:
            FROM schedules AS s WHERE server_name = :name AND text IS NOT NULL""",
         name=name,
     )
-    stored, new = json.loads(old.text if old else "[]"), json.loads(text)
+    stored, new = (json.loads(old.text), json.loads(text)) if old else ([], [])
     pairs = enumerate(itertools.zip_longest(stored, new[: len(stored)]), 1)
     differs = next((ordinal for ordinal, (kept, given) in pairs if kept != given), None)
     if old and old.begun and differs:
