@@ -904,13 +904,11 @@ class Database:
         except FileNotFoundError:
             how = "removed"
         else:
-            how = "replaced"
-            if os.path.samestat(before, now):
-                if now.st_size >= before.st_size:
-                    self._file = now
-                    return
-                how = "truncated"
-        raise SchemaError(f"{str(self.path)!r} was {how} while it was in use", RESTORE)
+            how = "truncated" if now.st_size < before.st_size else ""
+            how = how if os.path.samestat(before, now) else "replaced"
+        if how:
+            raise SchemaError(f"{str(self.path)!r} was {how} while it was in use", RESTORE)
+        self._file = now
 
     def _open(self) -> _Connection:
         """Connect, see whose file it is, make it ours if it is new or older, then set it up."""
@@ -961,33 +959,30 @@ class Database:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY or self.state_dir.exists():
                 raise
             raise UsageError(f"cannot open {str(self.path)!r}: {error}") from error
-        ours = _wanted_identity()
-        if found != _NEW and found[0] != ours[0]:
+        if found != _NEW and found[0] != _IDENTITY[0]:
             raise self._unusable("it is another program's database")
         for name in ("store", "locks", "wake", "requests"):
             self.directory(name)
         connection.execute("PRAGMA journal_mode = WAL")
-        if found[:2] != ours:
+        if found[:2] != _IDENTITY:
             with self._writing():
                 found = _identity(connection)  # somebody may have been faster
                 if found == _NEW:
-                    connection.executescript(f"BEGIN IMMEDIATE; {self._new_schema()} COMMIT;")
+                    # Experiments begin after those that have left files here.
+                    last = max((n for _, n in run_directories(self.state_dir)), default=0)
+                    after = f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});"  # noqa: S608
+                    schema = _schema() + (after if last else "")
+                    connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
                 elif found[1] == OLDEST_VERSION:
                     self._upgrade(connection)
                 found = _identity(connection)
-        if found[:2] != ours:
-            why = f"it has schema version {found[1]}, this vmrm wants {ours[1]}"
+        if found[:2] != _IDENTITY:
+            why = f"it has schema version {found[1]}, this vmrm wants {_IDENTITY[1]}"
             raise self._unusable(why)
 
     def _unusable(self, why: str) -> SchemaError:
         hint = "Name another file with --db, or move this one away"
         return SchemaError(f"{str(self.path)!r} is not usable: {why}", hint)
-
-    def _new_schema(self) -> str:
-        """Return the schema; experiments begin after those that have left files here."""
-        last = max((number for _, number in run_directories(self.state_dir)), default=0)
-        after = f"INSERT INTO sqlite_sequence VALUES ('experiments', {last});" if last else ""  # noqa: S608
-        return _schema() + after
 
     def _upgrade(self, connection: sqlite3.Connection) -> None:
         """Bring an older database to this schema: a copy beside it, then one transaction."""
@@ -1013,24 +1008,19 @@ class Database:
         with connection:
             _conform(connection)
             _take_steps(connection)
-            self._number_output(connection)
+            # Output gets its experiment's number, as later versions have it: last of all, for after
+            # a kill in between there is nothing left to move.
+            now = connection.execute("SELECT id FROM experiments WHERE destroyed_at IS NULL")
+            number = now.fetchone()
+            for path in (self.state_dir / kind for kind in RUN_DIRECTORIES):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # most are empty where no experiment has run
+                if number and path.exists():
+                    path.rename(f"{path}.{number[0]}")
             _crash("upgrade-before-commit")
             connection.execute("COMMIT")
         _crash("upgrade-committed")
-        version = _wanted_identity()[1]
-        _log.warning("upgraded %s to version %d; a copy of it is %s", self.path, version, kept)
-
-    def _number_output(self, connection: sqlite3.Connection) -> None:
-        """Give the current experiment's output the number that later versions begin with.
-
-        Last of all before the commit: after a kill in between there is nothing left to move.
-        """
-        now = connection.execute("SELECT id FROM experiments WHERE destroyed_at IS NULL").fetchone()
-        for path in (self.state_dir / kind for kind in RUN_DIRECTORIES):
-            with contextlib.suppress(OSError):
-                path.rmdir()  # most are empty where no experiment has run
-            if now and path.exists():
-                path.rename(f"{path}.{now[0]}")
+        _log.warning("upgraded %s to version %d; a copy of it is %s", self.path, _IDENTITY[1], kept)
 
     def directory(self, *parts: str) -> Path:
         """Return a directory inside the state directory, made private to the user if missing."""
@@ -1166,13 +1156,7 @@ def _schema() -> str:
     return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 
 
-@functools.cache
-def _wanted_identity() -> tuple[int, int]:
-    """Return application_id and user_version of the databases that are ours."""
-    found = dict(re.findall(r"PRAGMA (application_id|user_version) = (\d+)", _schema()))
-    return int(found["application_id"]), int(found["user_version"])
-
-
+_IDENTITY = (1986884205, 3)  # application_id and user_version, as schema.sql sets them
 _NEW = (0, 0, True)  # the identity of a database that nobody has used
 
 
@@ -1277,7 +1261,7 @@ def _take_steps(connection: sqlite3.Connection) -> None:
     old = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name LIKE 'old %'"
     for (name,) in connection.execute(old).fetchall():
         connection.execute(f'DROP TABLE "{name}"')
-    connection.execute(f"PRAGMA user_version = {_wanted_identity()[1]}")
+    connection.execute(f"PRAGMA user_version = {_IDENTITY[1]}")
 
 
 def copy_database(source: sqlite3.Connection, copy: Path) -> None:
@@ -1364,14 +1348,11 @@ def dead_sockets(db: Database) -> list[Path]:
 
 def remove_dead_sockets(db: Database) -> None:
     """Remove them, but none that somebody is just binding anew: who may do so has its lock."""
-    owners = {name: db.lock(name) for name in (SUPERVISOR, KEEPER)}
     for path in dead_sockets(db):
-        lock = owners.get(path.name)
-        if path.name.isdigit() and lock is None:
-            lock = handler_lock(db, int(path.name))
-        if lock is None or lock.try_():
+        if "-" in path.name:  # a command's or a waiter's, whose name nobody has again
             path.unlink(missing_ok=True)
-        if lock is not None:
+        elif (lock := db.lock(f"handler.{path.name}" if path.name.isdigit() else path.name)).try_():
+            path.unlink(missing_ok=True)
             lock.release()
 
 
@@ -1603,9 +1584,7 @@ class VMMapping(_Served):
             rows = [row for row in rows if row["current_time"] and float(row["current_time"]) == at]
         if length:
             return len(rows)
-        if project_dict is None:
-            return [*rows]
-        wanted = {key for key, value in project_dict.items() if value}
+        wanted = {key for key in VM_COLUMNS if project_dict is None or project_dict.get(key)}
         return [{key: row[key] for key in row if key in wanted} for row in rows]
 
     def get_count_vm_not_ready(self) -> int:
