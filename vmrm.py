@@ -524,8 +524,7 @@ class Process(NamedTuple):
         here = _this_process(os.getpid())
         if pid in (None, here.pid):
             return here
-        started = process_started(pid) if here.namespace else 0
-        if started is None:
+        if (started := process_started(pid) if here.namespace else 0) is None:
             raise NotFound(f"there is no process {pid}")
         return here._replace(pid=pid, started=started)
 
@@ -793,15 +792,12 @@ class Row(dict[str, Any]):
 class _Connection(sqlite3.Connection):
     """A connection that notes whom a transaction is to wake: the sockets' names."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.row_factory = sqlite3.Row
+    def set_up(self) -> None:
+        """Have every change that somebody waits for note who that is."""
         self.to_wake: set[int | str] = set()
         self.create_function("wake_up", 1, self.to_wake.add)
         self.create_function("whole_seconds_up", 1, math.ceil, deterministic=True)
-
-    def watch(self) -> None:
-        """Have every change that somebody waits for note who that is."""
+        self.execute("PRAGMA synchronous = NORMAL")
         self.execute("PRAGMA temp_store = MEMORY")
         for number, line in enumerate(_AWAITED.strip().splitlines()):
             change, who = line.split(" WAKES ")
@@ -922,10 +918,10 @@ class Database:
                     self.path, isolation_level=None, timeout=patience, factory=_Connection
                 )
                 unless_done.callback(connection.close)  # who tries again must not run out of them
+                connection.row_factory = sqlite3.Row
                 with _TellingTrouble():
                     self._make_ours(connection)
-                    connection.watch()
-                    connection.execute("PRAGMA synchronous = NORMAL")
+                    connection.set_up()
                     if not self._checkpoint:
                         connection.execute("PRAGMA wal_autocheckpoint = 0")
             except (OSError, sqlite3.OperationalError) as error:
@@ -1217,7 +1213,7 @@ def _conform(connection: sqlite3.Connection) -> None:
     for name, kind, sql in wanted:  # tables first: no trigger must see the rows come
         connection.execute(sql)
         new, old = (
-            {row["name"] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+            {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
             for table in (name, f"old {name}")
         )
         if kind == "table" and old:
@@ -2351,16 +2347,14 @@ class Journal:
 
     def withdraw(self, attempts: Iterable[Attempt]) -> None:
         """Take back armed attempts that were not sent; the next ones have their numbers again."""
-        with self.db.transaction():
-            for attempt in attempts:
-                sql = "DELETE FROM attempts WHERE id = :id AND outcome = 'armed'"
-                self.db.write(sql, id=attempt.id)
+        self.db.write(
+            """DELETE FROM attempts
+               WHERE outcome = 'armed' AND id IN (SELECT value FROM json_each(:ids))""",
+            ids=json.dumps([attempt.id for attempt in attempts]),
+        )
 
     def check(self) -> Row:
-        """Return the experiment, or raise `_Leave` if none of these entries may be sent any more.
-
-        They may not once the schedule was replaced, or the experiment was stopped.
-        """
+        """Return the experiment; raise `_Leave` if it was stopped, or the schedule replaced."""
         row = self.db.row(
             """SELECT *, coalesce((SELECT generation FROM schedules
                    WHERE server_name = :name), 1) AS generation FROM current_experiment""",
@@ -2393,27 +2387,11 @@ class Journal:
             )
             db.update("vms", {"server_name": self.server_name}, current_time=_plain_time(at))
 
-    def ended(
-        self,
-        attempt: Attempt,
-        outcome: Outcome,
-        *,
-        exit_code: int | None = None,
-        reboot: bool = False,
-        error: str = "",
-        retried: bool = False,
-    ) -> None:
-        """Record how an attempt ended; the first word about it stands."""
-        self.db.update(
-            "attempts",
-            {"id": attempt.id, "ended_at": None},
-            outcome=outcome.value,
-            ended_at=CLOCK.wall(),
-            exit_code=exit_code,
-            reboot=reboot,
-            error=printable(error),
-            retried=retried,
-        )
+    def ended(self, attempt: Attempt, outcome: Outcome, *, error: str = "", **more: Any) -> None:
+        """Record how an attempt ended (exit_code, reboot, retried); the first word stands."""
+        what = {"outcome": outcome.value, "error": printable(error), **more}
+        where = {"id": attempt.id, "ended_at": None}
+        self.db.update("attempts", where, ended_at=CLOCK.wall(), **what)
 
 
 def _plain_time(at: float) -> str:
