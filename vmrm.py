@@ -959,9 +959,10 @@ class Database:
             raise self._unusable("it is another program's database")
         for name in ("store", "locks", "wake", "requests"):
             self.directory(name)
-        connection.execute("PRAGMA journal_mode = WAL")
-        if found[:2] != _IDENTITY:
-            with self._writing():
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
+        if found[:2] != _IDENTITY or mode != "wal":
+            with self._writing():  # two that set the mode at once lock each other out
+                connection.execute("PRAGMA journal_mode = WAL")
                 found = _identity(connection)  # somebody may have been faster
                 if found == _NEW:
                     # Experiments begin after those that have left files here.
