@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ def test_an_upgrade_keeps_every_row_and_a_copy(cli: Cli, old: Path) -> None:
 
 def test_an_experiment_goes_on_where_the_older_vmrm_left_it(cli: Cli, old: Path) -> None:
     done = cli.folder / "agents/1/launch/2/sh/attempt.1"  # what entry 4 was running in
+    with (
+        closing(sqlite3.connect(old)) as db,
+        db,
+    ):  # what is still to come stays so, whatever the date
+        db.execute("UPDATE experiments SET start_at = ? WHERE id = 2", (time.time() // 1 - 60,))
     with stand_ins(cli.folder / "agents", 2):
         done.mkdir(parents=True)
         (done / "exit").write_text("0 0\n")
