@@ -7950,12 +7950,19 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the experiment is over; return 0."""
-        what, hint = (
-            "the experiment is being run already",
-            "Watch it: vmrm run, or end it: vmrm stop",
-        )
+        import gc
+        import resource
+
+        what = "the experiment is being run already"
+        hint = "Watch it: vmrm run, or end it: vmrm stop"
         with Seat(self.db, SUPERVISOR, what, hint, signal.SIGTERM) as self._seat:
-            self._prepare()
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
+            resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+            self._lifeline, self._held = os.pipe()
+            self.db.close()  # no connection crosses a fork
+            gc.collect()
+            gc.freeze()
             while not self._ended():
                 now = CLOCK.monotonic()
                 dues = [self._leave_by, *(charge.not_before for charge in self._charges.values())]
@@ -7963,18 +7970,6 @@ class Supervisor:
                 wait = min([self.timeouts.watch, *later])
                 self._seat.wait(wait, *self._loan.descriptors())
         return 0
-
-    def _prepare(self) -> None:
-        import gc
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = hard if 0 <= hard < MAX_FILES else MAX_FILES
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
-        self._lifeline, self._held = os.pipe()
-        self.db.close()  # no connection crosses a fork
-        gc.collect()
-        gc.freeze()
 
     def _ended(self) -> bool:
         """Do what is to be done now; return whether the experiment is over, or we must leave.
@@ -8160,12 +8155,10 @@ class Loan:
         self._waiting: Waiting | None = None
 
     def vms(self) -> list[Row]:
-        """Return the rows of the VMs that come from the pool."""
         sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
         return self.db.query(sql)
 
     def descriptors(self) -> list[int]:
-        """Return what to wait on while waiting in the queue."""
         return [self._waiting.fileno()] if self._waiting else []
 
     def obtain(self) -> bool:
@@ -8531,8 +8524,7 @@ class _Output:
         self.pipe, self.data, self.dropped = pipe, bytearray(), 0
         os.set_blocking(pipe.fileno(), False)
 
-    def read(self) -> None:
-        """Take what is there, at most 1 MiB; close the pipe at its end."""
+    def read(self) -> None:  # at most 1 MiB at once
         for _ in range(16):
             if not (data := self.pipe.read(1 << 16)):
                 if data is not None:
@@ -9176,14 +9168,12 @@ class _Book:
         self.pool = VmManager(logger=log, db=db)
 
     def note(self, group: str, key: str, value: Mapping[str, Any]) -> None:
-        """Note something of a group: `failed`, its spawns, or `listed`, its machines."""
         self.pool.write_vm_pool_info(group, f"{KEEPER}.{key}", json.dumps(value))
 
-    def row(self, vm_name: str) -> dict[str, Any] | None:
-        """Return the row of a VM, if it is there."""
+    def row(self, vm_name: str) -> Row | None:
         return self.db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
 
-    def is_as_planned(self, action: PoolAction) -> dict[str, Any] | None:
+    def is_as_planned(self, action: PoolAction) -> Row | None:
         """Return a VM's row if it is still as it was when something was planned for it."""
         columns = ("state", "hook", "token", "releasing_at", "last_release", "held_until")
         row = self.row(action.vm_name)
@@ -9418,20 +9408,17 @@ class Keeper:
         what, hint = "the pool is being kept already", "Let it, or stop it first"
         stops = signal.SIGTERM, signal.SIGINT
         with Seat(self.db, KEEPER, what, hint, *stops) as self._seat:
-            self._prepare()
+            tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
+            with replacing(tool, 0o700) as file:
+                file.write(os.fsencode(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'))
+            booted_at = CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
+            started_at = self.db.value("SELECT started_at FROM pool_server") or 0.0
+            if not self.once or booted_at > started_at:
+                self.book.pool.mark_server_start()
             while self._goes_on():
                 pass
             self.db.checkpoint(truncate=True)
         return 0
-
-    def _prepare(self) -> None:
-        tool = self.db.directory("bin") / "vmrm"  # so that a hook's `vmrm` is this very one
-        with replacing(tool, 0o700) as file:
-            file.write(os.fsencode(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n'))
-        booted_at = CLOCK.wall() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        started_at = self.db.value("SELECT started_at FROM pool_server") or 0.0
-        if not self.once or booted_at > started_at:
-            self.book.pool.mark_server_start()
 
     def _goes_on(self) -> bool:
         """Look once, and wait; return whether there is more to do.
@@ -9462,14 +9449,14 @@ class Keeper:
     def _bury(self) -> None:
         """End the hooks on record that are not ours, and begin again where they stopped."""
         ours = {str(hook.identity) for hook in (*self.hooks.values(), *self._untold)}
-        rows = self.db.query("SELECT * FROM pool_vms WHERE hook <> ''")
-        left = [row for row in rows if row.hook_process not in ours]
-        groups = [row["name"] for row in self.db.query("SELECT name FROM pool_groups")]
-        listings = {name: self.book.pool.keeper_info(name, "listed") for name in groups}
-        listings = {n: f for n, f in listings.items() if f.get("hook") not in (None, *ours)}
-        texts = [row.hook_process for row in left] + [f["hook"] for f in listings.values()]
+        sql = """SELECT vm_name AS name, hook_process AS process, NULL AS listed
+                 FROM pool_vms WHERE hook <> ''
+                 UNION ALL SELECT "group", json_extract(value, '$.hook'), value
+                 FROM pool_info WHERE key = :key"""
+        rows = self.db.query(sql, key=f"{KEEPER}.listed")
+        left = [row for row in rows if row.process not in (None, *ours)]
         deadline = CLOCK.monotonic() + self.timeouts.term_grace
-        for pid, started, boot, _ in map(Process.parse, texts):
+        for pid, started, boot, _ in (Process.parse(row.process) for row in left):
             while boot == boot_id() and any(map(_is_of_hook, session_members(pid, started))):
                 signal_session(pid, started, signal.SIGKILL)
                 if CLOCK.monotonic() >= deadline:
@@ -9477,10 +9464,10 @@ class Keeper:
                     break
                 time_to_wait(0.02)
         for row in left:
-            self.book.forget(row.vm_name, row.hook_process, again=True)
-        for name, found in listings.items():
-            del found["hook"]
-            self.book.note(name, "listed", found)
+            if row.listed:
+                self.book.note(row.name, "listed", json.loads(row.listed) | {"hook": None})
+            else:
+                self.book.forget(row.name, row.process, again=True)
 
     # --- the loop ---
 
@@ -9544,15 +9531,15 @@ class Keeper:
                 del self.hooks[hook.pid]
                 hook.end()
                 self._untold.append(hook)
-        ended = bool(self._untold)
-        self._tell_ended()
-        return ended
+        return self._tell_ended()
 
-    def _tell_ended(self) -> None:
+    def _tell_ended(self) -> bool:
         """Write down how hooks ended; one stays in the list until that is done."""
+        ended = bool(self._untold)
         while self._untold:
             self.book.ended(self._untold[0])
             del self._untold[0]
+        return ended
 
     # --- beginning ---
 
