@@ -7999,9 +7999,7 @@ class Supervisor:
             _crash("end-set")
         if halt is None:
             self._start_handlers()
-        elif (
-            halt == Halt.KILL
-        ):  # a handler knows how to end what runs: one more where there is none
+        elif halt == Halt.KILL:  # where no handler is left to end a program, one more, once
             for name in vms_with_programs(self.db):
                 if not self._charges[name].last_rites:
                     self._charges[name].last_rites = self._fork(name)
@@ -8070,8 +8068,8 @@ class Supervisor:
                 return
             for name, charge in self._charges.items():
                 if charge.pid == pid:
-                    charge.pid, code = 0, os.waitstatus_to_exitcode(status)
-                    pause = self._died(name, charge, code)
+                    charge.pid = 0
+                    pause = self._died(name, charge, os.waitstatus_to_exitcode(status))
                     charge.not_before = CLOCK.monotonic() + pause
 
     def _died(self, name: str, charge: _Charge, code: int) -> float:
@@ -9349,9 +9347,8 @@ class _Book:
         found.pop("hook", None)
         names = " ".join(hook.out.lines()).split()
         wrong = hook.fault or ("it printed too much" if hook.out.dropped else "")
-        for name in names:
-            if not NAME_PATTERN.fullmatch(name):
-                wrong = wrong or f"it printed {name!r:.80}, which is no VM's name"
+        for name in itertools.filterfalse(NAME_PATTERN.fullmatch, names):
+            wrong = wrong or f"it printed {name!r:.80}, which is no VM's name"
         if wrong:
             self.note(hook.group, "listed", found)
             self.log.warning("ignoring the list hook's output for group %s: %s", hook.group, wrong)
