@@ -9295,10 +9295,9 @@ class _Book:
                 well = row["last_health_check"] is not None and not row["check_fails"]
                 if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
                     move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
-        elif wrong := hook.fault or self._twin(row):
-            self.pool.mark_vm_check_failed(hook.vm_name, f"check: {wrong}")
         else:
-            self.pool.mark_vm_checked(hook.vm_name)
+            wrong = hook.fault or self._twin(row)
+            self.pool.mark_vm_checked(hook.vm_name, wrong and f"check: {wrong}")
 
     def _may_boot(self, row: Mapping[str, Any]) -> bool:
         """Whether a spawned VM has never answered, and still has time to do so."""
@@ -9334,8 +9333,8 @@ class _Book:
             self.pool.remove_vm_from_pool(hook.vm_name)
             return
         tries: dict[str, Any] = {"terminate_tries": 0} if hook.killed else {}
+        reason = f"terminate hook: {hook.fault}"
         with self.db.transaction() as db:
-            reason = f"terminate hook: {hook.fault}"
             move_pool_vm(db, hook.vm_name, VmStates.TERMINATING, reason, **tries)
 
     def _listed(self, hook: Hook) -> None:
