@@ -8367,19 +8367,18 @@ def launch(
             _refuse_pool_machine(db, vm)
             db.update("vms", {"ordinal": vm["ordinal"]}, address=vm["address"])
         _settle_late(db, late)
-        db.write(
-            """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
-                   late = :late, allow_host = :allow_host, start_cleared = 0,
-                   launched_at = coalesce(launched_at, :now),
-                   start_buffer_s = coalesce(:buffer, start_buffer_s),
-                   on_failure = coalesce(:policy, on_failure)
-               WHERE destroyed_at IS NULL""",
-            now=CLOCK.wall(),
-            buffer=start_buffer,
-            policy=on_failure,
-            late=str(late),
-            allow_host=allow_host,
-        )
+        sql = """UPDATE experiments SET halt = NULL, ended_at = NULL, continued_at = :now,
+                     late = :late, allow_host = :allow_host, start_cleared = 0,
+                     launched_at = coalesce(launched_at, :now),
+                     start_buffer_s = coalesce(:buffer, start_buffer_s),
+                     on_failure = coalesce(:policy, on_failure)
+                 WHERE destroyed_at IS NULL"""
+        given: dict[str, Any] = {
+            "buffer": start_buffer,
+            "policy": on_failure,
+            "allow_host": allow_host,
+        }
+        db.write(sql, now=CLOCK.wall(), late=str(late), **given)
         db.write("UPDATE vms SET finished_at = NULL")
         # Failed VMs get another chance before the barrier looks, else it would abort at once.
         return retry_in(db, needed=not retry)
@@ -8467,12 +8466,9 @@ def spawn_supervisor(db: Database, stay: bool = False) -> Any:
     """Start the supervisor in a session of its own; return the process."""
     words = ["_supervise", str(db.path), *(["--stay"] if stay else [])]
     with (run_directory(db, "logs") / "supervisor.log").open("ab") as log:
+        null = subprocess.DEVNULL
         return subprocess.Popen(
-            own_command(*words),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            own_command(*words), stdin=null, stdout=log, stderr=log, start_new_session=True
         )
 
 
@@ -9022,13 +9018,13 @@ def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
     dues, pool = _Dues(now), VmManager(db=db)
     actions = _plan_vms(db, dues)
     for supply in _supplies(pool):
-        group, name = supply.group, supply.group["name"]
+        group, name = supply.group, supply.group.name
         actions += [PoolAction("spawn", group, name)] * supply.spawns_now(dues)
         actions += supply.recycled
         listed = pool.keeper_info(name, "listed")
         doubtful = listed.get("missing") or listed.get("strangers")
-        period = db.timeouts.young if doubtful else group["vm_health_check_period_s"]
-        wanted = group["list"] and group["terminate"]  # without the one, the other ends nothing
+        period = db.timeouts.young if doubtful else group.vm_health_check_period_s
+        wanted = group.list and group.terminate  # without the one, the other ends nothing
         if wanted and not listed.get("hook") and dues.again(listed.get("at"), period):
             actions.append(PoolAction("list", group, name))
     return sorted(actions, key=lambda action: _URGENCY.index(action.what)), dues.next_at
@@ -9056,29 +9052,23 @@ def _plan_vms(db: Database, dues: _Dues) -> list[PoolAction]:
 class _Supply:
     """What a group can come up with for those whom `allot` leaves without a VM."""
 
-    def __init__(
-        self,
-        group: Mapping[str, Any],
-        vms: Sequence[Mapping[str, Any]],
-        kept: Collection[str],
-        failed: Mapping[str, Any],
-    ) -> None:
-        self.group, self.failed, self.wanted = group, failed, 0
-        hopes = collections.defaultdict[str, list[Mapping[str, Any]]](list)
+    def __init__(self, pool: VmManager, group: Row, vms: Sequence[Row], kept: set[str]) -> None:
+        self.group, self.wanted = group, 0
+        self.failed = pool.keeper_info(group.name, "failed")
+        hopes = collections.defaultdict[str, list[Row]](list)
         for vm in vms:
-            if vm["vm_name"] not in kept:
-                hopes[vm["prospect"]].append(vm)
-        self.spawning = sum(vm["state"] == VmStates.SPAWNING for vm in vms)
+            if vm.vm_name not in kept:
+                hopes[vm.prospect].append(vm)
+        self.spawning = sum(vm.state == VmStates.SPAWNING for vm in vms)
         self.unbound = self.coming = len(hopes["coming"])
-        self.room, self.leaving = group["max_vm_total"] - len(vms), len(hopes["leaving"])
+        self.room, self.leaving = group.max_vm_total - len(vms), len(hopes["leaving"])
         # While spawns fail, room for one is enough to see whether they still do.
-        self.in_vain = bool(failed) and max(self.room, self.leaving, self.spawning) > 0
-        self.idle = sorted(hopes["idle"], key=lambda vm: vm["last_release"] or vm["spawned_at"])
+        self.in_vain = bool(self.failed) and max(self.room, self.leaving, self.spawning) > 0
+        self.idle = sorted(hopes["idle"], key=lambda vm: vm.last_release or vm.spawned_at)
         ends = VmStates.TERMINATING
-        self.bound = collections.Counter(vm["bound_to_user"] for vm in vms if vm["state"] != ends)
-        self.returning = collections.Counter(
-            (vm["bound_to_user"], vm["bound_sandbox"]) for vm in hopes["returning"]
-        )
+        self.bound = collections.Counter(vm.bound_to_user for vm in vms if vm.state != ends)
+        back = [(vm.bound_to_user, vm.bound_sandbox) for vm in hopes["returning"]]
+        self.returning = collections.Counter(back)
         self.recycled: list[PoolAction] = []
 
     def serves(self, request: Request) -> bool:
@@ -9087,12 +9077,12 @@ class _Supply:
         if self.returning[own]:
             self.returning[own] -= 1
             return True
-        limit = self.group["max_vm_per_user"]
+        limit = self.group.max_vm_per_user
         if limit is not None and self.bound[request.owner] >= limit:  # one of its own has to go
             return self._recycle(request, own=True)
         if self.coming:
             self.coming -= 1
-        elif not self.group["spawn"]:
+        elif not self.group.spawn:
             return False
         elif self.room > 0:
             self.room -= 1
@@ -9106,28 +9096,27 @@ class _Supply:
 
     def _recycle(self, request: Request, *, own: bool) -> bool:
         """End the VM that is idle for the longest time: of all of them, or of the owner's own."""
-        idle = [vm for vm in self.idle if not own or vm["bound_to_user"] == request.owner]
-        if not (self.group["spawn"] and self.group["terminate"] and idle):
-            return False
-        if self.in_vain and not own:
+        idle = [vm for vm in self.idle if not own or vm.bound_to_user == request.owner]
+        can = self.group.spawn and self.group.terminate and (own or not self.in_vain)
+        if not (can and idle):
             return False
         self.idle.remove(idle[0])
         self.in_vain = bool(self.failed)
-        reason, name = f"{request.owner} waits for one, and there is no room", idle[0]["vm_name"]
+        reason, name = f"{request.owner} waits for one, and there is no room", idle[0].vm_name
         row = {**self.group, **idle[0]}
-        self.recycled.append(PoolAction("end", row, self.group["name"], name, reason))
+        self.recycled.append(PoolAction("end", row, self.group.name, name, reason))
         return True
 
     def spawns_now(self, dues: _Dues) -> int:
         """Return how many VMs to spawn: up to `min_ready`, or for all who wait, within limits."""
         group, failed = self.group, self.failed
-        room = min(self.room + self.wanted, group["max_spawn_processes"] - self.spawning)
-        count = min(max(group["min_ready"] - self.unbound, self.wanted), room)
-        if count <= 0 or not group["spawn"]:
+        room = min(self.room + self.wanted, group.max_spawn_processes - self.spawning)
+        count = min(max(group.min_ready - self.unbound, self.wanted), room)
+        if count <= 0 or not group.spawn:
             return 0
-        interval = group["vm_spawn_min_interval_s"]
+        interval = group.vm_spawn_min_interval_s
         pause = backoff(failed["times"], 1.0, SPAWN_BACKOFF_S) if failed else 0.0
-        rested = dues.again(group["last_spawn_at"], interval)
+        rested = dues.again(group.last_spawn_at, interval)
         if not rested or (failed and not dues.again(failed["at"], pause)):
             return 0
         return 1 if interval else count
@@ -9140,12 +9129,12 @@ def _supplies(pool: VmManager) -> Collection[_Supply]:
     """
     shares, supplies = pool.shares(), {}
     kept = {name for share in shares for name in share.vm_names}
-    mine = collections.defaultdict[str, list[Mapping[str, Any]]](list)
+    mine = collections.defaultdict[str, list[Row]](list)
     for vm in pool.db.query("SELECT * FROM pool_prospects"):
-        mine[vm["group"].lower()].append(vm)
+        mine[vm.group.lower()].append(vm)
     for group in pool.db.query("SELECT * FROM pool_groups ORDER BY position, name"):
-        key, failed = group["name"].lower(), pool.keeper_info(group["name"], "failed")
-        supplies[key] = _Supply(group, mine[key], kept, failed)
+        key = group.name.lower()
+        supplies[key] = _Supply(pool, group, mine[key], kept)
     for share in shares:
         for wanted in share.missing:
             named = [supplies[g.lower()] for g in map(str, wanted) if g.lower() in supplies]
