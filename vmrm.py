@@ -4483,10 +4483,7 @@ exit 0
 """,
         drivers.STOP_PS + 'Remove-Item -Force -LiteralPath "$($w[0]).vmrm-$($w[1])"',
     ),
-    "copy": (
-        "",
-        drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)",
-    ),
+    "copy": ("", drivers.STOP_PS + "[IO.File]::Copy($w[0], $w[1], $true)"),
 }
 
 _STAGED = re.compile(r"^ *(\d{1,18}) ([0-9a-f]{64})\r?$", re.MULTILINE | re.ASCII)
@@ -7731,15 +7728,6 @@ class _Handled(Exception):
     pass
 
 
-@contextlib.contextmanager
-def reached(db: Database, vm_name: str, timeout: float) -> Iterator[Remote]:
-    """Yield the way to a VM, of the experiment or else of the pool."""
-    config = _pool_config(db, vm_name) or handler_config(db, vm_name)
-    forget_abandoned(db)
-    with workplace(db, config["vm_name"]) as folder:
-        yield Remote(db, config, folder, timeout)
-
-
 class Remote(NamedTuple):
     """Does things on one VM at once: through its handler if one lives, else by itself."""
 
@@ -10974,11 +10962,16 @@ class Cli:
         """Return a VM's name as it is written in the database."""
         return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
 
-    def remote(self, name: str, timeout: float) -> contextlib.AbstractContextManager[Remote]:
-        """Return the way to a VM of the experiment, or else of the pool."""
+    @contextlib.contextmanager
+    def remote(self, name: str, timeout: float) -> Iterator[Remote]:
+        """Yield the way to a VM of the experiment, or else of the pool."""
         sql = """SELECT server_name FROM vms WHERE server_name = :name
                  UNION ALL SELECT vm_name FROM pool_vms WHERE vm_name = :name"""
-        return reached(self.db, self._name(sql, name), timeout)
+        name = self._name(sql, name)
+        config = _pool_config(self.db, name) or handler_config(self.db, name)
+        forget_abandoned(self.db)
+        with workplace(self.db, name) as folder:
+            yield Remote(self.db, config, folder, timeout)
 
     def _name(self, sql: str, name: str) -> str:
         found = self.open().value(sql, name=name)
@@ -11541,10 +11534,9 @@ def cmd_pool_group(cli: Cli, name: str | None = None, **settings: str) -> object
 def _setting(key: str, text: str) -> object:
     if text in ("True", "False") and key not in ("release_cleans", "unique_ip"):
         raise UsageError(f"--{key.replace('_', '-')} needs a value")
-    if text in ("none", "True", "False"):
-        return {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}[text]
-    if key in set(HookKind):
-        return text
+    known = {"none": "" if key in set(HookKind) else None, "True": 1, "False": 0}
+    if text in known or key in set(HookKind):
+        return known.get(text, text)
     try:
         return int(text) if re.fullmatch("-?[0-9]+", text) else parse_seconds(text)
     except ValueError:
@@ -11571,19 +11563,10 @@ def cmd_pool_list(cli: Cli, group: str | None = None) -> object:
 
 def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
     until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
-    return {
-        "vm": vm.vm_name,
-        "group": vm.group,
-        "state": vm.state,
-        "ip": vm.vm_ip,
-        "owner": vm.bound_to_user,
-        "sandbox": vm.bound_sandbox,
-        "holder": vm.holder_pid,
-        "until": _iso(until) if until else None,
-        "task": vm.task_id,
-        "builds": vm.builds_count,
-        "reason": vm.reason,
-    }
+    line = {"vm": vm.vm_name, "group": vm.group, "state": vm.state, "ip": vm.vm_ip}
+    line |= {"owner": vm.bound_to_user, "sandbox": vm.bound_sandbox, "holder": vm.holder_pid}
+    line |= {"until": _iso(until) if until else None, "task": vm.task_id}
+    return line | {"builds": vm.builds_count, "reason": vm.reason}
 
 
 @command()
@@ -11640,15 +11623,8 @@ def cmd_pool_acquire(
     pool = cli.pool()
     for group in groups:
         pool.group(group)
-    request = Request(
-        (groups,),
-        _user() if owner is None else owner,
-        sandbox,
-        Process.of(),
-        lease,
-        task,
-        priority=priority,
-    )
+    owner = _user() if owner is None else owner
+    request = Request((groups,), owner, sandbox, Process.of(), lease, task, priority=priority)
     patience = None if not wait else math.inf if timeout is None else timeout
     vm = pool.acquire(request, patience, cli.screen.tell)[0]
     if runs:
@@ -11866,14 +11842,9 @@ def _qemu_root(cli: Cli, folder: str | None) -> Path:
 
 def become(pool: VmManager, vm: VmDescriptor, words: Sequence[str]) -> NoReturn:
     """Become a command, which holds a leased VM for as long as it lives: it has our pid."""
-    environment = os.environ | {
-        "VMRM_VM": vm.vm_name,
-        "VMRM_IP": vm.vm_ip,
-        "VMRM_PATH": vm.path,
-        "VMRM_GROUP": str(vm.group),
-        "VMRM_LEASE": vm.token,
-        "VMRM_DB": str(pool.db.path),
-    }
+    told = {"VM": vm.vm_name, "IP": vm.vm_ip, "PATH": vm.path, "LEASE": vm.token}
+    told |= {"GROUP": str(vm.group), "DB": str(pool.db.path)}
+    environment = os.environ | {f"VMRM_{name}": value for name, value in told.items()}
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -11905,19 +11876,18 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
 
 def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
     """Print a log file, and what is added to it for as long as it goes on."""
-    offset = 0
-    while True:
+    import shutil
+
+    offset, last = 0, False
+    while not last:
         last = not goes_on()
         if path.exists():
             with path.open("rb") as log:
                 log.seek(offset)
-                while chunk := log.read(1 << 16):
-                    sys.stdout.buffer.write(chunk)
-                    offset += len(chunk)
+                shutil.copyfileobj(log, sys.stdout.buffer)
+                offset = log.tell()
             sys.stdout.buffer.flush()
-        if last:
-            return
-        time_to_wait(0.2)
+        time_to_wait(0 if last else 0.2)
 
 
 # === main ========================================================================================
@@ -12045,6 +12015,7 @@ def _understand(words: Sequence[str], tail: Sequence[str]) -> _Pending:
     except fire.core.FireExit as end:
         if end.code:
             said = end.trace.elements[-1].ErrorAsStr()
+            said = re.sub(r"^Missing required flags: {'(.*)'}", r"missing option: --\1", said)
             raise UsageError(said[:1].lower() + said[1:], see) from None
         got = None
     except UsageError as error:  # of a parser

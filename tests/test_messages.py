@@ -125,7 +125,7 @@ SAYS = {
     "pull vm1 /a . 5": "could not consume arg: 5",
     "info vm1 5": "could not consume arg: 5",
     "wait vm1 failed": "could not consume arg: failed",
-    "pause vm1": "missing required flags: {'duration'}",
+    "pause vm1": "missing option: --duration",
     "break": "no VM is named",
     "plan lab.toml": "1 VM, 1 entry, ",
     "check": "",
