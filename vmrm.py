@@ -10578,20 +10578,17 @@ class Screen:
             raise
 
     def tell(self, text: str) -> None:
-        """Print a remark for people on stderr."""
         if not self.quiet:
             print(printable(text, _TOLD, "\n"), file=sys.stderr, flush=True)
 
     def error(self, error: VmrmError) -> None:
-        """Print an error and its hint on stderr."""
         text = printable(str(error), _TOLD, "\n")
         print(f"error: {text}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
 
     @property
-    def is_live(self) -> bool:
-        """Whether stderr can show what moves."""
+    def is_live(self) -> bool:  # stderr can show what moves
         return not self.quiet and sys.stderr.isatty()
 
     @contextlib.contextmanager
@@ -10628,7 +10625,6 @@ def _cell(value: object) -> str:
 
 
 def _print_fitting(rows: _Listing, as_records: bool) -> None:
-    """Print rows in the first form that the terminal is wide enough for; records always fit."""
     import shutil
 
     from rich.console import Console
@@ -10644,7 +10640,6 @@ def _print_fitting(rows: _Listing, as_records: bool) -> None:
 
 
 def _shown(rows: _Listing) -> list[dict[str, Any]]:
-    """Return rows as cells for people, styled and without empty columns."""
     from rich.text import Text
 
     keys = [key for key in rows[0] if any(row[key] not in (None, "", []) for row in rows)]
@@ -10678,8 +10673,7 @@ def _table(rows: _Listing, *, tight: bool = False, crop: bool = False) -> Any:
     return table
 
 
-def _records(rows: _Listing) -> Any:
-    """Return rows one below the other, a line for each value; they fit in any width."""
+def _records(rows: _Listing) -> Any:  # a line for each value; they fit in any width
     from rich.table import Table
     from rich.text import Text
 
@@ -10695,8 +10689,7 @@ def _records(rows: _Listing) -> Any:
     return grid
 
 
-def _short(value: object) -> str:
-    """Return a cell of a table for people: a time of today without its date."""
+def _short(value: object) -> str:  # a time of today without its date
     text = _cell(value)
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text):
         return text
@@ -10705,10 +10698,8 @@ def _short(value: object) -> str:
 
 
 class Viewer:
-    """Watches a running experiment until it has ended: a live table, or lines on a pipe.
-
-    It stops the experiment at the time-out, and at Ctrl-C; the second one does not wait.
-    """
+    """Watches an experiment to its end; stops it at the time-out and, the second time without
+    waiting, at Ctrl-C."""
 
     def __init__(self, db: Database, screen: Screen, timeout: float | None = None) -> None:
         self.db, self.screen = db, screen
@@ -10749,8 +10740,7 @@ class Viewer:
         self._seen = -1
         update()
 
-    def _has_news(self) -> bool:
-        """Whether rows are to be read: somebody changed them, or time passed, as a break knows."""
+    def _has_news(self) -> bool:  # somebody changed rows, or time passed, as a break knows
         version, now = self.db.data_version(), CLOCK.monotonic()
         if version == self._seen and now < self._read_at + VIEW_S:
             return False
@@ -10795,12 +10785,14 @@ class Viewer:
                 elif frame == drawn:
                     return
                 drawn = frame
-                live.update(Group(table, Text(self._time_line())), refresh=True)
+                start = current_experiment(self.db)["start_at"]
+                wait = "waiting for all VMs to be configured"
+                text = Text(f"time {CLOCK.wall() - start:+.0f} s" if start else wait)
+                live.update(Group(table, text), refresh=True)
 
             yield draw
 
     def _lines(self) -> None:
-        """Tell what changed since the last look, one line per VM."""
         if self.screen.quiet or not self._has_news():
             return
         for row in vm_rows(self.db):
@@ -10846,12 +10838,6 @@ class Viewer:
             name=vm_name,
         )
         return ScheduleEntry.from_dict(json.loads(entry["entry"])).label if entry else ""
-
-    def _time_line(self) -> str:
-        start = current_experiment(self.db)["start_at"]
-        if start is None:
-            return "waiting for all VMs to be configured"
-        return f"time {CLOCK.wall() - start:+.0f} s"
 
 
 def _progress_line(row: Mapping[str, Any]) -> str:
@@ -10909,6 +10895,7 @@ GROUPS = {
 WORDS = {
     "vm": "The VM's name.",
     "vms": "The VMs' names.",
+    "name": "The group's name.",
     "timeout": "Seconds within which the VM must begin to answer.",
     "token": "The lease's token; default $VMRM_LEASE.",
     "force": "Even if someone else holds the lease.",
@@ -11230,11 +11217,7 @@ def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> None:
     print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
 
 
-@command(
-    vm="The VM's name; without it, all.",
-    state="The state to wait for; without it, configured.",
-    timeout="Seconds to wait at most (exit code 124).",
-)
+@command(vm="Default: all.", state="Default: configured.", timeout="Seconds to wait (code 124).")
 def cmd_wait(
     cli: Cli, vm: str | None = None, *, state: VMState | None = None, timeout: float | None = None
 ) -> None:
@@ -11269,9 +11252,7 @@ def cmd_exec(cli: Cli, vm: str, *, timeout: float = 30.0) -> object:
     raise SystemExit(code if 0 <= code < 256 else 1)  # Windows has 32 bits
 
 
-@command(
-    local="The file on this host.", remote="Its absolute path in the VM; directories are made."
-)
+@command(local="A file on this host.", remote="Its absolute path in the VM; directories are made.")
 def cmd_push(cli: Cli, vm: str, local: Path, remote: str, *, timeout: float = 30.0) -> object:
     """Copy a file into a VM."""
     if local.is_dir():
@@ -11289,10 +11270,7 @@ def cmd_push(cli: Cli, vm: str, local: Path, remote: str, *, timeout: float = 30
         return access.do("push", remote=target, mode=mode, size=size)
 
 
-@command(
-    remote="Its absolute path in the VM.",
-    local="The new file, or an existing directory, on this host; without it, this directory.",
-)
+@command(remote="Its absolute path in the VM.", local="A file or directory here (default: .).")
 def cmd_pull(
     cli: Cli, vm: str, remote: str, local: Path | None = None, *, timeout: float = 30.0
 ) -> object:
@@ -11366,10 +11344,7 @@ def cmd_resume(cli: Cli, *vms: str) -> object:
     return given
 
 
-@command(
-    kill="Terminate the running guest programs, too.",
-    timeout="Seconds to wait for the handlers (exit code 124).",
-)
+@command(kill="Terminate guest programs, too.", timeout="Seconds to wait at most (exit code 124).")
 def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> None:
     """Stop the experiment: handlers leave, guest programs go on; run continues it."""
     db, process = cli.open(), None
@@ -11478,10 +11453,7 @@ def cmd_schedule_add(cli: Cli, vm: str, file: Path) -> object:
 # --- store
 
 
-@command(
-    files="Paths on this host.",
-    unpack="Add what archives hold, and compressed files contain, instead.",
-)
+@command(files="Paths on this host.", unpack="Add the contents of archives and compressed files.")
 def cmd_store_add(cli: Cli, *files: Path, unpack: bool = False) -> None:
     """Add files to the store under their own names."""
     if not files:
@@ -11512,10 +11484,7 @@ def cmd_store_remove(cli: Cli, pattern: str) -> object:
 # --- pool
 
 
-@command(
-    name="The group's name.",
-    settings="Limits (none: no limit), times (90s, 2h), hooks (shell command lines).",
-)
+@command(settings="Limits (none: no limit), times (90s, 2h), hooks (shell command lines).")
 def cmd_pool_group(cli: Cli, name: str | None = None, **settings: str) -> object:
     """Show the groups, or make one, or change it, or show its settings."""
     if settings and name is None:
