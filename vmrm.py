@@ -5317,9 +5317,8 @@ def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
 class OutputLog:
     """A VM's logs: raw output per attempt, all of it as text, and JSON lines on their own.
 
-    A full disk on the host loses output, never an outcome: it is told once and then left. Of an
-    attempt, raw output and both logs together (a line of one byte takes fifty there) have at most
-    `MAX_OUTPUT_BYTES` each."""
+    A full disk loses output, never an outcome. Of an attempt, raw output and what both logs say
+    of it, fifty bytes for a line of one, have at most `MAX_OUTPUT_BYTES` each."""
 
     def __init__(self, folder: Path, vm_name: str, log: logging.Logger) -> None:
         self.folder, self.vm_name, self.log = folder, vm_name, log
@@ -5330,8 +5329,7 @@ class OutputLog:
     def _path(self, attempt: Attempt, stream: str) -> Path:
         return self.folder / self.vm_name / f"{attempt.ordinal}.{attempt.attempt}.{stream}"
 
-    def size(self, attempt: Attempt, stream: str) -> int:
-        """Return how many bytes of a stream (out or err) are here: the offset to go on from."""
+    def size(self, attempt: Attempt, stream: str) -> int:  # where to go on from
         path = self._path(attempt, stream)
         return path.stat().st_size if path.exists() else 0
 
@@ -5396,7 +5394,6 @@ class OutputLog:
         return sum(log.stat().st_size for log in logs if log.exists())
 
     def lines(self, entry: str, stream: str, lines: Sequence[str]) -> None:
-        """Write lines of a program's output, all at once: there may be very many, and short."""
         if lines:
             self.log.info("", extra={"lines": [f"[{entry} {stream}] {line}" for line in lines]})
             self.json_lines("\n".join(line for line in lines if line.lstrip().startswith("{")))
@@ -7779,7 +7776,10 @@ class Remote(NamedTuple):
                     steps = operation_steps(vm, operation, arguments, self.folder)
                     return cast("dict[str, Any]", run_steps(steps, vm.nap))
                 finally:
-                    self._discard(vm)
+                    if (self.folder / _BROKEN_OFF).exists():
+                        with contextlib.suppress(drivers.DriverError, VMFailed):
+                            vm.connect(min(self.timeout, 5))
+                            run_steps(_discard_steps(vm.driver, self.folder), vm.nap)
         except _Handled:
             return None
         except drivers.AgentError as error:
@@ -7792,12 +7792,6 @@ class Remote(NamedTuple):
             return {"error": str(error), "hint": error.hint, "code": code}
         finally:
             vm.close()
-
-    def _discard(self, vm: HandledVM) -> None:
-        if (self.folder / _BROKEN_OFF).exists():  # the connection was lost, or we are to end
-            with contextlib.suppress(drivers.DriverError, VMFailed):
-                vm.connect(min(self.timeout, 5))
-                run_steps(_discard_steps(vm.driver, self.folder), vm.nap)
 
     def _by_handler(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Ask the handler; None if it has left without taking the request."""
@@ -11125,7 +11119,11 @@ def cmd_run(
         return None
     finally:
         if report is not None:
-            _write_report(cli, report)
+            try:
+                cli.write(report, report_page(db, read_run(db)))
+            except (OSError, UsageError) as error:
+                why = f"the report was not written: {_one_line(error)}"
+                raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
 
 
 def _check_new(report: Path, detach: bool) -> None:
@@ -11165,8 +11163,8 @@ def _too_late(pid: int | None, *settings: str) -> Conflict:
 
 
 def _show_report(screen: Screen, outcome: Report) -> None:
-    document = {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
     if screen.as_json:
+        document = {"ok": outcome.ok, "summary": outcome.summary, "vms": outcome.rows}
         screen.show(document | {"faults": outcome.faults})
     else:
         screen.show(outcome.rows)
@@ -11174,14 +11172,6 @@ def _show_report(screen: Screen, outcome: Report) -> None:
     if not outcome.ok:
         hint = "Repeat what failed or is unknown: vmrm run --retry, or vmrm retry VM [ENTRY]"
         raise VmrmError("\n  ".join(["the experiment failed", *outcome.faults]), hint)
-
-
-def _write_report(cli: Cli, file: Path) -> None:
-    try:
-        cli.write(file, report_page(cli.db, read_run(cli.db)))
-    except (OSError, UsageError) as error:
-        why = f"the report was not written: {_one_line(error)}"
-        raise VmrmError(why, "Write it elsewhere: vmrm report FILE") from error
 
 
 @command(file="The new file, which must not exist; without it, stdout.")
@@ -11523,19 +11513,19 @@ def cmd_pool_add(cli: Cli, vm: str, group: str, *, path: str = "", ip: str = "")
 def cmd_pool_list(cli: Cli, group: str | None = None) -> object:
     """List the pool's VMs."""
     pool = cli.pool()
-    groups = pool.vm_groups if group is None else [pool.group(group)["name"]]
-    for name in groups:
+    lines = []
+    for name in pool.vm_groups if group is None else [pool.group(group)["name"]]:
         if failure := pool.spawn_failure(name):
             cli.screen.tell(f"group {name}: {failure}")
-    return [_vm_line(vm) for name in groups for vm in pool.get_all_vm_in_group(name)]
-
-
-def _vm_line(vm: VmDescriptor) -> dict[str, Any]:
-    until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
-    line = {"vm": vm.vm_name, "group": vm.group, "state": vm.state, "ip": vm.vm_ip}
-    line |= {"owner": vm.bound_to_user, "sandbox": vm.bound_sandbox, "holder": vm.holder_pid}
-    line |= {"until": _iso(until) if until else None, "task": vm.task_id}
-    return line | {"builds": vm.builds_count, "reason": vm.reason}
+        for vm in pool.get_all_vm_in_group(name):
+            until = vm.held_until if vm.state == VmStates.HELD else vm.lease_end_at
+            line = {"vm": vm.vm_name, "group": vm.group, "state": vm.state, "ip": vm.vm_ip}
+            line |= {"owner": vm.bound_to_user, "sandbox": vm.bound_sandbox}
+            line |= {"holder": vm.holder_pid, "until": _iso(until) if until else None}
+            lines.append(
+                line | {"task": vm.task_id, "builds": vm.builds_count, "reason": vm.reason}
+            )
+    return lines
 
 
 @command()
@@ -11767,23 +11757,20 @@ def cmd_pool_spawn_qemu(
 
     Prints its name and the guest agent's path. It has no network unless QEMU's words give one.
     """
+    import shutil
+
     words = qemu_words(memory, cpus, disk, kernel, initrd=initrd, append=append, accel=accel)
     machine = _qemu(cli, vm, dir)
-    words += [] if accel else ["-accel", _accel(cli)]
+    if not accel:
+        program = shutil.which(QEMU)
+        if fault := kvm_fault(program) if program else "":
+            cli.screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
+        words += ["-accel", "tcg" if fault else "kvm"]
     if not dir:
         assert cli.db.connection  # it makes the state directory, private
     made = machine.spawn([*words, *cli.tail])
     what = f"VM {machine.name!r} was ended again"
     cli.screen.deliver(json.dumps(made), machine.terminate, what)
-
-
-def _accel(cli: Cli) -> str:
-    import shutil
-
-    program = shutil.which(QEMU)
-    if fault := kvm_fault(program) if program else "":
-        cli.screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
-    return "tcg" if fault else "kvm"
 
 
 @command(vm="The VM's name; without it, $VMRM_VM.")
