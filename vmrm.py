@@ -4526,7 +4526,6 @@ def is_guest_path(path: str) -> bool:
 
 
 def entry_files(entry: ScheduleEntry) -> list[dict[str, Any]]:
-    """Return what the entry places in the guest: files, then contents."""
     return entry.items("file") + entry.items("content")
 
 
@@ -4610,7 +4609,6 @@ def _is_batch(program: str) -> bool:
 
 
 def batch_command(program: str, arguments: Sequence[str]) -> str:
-    """Return a line of a batch file that runs a program with exactly these arguments."""
     if odd := [word for word in (program, *arguments) if _NO_BATCH_TEXT.search(word)]:
         what = f"a line break or control character: {odd[0][:40]!r}"
         raise WrongValue(f"cmd.exe cannot carry {what}; pass it in a file")
@@ -4695,7 +4693,6 @@ class Guest:
         return str(self.flavour(*parts))
 
     def path(self, entry: ScheduleEntry, location: str) -> str:
-        """Return a location as an absolute path: relative ones lie in the entry's directory."""
         return str(self.flavour(entry.working_dir) / location)
 
     def folder(self, entry: ScheduleEntry) -> PurePath:
@@ -4708,11 +4705,9 @@ class Guest:
     # --- our scripts
 
     def argv(self, verb: str, *words: str) -> list[str]:
-        """Return the command for a verb of _SCRIPTS."""
         return drivers.script_argv(_SCRIPTS[verb], self.is_windows, *words)
 
     def command(self, script: str, *words: str) -> list[str]:
-        """Return the command that runs a script of ours that lies in the guest."""
         return ["/bin/sh", script, *words]
 
     def unfit(self, argv: Sequence[str]) -> list[str]:
@@ -4883,7 +4878,6 @@ class Guest:
         return self.look([directory])[0]
 
     def signal(self, name: str, pid: int) -> bool:
-        """Send a program and all that it started a signal; return whether there was anything."""
         return self.ask("signal", name, str(pid)).exitcode == 0
 
     def read(self, path: str, limit: int, offset: int, last: bool) -> bytes:
@@ -4893,12 +4887,10 @@ class Guest:
     def pull(
         self, path: str, sink: BinaryIO, *, offset: int = 0, limit: int | None = None
     ) -> Iterator[int]:
-        """Copy a file of the guest to `sink`, yielding its growing size."""
         return self.driver.pull(path, sink, offset=offset, limit=limit)
 
 
 def run_commands(entry: ScheduleEntry) -> str:
-    """Return the shell commands that become the entry's program."""
     assert entry.executable is not None
     here = PurePosixPath(entry.working_dir)
     own = {str(here / item["location"]) for item in entry_files(entry)}
@@ -4956,7 +4948,6 @@ class WindowsGuest(Guest):
         ]
 
     def _program(self, entry: ScheduleEntry, placed: Sequence[str]) -> Iterator[str]:
-        """Yield the lines that place an entry's files and become its program."""
         yield "@echo off"
         yield "setlocal EnableExtensions DisableDelayedExpansion"
         own: dict[str, str] = {}
@@ -5071,7 +5062,6 @@ class HostGuest(Guest):
             entry.reboot_filepath = entry.working_dir / "reboot"
 
     def install(self, entry: ScheduleEntry, title: str, token: str) -> None:
-        """Write an entry's script, and its program if that is the store's."""
         local, program = copy.copy(entry), entry.executable or ""
         parts = PurePosixPath(entry.working_dir).relative_to(self.db.state_dir).parts
         folder = self.db.directory(*parts)
@@ -5352,7 +5342,6 @@ class OutputLog:
         self.log.warning("output of entry %d (%s) is no longer kept: %s", entry.ordinal, entry, why)
 
     def append(self, entry: ScheduleEntry, attempt: Attempt, stream: str, data: bytes) -> bool:
-        """Append raw output; return whether the host could keep it."""
         path = self._path(attempt, stream)
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
@@ -5619,7 +5608,6 @@ def agent_lock(
 
 
 def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Raise Conflict, before anything starts, if the lock of a VM's agent cannot be had at all."""
     faults: dict[str, Conflict] = {}
     for row in rows:
         try:
@@ -7538,7 +7526,6 @@ def _told_steps(guest: Guest, argv: Sequence[str], what: str) -> Steps:
 
 
 def _report_steps(copy: Iterable[int], folder: Path) -> Steps:
-    """Copy as long as somebody waits for it, and tell how far it is."""
     told, looked_at = 0, CLOCK.monotonic()
     for moved in copy:
         if CLOCK.monotonic() > looked_at + 0.5:
@@ -7592,7 +7579,6 @@ def _addresses(driver: drivers.AbstractDriver) -> Iterator[str]:
 
 @contextlib.contextmanager
 def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
-    """Make a command's directory, and keep it locked for the length of the block."""
     with adding(db, "requests"):
         folder = db.directory("requests", os.urandom(16).hex())
         lock = FileLock(folder, lambda: os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
@@ -7607,7 +7593,6 @@ def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
 
 
 def _is_needed(db: Database, folder: Path) -> bool:
-    """Whether the command of a directory lives, or a handler works on its request."""
     if FileLock(folder).is_held:
         return True
     sql = "SELECT claimed_by FROM requests WHERE id = :id AND answered_at IS NULL"
@@ -7687,7 +7672,6 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
 
 
 def forget_abandoned(db: Database) -> None:
-    """Remove from this host what commands have left that were killed."""
     for folder, _ in abandoned_requests(db):
         forget_request(db, folder)
 
@@ -7701,7 +7685,6 @@ def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
 
 
 def _discard_all_steps(db: Database, vm_name: str, driver: drivers.AbstractDriver) -> Steps:
-    """Remove from a guest what killed commands have left there."""
     for folder, name in abandoned_requests(db):
         if name == vm_name:
             yield from _discard_steps(driver, folder)
@@ -7836,7 +7819,6 @@ class Remote(NamedTuple):
 
 
 def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
-    """Return a pool VM as `handler_config` does one of the experiment; None if there is none."""
     row = db.row(
         """SELECT vm_name, path, 'pool.' || vm_name AS ordinal FROM pool_vms WHERE vm_name = :name
            AND NOT EXISTS (SELECT 1 FROM vms WHERE server_name = :name)""",
@@ -10535,7 +10517,6 @@ class Screen:
         self.quiet = quiet  # nothing but errors on stderr
 
     def show(self, result: object) -> None:
-        """Print what a command returned: rows, one row, a text, or nothing."""
         if sys.stdout is None:  # closed by whoever started us
             return
         rows: Any = [result] if isinstance(result, Mapping) else result
@@ -10642,7 +10623,6 @@ def _shown(rows: _Listing) -> list[dict[str, Any]]:
 
 
 def _table(rows: _Listing, *, tight: bool = False, crop: bool = False) -> Any:
-    """Return rows as a table: `tight` ones fold long texts, `crop`ped ones cut what is too wide."""
     from rich import box
     from rich.cells import cell_len
     from rich.table import Table
@@ -10940,7 +10920,6 @@ class Cli:
         return VmManager(db=self.open("Make a group: vmrm pool group NAME"))
 
     def vm(self, name: str) -> str:
-        """Return a VM's name as it is written in the database."""
         return self._name("SELECT server_name FROM vms WHERE server_name = :name", name)
 
     @contextlib.contextmanager
@@ -10961,7 +10940,6 @@ class Cli:
         return cast(str, found)
 
     def write(self, file: Path | None, text: str) -> None:
-        """Write a new file, or stdout."""
         if file is not None:
             with new_file(self.open(), file) as path:
                 path.write_text(text, encoding="utf-8")
@@ -11797,7 +11775,6 @@ def _qemu_root(cli: Cli, folder: str | None) -> Path:
 
 
 def become(pool: VmManager, vm: VmDescriptor, words: Sequence[str]) -> NoReturn:
-    """Become a command, which holds a leased VM for as long as it lives: it has our pid."""
     told = {"VM": vm.vm_name, "IP": vm.vm_ip, "PATH": vm.path, "LEASE": vm.token}
     told |= {"GROUP": str(vm.group), "DB": str(pool.db.path)}
     environment = os.environ | {f"VMRM_{name}": value for name, value in told.items()}
@@ -11831,7 +11808,6 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
 
 
 def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
-    """Print a log file, and what is added to it for as long as it goes on."""
     import shutil
 
     offset, last = 0, False
