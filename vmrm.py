@@ -4724,18 +4724,22 @@ class Guest:
     def finish(self, argv: Sequence[str], more: float = 0.0, lines: str = "") -> Steps:
         """Run a program of ours within our patience and `more`; return its status."""
         pid = self.driver.start(argv, input_data=lines or None, capture=True)
-        interval, deadline = 0.002, CLOCK.monotonic() + self.patience + more
         try:
-            while not (status := self.driver.status(pid)).exited:
-                if CLOCK.monotonic() >= deadline:
-                    what = printable(" ".join(argv[3:] or argv[1:])[:200])  # without a script
-                    raise VMFailed(f"a program of ours does not end in the guest: {what}")
-                yield interval
-                interval = min(interval * 1.5, 0.5)
+            status = yield from self.await_end(pid, self.patience + more)
+            if not status.exited:
+                what = printable(" ".join(argv[3:] or argv[1:])[:200])  # without a script
+                raise VMFailed(f"a program of ours does not end in the guest: {what}")
         except (_EntryFailed, VMFailed):
             with contextlib.suppress(drivers.DriverError):
                 self.signal("KILL", pid)
             raise
+        return status
+
+    def await_end(self, pid: int, seconds: float = math.inf) -> Steps:
+        interval, deadline = 0.002, CLOCK.monotonic() + seconds
+        while not (status := self.driver.status(pid)).exited and CLOCK.monotonic() < deadline:
+            yield interval
+            interval = min(interval * 1.5, 0.5)
         return status
 
     # --- what entries need
@@ -7441,12 +7445,11 @@ def _guest_at_once(driver: drivers.AbstractDriver) -> Guest:
 
 
 def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
-    driver, interval = guest.driver, 0.002
     if unfit := guest.unfit(argv):
         what = f"a batch file cannot be given the argument {unfit[0][:40]!r} by the agent"
         return {"error": f"{what}; push it in a file", "code": 2}
     try:
-        pid = driver.start(argv, capture=True)
+        pid = guest.driver.start(argv, capture=True)
     except drivers.Frozen as error:
         return {"error": str(error), "code": 255}
     except drivers.AgentError as error:  # 126 and 127 as a shell means them
@@ -7454,9 +7457,7 @@ def _exec_steps(guest: Guest, folder: Path, argv: Sequence[str]) -> Steps:
         is_there = is_there or guest.ask("has-program", argv[0]).exitcode == 0
         return {"error": str(error), "code": 126 if is_there else 127}
     try:
-        while not (status := driver.status(pid)).exited:
-            yield interval
-            interval = min(interval * 1.5, 0.5)
+        status = yield from guest.await_end(pid)
     except drivers.UnknownPid:
         return {"unknown": "it may have run: the agent was restarted, or the guest rebooted"}
     except drivers.AgentError as error:
@@ -7630,7 +7631,7 @@ def make_sink(folder: Path, target: Path) -> Path:
     temporary = target.absolute().with_name(temporary_name())
     (folder / "sink").symlink_to(temporary)
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        temporary.touch(0o600, exist_ok=False)
     except OSError as error:  # told of the file that was named
         raise OSError(error.errno, error.strerror, str(target)) from error
     return temporary
@@ -7647,7 +7648,7 @@ def new_file(db: Database, path: Path) -> Iterator[Path]:
         yield temporary
         _crash("file-before-rename")
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            path.touch(0o600, exist_ok=False)
         except FileExistsError:  # somebody was faster
             raise exists from None
         temporary.rename(path)
@@ -7819,11 +7820,9 @@ class Remote(NamedTuple):
 
 
 def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
-    row = db.row(
-        """SELECT vm_name, path, 'pool.' || vm_name AS ordinal FROM pool_vms WHERE vm_name = :name
-           AND NOT EXISTS (SELECT 1 FROM vms WHERE server_name = :name)""",
-        name=vm_name,
-    )
+    sql = """SELECT vm_name, path, 'pool.' || vm_name AS ordinal FROM pool_vms
+             WHERE vm_name = :name AND NOT EXISTS (SELECT 1 FROM vms WHERE server_name = :name)"""
+    row = db.row(sql, name=vm_name)
     if row and not row["path"]:
         raise UsageError(f"VM {row['vm_name']!r} of the pool has no path to a guest agent")
     common = {"vm_uuid": "", "engine": "QemuVM", "db": db, "launch_dir": "", "set_time": False}
@@ -10806,12 +10805,10 @@ class Viewer:
         return Group(_table(lines, crop=True), *([Text(rest)] if rest else []))
 
     def _present_entry(self, vm_name: str) -> str:
-        entry = self.db.row(
-            """SELECT * FROM entry_status WHERE server_name = :name AND outcome = 'running'
-               ORDER BY sent_at DESC LIMIT 1""",
-            name=vm_name,
-        )
-        return ScheduleEntry.from_dict(json.loads(entry["entry"])).label if entry else ""
+        sql = """SELECT entry FROM entry_status WHERE server_name = :name AND outcome = 'running'
+                 ORDER BY sent_at DESC LIMIT 1"""
+        entry = self.db.value(sql, name=vm_name)
+        return ScheduleEntry.from_dict(json.loads(entry)).label if entry else ""
 
 
 def _progress_line(row: Mapping[str, Any]) -> str:
@@ -11676,13 +11673,10 @@ def cmd_pool_log(cli: Cli, vm: str) -> None:
 @command(vm="Only of this VM.")
 def cmd_pool_history(cli: Cli, vm: str | None = None) -> object:
     """Show every change of state: when, who, why."""
-    rows = cli.pool().db.query(
-        """SELECT at, vm_name AS vm, "group", old_state AS "from",
-               coalesce(new_state, '(gone)') AS "to", owner, who, reason AS why
-           FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id""",
-        vm=vm,
-    )
-    return [{**row, "at": _iso(row["at"])} for row in rows]
+    sql = """SELECT at, vm_name AS vm, "group", old_state AS "from",
+                 coalesce(new_state, '(gone)') AS "to", owner, who, reason AS why
+             FROM pool_history WHERE :vm IS NULL OR vm_name = :vm ORDER BY id"""
+    return [{**row, "at": _iso(row["at"])} for row in cli.pool().db.query(sql, vm=vm)]
 
 
 @command()
