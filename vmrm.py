@@ -2522,25 +2522,17 @@ def put_content(db: Database, source: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def adding(db: Database, kind: str) -> contextlib.AbstractContextManager[None]:
-    """Keep what is added to a directory, and not named yet, from being taken for left-over."""
-    return db.lock(kind).shared()
-
-
 def remove_unused(db: Database) -> None:
     """Remove what purged experiments left and, unless somebody adds some, unnamed contents."""
     for path in purged_directories(db):
         remove_tree(path)
+    # Whoever adds some shares this lock until rows name them.
     with contextlib.suppress(Conflict), db.lock("store").held("somebody adds contents"):
-        _unlink(_unnamed_contents(db))
+        _unlink(unnamed_contents(db))
 
 
-def unused_contents(db: Database) -> list[Path]:
-    """Return the contents that nothing names, half-written ones too, unless somebody adds some."""
-    return [] if db.lock("store").is_held else _unnamed_contents(db)
-
-
-def _unnamed_contents(db: Database) -> list[Path]:
+def unnamed_contents(db: Database) -> list[Path]:
+    """Return the contents that nothing names, half-written ones too."""
     listed = sorted(db.directory("store").iterdir())
     named = {row.sha256 for row in db.query("SELECT sha256 FROM named_contents")}
     return [path for path in listed if path.name not in named]
@@ -2605,7 +2597,7 @@ class VmResourceStore(_Rows):
         self._add_all([(filename, io.BytesIO(data))], force)
 
     def _add_all(self, files: Iterable[tuple[str, BinaryIO]], force: bool) -> None:
-        with adding(self.db, "store"):
+        with self.db.lock("store").shared():
             stored: dict[str, tuple[str, tuple[str, int]]] = {}
             for name, stream in files:
                 if checked_name("file", name).lower() in stored:
@@ -7580,7 +7572,7 @@ def _addresses(driver: drivers.AbstractDriver) -> Iterator[str]:
 
 @contextlib.contextmanager
 def workplace(db: Database, vm_name: str = "") -> Iterator[Path]:
-    with adding(db, "requests"):
+    with db.lock("requests").shared():
         folder = db.directory("requests", os.urandom(16).hex())
         lock = FileLock(folder, lambda: os.open(folder, os.O_RDONLY | os.O_CLOEXEC))
         lock.take()
@@ -9820,7 +9812,7 @@ def load_experiment(db: Database, experiment: Experiment) -> bool:
     vms = with_addresses(experiment.vms)
     for vm in vms:  # once more when they are written, but then the files are here
         _refuse_pool_machine(db, vm)
-    with adding(db, "store"):
+    with db.lock("store").shared():
         _store_files(db, experiment.files)
         with _changing_vms(db):
             if _is_same(db, experiment):  # somebody was faster
@@ -10457,7 +10449,7 @@ def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]
     yield sockets, lambda: remove_dead_sockets(db)
     broken = _broken_files(db)
     yield [f"left-over of a transfer: {path}" for path in broken], lambda: _unlink(broken)
-    unused = [f"store: nothing names {path.name}" for path in unused_contents(db)]
+    unused = [f"store: nothing names {path.name}" for path in unnamed_contents(db)]
     purged = [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
     yield unused + purged, lambda: remove_unused(db)
 
@@ -11791,7 +11783,7 @@ def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]
         raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
     text = reader.read_schedule(items, f"vm {server_name!r}")
     reader.refuse_faults()
-    with adding(db, "store"):
+    with db.lock("store").shared():
         _store_files(db, reader.files)
         with db.transaction():
             sql = "SELECT text FROM schedules WHERE server_name = :name"

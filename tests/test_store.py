@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -18,6 +19,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -52,6 +54,28 @@ def contents(db: Database) -> set[str]:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def unnamed(db: Database) -> list[str]:
+    """Return what `check` says that nothing names in the store."""
+    told = "store: nothing names "
+    return [line.removeprefix(told) for line in vmrm.check(db) if line.startswith(told)]
+
+
+@contextlib.contextmanager
+def coming(db: Database, pipe: Path, *, force: bool) -> Iterator[Future[None]]:
+    """Have somebody add a file, of which the rest, of 128 KiB, comes at the end of the block."""
+    os.mkfifo(pipe)
+
+    def add() -> None:
+        with VmResourceStore(db=db.path) as store:
+            store.add_file(pipe, force=force)
+
+    with ThreadPoolExecutor(1) as pool:
+        added = pool.submit(add)
+        with pipe.open("wb", buffering=0) as end:
+            end.write(bytes(1 << 17))  # more than a pipe takes before anybody reads
+            yield added
 
 
 # === Adding and asking ===========================================================================
@@ -115,17 +139,14 @@ def test_a_file_is_replaced_unless_that_is_not_wanted(store: VmResourceStore) ->
     assert store.get_file_hash("a.txt") == sha256(b"new")
 
 
-def test_of_two_who_must_not_replace_one_wins(store: VmResourceStore) -> None:
-    """The second one comes while the first has looked and not written yet."""
-
-    class Late(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if not store.check_path("a.txt"):
-                store.add_file_from_content("first", "a.txt", force=False)
-            return super().read(size)
-
+def test_of_two_who_must_not_replace_one_wins(
+    store: VmResourceStore, db: Database, tmp_path: Path
+) -> None:
+    """The one comes while the other has looked and not written yet."""
+    with coming(db, tmp_path / "a.txt", force=False) as added:
+        store.add_file_from_content("first", "a.txt", force=False)
     with pytest.raises(FileExistsError):
-        store._add_all([("a.txt", Late(b"second"))], force=False)
+        added.result()
     assert store.get_file_hash("a.txt") == sha256(b"first")
 
 
@@ -176,9 +197,9 @@ def test_a_content_that_a_schedule_pins_outlives_its_name(
     vmrm.ScheduleDb(db=db).put("web", text)
     store.remove_file("a")
     assert contents(db) == {sha256(b"pinned")}
-    assert vmrm.unused_contents(db) == []
+    assert unnamed(db) == []
     vmrm.ScheduleDb(db=db).destroy_all()
-    assert [path.name for path in vmrm.unused_contents(db)] == [sha256(b"pinned")]
+    assert unnamed(db) == [sha256(b"pinned")]
 
 
 def test_a_lost_content_is_file_not_found(store: VmResourceStore) -> None:
@@ -212,7 +233,7 @@ def test_a_crash_while_adding_leaves_no_row_without_its_content(
     left = contents(db) - {sha256(b"old content")}
     assert len(left) == 1, "the crash left a file, which nothing names"
     if label == "store-before-rows":
-        assert [path.name for path in vmrm.unused_contents(db)] == [sha256(b"new content")]
+        assert unnamed(db) == [sha256(b"new content")]
     store.add_file_from_content("new content", "a.txt")
     assert Path(store.get_path("a.txt")).read_text() == "new content"
     store.remove_file("*")
@@ -232,15 +253,22 @@ def test_a_full_disk_adds_nothing_and_leaves_nothing(
     assert not store.check_path("a")
 
 
-def test_a_stream_that_breaks_adds_nothing(store: VmResourceStore, db: Database) -> None:
-    class Broken(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise OSError(errno.EIO, "it broke")
-
-    with pytest.raises(OSError, match="it broke"):
-        store._add_all([("good", io.BytesIO(b"good")), ("bad", Broken())], force=True)
+def test_a_file_that_cannot_be_read_adds_nothing(store: VmResourceStore, db: Database) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        store.add_file("/proc/self/mem")
     assert store.list_distinct_contents() == []
-    assert [p.name for p in vmrm.unused_contents(db)] == [sha256(b"good")], "check --fix removes it"
+    assert contents(db) == set()
+
+
+def test_an_archive_that_breaks_off_adds_nothing(
+    unpacking: VmResourceStore, db: Database, tmp_path: Path
+) -> None:
+    path = tar(tmp_path / "a.tar", ("good", b"good", {}), ("bad", bytes(4096), {}))
+    os.truncate(path, 2048)
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        unpacking.add_file(path)
+    assert unpacking.list_distinct_contents() == []
+    assert unnamed(db) == [sha256(b"good")], "check --fix removes it"
 
 
 # === Archives ====================================================================================
@@ -578,14 +606,18 @@ def test_a_disk_is_not_filled_to_the_last_and_exit_code_75_says_so(
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_content_being_added_is_not_removed_as_unused(db: vmrm.Database) -> None:
-    store = vmrm.VmResourceStore(db=db)
+def test_a_content_being_added_is_not_removed_as_unused(
+    store: VmResourceStore, db: Database, tmp_path: Path
+) -> None:
     store.add_file_from_content("old", "old")
-    with vmrm.adding(db, "store"):
-        sha256, _ = vmrm.put_content(db, io.BytesIO(b"new"))
+    (db.directory("store") / sha256(b"left")).write_bytes(b"left")
+    with coming(db, tmp_path / "new", force=True) as added:
         assert store.remove_file("old") == 1
         assert vmrm.check(db, fix=True)
-        assert vmrm.content_path(db, sha256).exists()
+        assert len(contents(db)) == 3, "nothing may be removed while contents come"
+    added.result()
+    with store.get_file("new") as file:
+        assert file.read() == bytes(1 << 17)
     assert vmrm.check(db, fix=True)
     assert vmrm.check(db) == []
-    assert not vmrm.content_path(db, sha256).exists()
+    assert contents(db) == {store.get_file_hash("new")}
