@@ -207,10 +207,10 @@ END;
 -- limit, '' no hook. A hook is a shell command line; the keeper runs it, each in its own process
 -- group, killed after its time-out.
 CREATE TABLE pool_groups (
-    name TEXT PRIMARY KEY COLLATE NOCASE CHECK (
+    position INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE COLLATE NOCASE CHECK (
         length(name) <= 64 AND instr(name, char(0)) = 0
         AND name GLOB '[A-Za-z0-9]*' AND name NOT GLOB '*[^A-Za-z0-9._-]*'),
-    position INTEGER NOT NULL,
     max_vm_per_user INTEGER CHECK (max_vm_per_user >= 0),    -- of this group bound to one owner
     max_vm_total INTEGER NOT NULL DEFAULT 8 CHECK (max_vm_total >= 0),  -- the keeper's limit
     min_ready INTEGER NOT NULL DEFAULT 1 CHECK (min_ready >= 0),        -- unbound, kept at hand

@@ -2936,10 +2936,7 @@ def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
     if row is not None and all(row[known[key]] == value for key, value in settings.items()):
         return
     with db.transaction(durable=True):
-        sql = """INSERT INTO pool_groups (name, position)
-                 SELECT :name, coalesce(max(position), 0) + 1 FROM pool_groups
-                 WHERE true ON CONFLICT DO NOTHING"""
-        db.write(sql, name=name)
+        db.write("INSERT INTO pool_groups (name) VALUES (:n) ON CONFLICT DO NOTHING", n=name)
         for key, value in settings.items():
             try:
                 db.update("pool_groups", {"name": name}, **{known[key]: value})
@@ -3577,7 +3574,7 @@ class VmManager(Leases):
     @property
     def vm_groups(self) -> list[int | str]:
         """The ids of the groups, in order; those made of digits only are ints."""
-        sql = "SELECT name FROM pool_groups ORDER BY position, name"
+        sql = "SELECT name FROM pool_groups ORDER BY position"
         return list(map(_group_id, self._groups or [row["name"] for row in self.db.query(sql)]))
 
     def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
@@ -3885,14 +3882,12 @@ def _descends_from(holder: Process) -> bool:
     if not here.namespace or holder[2:] != here[2:]:
         return False
     pid = here.pid
-    while pid != holder.pid:
+    while pid and pid != holder.pid:
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:  # it is gone, or hidden from us
             return False
-        if not pid:
-            return False
-    return holder.is_alive()
+    return bool(pid) and holder.is_alive()
 
 
 # === the reference's functions ===================================================================
@@ -9087,7 +9082,7 @@ def _supplies(pool: VmManager) -> Collection[_Supply]:
     mine = collections.defaultdict[str, list[Row]](list)
     for vm in pool.db.query("SELECT * FROM pool_prospects"):
         mine[vm.group.lower()].append(vm)
-    for group in pool.db.query("SELECT * FROM pool_groups ORDER BY position, name"):
+    for group in pool.db.query("SELECT * FROM pool_groups ORDER BY position"):
         key = group.name.lower()
         supplies[key] = _Supply(pool, group, mine[key], kept)
     for share in shares:
