@@ -123,7 +123,7 @@ def test_a_step_of_the_clock_is_no_lateness_and_no_negative_time(tmp_path: Path)
             folder = Path(vmrm.__file__).parent
             done = subprocess.run(command, env=environment, cwd=folder, timeout=60, check=False)
             assert done.returncode == 0
-            row = vmrm.report(vmrm_db)
+            row = vmrm.report_of(vmrm.read_run(vmrm_db))
         worst = row.rows[0]["late_worst_ms"]
         assert abs(worst) < 600_000, "not the hour of the step"
         total = float(row.summary.rpartition(", ")[2].split()[0])
