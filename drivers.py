@@ -63,7 +63,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -1698,58 +1698,6 @@ def _memory_file(content: bytes) -> io.BufferedRandom:
     file.write(content)
     file.seek(0)
     return file
-
-
-class HostPrograms:
-    """Runs programs on this very host, under the calls that a handler makes to a guest's driver."""
-
-    def __init__(self) -> None:
-        self._programs: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
-
-    def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
-        """Start a program in a session of its own, so that it outlives us; keep only its stderr."""
-        null, errors = subprocess.DEVNULL, _memory_file(b"")
-        try:
-            program = subprocess.Popen(
-                argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
-            )
-        except OSError as error:
-            raise AgentError("GenericError", str(error), "start") from error
-        self._programs[program.pid] = program, errors
-        return program.pid
-
-    def status(self, pid: int) -> ExecStatus:
-        """Return whether a program has ended, and how; UnknownPid if another process began it."""
-        if pid not in self._programs:
-            raise UnknownPid("GenericError", f"process {pid} is not ours", "status")
-        program, errors = self._programs[pid]
-        if (code := program.poll()) is None:
-            return ExecStatus(exited=False)
-        del self._programs[pid]
-        with errors:
-            errors.seek(0)
-            said = errors.read(65536)
-        exitcode, killed_by = (code, None) if code >= 0 else (None, -code)
-        return ExecStatus(True, exitcode, killed_by, err=said)
-
-    def run(self, argv: Sequence[str], *, timeout: float) -> ExecStatus:
-        """Run a short program to its end. Raises DriverTimeout, having killed it."""
-        try:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DriverTimeout(f"program {argv[0]!r}", timeout) from error
-        return ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
-
-    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
-        """Return at most *limit* bytes of a file from *offset* on. Raises AgentError."""
-        try:
-            with Path(path).open("rb") as source:
-                source.seek(offset)
-                return source.read(limit)
-        except OSError as error:
-            raise AgentError("GenericError", str(error), "read") from error
 
 
 # === stand-in agent ===============================================================================

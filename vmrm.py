@@ -5027,6 +5027,58 @@ class WindowsGuest(Guest):
                     self.driver.delete_file(copy)
 
 
+class HostPrograms:
+    """Runs programs on this very host, under the calls that are made to a guest's driver."""
+
+    def __init__(self) -> None:
+        self._programs: dict[int, tuple[subprocess.Popen[bytes], BinaryIO]] = {}
+
+    def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
+        """Start a program in a session of its own, so that it outlives us; keep only its stderr."""
+        null, errors = subprocess.DEVNULL, os.fdopen(os.memfd_create("errors"), "rb")
+        try:
+            program = subprocess.Popen(
+                argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
+            )
+        except OSError as error:
+            raise drivers.AgentError("GenericError", str(error), "start") from error
+        self._programs[program.pid] = program, errors
+        return program.pid
+
+    def status(self, pid: int) -> drivers.ExecStatus:
+        """Return whether a program has ended, and how."""
+        if pid not in self._programs:
+            raise drivers.UnknownPid("GenericError", f"process {pid} is not ours", "status")
+        program, errors = self._programs[pid]
+        if (code := program.poll()) is None:
+            return drivers.ExecStatus(exited=False)
+        del self._programs[pid]
+        with errors:
+            said = os.pread(errors.fileno(), 65536, 0)
+        exitcode, killed_by = (code, None) if code >= 0 else (None, -code)
+        return drivers.ExecStatus(True, exitcode, killed_by, err=said)
+
+    def run(self, argv: Sequence[str], *, timeout: float) -> drivers.ExecStatus:
+        """Run a short program to its end."""
+        null = subprocess.DEVNULL
+        try:
+            done = subprocess.run(
+                argv, stdin=null, capture_output=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise drivers.DriverTimeout(f"program {argv[0]!r}", timeout) from error
+        return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
+
+    def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
+        """Return at most `limit` bytes of a file from `offset` on."""
+        try:
+            with Path(path).open("rb") as source:
+                source.seek(offset)
+                return source.read(limit)
+        except OSError as error:
+            raise drivers.AgentError("GenericError", str(error), "read") from error
+
+
 class HostGuest(Guest):
     """This host, where entries with `on_host` run by the same scripts, beside the database."""
 
@@ -5034,7 +5086,7 @@ class HostGuest(Guest):
     reboots = False
 
     def __init__(self, db: Database, vm_name: str, run: str) -> None:
-        programs = cast(drivers.AbstractDriver, drivers.HostPrograms())
+        programs = cast(drivers.AbstractDriver, HostPrograms())
         super().__init__(programs, seconds=db.timeouts.call)
         self.db, self.vm_name, self.run = db, vm_name, run
         self.boot = boot_id()
