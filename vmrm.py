@@ -2585,9 +2585,14 @@ class VmResourceStore(_Rows):
         source = Path(path)
         if source.is_dir():
             raise WrongValue(f"{str(source)!r} is a directory; add its files, or an archive of it")
-        with source.open("rb") as stream, _damage_told(source):
-            files = _unpacked(source, stream) if self.decompress else [(source.name, stream)]
-            self._add_all(files, force)
+        try:
+            with source.open("rb") as stream:
+                files = _unpacked(source, stream) if self.decompress else [(source.name, stream)]
+                self._add_all(files, force)
+        except _damages() as error:
+            if getattr(error, "errno", None) is not None:  # it is about this host
+                raise
+            raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
     def add_file_from_content(
         self, content: str | bytes, filename: str, force: bool = True
@@ -2793,17 +2798,6 @@ def _damages(*more: type[Exception]) -> tuple[type[Exception], ...]:
 
     broken = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
     return (*broken, EOFError, OSError, RuntimeError, *more)
-
-
-@contextlib.contextmanager
-def _damage_told(source: Path) -> Iterator[None]:
-    """Turn what readers raise for a damaged archive into a `WrongValue`."""
-    try:
-        yield
-    except _damages() as error:
-        if getattr(error, "errno", None) is not None:  # it is about this host
-            raise
-        raise WrongValue(f"archive {source.name!r} cannot be unpacked: {error}") from error
 
 
 # === pool ========================================================================================
@@ -9624,10 +9618,7 @@ VM_KEYS: _Keys = {
     "launch_dir": (_is_text, "a directory in the guest"),
     "agent_timeout": (_is_positive, "a positive number of seconds"),
     "set_time": _SWITCH,
-    "count": (
-        lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= MAX_VMS,
-        f"a whole number up to {MAX_VMS}",
-    ),
+    "count": (lambda v: type(v) is int and 0 < v <= MAX_VMS, f"a whole number up to {MAX_VMS}"),
     "schedule": (_is_list, "a list of entries"),
 }
 
@@ -9776,42 +9767,36 @@ class _ExperimentReader:
             place = f"{where}, entry {number}"
             faults = entry_faults(item, place)
             self.faults += faults
+            parts = item.get("file") if isinstance(item, dict) else ()
+            for part in parts if isinstance(parts, list) else ():
+                if not _part_faults("file", part, place):  # where others are wrong, too
+                    self._pin(part, place)
             if not faults:
-                entries.append(ScheduleEntry.from_dict(self._resolved(item, place), number))
-            elif isinstance(item, dict):  # a missing file is no less a fault
-                parts = item.get("file")
-                for part in parts if isinstance(parts, list) else ():
-                    if not _part_faults("file", part, place):
-                        self._pinned(part, place)
+                self._resolve(item, place)
+                entries.append(ScheduleEntry.from_dict(item, number))
         return schedule_text(entries) if len(entries) == len(items) and items else ""
 
-    def _resolved(self, item: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """Return an entry with host paths made absolute and files pinned by their content."""
+    def _resolve(self, item: Mapping[str, Any], place: str) -> None:
+        """Make this host's paths in a sound entry absolute."""
         import shutil
 
-        resolved, program = dict(item), item.get("executable", "")
+        program = item.get("executable", "")
         if item.get("on_host") and program.startswith("/") and not shutil.which(program):
             self.faults.append(f"{place}: this host has no program {program!r}")
-        if "file" in item:
-            resolved["file"] = [self._pinned(part, place) for part in item["file"]]
-        if "transfer" in item:
-            resolved["transfer"] = [
-                part | {key: str(self.base / part[key]) for key in part if key == "destination"}
-                for part in item["transfer"]
-            ]
-        return resolved
+        for part in item.get("transfer", ()):
+            if "destination" in part:
+                part["destination"] = str(self.base / part["destination"])
 
-    def _pinned(self, part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    def _pin(self, part: dict[str, Any], place: str) -> None:
+        """Add to what a file is called here what its content is."""
         path = self.base / part["filename"]
         try:
             if not path.is_file():
                 raise FileNotFoundError(errno.ENOENT, "there is no such file")
-            sha256 = self._sha256(path)
+            part["sha256"] = self._sha256(path)
+            self.files[part["sha256"]] = path
         except OSError as error:
             self.faults.append(f"{place}, file {part['filename']!r}: {error.strerror}")
-            return {**part}
-        self.files[sha256] = path
-        return {**part, "sha256": sha256}
 
     def _check_unique(self) -> None:
         spellings: dict[str, Callable[[str], str]] = {
@@ -10075,24 +10060,17 @@ def read_run(db: Database, number: int | None = None) -> Run:
         last = max(texts, default=0)  # it stays, also that of a removed schedule
         entries, tries = texts.get(last, []), [a for a in attempts[key] if a.generation == last]
         latest, first = ({a.ordinal: a for a in order} for order in (tries, reversed(tries)))
-        marks = _marks(run, moved, holds[key], attempts[key], entries)
         there = next(iter(present.get(key, ())), None)
-        vm = (moved[0].server_name, moved[-1].new_state, (there or moved[-1]).reason, there)
-        run.vms.append(VMRun(*vm, entries, latest, first, attempts[key], marks))
+        seen = (moved[0].server_name, moved[-1].new_state, (there or moved[-1]).reason, there)
+        vm = VMRun(*seen, entries, latest, first, attempts[key])
+        run.vms.append(vm._replace(marks=_marks(run, vm, moved, holds[key])))
     run.loose = sorted(s[-1].server_name for s in schedules.values() if s[-1].text)
     return run
 
 
-def _marks(
-    run: Run,
-    moves: Iterable[Row],
-    holds: Iterable[Row],
-    attempts: Iterable[Row],
-    entries: Sequence[ScheduleEntry],
-) -> list[Mark]:
+def _marks(run: Run, vm: VMRun, moves: Iterable[Row], holds: Iterable[Row]) -> list[Mark]:
     """Return what happened to a VM besides its attempts, oldest first."""
-    found: list[Mark] = []
-    given = []
+    found, given = list[Mark](), []
     for row in moves:
         if row.at >= run.begin:
             why = {"reason": row.reason} if row.reason else {}
@@ -10101,11 +10079,12 @@ def _marks(
         hold, ignored = Hold(row.experiment_time, row.duration_s), bool(row.ignored)
         given += [] if ignored else [hold]
         found.append((row.at, str(hold).split()[0], f"{hold} given", {"ignored": ignored}))
-    for before, after in itertools.pairwise(a for a in attempts if a.boot_id and not a.on_host):
+    in_guest = (a for a in vm.attempts if a.boot_id and not a.on_host)
+    for before, after in itertools.pairwise(in_guest):
         if after.boot_id != before.boot_id:
             found.append((after.armed_at, "reboot", "rebooted", {"boot_id": after.boot_id}))
-    times, start = Timeline(entries, given).times, run.experiment.start_at or math.inf
-    for entry in entries:
+    times, start = Timeline(vm.entries, given).times, run.experiment.start_at or math.inf
+    for entry in vm.entries:
         at = run.begin if entry.start_time < 0 else start + times[entry.ordinal]
         if (entry.pause or entry.is_resume) and at <= run.end:  # it has come
             found.append((at, entry.label.split()[0], entry.label, {"entry": entry.ordinal}))
@@ -10173,14 +10152,9 @@ def _vm_faults(vm: VMRun, stopped: bool) -> Iterator[str]:
 
 
 FAILED_OUTCOMES = (Outcome.FAILED, Outcome.UNKNOWN)
-TRACE_COLOURS = {  # of chrome://tracing's own palette
-    "done": "good",
-    "failed": "terrible",
-    "unknown": "bad",
-    "skipped": "grey",
-    "running": "yellow",
-    "armed": "generic_work",
-}
+# Of chrome://tracing's own palette.
+TRACE_COLOURS = {"done": "good", "failed": "terrible", "unknown": "bad", "skipped": "grey"}
+TRACE_COLOURS |= {"running": "yellow", "armed": "generic_work"}
 
 
 def trace(run: Run) -> dict[str, Any]:
