@@ -10521,12 +10521,11 @@ _STYLES |= {"configuring": "yellow", "running": "yellow", "uninitialized": "dim"
 _Listing = Sequence[Mapping[str, Any]]
 
 
-class Screen:
+class Screen(NamedTuple):
     """Results on stdout, everything else on stderr; a table on a terminal, else tab-separated."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json = as_json
-        self.quiet = quiet  # nothing but errors on stderr
+    as_json: bool = False
+    quiet: bool = False  # nothing but errors on stderr
 
     def show(self, result: object) -> None:
         if sys.stdout is None:  # closed by whoever started us
@@ -10538,12 +10537,10 @@ class Screen:
             print(printable(text, None, "\n"))
         elif rows and is_rows and sys.stdout.isatty():
             _print_fitting(rows, as_records=isinstance(result, Mapping))
-        elif isinstance(result, Mapping):
-            for key, value in result.items():
-                print(f"{key}\t{_cell(value)}")
         elif isinstance(rows, list):
-            for row in rows:
-                print("\t".join(map(_cell, row.values() if is_rows else [row])))
+            lines = [row.values() if is_rows else [row] for row in rows]
+            for cells in result.items() if isinstance(result, Mapping) else lines:
+                print("\t".join(map(_cell, cells)))
         elif result is not None:
             print(result)
         sys.stdout.flush()  # here, where a reader that has left is noticed
@@ -10713,7 +10710,7 @@ class Viewer:
 
     def _until_end(self, process: Any, update: Callable[[], None]) -> None:
         look_at = 0.0
-        while self._is_running(process):
+        while _is_supervised(self.db, process):
             began = CLOCK.monotonic()
             if began >= look_at:
                 update()
@@ -10733,15 +10730,10 @@ class Viewer:
         self._seen, self._read_at = version, now
         return True
 
-    def _is_running(self, process: Any) -> bool:
-        # Ours may have come second to that of another `run`, which is then the one to watch.
-        ours = process is not None and process.poll() is None
-        return ours or supervisor_pid(self.db) is not None
-
     def _stop(self, process: Any) -> None:
         try:
             halt_experiment(self.db, Halt.STOP)
-            while self._is_running(process):
+            while _is_supervised(self.db, process):
                 time_to_wait(0.05)
         except KeyboardInterrupt:
             if pid := supervisor_pid(self.db):
@@ -10814,14 +10806,20 @@ class Viewer:
             }
             for row in shown
         ]
-        rest = f"… and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
-        return Group(_table(lines, crop=True), *([Text(rest)] if rest else []))
+        rest = [Text(f"… and {len(rows) - len(shown)} more")] if len(rows) > len(shown) else []
+        return Group(_table(lines, crop=True), *rest)
 
     def _present_entry(self, vm_name: str) -> str:
         sql = """SELECT entry FROM entry_status WHERE server_name = :name AND outcome = 'running'
                  ORDER BY sent_at DESC LIMIT 1"""
         entry = self.db.value(sql, name=vm_name)
         return ScheduleEntry.from_dict(json.loads(entry)).label if entry else ""
+
+
+def _is_supervised(db: Database, process: Any) -> bool:
+    # Ours may have come second to that of another `run`, which is then the one to watch.
+    ours = process is not None and process.poll() is None
+    return ours or supervisor_pid(db) is not None
 
 
 def _progress_line(row: Mapping[str, Any]) -> str:
@@ -11195,7 +11193,7 @@ def cmd_logs(cli: Cli, vm: str, *, follow: bool = False) -> None:
     print_log(path, (lambda: supervisor_pid(db) is not None) if follow else lambda: False)
 
 
-@command(vm="Default: all.", state="Default: configured.", timeout="Seconds to wait (code 124).")
+@command(vm="Default: all.", state="Default: configured.", timeout="Seconds, then exit code 124.")
 def cmd_wait(
     cli: Cli, vm: str | None = None, *, state: VMState | None = None, timeout: float | None = None
 ) -> None:
@@ -11348,8 +11346,7 @@ def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> None:
 def _is_leaving(db: Database, process: Any) -> bool:
     if db.value("SELECT halt FROM current_experiment") not in (Halt.STOP, Halt.KILL):
         return False  # they have left, and somebody runs it again
-    ours = process is not None and process.poll() is None
-    return ours or supervisor_pid(db) is not None or bool(live_handlers(db))
+    return _is_supervised(db, process) or bool(live_handlers(db))
 
 
 @command(yes="Really do it.", purge="Remove journal, logs and transfers, too.")
