@@ -58,6 +58,7 @@ import string
 import subprocess
 import threading
 import time
+import traceback
 import types
 from collections.abc import (
     Callable,
@@ -4189,21 +4190,18 @@ exit "$code"
 
 # What a guest is asked, or has to do, by verb, for sh and for PowerShell. The parameters:
 # - lay-out: the stage, experiment and VM that own it, a word for what is old, folders to move
-#   aside; by stdin, lines that call the functions. `script` makes a script at a path, for the
-#   agent's own user or another, who gets the directory named third; root runs and writes nothing
-#   that such a user could have put there. `keep` verifies a pushed content, `text` brings one.
-#   Tells what lies in the stage. A link is made with its content in one step: two VMs that share a
-#   directory cannot both own it. Windows: lines come as words between tabs, in a file; sizes are
-#   verified; two accounts may change what is ours, as what is made on a drive any user may.
+#   aside; by stdin (Windows: in a file, words between tabs) lines that call the functions. `script`
+#   makes a script, for the agent's own user or another, who gets the directory named third; root
+#   runs and writes nothing that such a user could have put there. Tells what lies in the stage.
+#   A link is made with its content in one step: two VMs that share a directory cannot both own it.
+#   Windows: any user may change what is made on a drive, hence icacls.
 # - probe, forbid: directories of attempts. `probe` looks for life before the exit code: what is
 #   gone by then has written its code. `forbid` takes the place of those that have not begun.
 #   Windows: a batch file cannot tell its pid, its command line has its path and the attempt.
 # - signal: a signal's name and a pid, without "--", which dash's kill does not know; the group, or
 #   where there is no setsid the process. Windows: all that it started ends, whatever the signal.
-# - has-program: a name, looked for as a shell does.
 # - list: a path or glob. Windows: a directory's entry lags behind a file that is open, hence
 #   Refresh; a link is listed by nobody, but the place that was asked for may be one.
-# - hash: exit code and 64 digits tell; where one of the programs is missing, it is asked no more.
 # - receive, deliver, discard: a file that is pushed, and a token; it arrives where it belongs if
 #   nobody else can change that, else in a directory of ours.
 _SCRIPTS = {
@@ -4473,9 +4471,7 @@ _TEXT_BYTES = 1 << 12  # a content that is no longer costs less as a line than a
 _NOT_PLAIN = re.compile(r"[^ -~]")
 
 
-class Staged(NamedTuple):
-    """A content that must lie in the guest's stage before the first entry runs."""
-
+class Staged(NamedTuple):  # a content that must lie in the stage before the first entry runs
     sha256: str
     size: int
     source: Callable[[], BinaryIO]
@@ -4536,8 +4532,7 @@ def parse_exit(text: str) -> tuple[int, bool]:
 #
 # cmd.exe reads a batch file line by line: first %NAME% is replaced, then quotes and ^ decide which
 # of & | < > ( ) mean something; what is left reaches a program as one string, which the program
-# takes apart by the rules of CommandLineToArgvW. "||" and "&&" are not used: the condition after
-# each command is written out, as every cmd.exe has understood it since 1993.
+# takes apart by the rules of CommandLineToArgvW. Not every cmd.exe knows "||" and "&&".
 
 _CALL_BATCH = """\
 @echo off
@@ -5465,7 +5460,6 @@ class LogFile(logging.Handler):
         self.setFormatter(LogFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append one record; the file is open for no longer, so it can neither leak nor linger."""
         lines = f"{self.format(record)}\n"
         if self._lost:
             lines = f"{_iso(record.created)} error   {self._lost} records lost here\n{lines}"
@@ -10961,16 +10955,14 @@ def cmd_demo(cli: Cli) -> None:
 
     Needs no VM and leaves nothing behind. Takes about ten seconds.
     """
-    import subprocess
     import tempfile
 
     screen = cli.screen
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmrm-demo-")))
         argv = own_command("agent", f"{root}/agents", "--count", "3")
-        quiet = subprocess.DEVNULL
-        agents = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=quiet)
-        stack.enter_context(agents)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        agents = stack.enter_context(subprocess.Popen(argv, stdout=pipe, stdin=null))
         stack.callback(agents.terminate)
         assert agents.stdout is not None
         if not agents.stdout.readline():
@@ -11404,9 +11396,8 @@ def cmd_check(cli: Cli, *, fix: bool = False) -> None:
 @command(file="The copy, which must not exist.")
 def cmd_backup(cli: Cli, file: Path) -> None:
     """Copy the database to a new file while it is in use; the file store is not part of it."""
-    db = cli.open()
-    with new_file(db, file) as copy:
-        copy_database(db.connection, copy)
+    with new_file(cli.open(), file) as copy:
+        copy_database(cli.db.connection, copy)
 
 
 # --- schedule
@@ -11415,8 +11406,7 @@ def cmd_backup(cli: Cli, file: Path) -> None:
 @command()
 def cmd_schedule_show(cli: Cli, vm: str) -> object:
     """Show a VM's entries with planned and real times."""
-    db = cli.open()
-    return entry_rows(db, cli.vm(vm))
+    return entry_rows(cli.open(), cli.vm(vm))
 
 
 @command(file="A TOML file with [[schedule]] tables, or a JSON list of entries.")
@@ -12047,8 +12037,6 @@ def _told(error: Exception, words: Sequence[str]) -> VmrmError:
             return Unavailable(said)
         if error.errno in _REFUSALS:
             return VmrmError(said)
-    import traceback
-
     traceback.print_exception(error)
     what = f"internal error: {type(error).__name__}: {_one_line(error)}"
     return VmrmError(what, "This is a fault of vmrm: please report it, with the lines above")
