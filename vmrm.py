@@ -6315,18 +6315,15 @@ class Staging:
 class Transfers:
     """Copies files of a guest to this host, into `<destination>/<vm_name>`."""
 
-    def __init__(self, guest: Guest, vm_name: str, default: Path, log: logging.Logger) -> None:
-        self.guest, self.vm_name, self.default, self.log = guest, vm_name, default, log
+    def __init__(self, vm: HandledVM) -> None:
+        self.guest, self.vm_name, self.log = vm.guest, vm.name, vm.log
+        self.default = run_directory(vm.db, "transfers")
         self.ending = False  # repeating transfers make their last pass
         self._copying: set[str] = set()  # temporary names of copies under way
         self._swept: set[Path] = set()  # destinations without those of a handler that was killed
 
     def steps(
-        self,
-        name: str,
-        location: str,
-        interval: float | None = None,
-        destination: str | None = None,
+        self, name: str, location: str, interval: float | None, destination: str | None
     ) -> Steps:
         """Pull a path or glob once, or every `interval` seconds until the transfers are ending.
 
@@ -6814,7 +6811,7 @@ class Life:
     def __init__(self, vm: HandledVM, staging: Staging) -> None:
         self.vm, self.staging, self.journal = vm, staging, vm.journal
         self.agenda = Agenda()
-        self.transfers = Transfers(vm.guest, vm.name, run_directory(vm.db, "transfers"), vm.log)
+        self.transfers = Transfers(vm)
         self.plan: Plan = cast(Any, None)  # taken before anything begins
         self.runs: dict[int, EntryRun] = {}  # by ordinal
         self.task: Task | None = None
@@ -7312,17 +7309,13 @@ class VMResourceHandler:
 
     @staticmethod
     def _check_driver(obj: object) -> bool:
-        """Return whether an object is a driver class that can be instantiated."""
-        import inspect
-
         is_driver = isinstance(obj, type) and issubclass(obj, drivers.AbstractDriver)
-        return is_driver and not inspect.isabstract(obj)
+        return is_driver and not getattr(obj, "__abstractmethods__", None)
 
-    def _import_drivers(self) -> set[type[drivers.AbstractDriver]]:
-        """Return the set of available driver classes."""
+    def _import_drivers(self) -> set[Driver]:
         return set(plug_ins().values())
 
-    def import_driver(self) -> type[drivers.AbstractDriver]:
+    def import_driver(self) -> Driver:
         """Return the driver class whose engine is this VM's; VMFailed if there is none."""
         return self.vm.driver_class()
 
@@ -7331,7 +7324,6 @@ class VMResourceHandler:
         return self._quietly(self.vm.connect)
 
     def _quietly(self, action: Callable[..., object], *arguments: Any) -> bool:
-        """Do something; log a failure and return false instead of raising it."""
         try:
             action(*arguments)
         except (drivers.DriverError, VMFailed, _EntryFailed, OSError) as error:
@@ -7344,29 +7336,22 @@ class VMResourceHandler:
         return self._quietly(run_steps, Staging(self.vm).steps([schedule_entry]), self.vm.nap)
 
     def preload_files(self) -> bool:
-        """Bring everything all entries need into the guest; return whether that worked.
-
-        So we write nothing to its disk right after a reboot, which Windows does not take well.
-        """
+        """Bring what all entries need into the guest's stage; return whether that worked."""
         entries = Plan.read(self.db, self.vm_name).entries
         return self._quietly(run_steps, Staging(self.vm).steps(entries), self.vm.nap)
 
     def run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
     ) -> None:
-        """Run one entry of the VM's stored schedule to its end; errors go to the log.
-
-        The queue gets it if it asks for a reboot.
-        """
+        """Run a stored entry to its end, or log why not; the queue gets it if it asks to reboot."""
         self._quietly(self._run_vm_resource, schedule_entry, queue)
 
     def _run_vm_resource(
         self, schedule_entry: ScheduleEntry, queue: Queue[Any] | None = None
     ) -> None:
         with contextlib.closing(Life(self.vm, self._staging)) as life:
-            attempt = life.run_once(schedule_entry)
-        if queue is not None and attempt.reboot:
-            queue.put(schedule_entry)
+            if life.run_once(schedule_entry).reboot and queue is not None:
+                queue.put(schedule_entry)
 
     def check_for_reboot(self, reboot_filepath: str) -> bool:
         """Return whether the guest has a reboot file at this path, which asks for a reboot."""
@@ -7382,7 +7367,6 @@ class VMResourceHandler:
         self._print_stream(self.driver.get_stderr(pid), str(schedule_entry), "err")
 
     def _print_stream(self, output: str | None, stream: str, stream_name: str) -> None:
-        """Write one stream's text to the log, line by line; JSON lines to the JSON log too."""
         self.vm.output.lines(stream, stream_name, (output or "").splitlines())
 
     def log_json(self, content: str | Mapping[str, Any]) -> None:
@@ -7396,19 +7380,15 @@ class VMResourceHandler:
         interval: float | None = None,
         destination: str | None = None,
     ) -> None:
-        """Pull a file, directory or glob out of the VM; RuntimeError if that cannot be done.
+        """Pull a file, directory or glob out of the VM, once or every `interval` seconds.
 
-        Args:
-            name: What the log calls it.
-            location: Absolute path in the VM.
-            interval: Seconds between two looks for changed files; None: once.
-            destination: Directory on the host; None: `transfers` in the state directory.
+        It goes to a directory of this host, by default `transfers` in the state directory.
+        RuntimeError if the location is not absolute, or cannot be pulled.
         """
         if not is_guest_path(location):
             raise RuntimeError(f"transfer path {location!r} is not absolute")
-        default = run_directory(self.db, "transfers")
-        transfers = Transfers(self.vm.guest, self.vm_name, default, self.log)
-        run_steps(transfers.steps(name, location, interval, destination), self.vm.nap)
+        steps = Transfers(self.vm).steps(name, location, interval, destination)
+        run_steps(steps, self.vm.nap)
 
     _transfer_data = transfer_data
 
@@ -7436,11 +7416,9 @@ class VMResourceHandler:
 
     def get_events(self) -> list[ScheduleEvent]:
         """Take all events off the updater's queue, in the order of their times."""
-        events, queue = [], self.updater.priority_queue
+        queue = self.updater.priority_queue
         with self.updater.condition:
-            while not queue.empty():
-                events.append(queue.get_nowait()[1])
-        return events
+            return [queue.get_nowait()[1] for _ in range(queue.qsize())]
 
 
 # === commands on a VM at once ====================================================================

@@ -34,9 +34,8 @@ class Transfers:
         """Connect, as each handler does."""
         handler = vmrm.VMResourceHandler(self.config)
         assert handler.connect_to_driver()
-        self.driver, log = handler.driver, handler.log
-        self.guest = vmrm.guest_of(self.driver)
-        self.passes = vmrm.Transfers(self.guest, "vm", self.root, log)
+        self.driver, self.guest = handler.driver, handler.vm.guest
+        self.passes = vmrm.Transfers(handler.vm)
         pull = self.driver.pull
 
         def noted(path: str, sink: Any, *, offset: int = 0, limit: int | None = None) -> Any:
