@@ -5905,21 +5905,18 @@ def handler_config(db: Database, server_name: str) -> dict[str, Any]:
     return {**row, "db": db}
 
 
-@dataclasses.dataclass
-class Plan:
+class Plan(Row):
     """What rows say that a VM is to do. Taking the same plan twice changes nothing."""
 
-    revision: int  # read with the rest, or before it: what comes later has a higher one
-    generation: int
-    text: str  # the schedule
-    start_at: float | None
-    halt: Halt | None
     holds: list[Hold]
     entries: list[ScheduleEntry]
+    times: dict[int, float]  # when each entry really happens, by ordinal
 
     @classmethod
     def read(cls, db: Database, server_name: str, known: Plan | None = None) -> Plan:
         """Read the plan of a VM; what is known of its entries already is taken over."""
+        # What comes later than the revision that is read with the rest, or before it, has a
+        # higher one.
         row = db.row(
             """SELECT v.revision, coalesce(s.generation, 1) AS generation,
                    coalesce(s.text, '[]') AS text, e.start_at, e.halt
@@ -5931,15 +5928,11 @@ class Plan:
         if row is None:
             raise _Leave("the VM was taken out")
         entries = known.entries if known else []
-        if known is None or row["text"] != known.text:  # in a generation, entries are only added
-            entries = entries + parse_schedule(row["text"])[len(entries) :]
-        halt = Halt(row.pop("halt")) if row["halt"] else row.pop("halt")
-        return cls(**row, halt=halt, holds=read_holds(db, server_name), entries=entries)
-
-    @functools.cached_property
-    def times(self) -> dict[int, float]:
-        """When each entry really happens, by ordinal."""
-        return Timeline(self.entries, self.holds).times
+        if known is None or row.text != known.text:  # in a generation, entries are only added
+            entries = entries + parse_schedule(row.text)[len(entries) :]
+        halt, holds = Halt(row.halt) if row.halt else None, read_holds(db, server_name)
+        times = Timeline(entries, holds).times
+        return cls(row, halt=halt, holds=holds, entries=entries, times=times)
 
 
 class StartTime:
@@ -5952,20 +5945,18 @@ class StartTime:
 
     def plan(self, start_at: float | None) -> None:
         """Take the common start, which never changes once it is set."""
-        if start_at is None or self.wall is not None:
-            return
-        self.wall = float(int(start_at))
-        self.monotonic = CLOCK.monotonic() + (self.wall - CLOCK.wall())
-        self.log.info("the experiment starts at %s", _iso(self.wall))
+        if start_at is not None and self.wall is None:
+            self.wall = float(int(start_at))
+            self.monotonic = CLOCK.monotonic() + (self.wall - CLOCK.wall())
+            self.log.info("the experiment starts at %s", _iso(self.wall))
 
     def check(self) -> None:
         """Notice a step of the wall clock, and say so once."""
-        if self.wall is None:
-            return
-        step = (CLOCK.wall() - self.wall) - (CLOCK.monotonic() - self.monotonic)
-        if abs(step) > 1:
-            self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
-            self.wall += step
+        if self.wall is not None:
+            step = (CLOCK.wall() - self.wall) - (CLOCK.monotonic() - self.monotonic)
+            if abs(step) > 1:
+                self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
+                self.wall += step
 
 
 class Patience:
@@ -5980,14 +5971,11 @@ class Patience:
         self._reached: set[Hashable] = set()  # how far the VM ever came
 
     def progress(self, *point: Hashable) -> None:
-        """Note that the VM gets on, so that past trouble is forgiven.
-
-        A point counts only the first time: a guest that reboots for ever always comes to the same.
-        """
-        if point and point in self._reached:
-            return
-        self._reached.add(point)
-        self._since, self._refused, self._count = None, "", 0
+        """Forgive past trouble, as the VM gets on."""
+        # A guest that reboots for ever always comes to the same points.
+        if not point or point not in self._reached:
+            self._reached.add(point)
+            self._since, self._refused, self._count = None, "", 0
 
     def trouble(self, error: drivers.DriverError) -> float:
         """Return after how many seconds to connect anew. Raises VMFailed if that is no use."""
@@ -6049,15 +6037,6 @@ class HandledVM:
         """Begin to write logs; anew, where there may be room again."""
         self.output = OutputLog(run_directory(self.db, "logs"), self.name, self.log)
 
-    def place(self, entry: ScheduleEntry) -> Guest:
-        """Return where an entry's script runs."""
-        return self.host if entry.on_host else self.guest
-
-    def state(self) -> str:
-        """Return the state that the VM's row says."""
-        sql = "SELECT state FROM vms WHERE server_name = :name"
-        return cast(str, self.db.value(sql, name=self.name))
-
     def set_state(self, state: str, reason: str = "") -> None:
         """Move the VM to a state; the last one to be configured sets the start time by this."""
         with _changing_vms(self.db):
@@ -6086,7 +6065,7 @@ class HandledVM:
 
     # --- its agent
 
-    def driver_class(self) -> type[drivers.AbstractDriver]:
+    def driver_class(self) -> Driver:
         """Return the driver class whose engine is this VM's."""
         try:
             return driver_of(self.config.get("engine") or "QemuVM")
@@ -6194,15 +6173,15 @@ class HandledVM:
         with _changing_vms(self.db):
             if skew is not None:
                 self.db.update("vms", {"server_name": self.name}, skew_s=skew)
-            if begins := self.state() == VMState.UNINITIALIZED:
-                move_vm(self.db, self.name, VMState.CONFIGURING, "")
-            state = self.state()
+            sql = "SELECT state FROM vms WHERE server_name = :name"
+            state: str = self.db.value(sql, name=self.name)
+            if begins := state == VMState.UNINITIALIZED:
+                move_vm(self.db, self.name, state := VMState.CONFIGURING, "")
         if begins:
             self.log.info("the VM is %s", state)
         return state
 
     def _skew(self) -> float:
-        """Return by how many seconds the guest's clock is off for sure."""
         before = CLOCK.wall()
         guest, after = self.driver.get_time() / 1e9, CLOCK.wall()
         # What the answer's way may have taken is no fault of the clock.
@@ -6215,22 +6194,18 @@ class Staging:
     def __init__(self, vm: HandledVM) -> None:
         self.vm = vm
         self._boot = ""
-        self._ready: set[int] = set()  # ordinals
+        self.ready: set[int] = set()  # ordinals of what was prepared, be it in vain
         self._faulty: set[int] = set()  # of these, what could not be loaded
-
-    def is_ready(self, entry: ScheduleEntry) -> bool:
-        """Whether an entry was prepared, be it in vain."""
-        return entry.ordinal in self._ready
 
     def missing(self, entries: Iterable[ScheduleEntry]) -> list[ScheduleEntry]:
         """Return the entries that must be prepared in the present boot of the guest."""
         if self._boot != self.vm.guest.boot:
-            self._ready, self._boot = set(), self.vm.guest.boot
-        return [entry for entry in entries if not self.is_ready(entry)]
+            self.ready, self._boot = set(), self.vm.guest.boot
+        return [entry for entry in entries if entry.ordinal not in self.ready]
 
     def forgive(self) -> None:
         """Have what could not be loaded tried again: its file may have come since, or a retry."""
-        self._ready -= self._faulty
+        self.ready -= self._faulty
         self._faulty.clear()
 
     def steps(self, schedule: Sequence[ScheduleEntry]) -> Steps:
@@ -6238,33 +6213,26 @@ class Staging:
         entries = self.missing(schedule)
         for guest in (self.vm.host, self.vm.guest):
             guest.name_places(entry for entry in schedule if guest.runs(entry))
-        for entry in entries:
-            if entry.on_host:
-                self._install(entry)
-                yield 0
+        for entry in (entry for entry in entries if entry.on_host):
+            try:
+                if not self.vm.db.value("SELECT allow_host FROM current_experiment"):
+                    raise ValueError("it runs on the host: run --allow-host")
+                title = f"{self._title(entry)}, on the host"
+                self.vm.host.install(entry, title, self.vm.token)
+            except (OSError, ValueError) as error:
+                self._not_loadable(entry, error)
+            yield 0
         if staged := [entry for entry in entries if entry.runs_script and not entry.on_host]:
             yield from self._stage_steps(staged)
-        self._ready.update(entry.ordinal for entry in entries)
-        self.vm.patience.progress("ready", len(self._ready))
-
-    def _install(self, entry: ScheduleEntry) -> None:
-        """Write what an entry on this host runs."""
-        if not self.vm.db.value("SELECT allow_host FROM current_experiment"):
-            self._not_loadable(entry, "it runs on the host: run --allow-host")
-            return
-        try:
-            self.vm.host.install(entry, self._title(entry), self.vm.token)
-        except OSError as error:
-            self._not_loadable(entry, error)
+        self.ready.update(entry.ordinal for entry in entries)
+        self.vm.patience.progress("ready", len(self.ready))
 
     def _title(self, entry: ScheduleEntry) -> str:
-        where = ", on the host" if entry.on_host else ""
-        return f"VM {self.vm.name}, entry {entry.ordinal} ({entry}){where}"
+        return f"VM {self.vm.name}, entry {entry.ordinal} ({entry})"
 
-    def _not_loadable(self, entry: ScheduleEntry, why: str | Exception) -> None:
+    def _not_loadable(self, entry: ScheduleEntry, error: Exception) -> None:
         vm = self.vm
-        if isinstance(why, OSError):
-            why = f"{why.strerror}: {why.filename}"
+        why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
         if entry.start_time < 0 and not entry.ignore_failure:
             raise VMFailed(f"entry {entry.ordinal} ({entry}) cannot be loaded: {why}")
         latest = vm.journal.latest().get(entry.ordinal)
@@ -6285,31 +6253,29 @@ class Staging:
                 self._not_loadable(entry, error)
             _crash("files-loaded")
             yield 0  # what is due goes first
-        fresh = not (self._ready or vm.journal.latest())
+        fresh = not (self.ready or vm.journal.latest())
         older = sorted({guest.folder(entry).parent.name for entry in entries}) if fresh else ()
         owner, tell = (vm.journal.experiment, vm.config["vm_uuid"]), vm.patience.progress
         yield from guest.stage_steps(owner, older, scripts, contents.values(), tell)
 
     def _contents(self, entry: ScheduleEntry) -> list[tuple[Staged, str]]:
-        """Return what an entry places, each with its file mode."""
-        guest, placed = self.vm.guest, []
+        db, guest, placed = self.vm.db, self.vm.guest, []
         own_program = guest.path(entry, entry.executable or "")
         for item in entry_files(entry):
             location = guest.path(entry, item["location"])
             if "content" in item:
                 staged = text_content(guest.content(location, item["content"]))
             else:
-                staged = self._stored(item)
+                name = item["filename"]
+                sha256 = item.get("sha256") or VmResourceStore(db=db).get_file_hash(name)
+                if not (path := content_path(db, sha256)).is_file():
+                    why = "the file store has no such file"
+                    raise FileNotFoundError(errno.ENOENT, why, name)
+                source = cast("Callable[[], BinaryIO]", functools.partial(path.open, "rb"))
+                staged = Staged(path.name, path.stat().st_size, source)
             is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
-
-    def _stored(self, item: Mapping[str, Any]) -> Staged:
-        db, name = self.vm.db, item["filename"]
-        path = content_path(db, item.get("sha256") or VmResourceStore(db=db).get_file_hash(name))
-        if not path.is_file():
-            raise FileNotFoundError(errno.ENOENT, "the file store has no such file", name)
-        return Staged(path.name, path.stat().st_size, lambda: cast(BinaryIO, path.open("rb")))
 
 
 class Transfers:
@@ -6546,7 +6512,7 @@ class EntryRun:
         self, vm: HandledVM, entry: ScheduleEntry, transfers: Transfers | None = None
     ) -> None:
         self.vm, self.entry, self.transfers = vm, entry, transfers
-        self.guest = vm.place(entry)
+        self.guest = vm.host if entry.on_host else vm.guest
         self.lead = 1 + int.from_bytes(os.urandom(2)) / 16384  # seconds between arming and due
         self.attempt: Attempt = cast(Any, None)
         self.due: float | None = None  # the effective time that the attempt was armed for, if any
@@ -6873,7 +6839,8 @@ class Life:
     def _ready(self) -> list[EntryRun]:
         """Return what can be run: all entries but pauses, as far as they are prepared."""
         runs = self.runs.values()
-        return [r for r in runs if r.entry.pause is None and self.staging.is_ready(r.entry)]
+        ready = self.staging.ready
+        return [run for run in runs if run.entry.pause is None and run.entry.ordinal in ready]
 
     def _needs(self, runs: Iterable[EntryRun]) -> dict[NextStep, list[EntryRun]]:
         latest = self.journal.latest()
