@@ -5174,13 +5174,15 @@ class Agenda:
         return self._heap[0][0] if self._heap else math.inf
 
     def run_next(self) -> None:
-        """Run the step that is due first; what it raises is raised."""
+        """Run the task that is due first, for a step or, alone, a moment; let its errors out."""
         if self.next_due() > self.clock.monotonic():
             return
-        task = heapq.heappop(self._heap)[2]
+        task, until = heapq.heappop(self._heap)[2], self.clock.monotonic() + SLICE_S
         task.begun = True
         try:
-            wish = next(task.steps)
+            while (wish := next(task.steps)) == 0:  # it goes on while nothing else is due
+                if not self.clock.monotonic() < min(until, self.next_due()):
+                    break
         except StopIteration as end:
             task.result = end.value
             self._end(task)
@@ -5958,6 +5960,11 @@ class StartTime:
                 self.log.warning("the host's clock was set by %+.1f s; the plan is kept", step)
                 self.wall += step
 
+    def at(self, due: float | None) -> float | None:
+        """Return an experiment time by the wall clock as it is now."""
+        self.check()
+        return None if due is None else cast(float, self.wall) + due
+
 
 class Patience:
     """How long a VM may be in trouble without getting on, before that is its end."""
@@ -6321,17 +6328,19 @@ class Transfers:
 
     def pass_steps(self, location: str, root: Path) -> Steps:
         """Bring what changed at a guest's path or glob to the host; return what went wrong."""
-        faults: list[str] = []
-        gone, pause_at = 0, 0.0
-        yield from self._sweep_steps(root)
+        faults, gone = list[str](), 0
+        if root not in self._swept:  # a handler that was killed left what it was copying
+            self._swept.add(root)
+            for broken in broken_copies(root / self.vm_name):
+                if broken is not None and broken.name not in self._copying:
+                    broken.unlink(missing_ok=True)
+                yield 0
         try:
             records = yield from self._list_steps(location)
         except (RuntimeError, drivers.AgentError) as error:
             return [printable(str(error))]
         for record in records:
-            if CLOCK.monotonic() >= pause_at:
-                yield 0
-                pause_at = CLOCK.monotonic() + SLICE_S
+            yield 0
             try:
                 gone += not (yield from self._pull_steps(parse_listed(record), root, location))
             except (OSError, ValueError) as error:
@@ -6344,19 +6353,6 @@ class Transfers:
         if gone:
             self.log.info("transfer of %s: gone again: %d files", location, gone)
         return faults
-
-    def _sweep_steps(self, root: Path) -> Steps:
-        """Remove, before the first pass, what a handler that was killed left of its copies."""
-        if root in self._swept:
-            return
-        self._swept.add(root)
-        pause_at = CLOCK.monotonic() + SLICE_S
-        for path in broken_copies(root / self.vm_name):
-            if path is not None and path.name not in self._copying:
-                path.unlink(missing_ok=True)
-            if CLOCK.monotonic() >= pause_at:
-                yield 0
-                pause_at = CLOCK.monotonic() + SLICE_S
 
     def _list_steps(self, location: str) -> Steps:
         """Return a record for each file and directory at a guest's path or glob."""
@@ -6519,7 +6515,6 @@ class EntryRun:
         self.task: Task | None = None  # takes the attempt to its end
         self.limit = _KILL
         self.repeating: list[Task] | None = None  # transfers that come again
-        self.missed: list[str] = []  # what their last pass did not bring
 
     @property
     def folder(self) -> str:
@@ -6545,7 +6540,8 @@ class EntryRun:
                 found = yield from self._watch_steps(found or (yield from self._send_steps()))
                 exit_code, reboot = found.exit_code, found.reboot
             else:
-                self._record_start(CLOCK.wall(), None, self._planned())
+                planned = self.vm.start.at(self.due)
+                self.vm.journal.started(self.attempt, CLOCK.wall(), None, entry.start_time, planned)
             yield from self._transfer_steps()
             if limit is _KILL and exit_code == CLAIM_FAILED:
                 raise _EntryFailed(KILLED)
@@ -6578,26 +6574,16 @@ class EntryRun:
     def _send_steps(self) -> Steps:
         """Start the entry's script. Nothing is committed between here and guest-exec."""
         self.vm.journal.check()  # a read: whatever kept the word from us, nothing starts after it
-        sent, planned = CLOCK.wall(), self._planned()  # a pause may come meanwhile
-        pid = self.guest.start(self.entry, self.attempt, self.vm.token)
+        # Where the host's clock was set since the arming, so is the plan.
+        sent, planned, entry = CLOCK.wall(), self.vm.start.at(self.due), self.entry
+        pid = self.guest.start(entry, self.attempt, self.vm.token)
         _crash("exec-answered")
         yield 0  # what else is due goes first
-        self._record_start(sent, pid, planned)
+        self.vm.journal.started(self.attempt, sent, pid, entry.start_time, planned)
         _crash("running-recorded")
-        self.vm.log.info("entry %d (%s) started, pid %d", self.entry.ordinal, self.entry, pid)
+        self.vm.log.info("entry %d (%s) started, pid %d", entry.ordinal, entry, pid)
         self.vm.patience.progress("sent", self.attempt.id)
         return Found(claimed=True, pid=pid)
-
-    def _record_start(self, sent: float, pid: int | None, planned: float | None) -> None:
-        self.vm.journal.started(self.attempt, sent, pid, self.entry.start_time, planned)
-
-    def _planned(self) -> float | None:
-        """Return the attempt's plan; where the host's clock was set since the arming, so is it."""
-        planned: float | None = self.attempt.planned_at
-        if planned is None or self.due is None:
-            return planned
-        by_plan = CLOCK.wall() + self.vm.start.monotonic + self.due - CLOCK.monotonic()
-        return planned if abs(by_plan - planned) < 1 else by_plan
 
     def _within(self, limit: Limit, steps: Steps) -> Steps:
         """Take steps up to a limit, at which they meet _EntryFailed."""
@@ -6622,8 +6608,9 @@ class EntryRun:
                 yield from self._within(self.limit, self.transfers.item_steps(self.entry, item))
         if not self.entry.runs_script and self.entry.start_time > 0:  # else it never ended
             yield self.repeating or []
-            if self.missed:
-                raise _EntryFailed("; ".join(self.missed[:5]))
+            missed = [fault for task in self.repeating or () for fault in task.result]
+            if missed:
+                raise _EntryFailed("; ".join(missed[:5]))
 
     def _watch_steps(self, found: Found) -> Steps:
         """Follow a started program to its end, and kill it at the limit; return what it left."""
@@ -6836,32 +6823,33 @@ class Life:
 
     # --- one entry
 
-    def _ready(self) -> list[EntryRun]:
-        """Return what can be run: all entries but pauses, as far as they are prepared."""
-        runs = self.runs.values()
-        ready = self.staging.ready
-        return [run for run in runs if run.entry.pause is None and run.entry.ordinal in ready]
-
-    def _needs(self, runs: Iterable[EntryRun]) -> dict[NextStep, list[EntryRun]]:
-        latest = self.journal.latest()
-        needs: dict[NextStep, list[EntryRun]] = {step: [] for step in NextStep}
-        for run in runs:
-            step = next_step(run.entry, latest.get(run.entry.ordinal), self.vm.guest.boot)
-            needs[step].append(run)
+    def _needs(self, sign: int) -> dict[NextStep, list[EntryRun]]:
+        """Return what entries of one sign need: all but pauses, as far as they are prepared."""
+        latest, needs = self.journal.latest(), {step: list[EntryRun]() for step in NextStep}
+        for ordinal, run in self.runs.items():
+            entry = run.entry
+            if (
+                entry.start_time * sign > 0
+                and entry.pause is None
+                and ordinal in self.staging.ready
+            ):
+                step = next_step(entry, latest.get(ordinal), self.vm.guest.boot)
+                needs[step].append(run)
         return needs
 
-    def _arm(self, planned: Mapping[int, float | None]) -> dict[int, Attempt]:
-        """Arm entries by ordinal, for a wall time or, in negative time, for now."""
+    def _arm(self, runs: Sequence[EntryRun]) -> None:
+        """Arm entries and put them on the agenda, for when they are due or for now."""
         self.vm.guest.check_boot()
-        host = {ordinal for ordinal in planned if self.runs[ordinal].entry.on_host}
+        planned = {run.entry.ordinal: self.vm.start.at(run.due) for run in runs}
+        host = {run.entry.ordinal for run in runs if run.entry.on_host}
         armed = self.journal.arm(planned, self.vm.guest.boot, host)
         _crash("armed")
-        return armed
+        for run in runs:
+            run.attempt = armed[run.entry.ordinal]
+            self._spawn(run)
 
-    def _spawn(self, run: EntryRun, attempt: Attempt, found: Found | None = None) -> None:
-        """Put an attempt on the agenda, for the time it was armed for or for now."""
+    def _spawn(self, run: EntryRun, found: Found | None = None) -> None:
         at = None if run.due is None else self.vm.start.monotonic + run.due
-        run.attempt = attempt
         run.task = self.agenda.spawn(self._attempt_steps(run, found), at)
 
     def _attempt_steps(self, run: EntryRun, found: Found | None) -> Steps:
@@ -6872,21 +6860,16 @@ class Life:
     def run_once(self, entry: ScheduleEntry) -> Attempt:
         """Arm one attempt of an entry, take it to its end, and return it."""
         run = self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
-        self._spawn(run, self._arm({entry.ordinal: None})[entry.ordinal])
+        self._arm([run])
         self.agenda.finish(cast(Task, run.task), self.vm.nap)
         return self.journal.latest()[entry.ordinal]
 
     def _repeat(self, run: EntryRun) -> None:
         """Start an entry's repeating transfers, once."""
         if run.repeating is None:
-            run.repeating = [
-                self.agenda.spawn(self._repeat_steps(run, item))
-                for item in run.entry.items("transfer")
-                if item["interval"]
-            ]
-
-    def _repeat_steps(self, run: EntryRun, item: Mapping[str, Any]) -> Steps:
-        run.missed += yield from self.transfers.item_steps(run.entry, item)
+            items = [item for item in run.entry.items("transfer") if item["interval"]]
+            steps = [self.transfers.item_steps(run.entry, item) for item in items]
+            run.repeating = [self.agenda.spawn(each) for each in steps]
 
     # --- negative time
 
@@ -6908,7 +6891,7 @@ class Life:
         begun: float | None = None
         while self.plan.halt is not Halt.ABORT or begun is not None:
             yield from self._prepare_steps()
-            needs = self._needs(run for run in self._ready() if run.entry.start_time < 0)
+            needs = self._needs(-1)
             del needs[NextStep.NOTHING]
             todo = (run.entry.start_time for runs in needs.values() for run in runs)
             at = min(todo, default=None)
@@ -6918,9 +6901,7 @@ class Life:
             for step, runs in needs.items():
                 needs[step] = [run for run in runs if run.entry.start_time == at]
             if ready := needs[NextStep.RUN]:
-                armed = self._arm({run.entry.ordinal: None for run in ready})
-                for run in ready:
-                    self._spawn(run, armed[run.entry.ordinal])
+                self._arm(ready)
             if tasks := [cast(Task, run.task) for run in ready + needs[NextStep.WATCH]]:
                 yield tasks
             elif failed := needs[NextStep.FAILED]:
@@ -6957,7 +6938,13 @@ class Life:
         for guest in (self.vm.guest, self.vm.host):
             runs = [run for run in opened if run.entry.runs_script and guest.runs(run.entry)]
             for run, found in look_at(guest, runs):
-                self._recover_attempt(run, found)
+                planned = (run.attempt.planned_at or 0) <= CLOCK.wall()
+                step = run.recover(found, planned or self._due(run.entry) <= CLOCK.monotonic())
+                if step is NextStep.RUN:
+                    self.vm.log.info("entry %d (%s) did not run yet", run.entry.ordinal, run.entry)
+                    self._again(run)
+                elif step is NextStep.WATCH:
+                    self._spawn(run, found)
         for run in begun:
             if not run.attempt.is_open:
                 self._repeat(run)
@@ -6965,20 +6952,11 @@ class Life:
                 self._again(run)
         _crash("recovered")
 
-    def _recover_attempt(self, run: EntryRun, found: Found) -> None:
-        planned = (run.attempt.planned_at or 0) <= CLOCK.wall()
-        step = run.recover(found, planned or self._due(run.entry) <= CLOCK.monotonic())
-        if step is NextStep.RUN:
-            self.vm.log.info("entry %d (%s) did not run yet", run.entry.ordinal, run.entry)
-            self._again(run)
-        elif step is NextStep.WATCH:
-            self._spawn(run, run.attempt, found)
-
     def _again(self, run: EntryRun) -> None:
         """Go on with an open attempt that has not begun; one of positive time is armed anew."""
         entry, attempt = run.entry, run.attempt
         if attempt.outcome is not Outcome.ARMED or entry.start_time < 0:
-            self._spawn(run, attempt)
+            self._spawn(run)
             return
         row = current_experiment(self.vm.db)
         skips = row["late"] == Late.SKIP and attempt.armed_at < (row["continued_at"] or 0)
@@ -7023,21 +7001,17 @@ class Life:
 
     def _arm_due(self) -> float:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
-        start, times = self.vm.start, self.plan.times
-        now, soon, later = CLOCK.monotonic() - start.monotonic, [], math.inf
-        for run in self._needs(r for r in self._ready() if r.entry.start_time > 0)[NextStep.RUN]:
-            at = times[run.entry.ordinal]
+        now, soon, later = CLOCK.monotonic() - self.vm.start.monotonic, [], math.inf
+        for run in self._needs(1)[NextStep.RUN]:
+            at = self.plan.times[run.entry.ordinal]
             if at - run.lead <= now:
-                soon.append((at, run))
+                run.due = at
+                soon.append(run)
             else:
                 later = min(later, at - run.lead)
         if soon:
-            assert start.wall is not None
-            armed = self._arm({run.entry.ordinal: start.wall + at for at, run in soon})
-            for at, run in sorted(soon, key=lambda s: (s[0], s[1].entry.ordinal)):
-                run.due = at
-                self._spawn(run, armed[run.entry.ordinal])
-        return start.monotonic + later
+            self._arm(sorted(soon, key=lambda run: (run.due, run.entry.ordinal)))
+        return self.vm.start.monotonic + later
 
     def _is_finished(self) -> bool:
         """Whether nothing finite is left; what repeats or need not be waited for is not."""
@@ -7057,11 +7031,11 @@ class Life:
         now = CLOCK.wall()
         self.vm.db.update("vms", {"server_name": self.vm.name, **unfinished}, finished_at=now)
         _crash("finished")
-        alone = self.vm.config.get("alone")  # nobody will say when all is done
-        if not alone and self.plan.halt is not Halt.END:
-            yield math.inf
-        if not alone and self.plan.halt is not Halt.END:
-            return False
+        if not self.vm.config.get("alone"):  # else nobody will say when all is done
+            if self.plan.halt is not Halt.END:
+                yield math.inf
+            if self.plan.halt is not Halt.END:
+                return False
         self.transfers.ending = True
         repeating = [task for run in self.runs.values() for task in run.repeating or ()]
         for task in repeating:
@@ -7197,8 +7171,8 @@ class VMResourceHandler:
         sql = "SELECT revision FROM vms WHERE server_name = :name"
         if self.db.value(sql, name=self.vm_name) == self._seen:
             return
+        self._leave_if_told()
         known, plan = self._plan, Plan.read(self.db, self.vm_name, self._plan)
-        self._leave_if(plan.halt)
         for hold in plan.holds[len(known.holds) if known else 0 :]:
             self.log.info("%s at %.3f", hold, hold.time)
         self._plan = plan
@@ -7250,9 +7224,7 @@ class VMResourceHandler:
         return ready
 
     def _leave_if_told(self) -> None:
-        self._leave_if(self.db.value("SELECT halt FROM current_experiment"))
-
-    def _leave_if(self, halt: str | None) -> None:
+        halt = self.db.value("SELECT halt FROM current_experiment")
         if halt in (Halt.STOP, Halt.KILL) and self._obeyed is None:
             raise _Leave(f"told to {halt}", Halt(halt))
 
