@@ -6023,12 +6023,10 @@ class HandledVM:
 
     @functools.cached_property
     def journal(self) -> Journal:
-        """The attempts at this generation of its schedule."""
         return Journal(self.db, self.name)
 
     @functools.cached_property
     def host(self) -> HostGuest:
-        """This host, where entries may run, too."""
         return HostGuest(self.db, self.name, self.journal.token)
 
     @property
@@ -6037,7 +6035,6 @@ class HandledVM:
         return _digest(f"{self.config['vm_uuid']}.{self.journal.token}")
 
     def nap(self, seconds: float) -> None:
-        """Wait for time to pass."""
         self.wait(-1, 0, seconds)
 
     def open_output(self) -> None:
@@ -6073,7 +6070,6 @@ class HandledVM:
     # --- its agent
 
     def driver_class(self) -> Driver:
-        """Return the driver class whose engine is this VM's."""
         try:
             return driver_of(self.config.get("engine") or "QemuVM")
         except UsageError as error:
@@ -6116,7 +6112,6 @@ class HandledVM:
         self.guest.boot = boot
 
     def close(self) -> None:
-        """Close the connection to the agent, if there ever was one."""
         if self.driver is not None:
             self.driver.close()
 
@@ -6300,8 +6295,7 @@ class Transfers:
     ) -> Steps:
         """Pull a path or glob once, or every `interval` seconds until the transfers are ending.
 
-        What fails once is an error. What fails in a repeated transfer is logged when it is new, and
-        tried again; returned is what the last pass found and could not bring.
+        What fails repeatedly is logged once; return what the last pass found and could not bring.
         """
         root = Path(destination) if destination else self.default
         told: set[str] = set()
@@ -6322,7 +6316,6 @@ class Transfers:
                 yield cast(float, interval)
 
     def item_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        """Do what one `transfer` of an entry says."""
         location = self.guest.path(entry, item["location"])
         return self.steps(str(entry), location, item["interval"], item["destination"])
 
@@ -6355,7 +6348,6 @@ class Transfers:
         return faults
 
     def _list_steps(self, location: str) -> Steps:
-        """Return a record for each file and directory at a guest's path or glob."""
         status = yield from self.guest.finish(self.guest.argv("list", location))
         records = status.out.split(b"\0", MAX_LISTED)
         if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
@@ -6365,9 +6357,9 @@ class Transfers:
         return records
 
     def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>, if it is not there as it is.
+        """Bring one listed file or directory under <root>/<vm>; return whether it was still there.
 
-        Returns whether the guest still had it: only at `location` itself must it be there.
+        Only at `location` itself must it be.
         """
         parts = (self.vm_name, *safe_parts(listed.path))
         with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
@@ -6391,12 +6383,9 @@ class Transfers:
     def _copy_steps(
         self, listed: Listed, folder: int, name: str, old: os.stat_result | None
     ) -> Steps:
-        """Make the host's copy of a file; of one that has only grown, fetch what is new.
-
-        What was written while it was read comes with the next pass: until then the copy is a
-        beginning of the file. It takes the guest's time, by which the next pass, also that of
-        another handler, knows it.
-        """
+        """Make the host's copy of a file; of one that has only grown, fetch what is new."""
+        # What was written while it was read comes with the next pass. The copy takes the guest's
+        # time, by which the next pass, also that of another handler, knows it.
         temporary = temporary_name()
         self._copying.add(temporary)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -6518,7 +6507,6 @@ class EntryRun:
 
     @property
     def folder(self) -> str:
-        """Where the attempt leaves what became of it."""
         return self.guest.attempt_dir(self.entry, self.attempt)
 
     def _own_limit(self) -> Limit:
@@ -6566,7 +6554,6 @@ class EntryRun:
         _crash("journal-closed")
 
     def end(self, outcome: Outcome, error: str, **more: Any) -> None:
-        """Close the journal of the attempt."""
         self.vm.journal.ended(self.attempt, outcome, error=error, **more)
         self.vm.log.info("entry %d (%s) %s %s", self.entry.ordinal, self.entry, outcome, error)
         self.vm.patience.progress("ended", self.attempt.id)
@@ -6641,8 +6628,7 @@ class EntryRun:
     def _look_steps(self, found: Found) -> Steps:
         """Look once how the attempt is; return it as found now, with an exit code if it has ended.
 
-        The agent says whether it has ended, and the guest's own files say how; the agent only
-        where they could not, on a full disk.
+        The agent says whether it has; the guest's files say how, or the agent on a full disk.
         """
         guest, status = self.guest, None
         if found.exit_code is not None:
@@ -6691,7 +6677,6 @@ class EntryRun:
         self.guest.signal("KILL", pid)
 
     def _fetch_steps(self, last: bool = False) -> Steps:
-        """Append what the program has written since the last time to the host's logs."""
         guest, output, attempt = self.guest, self.vm.output, self.attempt
         for stream in ("out", "err"):
             while (room := output.room(self.entry, attempt)) > 0:
@@ -6767,16 +6752,11 @@ class Life:
         self.transfers = Transfers(vm)
         self.plan: Plan = cast(Any, None)  # taken before anything begins
         self.runs: dict[int, EntryRun] = {}  # by ordinal
-        self.task: Task | None = None
+        self.way = self.agenda.spawn(self._steps(), math.inf)  # begins with the first plan
 
     def close(self) -> None:
         """End all that this life has begun: nothing of it goes on in the next one."""
         self.agenda.close()
-
-    def begin(self) -> Task:
-        """Put the VM's way on the agenda."""
-        self.task = self.agenda.spawn(self._steps())
-        return self.task
 
     def take(self, plan: Plan) -> None:
         """Take what rows say now."""
@@ -6788,14 +6768,9 @@ class Life:
         for entry in plan.entries[len(self.runs) :]:
             self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
         self._withdraw_moved()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self.task:  # and nobody else: an armed entry sleeps until it is due
-            self.agenda.wake(self.task)
+        self.agenda.wake(self.way)  # and nobody else: an armed entry sleeps until it is due
 
     def _steps(self) -> Steps:
-        """The VM's way: prepare, negative times, configured, wait for time 0, positive times."""
         vm = self.vm
         yield from self._prepare_steps()
         self._recover()
@@ -6817,7 +6792,6 @@ class Life:
             yield from self._positive_steps()
 
     def _prepare_steps(self) -> Steps:
-        """Bring all contents and scripts into the guest, unless this very boot has them already."""
         while self.staging.missing(self.plan.entries):
             yield from self.staging.steps(self.plan.entries)
 
@@ -6855,7 +6829,7 @@ class Life:
     def _attempt_steps(self, run: EntryRun, found: Found | None) -> Steps:
         self._repeat(run)
         yield from run.steps(found)
-        self._wake()
+        self.agenda.wake(self.way)
 
     def run_once(self, entry: ScheduleEntry) -> Attempt:
         """Arm one attempt of an entry, take it to its end, and return it."""
@@ -6884,10 +6858,8 @@ class Life:
             yield left
 
     def _negative_steps(self) -> Steps:
-        """Negative times in order: start all entries of one, go on when the last has ended.
-
-        Later ones come by retry or addition. After an abort, only the time that has begun goes on.
-        """
+        """Negative times in order: start all entries of one, go on when the last has ended."""
+        # Later ones come by retry or addition. After an abort, the time that has begun goes on.
         begun: float | None = None
         while self.plan.halt is not Halt.ABORT or begun is not None:
             yield from self._prepare_steps()
@@ -7023,10 +6995,7 @@ class Life:
         return all(e.pause is not None or e.repeats or e.start_time < 0 for e in held)
 
     def _end_steps(self) -> Steps:
-        """Say that the VM's work is done and wait for all others, then see transfers to their end.
-
-        Returns false if there is new work instead.
-        """
+        """Wait for all others, then see transfers to their end; return false for new work."""
         unfinished = {"finished_at": None, "revision": self.plan.revision}
         now = CLOCK.wall()
         self.vm.db.update("vms", {"server_name": self.vm.name, **unfinished}, finished_at=now)
@@ -7047,14 +7016,11 @@ class Life:
 class VMResourceHandler:
     """Takes one VM through its schedule: one process, one thread, one wait.
 
-    Everything that takes time is a generator on the agenda of its life. All waiting, also inside
-    driver calls, is in `_wait`, which sees the agent's socket, our wake-up socket and the lifeline.
-    After any trouble with the link that life ends, and another begins.
+    Everything that takes time is a generator on the agenda of its life; all waiting, also inside
+    driver calls, is in `_poll`. After any trouble with the link that life ends, another begins.
 
-    Args:
-        config: As `handler_config` returns it; and `lifeline`, a descriptor whose end of file
-            means to leave, or `alone`, if no supervisor will say when all is done.
-        check_interval: Seconds between two looks of the updater for scripts.
+    The configuration is that of `handler_config`, and has `lifeline`, a descriptor whose end of
+    file means to leave, or `alone`, if no supervisor will say when all is done.
     """
 
     def __init__(self, config: Mapping[str, Any], check_interval: float = 10) -> None:
@@ -7148,17 +7114,15 @@ class VMResourceHandler:
         """Do what is due and wait for what is next, until the VM's work is over."""
         self._woken, self._seen = True, -1
         with contextlib.closing(Life(self.vm, self._staging)) as life:
-            self._refresh(life)
-            way, agenda = life.begin(), life.agenda
-            while not way.done:
+            while not life.way.done:
                 self._refresh(life)
-                pause = agenda.next_due() - CLOCK.monotonic()
+                pause = life.agenda.next_due() - CLOCK.monotonic()
                 if pause > 0:
                     self._idle(pause)
                 elif not self._woken:
                     self._poll(-1, 0, 0)
                 if not self._woken:  # a pause that was given before an entry is due holds it
-                    agenda.run_next()
+                    life.agenda.run_next()
 
     def _refresh(self, life: Life) -> None:
         """Look at the database if woken, or by and by anyway; read more only if something moved."""
