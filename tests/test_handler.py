@@ -260,6 +260,16 @@ def test_abort_lets_running_entries_end_and_starts_no_further_time(lab: Lab) -> 
     assert tables.experiment(lab.db)["start_at"] is None
 
 
+def test_a_reboot_that_is_pending_at_an_abort_still_comes_and_no_further_time(lab: Lab) -> None:
+    record = lab.guest(2) / "launch" / "record"
+    fails = sh(-2, f"until test -s {record}; do sleep 0.05; done; exit 5")
+    asks = sh(-2, f"echo x >> {record}; sleep 1; test $(wc -l < {record}) = 2 || exit 10")
+    two(lab, [fails], [asks, sh(-1, "true"), sh(1, "true")])
+    assert lab.run("run").returncode == 1
+    assert states(lab) == {"vm1": "failed", "vm2": "configuring"}
+    assert outcomes(lab, "vm2") == [(1, "done", 10, ""), (1, "done", 0, "")]
+
+
 def test_drop_goes_on_without_the_failed_vm(lab: Lab) -> None:
     two(lab, [sh(-2, "exit 5"), sh(1, "true")], [sh(-1, "true"), sh(1, "true")], on_failure="drop")
     assert lab.run("run").returncode == 1
