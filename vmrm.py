@@ -397,7 +397,6 @@ class Timeouts(NamedTuple):
     lock: float = 10.0  # for the agent's lock, held by a handler on its way out
     leave: float = 10.0  # for handlers to leave before they are killed
     restart: float = 10.0  # the longest pause before a handler that died is started again
-    recheck_start: float = 60.0  # between two looks for a step of the wall clock
     lease_grace: float = 10.0  # after a pool lease's end, before the VM is taken back
     recheck: float = 5.0  # until a pool VM's check that told nothing is repeated
     young: float = 60.0  # of a pool VM whose absence, or unknown machine, is not acted upon yet
@@ -6329,10 +6328,15 @@ class Transfers:
                     broken.unlink(missing_ok=True)
                 yield 0
         try:
-            records = yield from self._list_steps(location)
-        except (RuntimeError, drivers.AgentError) as error:
+            status = yield from self.guest.finish(self.guest.argv("list", location))
+        except drivers.AgentError as error:
             return [printable(str(error))]
-        for record in records:
+        records = status.out.split(b"\0", MAX_LISTED)
+        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
+            return [printable(f"too many files at {location!r} to list")]
+        if not any(records):
+            return [printable(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())]
+        for record in filter(None, records):
             yield 0
             try:
                 gone += not (yield from self._pull_steps(parse_listed(record), root, location))
@@ -6346,15 +6350,6 @@ class Transfers:
         if gone:
             self.log.info("transfer of %s: gone again: %d files", location, gone)
         return faults
-
-    def _list_steps(self, location: str) -> Steps:
-        status = yield from self.guest.finish(self.guest.argv("list", location))
-        records = status.out.split(b"\0", MAX_LISTED)
-        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
-            raise RuntimeError(f"too many files at {location!r} to list")
-        if not (records := [record for record in records if record]):
-            raise RuntimeError(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())
-        return records
 
     def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
         """Bring one listed file or directory under <root>/<vm>; return whether it was still there.
@@ -6493,13 +6488,14 @@ _KILL = Limit(-math.inf, KILLED)
 class EntryRun:
     """One entry in one life: its attempt, on the way from being armed to its end; its transfers."""
 
+    attempt: Attempt  # once it has one
+
     def __init__(
         self, vm: HandledVM, entry: ScheduleEntry, transfers: Transfers | None = None
     ) -> None:
         self.vm, self.entry, self.transfers = vm, entry, transfers
         self.guest = vm.host if entry.on_host else vm.guest
         self.lead = 1 + int.from_bytes(os.urandom(2)) / 16384  # seconds between arming and due
-        self.attempt: Attempt = cast(Any, None)
         self.due: float | None = None  # the effective time that the attempt was armed for, if any
         self.task: Task | None = None  # takes the attempt to its end
         self.limit = _KILL
@@ -6710,12 +6706,15 @@ def look_at(guest: Guest, runs: Sequence[EntryRun]) -> Iterator[tuple[EntryRun, 
 
 def kill_open(vm: HandledVM, guest: Guest, entries: Iterable[ScheduleEntry]) -> None:
     """End the programs of all open attempts in a guest; what has not begun there never will."""
-    entries, latest = [entry for entry in entries if guest.runs(entry)], vm.journal.latest()
+    entries = [entry for entry in entries if guest.runs(entry)]
     guest.name_places(entries)
-    runs = [EntryRun(vm, e) for e in entries if e.runs_script and e.ordinal in latest]
+    opened = {n: attempt for n, attempt in vm.journal.latest().items() if attempt.is_open}
+    runs = [
+        EntryRun(vm, entry) for entry in entries if entry.runs_script and entry.ordinal in opened
+    ]
     for run in runs:
-        run.attempt = latest[run.entry.ordinal]
-    if not (runs := [run for run in runs if run.attempt.is_open]):
+        run.attempt = opened[run.entry.ordinal]
+    if not runs:
         return
     guest.ask("forbid", *(run.folder for run in runs))
     tasks = []
@@ -6767,7 +6766,12 @@ class Life:
         self.staging.forgive()
         for entry in plan.entries[len(self.runs) :]:
             self.runs[entry.ordinal] = EntryRun(self.vm, entry, self.transfers)
-        self._withdraw_moved()
+        armed = [r for r in self.runs.values() if r.task and r.due is not None and not r.task.begun]
+        if moved := [run for run in armed if run.due != plan.times[run.entry.ordinal]]:
+            self.journal.withdraw(run.attempt for run in moved)
+        for run in moved:  # by a pause, or an entry that holds
+            self.agenda.cancel(cast(Task, run.task))
+            run.task = run.due = None
         self.agenda.wake(self.way)  # and nobody else: an armed entry sleeps until it is due
 
     def _steps(self) -> Steps:
@@ -6944,17 +6948,6 @@ class Life:
         return self.vm.start.monotonic + self.plan.times[entry.ordinal]
 
     # --- positive time
-
-    def _withdraw_moved(self) -> None:
-        """Take back armed attempts, not sent yet, whose time was moved by a pause or an entry."""
-        runs = self.runs.values()
-        armed = [r for r in runs if r.task and r.due is not None and not r.task.begun]
-        moved = [run for run in armed if run.due != self.plan.times[run.entry.ordinal]]
-        if moved:
-            self.journal.withdraw(run.attempt for run in moved)
-        for run in moved:
-            self.agenda.cancel(cast(Task, run.task))
-            run.task = run.due = None
 
     def _positive_steps(self) -> Steps:
         """Arm entries shortly before they are due, and see the VM to the end of its work."""
@@ -7135,8 +7128,8 @@ class VMResourceHandler:
         sql = "SELECT revision FROM vms WHERE server_name = :name"
         if self.db.value(sql, name=self.vm_name) == self._seen:
             return
-        self._leave_if_told()
         known, plan = self._plan, Plan.read(self.db, self.vm_name, self._plan)
+        self._leave_if_told()
         for hold in plan.holds[len(known.holds) if known else 0 :]:
             self.log.info("%s at %.3f", hold, hold.time)
         self._plan = plan
@@ -7150,7 +7143,7 @@ class VMResourceHandler:
     def _idle(self, seconds: float) -> None:
         """Wait for the next due step, a wake or the look; the agent must not speak now."""
         now = CLOCK.monotonic()
-        seconds = min(seconds, self._look_at - now, self.db.timeouts.recheck_start)
+        seconds = min(seconds, self._look_at - now)
         if self._woken or seconds <= 0:
             return
         self.vm.tell("")
