@@ -5837,14 +5837,8 @@ class _Unknown(Exception):
     """This attempt may or may not have run to its end; nobody can tell any more."""
 
 
-class NextStep(Enum):
-    """What an entry needs next."""
-
-    RUN = 1
-    WATCH = 2  # an attempt is open
-    REBOOT = 3  # it ran, and asks to run again after a reboot
-    NOTHING = 4
-    FAILED = 5
+# What an entry needs next. WATCH: an attempt is open; REBOOT: it ran, and asks to run again after.
+NextStep = Enum("NextStep", "RUN WATCH REBOOT NOTHING FAILED")
 
 
 def next_step(entry: ScheduleEntry, latest: Attempt | None, boot: str) -> NextStep:
@@ -6475,14 +6469,8 @@ def answer_requests(vm: HandledVM, answer: Mapping[str, Any], request: str | Non
     )
 
 
-class Limit(NamedTuple):
-    """Until when an attempt may last, by monotonic time, and what is said then."""
-
-    at: float
-    why: str
-
-
-_KILL = Limit(-math.inf, KILLED)
+Limit = tuple[float, str]  # until when an attempt may last, by monotonic time; what is said then
+_KILL: Limit = (-math.inf, KILLED)
 
 
 class EntryRun:
@@ -6512,7 +6500,7 @@ class EntryRun:
         at = CLOCK.monotonic() + seconds
         if self.attempt.sent_at is not None:  # by the wall clock, which may have been set back
             at -= max(0.0, CLOCK.wall() - self.attempt.sent_at)
-        return Limit(at, f"timed out after {seconds:g} s")
+        return at, f"timed out after {seconds:g} s"
 
     def steps(self, found: Found | None = None, limit: Limit | None = None) -> Steps:
         """Take the attempt to its end: send it, if nothing was found of it, watch, transfer."""
@@ -6570,24 +6558,24 @@ class EntryRun:
 
     def _within(self, limit: Limit, steps: Steps) -> Steps:
         """Take steps up to a limit, at which they meet _EntryFailed."""
-        resume = functools.partial(next, steps)
+        resume, (at, why) = functools.partial(next, steps), limit
         while True:
             try:
                 wish = resume()
             except StopIteration as end:
                 return end.value
             if isinstance(wish, int | float):
-                wish = min(wish, max(0.0, limit.at - CLOCK.monotonic()))
+                wish = min(wish, max(0.0, at - CLOCK.monotonic()))
             yield wish
-            if CLOCK.monotonic() >= limit.at:
-                resume = functools.partial(steps.throw, _EntryFailed(limit.why))
+            if CLOCK.monotonic() >= at:
+                resume = functools.partial(steps.throw, _EntryFailed(why))
 
     def _transfer_steps(self) -> Steps:
         """Bring out of the guest what comes once; of an entry that only transfers, all."""
         for item in self.entry.items("transfer"):
             if not item["interval"]:
                 if self.transfers is None:
-                    raise _EntryFailed(self.limit.why)
+                    raise _EntryFailed(self.limit[1])
                 yield from self._within(self.limit, self.transfers.item_steps(self.entry, item))
         if not self.entry.runs_script and self.entry.start_time > 0:  # else it never ended
             yield self.repeating or []
@@ -6611,7 +6599,7 @@ class EntryRun:
         if found.exit_code is None:
             yield from self._kill_steps(found.pid)
         # What a program wrote before its end, in time or not, gets a moment in any case.
-        grace = Limit(max(at, CLOCK.monotonic() + self.vm.timeouts.term_grace), why)
+        grace = max(at, CLOCK.monotonic() + self.vm.timeouts.term_grace), why
         try:
             yield from self._within(grace, self._fetch_steps(last=True))
         except _EntryFailed:
