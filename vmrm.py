@@ -6139,8 +6139,9 @@ class HandledVM:
         yield 0
 
     def clock_steps(self) -> Steps:
-        """Set the guest's clock, in negative time only; return by how much it is off, if known."""
+        """Set the guest's clock, in negative time only, then be configuring; return the state."""
         may_set, refused = self.start.wall is None and self.config.get("set_time", True), ""
+        skew: float | None = None
         try:
             if may_set:
                 try:
@@ -6157,14 +6158,10 @@ class HandledVM:
                 skew = self._skew()
         except drivers.AgentError as error:
             self.log.warning("the guest's clock cannot be read: %s", error)
-            return None
-        if abs(skew) > 1:
+            skew = None
+        if abs(skew or 0) > 1:
             self.log.warning("the guest's clock is off by %+.1f s%s", skew, refused)
         yield 0
-        return skew
-
-    def record(self, skew: float | None) -> str:
-        """Record in one commit how the clock is and that configuring begins; return the state."""
         with _changing_vms(self.db):
             if skew is not None:
                 self.db.update("vms", {"server_name": self.name}, skew_s=skew)
@@ -6767,7 +6764,7 @@ class Life:
         yield from self._prepare_steps()
         self._recover()
         yield from _discard_all_steps(vm.db, vm.name, vm.driver)
-        if vm.record((yield from vm.clock_steps())) == VMState.CONFIGURING:
+        if (yield from vm.clock_steps()) == VMState.CONFIGURING:
             yield from self._delay_steps()
             yield from self._negative_steps()
             if self.plan.halt is not Halt.ABORT:
@@ -6888,7 +6885,7 @@ class Life:
         _crash("before-reboot")
         yield from self.vm.reboot_steps()
         yield from self._prepare_steps()
-        self.vm.record((yield from self.vm.clock_steps()))
+        yield from self.vm.clock_steps()
 
     # --- recovery
 
