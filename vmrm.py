@@ -6789,15 +6789,11 @@ class Life:
     def _needs(self, sign: int) -> dict[NextStep, list[EntryRun]]:
         """Return what entries of one sign need: all but pauses, as far as they are prepared."""
         latest, needs = self.journal.latest(), {step: list[EntryRun]() for step in NextStep}
-        for ordinal, run in self.runs.items():
-            entry = run.entry
-            if (
-                entry.start_time * sign > 0
-                and entry.pause is None
-                and ordinal in self.staging.ready
-            ):
+        for ordinal in sorted(self.staging.ready):
+            entry = self.runs[ordinal].entry
+            if entry.start_time * sign > 0 and entry.pause is None:
                 step = next_step(entry, latest.get(ordinal), self.vm.guest.boot)
-                needs[step].append(run)
+                needs[step].append(self.runs[ordinal])
         return needs
 
     def _arm(self, runs: Sequence[EntryRun]) -> None:
@@ -6884,7 +6880,6 @@ class Life:
                 driver.delete_file(str(entry.reboot_filepath))
         _crash("before-reboot")
         yield from self.vm.reboot_steps()
-        yield from self._prepare_steps()
         yield from self.vm.clock_steps()
 
     # --- recovery
@@ -6928,8 +6923,6 @@ class Life:
 
     def _due(self, entry: ScheduleEntry) -> float:
         """Return the monotonic time at which an entry is due, by the plan whatever the clock."""
-        if entry.start_time < 0:
-            return CLOCK.monotonic()
         return self.vm.start.monotonic + self.plan.times[entry.ordinal]
 
     # --- positive time
@@ -6943,11 +6936,10 @@ class Life:
             if self.staging.missing(self.plan.entries):  # added meanwhile
                 continue
             next_arming = self._arm_due()
-            if math.isinf(next_arming) and self._is_finished():
-                if (yield from self._end_steps()):
-                    return
-                continue
-            yield max(0.0, next_arming - CLOCK.monotonic())
+            if not (math.isinf(next_arming) and self._is_finished()):
+                yield max(0.0, next_arming - CLOCK.monotonic())
+            elif (yield from self._end_steps()):
+                return
 
     def _arm_due(self) -> float:
         """Arm and spawn what is due soon; return when the next arming is (inf: never)."""
