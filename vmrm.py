@@ -1278,14 +1278,19 @@ def refuse_damaged(connection: sqlite3.Connection) -> None:
         raise SchemaError(f"the database is damaged: {told}{more}", RESTORE)
 
 
-def _database(db: Database | str | os.PathLike[str] | None) -> Database:
+# What the reference's classes take: the database's path, an open one, or None for the default one.
+_AnyDatabase = Database | str | os.PathLike[str] | None
+_Logger = logging.Logger | None
+
+
+def _database(db: _AnyDatabase) -> Database:
     return db if isinstance(db, Database) else Database(db)
 
 
 class _Rows:
     """What the reference's database classes share: one database, opened here or borrowed."""
 
-    def __init__(self, db: Database | str | os.PathLike[str] | None) -> None:
+    def __init__(self, db: _AnyDatabase) -> None:
         self._borrowed, self.db = isinstance(db, Database), _database(db)
 
     def __enter__(self) -> Self:
@@ -1474,19 +1479,9 @@ def _checked_time(value: object) -> str:
 
 
 class _Served(_Rows):
-    """What had a server in the reference: its parameters are accepted, and there is none.
+    """What had a server in the reference: here, `hostname` and `port` mean nothing."""
 
-    Args:
-        hostname: Ignored, as is `port`.
-        db: The database's path, an open `Database`, or None for the default database.
-    """
-
-    def __init__(
-        self,
-        hostname: str = "",
-        port: int = 50051,
-        db: Database | str | os.PathLike[str] | None = None,
-    ) -> None:
+    def __init__(self, hostname: str = "", port: int = 50051, db: _AnyDatabase = None) -> None:
         super().__init__(db)
 
     def __del__(self) -> None:
@@ -2106,11 +2101,7 @@ class ScheduleDb(_Rows):
     """The schedules of the experiment's VMs, as JSON texts; `cache_name` and `log` do nothing."""
 
     def __init__(
-        self,
-        cache_name: str = "schedules",
-        log: logging.Logger | None = None,
-        *,
-        db: Database | str | os.PathLike[str] | None = None,
+        self, cache_name: str = "schedules", log: _Logger = None, *, db: _AnyDatabase = None
     ) -> None:
         if not isinstance(cache_name, str) or not cache_name:
             raise RuntimeError(f"cache_name {cache_name!r} is not a name")
@@ -2558,19 +2549,12 @@ def content_path(db: Database, sha256: str) -> Path:
 class VmResourceStore(_Rows):
     """Files for VMs, by name: each content is kept once, whatever its names.
 
-    Args:
-        store: The store's name; several stores share one database.
-        decompress: Whether added archives are replaced by the files in them, and compressed
-            files by their contents.
-        db: The database's path, an open `Database`, or None for the default database.
+    Several stores share one database. With `decompress`, archives are replaced by the files in
+    them, and compressed files by their contents.
     """
 
     def __init__(
-        self,
-        store: str = "vm_resources",
-        decompress: bool = False,
-        *,
-        db: Database | str | os.PathLike[str] | None = None,
+        self, store: str = "vm_resources", decompress: bool = False, *, db: _AnyDatabase = None
     ) -> None:
         super().__init__(db)
         self.store = checked_name("store", store)
@@ -3256,7 +3240,7 @@ FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :gro
 class Leases(_Rows):
     """Who has which VM of the pool, who waits for one, and whose lease is over."""
 
-    def __init__(self, db: Database | str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, db: _AnyDatabase = None) -> None:
         super().__init__(db)
         self.log = _log
         self._mine: dict[str, Request] = {}  # of the leases this object has obtained, by VM
@@ -3541,12 +3525,7 @@ class VmManager(Leases):
     groups are those of the database.
     """
 
-    def __init__(
-        self,
-        opts: Any = None,
-        logger: logging.Logger | None = None,
-        db: Database | str | os.PathLike[str] | None = None,
-    ) -> None:
+    def __init__(self, opts: Any = None, logger: _Logger = None, db: _AnyDatabase = None) -> None:
         super().__init__(db)
         self.log = logger or self.log
         groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
@@ -3889,6 +3868,8 @@ def _descends_from(holder: Process) -> bool:
 _log = logging.getLogger("vmrm")
 _Opened = TypeVar("_Opened", bound=_Rows)
 _Answer = TypeVar("_Answer")
+_Mapping = VMMapping | None  # None: that of the default database
+_Store = VmResourceStore | None
 
 
 @contextlib.contextmanager
@@ -3907,8 +3888,8 @@ def add_vm(
     server_name: str,
     control_ip: str,
     use_vm_manager: bool = True,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
+    mapping: _Mapping = None,
+    log: _Logger = None,
     *,
     path: str = "",
     engine: str = "QemuVM",
@@ -3926,70 +3907,54 @@ def add_vm(
     (log or _log).debug("added VM %s (%s)", server_name, state)
 
 
-def add_vm_resource_file(
-    filename: str, store: VmResourceStore | None = None, log: logging.Logger | None = None
-) -> None:
+def add_vm_resource_file(filename: str, store: _Store = None, log: _Logger = None) -> None:
     """Add a file of this host to the file store."""
     with _default(store, VmResourceStore) as target:
         target.add_file(filename)
     (log or _log).debug("stored %s", filename)
 
 
-def vm_resource_list(
-    store: VmResourceStore | None = None, log: logging.Logger | None = None
-) -> list[str]:
+def vm_resource_list(store: _Store = None, log: _Logger = None) -> list[str]:
     """Return the names in the file store, each once."""
     with _default(store, VmResourceStore) as target:
         return target.list_distinct_contents()
 
 
 def get_vm_states(
-    filter_state: str | None = None,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
+    filter_state: str | None = None, mapping: _Mapping = None, log: _Logger = None
 ) -> dict[str, str]:
     """Return the state of each VM by name; with `filter_state`, of those in that state."""
-    with _default(mapping, VMMapping) as source:
-        rows: Any = source.get_all(filter_state=filter_state)
-    return {row["server_name"]: row["state"] for row in rows}
+    return _by_name(mapping, "state", filter_state=filter_state)
 
 
 def get_vm_times(
-    filter_time: int | None = None,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
+    filter_time: int | None = None, mapping: _Mapping = None, log: _Logger = None
 ) -> dict[str, str]:
     """Return the schedule time of each VM by name; with `filter_time`, of those at that time."""
+    return _by_name(mapping, "current_time", filter_time=filter_time)
+
+
+def _by_name(mapping: _Mapping, column: str, **wanted: Any) -> dict[str, str]:
     with _default(mapping, VMMapping) as source:
-        rows: Any = source.get_all(filter_time=filter_time)
-    return {row["server_name"]: row["current_time"] for row in rows}
+        rows: Any = source.get_all(**wanted)
+    return {row["server_name"]: row[column] for row in rows}
 
 
-def get_vm_count_not_ready(
-    mapping: VMMapping | None = None, log: logging.Logger | None = None
-) -> int:
+def get_vm_count_not_ready(mapping: _Mapping = None, log: _Logger = None) -> int:
     """Return how many VMs are neither configured nor n/a."""
     with _default(mapping, VMMapping) as source:
         return source.get_count_vm_not_ready()
 
 
 def set_vm_state(
-    vm_uuid: str,
-    new_state: str,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
+    vm_uuid: str, new_state: str, mapping: _Mapping = None, log: _Logger = None
 ) -> None:
     """Move a VM to a state; RuntimeError if the database cannot be opened."""
     with _mapping_or_runtime_error(mapping) as target:
         target.set_vm_state_by_uuid(vm_uuid, new_state)
 
 
-def set_vm_time(
-    vm_uuid: str,
-    new_time: str,
-    mapping: VMMapping | None = None,
-    log: logging.Logger | None = None,
-) -> None:
+def set_vm_time(vm_uuid: str, new_time: str, mapping: _Mapping = None, log: _Logger = None) -> None:
     """Record the schedule time a VM has reached; RuntimeError if the database cannot be opened."""
     with _mapping_or_runtime_error(mapping) as target:
         target.set_vm_time_by_uuid(vm_uuid, new_time)
@@ -4023,16 +3988,15 @@ get_experiment_time_to_start = _of_times(ExperimentStart.get_time_to_start)
 
 
 def destroy_all(
-    mapping: VMMapping | None = None,
+    mapping: _Mapping = None,
     schedule: ScheduleDb | None = None,
     start: ExperimentStart | None = None,
-    log: logging.Logger | None = None,
+    log: _Logger = None,
     ignore_grpc_connection_errors: bool = False,
 ) -> None:
     """Clear the VMs, schedules and times of the default database, or of that of a given object.
 
-    Raises:
-        ConnectionError: it cannot be opened, and `ignore_grpc_connection_errors` is false.
+    One that cannot be opened is a ConnectionError, unless these are to be ignored.
     """
     given: _Rows | None = next(filter(None, (mapping, schedule, start)), None)
     with _default(given, lambda: _Rows(None)) as target:
@@ -4050,8 +4014,7 @@ def destroy_experiment(db: Database, *, purge: bool = False) -> None:
     """End the current experiment: VMs, schedules, times and requests go.
 
     The journal, logs and transfers stay under the old experiment's number, unless they are purged.
-    The pool gets its VMs back. Files go once no row names them, so that `check` finds whatever a
-    kill leaves.
+    Files go once no row names them, so that `check` finds whatever a kill leaves.
     """
     _refuse_while_live(db, "destroying the experiment")
     tie_up(db)  # what lies where only the schedules say cannot be found afterwards
