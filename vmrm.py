@@ -1914,15 +1914,14 @@ class ScheduleEntry:
         A list reaches the program as it is; a string is split by the guest's shell. Of a string and
         a list together, the list's items are quoted.
         """
-        if not _is_arguments(list(arguments) if isinstance(arguments, tuple) else arguments):
+        new: Any = list(arguments) if isinstance(arguments, tuple) else arguments
+        if not _is_arguments(new):
             raise TypeError(f"arguments {arguments!r} are neither a string nor a list of strings")
-        new = arguments if isinstance(arguments, str) else list(arguments)
-        both: list[Any] = [part for part in (self.arguments, new) if part is not None]
-        if any(isinstance(part, str) for part in both):
-            texts = (part if isinstance(part, str) else shlex.join(part) for part in both)
-            self.arguments = " ".join(texts)
-        else:
+        both = [new] if self.arguments is None else [self.arguments, new]
+        if all(isinstance(part, list) for part in both):
             self.arguments = [*itertools.chain(*both)]
+        else:
+            self.arguments = " ".join(p if isinstance(p, str) else shlex.join(p) for p in both)
 
     def add_content(
         self, location: str, content: str | Callable[[], str], executable: bool = False
@@ -1944,8 +1943,7 @@ class ScheduleEntry:
 
         Files go to <destination>/<vm_name>/<location>; without one, into the state directory.
         """
-        item = {"location": location, "interval": interval, "destination": destination}
-        self.data.append(item)
+        self.data.append({"location": location, "interval": interval, "destination": destination})
 
     def add_pause(self, duration: float) -> None:
         """Make this entry a pause of so many seconds; `math.inf` is a break, until a resume."""
@@ -9735,9 +9733,8 @@ def entry_rows(db: Database, server_name: str) -> list[dict[str, Any]]:
             row["planned_at"] = start + at
         happened = {"outcome": row.outcome or "", "attempt": row.attempt}
         happened |= {"exit_code": row.exit_code, **_instants(row)}
-        rows.append(
-            _planned(entry, at) | happened | {"late_s": row.late_s, "error": row.error or ""}
-        )
+        happened |= {"late_s": row.late_s, "error": row.error or ""}
+        rows.append(_planned(entry, at) | happened)
     return rows
 
 
