@@ -4983,9 +4983,9 @@ class HostPrograms:
         self._programs: dict[int, tuple[subprocess.Popen[bytes], BinaryIO]] = {}
 
     def start(self, argv: Sequence[str], *, capture: bool = False) -> int:
-        """Start a program in a session of its own, so that it outlives us; keep only its stderr."""
         null, errors = subprocess.DEVNULL, os.fdopen(os.memfd_create("errors"), "rb")
         try:
+            # In a session of its own, so that it outlives us.
             program = subprocess.Popen(
                 argv, stdin=null, stdout=null, stderr=errors, cwd="/", start_new_session=True
             )
@@ -4995,7 +4995,6 @@ class HostPrograms:
         return program.pid
 
     def status(self, pid: int) -> drivers.ExecStatus:
-        """Return whether a program has ended, and how."""
         if pid not in self._programs:
             raise drivers.UnknownPid("GenericError", f"process {pid} is not ours", "status")
         program, errors = self._programs[pid]
@@ -5008,18 +5007,14 @@ class HostPrograms:
         return drivers.ExecStatus(True, exitcode, killed_by, err=said)
 
     def run(self, argv: Sequence[str], *, timeout: float) -> drivers.ExecStatus:
-        """Run a short program to its end."""
-        null = subprocess.DEVNULL
+        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True}
         try:
-            done = subprocess.run(
-                argv, stdin=null, capture_output=True, timeout=timeout, check=False
-            )
+            done = subprocess.run(argv, timeout=timeout, check=False, **how)
         except subprocess.TimeoutExpired as error:
             raise drivers.DriverTimeout(f"program {argv[0]!r}", timeout) from error
         return drivers.ExecStatus(True, done.returncode, None, done.stdout, done.stderr)
 
     def read_bytes(self, path: str, *, limit: int, offset: int = 0) -> bytes:
-        """Return at most `limit` bytes of a file from `offset` on."""
         try:
             with Path(path).open("rb") as source:
                 source.seek(offset)
