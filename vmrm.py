@@ -415,7 +415,7 @@ MAX_REBOOTS = 10
 MAX_SECONDS = 1e9  # of any time in a schedule: 31 years, which every calendar here can add
 MAX_VMS = 10_000  # of one table with `count`
 MAX_OUTPUT_BYTES = 256 << 20
-MAX_FILES = 1 << 16  # open at once by the supervisor; the hard limit may be without sense
+MAX_FILES = 1 << 16  # cap for RLIMIT_NOFILE; the hard limit can be absurdly high
 MAX_LISTED = 1 << 17  # files and directories of one transfer
 MAX_PATH_BYTES, MAX_PATH_PARTS = 4096, 128  # of a guest's path that a copy is to have
 MAX_FAULTS = 100  # of one pass of a transfer, and told of one transfer in all
@@ -4808,7 +4808,7 @@ class Guest:
         try:
             return [parse_found(told[n].removesuffix("\r")) for n in range(len(directories))]
         except (ValueError, IndexError) as error:
-            raise VMFailed(f"the {self.name} cannot say what has run: {error}") from error
+            raise VMFailed(f"cannot determine what has run in the {self.name}: {error}") from error
 
     def look_at(self, directory: str) -> Found:
         """Ask what one attempt has left, at first for its end alone, which costs no process."""
@@ -5948,7 +5948,8 @@ class Patience:
             self._since = now
         self.calm = 0.0
         if now - self._since > self.limit:
-            raise VMFailed(f"the agent does not get anywhere any more: {error}") from error
+            what = f"no progress through the agent for {self.limit:g} s"
+            raise VMFailed(f"{what}: {error}") from error
         self._count += 1
         return float(0.05 * 1.5 ** min(self._count - 1, 50))
 
@@ -6586,7 +6587,7 @@ class EntryRun:
                 raise drivers.LinkLost("the agent was restarted")
             # Perhaps another start of this attempt was faster, and is about to say who it is.
             if left.pid is not None or CLOCK.monotonic() >= deadline:
-                raise _Unknown("it ended, and nobody saw how")
+                raise _Unknown("it ended without leaving an exit code")
             yield self.vm.timeouts.claim_grace / 10
         if not left.claimed and (status.err or status.exitcode in (CLAIM_FAILED, None)):
             why = printable(status.err) or "no reason given"
@@ -8642,7 +8643,8 @@ class QemuVm:
         self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         if not self._pid.exists() and any(self.folder.iterdir()):
-            raise UsageError(f"{str(self.folder)!r} is something else's", "Name another --dir")
+            what = f"{str(self.folder)!r} is not a VM directory of vmrm"
+            raise UsageError(what, "Name another --dir")
         if (lock := self._lock()) is None:
             raise Conflict(f"VM {self.name!r} runs already", "Terminate it first")
         with contextlib.ExitStack() as stack:  # in the end it is QEMU alone that has these open
@@ -9076,7 +9078,7 @@ class _Book:
                 row = VmDescriptor.load(db, hook.vm_name)
                 well = row["last_health_check"] is not None and not row["check_fails"]
                 if well and row["state"] == VmStates.CHECK_HEALTH and row["releasing_at"] is None:
-                    move_pool_vm(db, hook.vm_name, VmStates.READY, "its check told nothing")
+                    move_pool_vm(db, hook.vm_name, VmStates.READY, "health check inconclusive")
         else:
             wrong = hook.fault or self._twin(row)
             self.pool.mark_vm_checked(hook.vm_name, wrong and f"check: {wrong}")
@@ -11538,7 +11540,7 @@ def cmd_pool_spawn_qemu(
     if not accel:
         program = shutil.which(QEMU)
         if fault := kvm_fault(program) if program else "":
-            cli.screen.tell(f"KVM is of no use here, so software emulates it all: {fault}")
+            cli.screen.tell(f"KVM does not work here, so QEMU emulates the processor: {fault}")
         words += ["-accel", "tcg" if fault else "kvm"]
     if not dir:
         assert cli.db.connection  # it makes the state directory, private

@@ -255,7 +255,7 @@ def test_a_check_that_cannot_tell_counts_neither_way(db: vmrm.Database) -> None:
     tables.put(db.path, "pool_vms", {"last_health_check": 1})
     keep(db)
     assert states(db) == {"vm1": "ready"}
-    assert "its check told nothing" in reasons(db)
+    assert "health check inconclusive" in reasons(db)
 
 
 def test_the_default_check_tells_no_agent_from_no_exec(

@@ -520,7 +520,7 @@ def test_a_directory_that_is_no_vms_is_left_alone(cli: Cli, tmp_path: Path) -> N
     if shutil.which(vmrm.QEMU):
         told = cli("pool", "spawn-qemu", "work", "--dir", home, "--disk", precious)
         assert told.code == 2
-        assert "is something else's" in told.err
+        assert "is not a VM directory of vmrm" in told.err
     assert list(precious.parent.iterdir()) == [precious]
 
 

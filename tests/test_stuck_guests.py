@@ -41,10 +41,12 @@ GUESTS = {
     "listing": Stuck(_programs("find -H"), "does not end.*/big", more=FETCH),
     "listing-timeout": Stuck(_programs("find -H"), "timed out", more=FETCH | {"timeout": 0.5}),
     "listing-later": Stuck(_programs("find -H"), "does not end.*/big", at=0.1, more=FETCH),
-    "every-program": Stuck(_programs(), "does not end.*stage|not get anywhere"),
+    "every-program": Stuck(_programs(), "does not end.*stage|no progress through the agent"),
     "layout": Stuck(_programs("/.stage"), "does not end.*stage"),
     "reboot-check": Stuck(
-        _programs("exit 0; IFS="), "not get anywhere", more={"arguments": ["-c", "exit 10"]}
+        _programs("exit 0; IFS="),
+        "no progress through the agent",
+        more={"arguments": ["-c", "exit 10"]},
     ),
     "other-boots": Stuck(lambda: {"guest-file-read": hostile.other_boot()}, "rebooted"),
     "read-crumbs": Stuck(lambda: {"guest-file-read": hostile.crumbs}, "crumbs", more=FETCH),
@@ -54,8 +56,8 @@ GUESTS = {
         "timed out",
         more={"arguments": ["-c", "head -c 20000000 /dev/zero"], "timeout": 1},
     ),
-    "drip": Stuck(lambda: {"guest-exec-status": hostile.drip}, "not get anywhere"),
-    "silence": Stuck(lambda: {"guest-exec": hostile.silence}, "not get anywhere"),
+    "drip": Stuck(lambda: {"guest-exec-status": hostile.drip}, "no progress through the agent"),
+    "silence": Stuck(lambda: {"guest-exec": hostile.silence}, "no progress through the agent"),
 }
 
 
