@@ -137,10 +137,16 @@ def test_who_came_second_watches_the_supervisor_that_came_first(tmp_path: Path) 
     assert lock.try_()
     with subprocess.Popen(["true"]) as refused:
         refused.wait()
-    viewer = vmrm.Viewer(db, vmrm.Screen(quiet=True))
-    assert viewer._is_running(refused)
-    lock.release()
-    assert not viewer._is_running(refused)
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        lock.release()
+
+    threading.Timer(0.3, end).start()
+    with pytest.raises(vmrm.VmrmError, match="the supervisor died"):
+        vmrm.Viewer(db, vmrm.Screen(quiet=True)).watch(refused)
+    assert over.is_set()
 
 
 def test_who_looks_whether_a_lock_is_held_does_not_keep_its_taker_out(tmp_path: Path) -> None:
