@@ -457,8 +457,7 @@ def backoff(tries: int, first: float, longest: float) -> float:
 
 
 def _signal_name(number: int) -> str:
-    """Return a signal's name; most real-time signals have none."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # most real-time signals have none
         return signal.Signals(number).name
     return f"signal {number}"
 
@@ -480,11 +479,9 @@ def need_packages(*names: str) -> None:
 
 
 def own_command(*words: str) -> list[str]:
-    """Return the command line that starts this very vmrm anew.
-
-    It imports vmrm, from its cached bytecode: a script is compiled anew at every start, which takes
-    a fifth of a second and leaves scattered heap to every fork.
-    """
+    """Return the command line that starts this very vmrm anew."""
+    # By import, from cached bytecode: a script is compiled anew at every start, which takes a fifth
+    # of a second and leaves scattered heap to every fork.
     folder = str(Path(__file__).absolute().parent)
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import vmrm; vmrm.console()"
     return [sys.executable, "-P", "-c", code, folder, *words]
@@ -742,7 +739,6 @@ def default_database() -> Path:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system that `path` lies on, '' if the kernel does not say."""
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
@@ -1098,18 +1094,17 @@ class Database:
         with self.transaction(durable=durable):
             return self.query(sql, **parameters)
 
-    def insert(self, table: str, **values: Any) -> Row:
-        """Add a row of these values; return it with its defaults."""
-        return self.write(f"{_insertion(table, values)} RETURNING *", **values)[0]
-
     def upsert(self, table: str, *keys: str, **values: Any) -> Row:
         """Add a row of these values, or set them in the one that has the same keys; return it."""
-        sets = [f'"{name}" = excluded."{name}"' for name in values if name not in keys]
-        conflict = ", ".join(f'"{key}"' for key in keys)
-        sql = (
-            f"{_insertion(table, values)} ON CONFLICT ({conflict}) DO UPDATE SET {', '.join(sets)}"
-        )
+        names, places = ", ".join(f'"{name}"' for name in values), ", :".join(values)
+        sql = f'INSERT INTO "{table}" ({names}) VALUES (:{places})'  # noqa: S608 (our own names)
+        if keys:
+            sets = [f'"{name}" = excluded."{name}"' for name in values if name not in keys]
+            conflict = ", ".join(f'"{key}"' for key in keys)
+            sql += f" ON CONFLICT ({conflict}) DO UPDATE SET {', '.join(sets)}"
         return self.write(f"{sql} RETURNING *", **values)[0]
+
+    insert = upsert  # of a row that must be new, without keys
 
     def update(self, table: str, where: Mapping[str, Any], **values: Any) -> list[Row]:
         """Set these values in all rows that have those others; return these rows."""
@@ -1125,11 +1120,8 @@ class Database:
 
     def checkpoint(self, truncate: bool = False) -> None:
         """Move what the WAL holds into the database file; with `truncate`, empty the WAL too."""
-        if not truncate:
-            self.query("PRAGMA wal_checkpoint(PASSIVE)")
-            return
-        with self._writing():
-            self.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        with self._writing() if truncate else contextlib.nullcontext():
+            self.query(f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate else 'PASSIVE'})")
 
     @property
     def utils(self) -> sqlite_utils.Database:
@@ -1143,12 +1135,6 @@ class Database:
         return Utils(self.connection, execute_plugins=False)
 
 
-def _insertion(table: str, values: Iterable[str]) -> str:
-    names = ", ".join(f'"{name}"' for name in values)
-    places = ", ".join(f":{name}" for name in values)
-    return f'INSERT INTO "{table}" ({names}) VALUES ({places})'  # noqa: S608 (our own names)
-
-
 def _schema() -> str:
     return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 
@@ -1158,7 +1144,6 @@ _NEW = (0, 0, True)  # the identity of a database that nobody has used
 
 
 def _identity(connection: sqlite3.Connection) -> tuple[int, int, bool]:
-    """Return a database's application_id and user_version, and whether it is empty."""
     sql = """SELECT application_id, user_version, NOT EXISTS (SELECT 1 FROM sqlite_schema)
              FROM pragma_application_id, pragma_user_version"""
     application, version, is_empty = connection.execute(sql).fetchone()
@@ -1230,7 +1215,6 @@ def _conform(connection: sqlite3.Connection) -> None:
 
 
 def _take_steps(connection: sqlite3.Connection) -> None:
-    """Do to the rows, already in this schema's form, what each version asks for."""
     need_packages("sqlite_utils")
     from sqlite_utils import Database as Utils
     from sqlite_utils import Migrations
@@ -1349,7 +1333,7 @@ def dead_sockets(db: Database) -> list[Path]:
 
 
 def remove_dead_sockets(db: Database) -> None:
-    """Remove them, but none that somebody is just binding anew: who may do so has its lock."""
+    """Remove them, but none that somebody is binding anew: who may do so has its lock."""
     for path in dead_sockets(db):
         if "-" in path.name:  # a command's or a waiter's, whose name nobody has again
             path.unlink(missing_ok=True)
@@ -1471,7 +1455,6 @@ VM_COLUMNS = [*_VM_VALUES][:8]  # what the reference has of a VM
 
 
 def _checked_time(value: object) -> str:
-    """Return a schedule time, a number or the text of one, as it is kept: as text."""
     with contextlib.suppress(ValueError, TypeError):
         if not isinstance(value, bool | bytes) and not math.isnan(float(cast(Any, value))):
             return str(value)
@@ -2385,7 +2368,7 @@ class Journal:
 
 
 def _plain_time(at: float) -> str:
-    """Return a number as people write it: 5, not 5.0."""
+    # As people write it: 5, not 5.0.
     return str(int(at)) if float(at).is_integer() else str(at)
 
 
