@@ -1849,7 +1849,7 @@ class ScheduleEntry:
     def label(self) -> str:
         """A few words for people: the program's name, or what the entry does instead."""
         if self.executable:
-            return PurePosixPath(self.executable.replace("\\", "/")).name
+            return self.executable.replace("\\", "/").rstrip("/").rpartition("/")[2]
         if self.pause is not None:
             return "break" if math.isinf(self.pause) else f"pause {self.pause:g}"
         return next((kind for kind in DATA_KEYS if self.items(kind)), "resume")
@@ -9924,12 +9924,13 @@ def _vm_faults(vm: VMRun, stopped: bool) -> Iterator[str]:
     elif stopped and managed and vm.row and vm.row.finished_at is None:
         yield f"{vm.name}: was stopped before its work was done"
     for entry in vm.entries:
-        where, attempt = f"{vm.name}, entry {entry.ordinal} ({entry})", vm.latest.get(entry.ordinal)
+        attempt, fault = vm.latest.get(entry.ordinal), ""
         if attempt is None:
-            if managed and entry.pause is None:
-                yield f"{where}: did not run"
+            fault = "did not run" if managed and entry.pause is None else ""
         elif attempt.outcome in FAILED_OUTCOMES and not entry.ignore_failure:
-            yield f"{where}: {attempt.outcome}: {attempt.error}"
+            fault = f"{attempt.outcome}: {attempt.error}"
+        if fault:
+            yield f"{vm.name}, entry {entry.ordinal} ({entry}): {fault}"
 
 
 FAILED_OUTCOMES = (Outcome.FAILED, Outcome.UNKNOWN)
