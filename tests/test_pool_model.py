@@ -234,7 +234,7 @@ TestPoolModel = PoolMachine.TestCase
 
 # === eight processes =============================================================================
 
-WORKERS, VMS, OWNERS, LIMIT, PAIRS = 8, 50, 12, 4, 8_000
+WORKERS, VMS, OWNERS, LIMIT, PAIRS = 8, 50, 12, 4, 20_000
 
 LINE = len("+ v49 o15 ") + 21
 
@@ -331,7 +331,7 @@ def test_no_vm_has_two_holders_and_no_owner_too_many_whoever_is_killed(tmp_path:
             for _ in range(WORKERS):
                 start()
             while sum(r.stat().st_size for r in [*workers, *ended]) < 2 * PAIRS * LINE:
-                time.sleep(chance.uniform(0.1, 0.4))
+                time.sleep(chance.uniform(0.3, 1.2))
                 kill(chance.choice(list(workers)))
                 start()
         finally:
