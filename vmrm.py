@@ -7801,13 +7801,11 @@ class Supervisor:
             if self.db.value(sql, name=name):
                 self._give_up(name, why)
             self._kill(name)
-        now = CLOCK.monotonic()
-        for row in self.db.query(
-            """SELECT server_name FROM vms WHERE state IN
-                   ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
-        ):
-            if self._charges[row["server_name"]].not_before <= now:
-                self._fork(row["server_name"])
+        sql = """SELECT server_name FROM vms
+                 WHERE state IN ('uninitialized', 'configuring', 'configured') ORDER BY ordinal"""
+        for row in self.db.query(sql):
+            if self._charges[row.server_name].not_before <= CLOCK.monotonic():
+                self._fork(row.server_name)
 
     def _end_if_over(self) -> bool:
         """Tell everybody if all work is done; looking again and telling are one decision."""
@@ -8075,11 +8073,9 @@ def halt_experiment(db: Database, halt: Halt) -> None:
 
 def end_experiment(db: Database, now: float | None = None) -> None:
     """Note that nobody runs the experiment any more, if it was told to come to its end."""
-    db.write(
-        """UPDATE experiments SET ended_at = :now
-           WHERE destroyed_at IS NULL AND halt IS NOT NULL AND ended_at IS NULL""",
-        now=CLOCK.wall() if now is None else now,
-    )
+    sql = """UPDATE experiments SET ended_at = :now
+             WHERE destroyed_at IS NULL AND halt IS NOT NULL AND ended_at IS NULL"""
+    db.write(sql, now=CLOCK.wall() if now is None else now)
 
 
 def is_being_killed(db: Database) -> bool:
@@ -8090,20 +8086,16 @@ def is_being_killed(db: Database) -> bool:
 
 def vms_with_programs(db: Database) -> list[str]:
     """Return the VMs in which programs of ours run, as far as rows know."""
-    rows = db.query(
-        """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
-           WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
-    )
-    return [row.server_name for row in rows]
+    sql = """SELECT DISTINCT server_name FROM entry_status JOIN vms USING (server_name)
+             WHERE executable IS NOT NULL AND outcome IN ('armed', 'running')"""
+    return [row.server_name for row in db.query(sql)]
 
 
 def _set_halt(db: Database, halt: Halt) -> None:
-    db.write(
-        """UPDATE experiments SET halt = :halt WHERE destroyed_at IS NULL
-           AND (halt IS NULL OR halt IN ('end', 'abort') AND :halt IN ('stop', 'kill')
-                OR halt = 'stop' AND :halt = 'kill')""",
-        halt=halt.value,
-    )
+    sql = """UPDATE experiments SET halt = :halt WHERE destroyed_at IS NULL
+             AND (halt IS NULL OR halt IN ('end', 'abort') AND :halt IN ('stop', 'kill')
+                  OR halt = 'stop' AND :halt = 'kill')"""
+    db.write(sql, halt=halt.value)
 
 
 def launch(
@@ -8261,7 +8253,6 @@ def _supervise(words: Sequence[str]) -> int:
 HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
 HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
 EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
-
 
 # What a hook is for; also the name of its column of a group.
 HookKind = StrEnum("HookKind", "SPAWN CHECK RELEASE TERMINATE LIST")
@@ -8703,20 +8694,16 @@ class QemuVm:
                     self._pid.unlink()
                     lock.release()
                 elif ends:
-                    self._end(ends.pop(0))
                     patience = QEMU_GRACE_S
+                    if (number := ends.pop(0)) is None:
+                        with contextlib.suppress(OSError, ValueError):
+                            self.control("quit", QEMU_GRACE_S)
+                    elif signed := self._pid.read_text().split():
+                        signal_session(int(signed[0]), int(signed[1]), number)
                 else:
                     raise VmrmError(f"VM {self.name!r} cannot be ended", f"See {self._pid}")
         with contextlib.suppress(OSError):
             self.folder.rmdir()
-
-    def _end(self, number: signal.Signals | None) -> None:
-        """Ask QEMU to quit, or signal it and its children."""
-        if number is None:
-            with contextlib.suppress(OSError, ValueError):
-                self.control("quit", QEMU_GRACE_S)
-        elif signed := self._pid.read_text().split():
-            signal_session(int(signed[0]), int(signed[1]), number)
 
 
 def qemu_words(
@@ -9285,16 +9272,12 @@ class Keeper:
             before, self._seen = self._seen, self.db.data_version()
             late = now >= self._reap_at or CLOCK.wall() >= self._again_at
             woken = late or self._seen != before or not ready <= waited.keys()
-            due = self._bring_to_end(ready) or woken or due
-
-    def _bring_to_end(self, ready: Collection[int]) -> bool:
-        """Hold hooks to their deadlines; return whether one has ended."""
-        for hook in list(self.hooks.values()):
-            if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
-                del self.hooks[hook.pid]
-                hook.end()
-                self._untold.append(hook)
-        return self._tell_ended()
+            for hook in list(self.hooks.values()):
+                if hook.pidfd in ready or hook.enforce(self.timeouts.term_grace):
+                    del self.hooks[hook.pid]
+                    hook.end()
+                    self._untold.append(hook)
+            due = self._tell_ended() or woken or due
 
     def _tell_ended(self) -> bool:
         """Write down how hooks ended; one stays in the list until that is done."""
