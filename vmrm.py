@@ -8741,26 +8741,16 @@ def qemu_running(root: Path) -> list[str]:
 # === the keeper ==================================================================================
 #
 # keeper_plan says what is to be done at some instant: what the view pool_dues has of single VMs,
-# and what the pool as a whole lacks. The keeper does it: it starts a hook behind its gate, claims
-# the row for it in one transaction (a move, and the hook's pid), opens the gate, and writes down
-# its end in another one. So a machine never exists without its row, and who comes after a killed
-# keeper finds every hook.
+# and what the pool as a whole lacks. An action is a row: of a group, and of its VM if it is about
+# one (else vm_name is ''), with `what` is to be done and, for the log, `why`. The keeper does
+# it: it starts a hook behind its gate, claims the row for it in one transaction (a move, and the
+# hook's pid), opens the gate, and writes down its end in another one. So a machine never exists
+# without its row, and who comes after a killed keeper finds every hook.
 
 MAX_HOOKS = 8  # of one kind at once; spawns have limits of their own
 KEPT_S = 30 * 86400.0  # the history, and the hooks' logs of VMs that are gone
 SPAWN_BACKOFF_S = 300.0  # the longest pause after spawn hooks that failed, doubled from 1 s
 _URGENCY = ["kill", "end", "terminate", "spawn", "release", "list", "check"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolAction:
-    """One thing to do: run a hook, move a VM to `terminating`, or kill the hook it has."""
-
-    what: str
-    row: Mapping[str, Any] = dataclasses.field(compare=False)  # of the group, and of the VM if any
-    group: str
-    vm_name: str = ""
-    reason: str = ""
 
 
 class _Dues:
@@ -8778,26 +8768,26 @@ class _Dues:
         return False
 
 
-def keeper_plan(db: Database, now: float) -> tuple[list[PoolAction], float]:
+def keeper_plan(db: Database, now: float) -> tuple[list[Row], float]:
     """Return what is to be done now, most urgent first, and when to look again at the latest."""
     dues, pool = _Dues(now), VmManager(db=db)
     actions = _plan_vms(db, dues)
     for supply in _supplies(pool):
-        group, name = supply.group, supply.group.name
-        actions += [PoolAction("spawn", group, name)] * supply.spawns_now(dues)
+        group = supply.group
+        actions += [Row(group, what="spawn", vm_name="")] * supply.spawns_now(dues)
         actions += supply.recycled
-        listed = pool.keeper_info(name, "listed")
+        listed = pool.keeper_info(group.name, "listed")
         doubtful = listed.get("missing") or listed.get("strangers")
         period = db.timeouts.young if doubtful else group.vm_health_check_period_s
         wanted = group.list and group.terminate  # without the one, the other ends nothing
         if wanted and not listed.get("hook") and dues.again(listed.get("at"), period):
-            actions.append(PoolAction("list", group, name))
+            actions.append(Row(group, what="list", vm_name=""))
     return sorted(actions, key=lambda action: _URGENCY.index(action.what)), dues.next_at
 
 
-def _plan_vms(db: Database, dues: _Dues) -> list[PoolAction]:
+def _plan_vms(db: Database, dues: _Dues) -> list[Row]:
     """Return the most urgent of what is due for each VM; a check is not begun at once again."""
-    actions: dict[str, PoolAction] = {}
+    actions: dict[str, Row] = {}
     sql = """SELECT g.*, p.*, what, d.reason AS why
              FROM pool_dues AS d JOIN pool_list AS p USING (vm_name)
              JOIN pool_groups AS g ON g.name = p."group"
@@ -8806,7 +8796,7 @@ def _plan_vms(db: Database, dues: _Dues) -> list[PoolAction]:
         if row.vm_name in actions:
             continue
         if row.what != "check" or dues.again(row.check_started_at, db.timeouts.recheck):
-            actions[row.vm_name] = PoolAction(row.what, row, row.name, row.vm_name, row.why)
+            actions[row.vm_name] = row
     sql = """SELECT min(due_at) FROM pool_dues WHERE due_at > :now
              AND vm_name NOT IN (SELECT value FROM json_each(:names))"""
     later = db.value(sql, now=dues.now, names=json.dumps(list(actions)))
@@ -8834,7 +8824,7 @@ class _Supply:
         self.bound = collections.Counter(vm.bound_to_user for vm in vms if vm.state != ends)
         back = [(vm.bound_to_user, vm.bound_sandbox) for vm in hopes["returning"]]
         self.returning = collections.Counter(back)
-        self.recycled: list[PoolAction] = []
+        self.recycled: list[Row] = []
 
     def serves(self, request: Request) -> bool:
         """Whether it can come up with a VM for a request; then that is no one else's."""
@@ -8867,9 +8857,8 @@ class _Supply:
             return False
         self.idle.remove(idle[0])
         self.in_vain = bool(self.failed)
-        reason, name = f"{request.owner} waits for one, and there is no room", idle[0].vm_name
-        row = {**self.group, **idle[0]}
-        self.recycled.append(PoolAction("end", row, self.group.name, name, reason))
+        why = f"{request.owner} waits for one, and there is no room"
+        self.recycled.append(Row(self.group | idle[0], what="end", why=why))
         return True
 
     def spawns_now(self, dues: _Dues) -> int:
@@ -8925,15 +8914,15 @@ class _Book:
     def row(self, vm_name: str) -> Row | None:
         return self.db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name)
 
-    def is_as_planned(self, action: PoolAction) -> Row | None:
+    def is_as_planned(self, action: Row) -> Row | None:
         """Return a VM's row if it is still as it was when something was planned for it."""
         columns = ("state", "hook", "token", "releasing_at", "last_release", "held_until")
         row = self.row(action.vm_name)
-        return row if row and all(row[c] == action.row[c] for c in columns) else None
+        return row if row and all(row[c] == action[c] for c in columns) else None
 
     # --- beginning ---
 
-    def claim(self, hook: Hook, action: PoolAction) -> bool:
+    def claim(self, hook: Hook, action: Row) -> bool:
         """Put a hook on record, and move its VM; return whether it may run, as things are now."""
         now, noted = CLOCK.wall(), str(hook.identity)
         if hook.kind == HookKind.LIST:
@@ -8944,7 +8933,7 @@ class _Book:
         with self.db.transaction(durable=hook.kind == HookKind.SPAWN) as db:
             if hook.kind == HookKind.SPAWN:
                 sql = 'SELECT count(*) FROM pool_vms WHERE "group" = :g'
-                if db.value(sql, g=hook.group) >= action.row["max_vm_total"]:
+                if db.value(sql, g=hook.group) >= action.max_vm_total:
                     return False
                 add_pool_vm(db, hook.vm_name, hook.group, VmStates.SPAWNING, **columns)
                 db.update("pool_groups", {"name": hook.group}, last_spawn_at=now)
@@ -8960,14 +8949,14 @@ class _Book:
             move_pool_vm(db, hook.vm_name, state, **columns)
         return True
 
-    def end_vm(self, action: PoolAction) -> None:
+    def end_vm(self, action: Row) -> None:
         """Have a VM terminated, unless somebody has acquired it meanwhile, perhaps."""
         with self.db.transaction(durable=True) as db:
             if self.is_as_planned(action) is None:
                 return
             state = VmStates.TERMINATING
-            move_pool_vm(db, action.vm_name, state, action.reason, releasing_at=None)
-        self.log.info("%s is terminated: %s", action.vm_name, action.reason)
+            move_pool_vm(db, action.vm_name, state, action.why, releasing_at=None)
+        self.log.info("%s is terminated: %s", action.vm_name, action.why)
 
     # --- ending ---
 
@@ -9151,7 +9140,7 @@ class Keeper:
         self._not_before = -math.inf  # when to fork again, after the system refused
         self._again_at = -math.inf  # when something is due next, in wall time
         self._seen = -1  # PRAGMA data_version
-        self._done: set[PoolAction] = set()  # what `once` does not do twice
+        self._done = set[tuple[str, ...]]()  # what `once` does not do twice
 
     def run(self) -> int:
         """Keep the pool until SIGTERM or SIGINT, or once; return 0."""
@@ -9289,23 +9278,24 @@ class Keeper:
 
     # --- beginning ---
 
-    def _do(self, action: PoolAction) -> bool:
+    def _do(self, action: Row) -> bool:
         """Begin an action; return whether the rows are no longer those that were planned with."""
         if action.what == "kill":
             for hook in self.hooks.values():
                 if hook.vm_name == action.vm_name:
-                    hook.kill(action.reason)
+                    hook.kill(action.why)
             return False
         if action.what == "end":
             self.book.end_vm(action)
             return True
-        if action.what == HookKind.TERMINATE and not action.row["terminate"]:
+        if action.what == HookKind.TERMINATE and not action.terminate:
             with contextlib.suppress(VmError):  # it came by hand, and goes by hand
                 self.book.pool.remove_vm_from_pool(action.vm_name)
             return True
         busy = sum(hook.kind == action.what for hook in self.hooks.values())
         full = busy >= MAX_HOOKS and action.what != HookKind.SPAWN
-        if full or CLOCK.monotonic() < self._not_before or action in self._done:
+        this = action.what, action.name, action.vm_name
+        if full or CLOCK.monotonic() < self._not_before or this in self._done:
             return False
         try:
             hook = self._hook(action)
@@ -9325,27 +9315,26 @@ class Keeper:
             return True
         self.hooks[hook.pid] = hook
         if self.once and hook.kind != HookKind.SPAWN:
-            self._done.add(action)
+            self._done.add(this)
         _crash("hook-claimed")
         open_gate(hook.process)
         _crash("hook-begun")
         return True
 
-    def _hook(self, action: PoolAction) -> Hook:
+    def _hook(self, row: Row) -> Hook:
         """Start a hook of a group behind its gate."""
-        kind, row = HookKind(action.what), action.row
-        name = action.vm_name
+        kind, name = HookKind(row.what), row.vm_name
         if kind == HookKind.SPAWN:
-            name = f"{action.group[:57]}-{os.urandom(3).hex()}"
+            name = f"{row.name[:57]}-{os.urandom(3).hex()}"
         limit = row["vm_health_check_max_time_s" if kind == "check" else f"{kind}_timeout_s"]
         command = row[kind]
         if not command:
             # It may be booting; one that was spawned is looked at again soon, if there is a soon.
-            fresh = row["last_health_check"] is None and (self.once or not row["spawn"])
+            fresh = row.last_health_check is None and (self.once or not row.spawn)
             patience = 0.75 * limit if fresh else min(0.5 * limit, 10.0)
             words = shlex.join(own_command("_check_agent"))
             command = f'exec {words} "$VMRM_PATH" "$VMRM_DB" {patience}'
-        told = {"HOOK": kind.value, "VM": name, "GROUP": action.group}
+        told = {"HOOK": kind.value, "VM": name, "GROUP": row.name}
         told |= {"DB": str(self.db.path), "STATE_DIR": str(self.db.state_dir)}
         columns = ("vm_ip", "path", "state", "bound_to_user", "bound_sandbox")
         keys = ("IP", "PATH", "STATE", "OWNER", "SANDBOX")
@@ -9354,7 +9343,7 @@ class Keeper:
         plain = {key: value.replace("\0", "")[:4096] for key, value in told.items()}
         environment = os.environ | {f"VMRM_{key}": value for key, value in plain.items()}
         environment["PATH"] = f"{self.db.state_dir}/bin:{os.environ.get('PATH', os.defpath)}"
-        return Hook(kind, action.group, name, command, environment, limit)
+        return Hook(kind, row.name, name, command, environment, limit)
 
 
 def _is_of_hook(pid: int) -> bool:

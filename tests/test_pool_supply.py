@@ -412,7 +412,7 @@ def test_a_machine_that_never_answers_is_given_up_after_the_spawn_timeout(
 # === between the keeper's plan and its deed ======================================================
 
 
-def between(monkeypatch: pytest.MonkeyPatch, happens: Any) -> list[vmrm.PoolAction]:
+def between(monkeypatch: pytest.MonkeyPatch, happens: Any) -> list[vmrm.Row]:
     """Have something happen once the keeper has planned what it does; return all it planned."""
     plan, planned = vmrm.keeper_plan, []
 
