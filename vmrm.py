@@ -7935,10 +7935,7 @@ class Loan:
         return [self._waiting.fileno()] if self._waiting else []
 
     def obtain(self) -> bool:
-        """Return whether all VMs are here; while they are not, stand in the queue.
-
-        `UsageError`: they cannot be had.
-        """
+        """Return whether all VMs are here; while they are not, stand in the queue."""
         if not self._have:
             rows = self.vms()
             if any(row.pool_token for row in rows):  # of an earlier supervisor, as far as it stands
@@ -8877,10 +8874,7 @@ class _Supply:
 
 
 def _supplies(pool: VmManager) -> Collection[_Supply]:
-    """Charge each want that nobody serves now to the first of its groups that can serve it.
-
-    A group whose spawns fail comes last.
-    """
+    """Charge each want that nobody serves now to the first group that can; those that fail last."""
     shares, supplies = pool.shares(), {}
     kept = {name for share in shares for name in share.vm_names}
     mine = collections.defaultdict[str, list[Row]](list)
@@ -9010,10 +9004,7 @@ class _Book:
             self.note(hook.group, "failed", failed)
 
     def _settle(self, hook: Hook) -> str:
-        """Give a spawned VM's row the name and machine it has, unless they are another VM's.
-
-        Returns its name from now on.
-        """
+        """Give a spawned VM's row its name and machine, if they are no other's; return its name."""
         name = hook.spawned
         if name.lower() != hook.vm_name.lower():
             if self.row(name):
