@@ -5849,8 +5849,7 @@ class Plan(Row):
     @classmethod
     def read(cls, db: Database, server_name: str, known: Plan | None = None) -> Plan:
         """Read the plan of a VM; what is known of its entries already is taken over."""
-        # What comes later than the revision that is read with the rest, or before it, has a
-        # higher one.
+        # The revision is read with the rest or before it: what comes later has a higher one.
         row = db.row(
             """SELECT v.revision, coalesce(s.generation, 1) AS generation,
                    coalesce(s.text, '[]') AS text, e.start_at, e.halt
@@ -7061,7 +7060,7 @@ class VMResourceHandler:
             return
         self.vm.tell("")
         fd = self.vm.driver.fileno()
-        spoke = fd in self._poll(fd, select.POLLIN, seconds)
+        spoke = self._poll(fd, select.POLLIN, seconds)
         self.vm.patience.calm += CLOCK.monotonic() - now
         if spoke:
             raise drivers.LinkLost("the agent hung up, or spoke without being asked")
@@ -7070,13 +7069,13 @@ class VMResourceHandler:
         """Wait, in driver calls too, for a descriptor (-1: none); return whether it is ready."""
         deadline = CLOCK.monotonic() + seconds
         while True:
-            if fd in self._poll(fd, events, deadline - CLOCK.monotonic()) and fd >= 0:
+            if self._poll(fd, events, deadline - CLOCK.monotonic()):
                 return True
             if CLOCK.monotonic() >= deadline:
                 return False
 
-    def _poll(self, fd: int, events: int, seconds: float) -> set[int]:
-        """The one place where a handler waits."""
+    def _poll(self, fd: int, events: int, seconds: float) -> bool:
+        """The one place where a handler waits; return whether a descriptor is ready."""
         poll = select.poll()
         lifeline = self.config.get("lifeline", -1)
         own = self._wake.fileno() if self._wake else -1
@@ -7085,13 +7084,13 @@ class VMResourceHandler:
                 poll.register(descriptor, mask)
         timeout = None if math.isinf(seconds) else math.ceil(max(0.0, seconds) * 1000)
         ready = {descriptor for descriptor, _ in poll.poll(timeout)}
-        if lifeline in ready and lifeline >= 0:
+        if lifeline in ready:
             raise _Leave("the supervisor is gone")
         if own in ready and self._wake:
             self._wake.drain()
             self._woken = True
             self._leave_if_told()
-        return ready
+        return fd in ready
 
     def _leave_if_told(self) -> None:
         halt = self.db.value("SELECT halt FROM current_experiment")
