@@ -90,7 +90,7 @@ def failing(folder: Path, role: str, number: int, code: str = "") -> None:
     [
         ("handler", "", 1, 200, 4),
         ("supervisor", "", OPENING, 110, 3),
-        ("handler", "KILL", 1, 30, 3),
+        ("handler", "KILL", 1, 29, 3),
         ("supervisor", "KILL", 1, 4, 2),
     ],
 )
