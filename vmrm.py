@@ -1084,10 +1084,7 @@ class Database:
         wake(self, *connection.to_wake)
 
     def write(self, sql: str, *, durable: bool = False, **parameters: object) -> list[Row]:
-        """Run one writing statement; return what it RETURNs.
-
-        In an open transaction it is part of that, else it has one of its own.
-        """
+        """Run a writing statement, in the open transaction or its own; return what it RETURNs."""
         if self.connection.in_transaction:
             assert not durable, "its transaction would have to be"
             return self.query(sql, **parameters)
@@ -1125,10 +1122,7 @@ class Database:
 
     @property
     def utils(self) -> sqlite_utils.Database:
-        """This very connection as a `sqlite_utils.Database`, for scripts that look deeper.
-
-        Read with it as you like; write inside `transaction`, so that other writers wait.
-        """
+        """This connection as a `sqlite_utils.Database`; write with it inside `transaction`."""
         need_packages("sqlite_utils")
         from sqlite_utils import Database as Utils
 
@@ -1168,10 +1162,7 @@ _HOLDER = _WHOLE.format("holder", "holder_namespace")
 
 
 def _spelt_otherwise() -> dict[str, dict[str, str]]:
-    """Return, by table and column, the SQL for what version 2 spells otherwise.
-
-    No process of that older vmrm lives any more: where it had a pid alone, that will do.
-    """
+    # No process of that older vmrm lives any more: where it had a pid alone, that will do.
     boot, here = Process.of()[2:]
     return {
         "pool_vms": {"hook_process": _WHOLE.format("hook", here)},
@@ -1478,12 +1469,7 @@ class VMMapping(_Served):
 
     @staticmethod
     def prepare_put(entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a complete entry, with defaults for what `entry` leaves out.
-
-        Args:
-            entry: server_uuid and server_name, and any of state, current_time, control_ip,
-                path, pool, engine, launch_dir, agent_timeout_s (seconds), set_time.
-        """
+        """Return a complete entry: server_uuid, server_name, and defaults for what is left out."""
         if not isinstance(entry, Mapping):
             raise WrongValue(f"a VM is a dictionary of its values, and not {entry!r}")
         for key in ("server_uuid", "server_name"):
@@ -2342,10 +2328,7 @@ class Journal:
     def started(
         self, attempt: Attempt, sent_at: float, pid: int | None, at: float, planned: float | None
     ) -> None:
-        """Record that the guest has started an attempt, and that the VM has reached time `at`.
-
-        When it was sent first stands; `planned` is the plan by the clock of that moment.
-        """
+        """Record that the guest has started an attempt, by which its VM has reached time `at`."""
         with self.db.transaction() as db:
             db.write(
                 """UPDATE attempts SET outcome = 'running', answered_at = :now, pid = :pid,
