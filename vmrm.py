@@ -11057,7 +11057,9 @@ def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> None:
     if not running:  # but an earlier one has left programs behind
         process = spawn_supervisor(db)
     deadline = CLOCK.monotonic() + timeout
-    while _is_leaving(db, process):
+    sql, stops = "SELECT halt FROM current_experiment", (Halt.STOP, Halt.KILL)
+    # Without a halt they have left, and somebody runs it again.
+    while db.value(sql) in stops and (_is_supervised(db, process) or live_handlers(db)):
         if CLOCK.monotonic() >= deadline:
             raise TimedOut(f"not all handlers have left after {timeout:g} s")
         time_to_wait(0.05)
@@ -11067,12 +11069,6 @@ def cmd_stop(cli: Cli, *, kill: bool = False, timeout: float = 60.0) -> None:
         names = ", ".join([*left[:3], *(["…"] if left[3:] else [])])
         what = f"programs of {counted(len(left), 'VM')} could not be ended: {names}"
         raise VmrmError(what, f"See why: vmrm logs {left[0]}")
-
-
-def _is_leaving(db: Database, process: Any) -> bool:
-    if db.value("SELECT halt FROM current_experiment") not in (Halt.STOP, Halt.KILL):
-        return False  # they have left, and somebody runs it again
-    return _is_supervised(db, process) or bool(live_handlers(db))
 
 
 @command(yes="Really do it.", purge="Remove journal, logs and transfers, too.")
@@ -11747,10 +11743,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # What a host refuses whoever asks, and what it may grant later.
-_REFUSALS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG})
-_SHORTAGES = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
-)
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
+_SHORTAGES = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 
 
 def _told(error: Exception, words: Sequence[str]) -> VmrmError:
