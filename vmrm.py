@@ -5328,10 +5328,8 @@ class OutputLog:
         self.lines(str(entry), stream, [line.removesuffix("\r") for line in lines])
         self._logged[attempt.id] = self._logged.get(attempt.id, 0) + self._log_bytes() - told
         if self._logged[attempt.id] >= MAX_OUTPUT_BYTES:
-            self.log.warning(
-                "the output of entry %d (%s) is longer than is logged; all of it: vmrm logs %s %d",
-                *(entry.ordinal, entry, self.vm_name, entry.ordinal),
-            )
+            said = "the output of entry %d (%s) is longer than is logged; all of it: %s"
+            self.log.warning(said, entry.ordinal, entry, self._path(attempt, stream))
 
     def _log_bytes(self) -> int:
         logs = (self.folder / f"{self.vm_name}.{kind}" for kind in ("log", "json"))
