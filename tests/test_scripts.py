@@ -695,6 +695,7 @@ def test_a_program_has_a_process_group_of_its_own_and_killing_it_leaves_nobody(
         assert guest.ask("signal", "KILL", str(process.pid)).returncode == 0
         eventually(lambda: all(gone(pid) for pid in family))
         # Not waited for yet, the script is a zombie: ended all the same.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert guest.found(1) == [vmrm.Found(True, None, False, process.pid, False)]
 
 
