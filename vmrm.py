@@ -487,6 +487,20 @@ def own_command(*words: str) -> list[str]:
     return [sys.executable, "-P", "-c", code, folder, *words]
 
 
+def time_to_wait(seconds: float) -> None:
+    """Sleep, in commands that have nothing else to attend to."""
+    select.poll().poll(math.ceil(max(0.0, seconds) * 1000))
+
+
+def parse_seconds(text: str) -> float:
+    """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
+    seconds = float(text[:-1]) * unit if unit else float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text!r} is no duration")
+    return seconds
+
+
 # === processes and locks =========================================================================
 
 
@@ -720,6 +734,81 @@ class _LockWaiter(threading.Thread):
 
 
 os.register_at_fork(before=_LockWaiter.end_idle, after_in_child=_LockWaiter._idle.clear)
+
+
+def session_members(session: int, started: int) -> list[int]:
+    """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone, or another user's and hidden from us
+            fields = path.read_bytes().rpartition(b")")[2].split()
+            if int(fields[3]) == session and fields[0] not in b"ZX":
+                found.append((int(path.parent.name), int(fields[19])))
+    # Another leader of that number has begun another session; so have members older than it.
+    if any(began < started or (pid == session and began != started) for pid, began in found):
+        return []
+    return [pid for pid, _ in found]
+
+
+def signal_session(session: int, started: int, number: signal.Signals) -> None:
+    """Send a signal to all processes of a session, those being forked meanwhile included."""
+    told: set[int] = set()
+    for _ in range(8):  # who forks faster than that meets KILL, or the next deadline
+        new = set(session_members(session, started)) - told
+        if not new:
+            return
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        told |= new
+
+
+def gated(words: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a program, in a session of its own, that runs only once `open_gate` lets it.
+
+    So its pid is on record before it does anything; if we die before, it never runs.
+    """
+    gate = ["/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh"]
+    return subprocess.Popen(
+        [*gate, *words], stdin=subprocess.PIPE, bufsize=0, start_new_session=True, **how
+    )
+
+
+def open_gate(process: subprocess.Popen[bytes]) -> None:
+    """Let a program run that waits behind its gate."""
+    assert process.stdin
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(b"\n")
+
+
+def _through_directory(path: Path, use: Callable[[str], object]) -> None:
+    """Use a socket's path by its directory's descriptor: a UNIX path ends at 107 bytes."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        use(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
+def handler_lock(db: Database, ordinal: int) -> FileLock:
+    """Return the lock of the handler of the VM with this ordinal."""
+    return db.lock(f"handler.{ordinal}")
+
+
+def live_handlers(db: Database) -> list[str]:
+    """Return the names of the VMs whose handler lives in this database's experiment."""
+    rows = db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
+    return [row.server_name for row in rows if handler_lock(db, row.ordinal).is_held]
+
+
+def _refuse_while_live(db: Database, what: str) -> None:
+    if live := live_handlers(db):
+        raise Conflict(
+            f"{what} is refused while {counted(len(live), 'handler')} "
+            f"{'live' if live[1:] else 'lives'} ({', '.join(live[:3])}"
+            f"{', …' if len(live) > 3 else ''})",
+            "Stop them first: vmrm stop",
+        )
 
 
 # === database ====================================================================================
@@ -1280,7 +1369,16 @@ class _Rows:
             self.db.close()
 
 
-# === waking up ===================================================================================
+def checkpoint_wal(db: Database) -> None:
+    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
+    wal = Path(f"{db.path}-wal")
+    big = wal.exists() and wal.stat().st_size > 16 << 20
+    start = db.value("SELECT start_at FROM current_experiment")
+    near = start is not None and abs(start - CLOCK.wall()) < 2
+    db.checkpoint(truncate=big and not near)
+
+
+# --- waking up
 
 
 _Datagrams = functools.partial(
@@ -1333,15 +1431,6 @@ def remove_dead_sockets(db: Database) -> None:
             lock.release()
 
 
-def _through_directory(path: Path, use: Callable[[str], object]) -> None:
-    """Use a socket's path by its directory's descriptor: a UNIX path ends at 107 bytes."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        use(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
-
-
 def wake(db: Database, *names: int | str) -> None:
     """Send a byte to each named wake-up socket; nobody listening is no error."""
     sockets = {*map(str, names)}
@@ -1354,6 +1443,51 @@ def wake(db: Database, *names: int | str) -> None:
     for name in sockets:
         with contextlib.suppress(OSError), _Datagrams() as sender:
             _through_directory(Path(folder, name), functools.partial(sender.sendto, b"w"))
+
+
+class Seat(contextlib.ExitStack):
+    """The place of the one process that runs a database's experiment, or that keeps its pool.
+
+    Its lock keeps others out. Its wait ends with a wake-up, a signal, or what else is waited for:
+    signals are acted upon in the loop, never in the middle of a transaction.
+    """
+
+    def __init__(
+        self, db: Database, name: str, what: str, hint: str, *stops: signal.Signals
+    ) -> None:
+        super().__init__()
+        self.told_to_stop, self._stops = False, stops
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(db.lock(name).held(what, hint))
+            self._wake = WakeSocket(db, name)
+            stack.callback(self._wake.close)
+            self._signals, sent = (stack.enter_context(end) for end in socket.socketpair())
+            self._signals.setblocking(False)
+            sent.setblocking(False)
+            before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+            stack.callback(signal.set_wakeup_fd, before)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+                stack.callback(signal.signal, number, signal.signal(number, self._note))
+            self.push(stack.pop_all())
+
+    def _note(self, number: int, _: object) -> None:  # ignored, programs would inherit that
+        self.told_to_stop |= number in self._stops
+
+    def wait(self, seconds: float, *descriptors: int) -> set[int]:
+        """Wait for so long, but not past a wake-up; return which descriptors have something."""
+        poll = select.poll()
+        for descriptor in (self._wake.fileno(), self._signals.fileno(), *descriptors):
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(math.ceil(max(0.0, seconds) * 1000))}
+        self.drain()
+        return ready
+
+    def drain(self) -> None:
+        """Forget all wake-ups until now: the rows are looked at next."""
+        self._wake.drain()
+        with contextlib.suppress(BlockingIOError):
+            while self._signals.recv(4096):
+                pass
 
 
 # === the experiment, its barrier and its VMs =====================================================
@@ -1404,27 +1538,6 @@ def _set_start(db: Database, where: str) -> None:
             WHERE destroyed_at IS NULL AND start_at IS NULL AND {where}""",  # noqa: S608
         now=CLOCK.wall(),
     )
-
-
-def live_handlers(db: Database) -> list[str]:
-    """Return the names of the VMs whose handler lives in this database's experiment."""
-    rows = db.query("SELECT ordinal, server_name FROM vms ORDER BY ordinal")
-    return [row.server_name for row in rows if handler_lock(db, row.ordinal).is_held]
-
-
-def handler_lock(db: Database, ordinal: int) -> FileLock:
-    """Return the lock of the handler of the VM with this ordinal."""
-    return db.lock(f"handler.{ordinal}")
-
-
-def _refuse_while_live(db: Database, what: str) -> None:
-    if live := live_handlers(db):
-        raise Conflict(
-            f"{what} is refused while {counted(len(live), 'handler')} "
-            f"{'live' if live[1:] else 'lives'} ({', '.join(live[:3])}"
-            f"{', …' if len(live) > 3 else ''})",
-            "Stop them first: vmrm stop",
-        )
 
 
 # A VM's values: whether one will do, what it must be, and its default; SQLite would turn a number
@@ -1646,7 +1759,53 @@ class ExperimentStart(_Served):
         return int((start - launch).total_seconds()) if start and launch else None
 
 
-# === schedule entries ============================================================================
+def destroy_experiment(db: Database, *, purge: bool = False) -> None:
+    """End the current experiment: VMs, schedules, times and requests go.
+
+    The journal, logs and transfers stay under the old experiment's number, unless they are purged.
+    Files go once no row names them, so that `check` finds whatever a kill leaves.
+    """
+    _refuse_while_live(db, "destroying the experiment")
+    tie_up(db)  # what lies where only the schedules say cannot be found afterwards
+    old = current_experiment(db)["id"]
+    with db.transaction(durable=True):
+        give_back(db)
+        db.write("DELETE FROM vms")
+        db.write("DELETE FROM requests")
+        db.write("UPDATE schedules SET text = NULL, generation = generation + 1")
+        for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
+            db.write(f"DELETE FROM {table} WHERE experiment_id = :id", id=old)  # noqa: S608
+        db.update("experiments", {"id": old}, destroyed_at=CLOCK.wall(), purged=purge)
+    _crash("destroyed")
+    tie_up(db)
+
+
+def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return VMs of an experiment with the address of each one's own path, as it leads now."""
+    return [{**vm, "address": "" if vm["pool"] else machine_address(vm["path"])} for vm in vms]
+
+
+def handler_config(db: Database, server_name: str) -> dict[str, Any]:
+    """Return a VM's row as the configuration that `VMResourceHandler` takes."""
+    row = db.row(
+        """SELECT server_name AS vm_name, server_uuid AS vm_uuid, ordinal, path, engine, control_ip,
+               launch_dir, agent_timeout_s AS agent_timeout, set_time, pool, pool_token
+           FROM vms WHERE server_name = :name""",
+        name=server_name,
+    )
+    if row is None:
+        raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
+    pool, token = row.pop("pool"), row.pop("pool_token")
+    if pool and (not token or row["vm_name"] in lost_vms(db)):
+        fault = f"VM {server_name!r} has no machine of the pool now"
+        raise UsageError(fault, "See the pool: vmrm pool info")
+    if not row["path"]:
+        fault = f"VM {server_name!r} has no path to a guest agent"
+        raise UsageError(fault, "Give it one: path = …, by add_vm")
+    return {**row, "db": db}
+
+
+# === entries and schedules =======================================================================
 
 _SWITCH = (_is_switch, "true or false")
 # What an entry may say. Experiment files, ScheduleDb texts and ScheduleEntry all speak this.
@@ -2748,1254 +2907,509 @@ def _damages(*more: type[Exception]) -> tuple[type[Exception], ...]:
     return (*broken, EOFError, OSError, RuntimeError, *more)
 
 
-# === pool ========================================================================================
-#
-# Rows say what there is: VMs with their leases (pool_list), what the keeper has to do about them
-# (pool_dues), and who waits (pool_waiters). `allot` says who gets what of it.
+# === experiment files ============================================================================
+
+EXPERIMENT_KEYS: _Keys = {
+    "start_buffer": (lambda v: v == 0 or _is_positive(v), "seconds, 0 or more"),
+    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
+}
+VM_KEYS: _Keys = {
+    "name": (_is_text, "a name"),
+    "path": (_is_text, "an agent's address"),
+    "pool": (_is_text, "a group of the pool"),
+    "engine": (_is_text, "a driver's engine"),
+    "uuid": (_is_text, "a uuid"),
+    "control_ip": (_is_word, "an address"),
+    "use_vm_manager": _SWITCH,
+    "launch_dir": (_is_text, "a directory in the guest"),
+    "agent_timeout": (_is_positive, "a positive number of seconds"),
+    "set_time": _SWITCH,
+    "count": (lambda v: type(v) is int and 0 < v <= MAX_VMS, f"a whole number up to {MAX_VMS}"),
+    "schedule": (_is_list, "a list of entries"),
+}
 
 
-@functools.lru_cache(maxsize=1)
-def _who(pid: int) -> str:
-    """Return this process, `pid`, in words for the pool's history."""
-    return f"{_user()}, process {pid}"
+class Experiment(NamedTuple):
+    """A checked experiment file: everything that `load` would write."""
 
-
-def _user() -> str:
-    import getpass
-
-    with contextlib.suppress(KeyError, OSError):  # a user without a name
-        return getpass.getuser()
-    return f"user {os.getuid()}"
-
-
-def _group_id(name: str) -> int | str:
-    """Return a group's name as the reference has it: those of digits only are numbers."""
-    return int(name) if name.isdecimal() and str(int(name)) == name else name
-
-
-class VmDescriptor(Row):
-    """A VM of the pool as its row of pool_list was when it was read: each column an attribute."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        super().__init__(row, group=_group_id(row["group"]))
-        self.__dict__["_set"] = {}  # what was set here and not stored yet
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = self._set[name] = value
+    source: Path
+    settings: dict[str, Any]
+    vms: list[dict[str, Any]]  # as VMMapping.prepare_put returns them
+    schedules: dict[str, str]  # JSON text by VM
+    files: dict[str, Path]  # what goes into the store: host path by SHA-256
 
     @property
-    def holder_pid(self) -> int | None:
-        """The pid of the process that holds the lease, if one does."""
-        return Process.parse(self.holder).pid if self.holder else None
-
-    def __str__(self) -> str:
-        """Return name, state and what a person wants to know, in one line."""
-        leased = self.state == VmStates.IN_USE
-        words = (
-            f"{self.vm_name}  {self.state}",
-            self.vm_ip,
-            self.bound_to_user and f"bound to {self.bound_to_user}/{self.bound_sandbox}",
-            leased and self.holder_pid and f"process {self.holder_pid}",
-            leased and self.lease_end_at and f"until {_iso(self.lease_end_at)}",
-            self.task_id and f"task {self.task_id}",
-            self.check_fails and f"{self.check_fails} failed checks",
-            self.reason and not leased and f"({self.reason})",
-        )
-        return "  ".join(word for word in words if word)
-
-    @classmethod
-    def load(cls, db: Database, vm_name: str) -> VmDescriptor:
-        """Read a VM's row, or raise `VmDescriptorNotFound`."""
-        if row := db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name):
-            return cls(row)
-        hint = "See which there are: vmrm pool list"
-        raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
-
-    def store(self, db: Database) -> None:
-        """Write what was set here; a `VmError` refuses what does not go together."""
-        new = self._set
-        if moved := new.keys() & {"vm_ip", "path"}:
-            new |= _pool_machine(self.vm_ip, self.path)
-        with db.transaction(durable=True):
-            row = VmDescriptor.load(db, self.vm_name)
-            if moved or "group" in new:
-                _refuse_twin(db, row | new)
-            try:
-                move_pool_vm(db, self.vm_name, **{"state": row.state, **new})
-            except (sqlite3.IntegrityError, sqlite3.OperationalError) as error:
-                raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
-        self.update(new)
-        new.clear()
-
-    def store_field(self, db: Database, field: str, value: Any) -> None:
-        """Set one field, here and in the row."""
-        one = VmDescriptor.load(db, self.vm_name)
-        setattr(one, field, value)
-        one.store(db)
-        self[field] = value
+    def content_hash(self) -> str:
+        """SHA-256 over all of it, the contents of files included."""
+        parts = [self.settings, self.vms, self.schedules]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
-def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
-    """Add a row inside the caller's transaction."""
-    now = CLOCK.wall()
-    base = {"vm_name": vm_name, "group": group, "state": state.value, "state_at": now}
-    db.insert("pool_vms", **base, spawned_at=now, who=_who(os.getpid()), **columns)
+def read_experiment(path: str | os.PathLike[str]) -> Experiment:
+    """Read and check an experiment file, TOML or JSON of the same structure; write nothing.
 
-
-def move_pool_vm(
-    db: Database, vm_name: str, state: str, reason: str = "", old: str = "", **columns: object
-) -> None:
-    """Move one VM as `POOL_MOVES` allows, inside the caller's transaction; set columns of it."""
-    old = old or VmDescriptor.load(db, vm_name).state
-    if state != old:
-        try:
-            target = checked_pool_move(old, state)
-        except ValueError as error:
-            raise VmError(f"VM {vm_name!r}: {error}") from None
-        columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
-    if state != old or reason:
-        columns["reason"] = reason
-    if columns:
-        sets = ", ".join(f'"{column}" = :{column}' for column in columns)
-        sql = f"UPDATE pool_vms SET {sets} WHERE vm_name = :vm_name"  # noqa: S608 (our own names)
-        db.connection.execute(sql, {**columns, "vm_name": vm_name})
-
-
-def group_settings(db: Database) -> dict[str, str]:
-    """Return the settings of a group: each name with its column, which has a unit at its end."""
-    columns = [row["name"] for row in db.query("PRAGMA table_info(pool_groups)")]
-    skipped = ("name", "position", "last_spawn_at")
-    return {column.removesuffix("_s"): column for column in columns if column not in skipped}
-
-
-def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
-    """Add a group, or change settings of it, by the names of `group_settings`; None is no limit."""
-    checked_name("group", name)
-    known = group_settings(db)
-    for key in settings.keys() - known.keys():
-        raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
-    row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
-    if row is not None and all(row[known[key]] == value for key, value in settings.items()):
-        return
-    with db.transaction(durable=True):
-        db.write("INSERT INTO pool_groups (name) VALUES (:n) ON CONFLICT DO NOTHING", n=name)
-        for key, value in settings.items():
-            try:
-                db.update("pool_groups", {"name": name}, **{known[key]: value})
-            except (sqlite3.Error, OverflowError) as error:
-                raise WrongValue(f"group {name!r}: {key} cannot be {value!r}") from error
-
-
-# --- who gets what
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What somebody wants of the pool: all of it, or nothing."""
-
-    wants: tuple[tuple[str, ...], ...]  # per VM, the groups it may come from, in order
-    owner: str
-    sandbox: str
-    holder: Process | None  # None: only the end of the lease decides
-    lease_s: float | None = None
-    task_id: str | None = None
-    build_id: str | None = None
-    chroot: str | None = None
-    priority: int = 0  # in the queue: higher ones first
-    # Called with the leased VMs, inside the transaction that leases them.
-    within: Callable[[list[VmDescriptor]], object] | None = None
-    token: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
-
-    @property
-    def lasts(self) -> bool:
-        """Whether its leases go on after a power cut, which ends every process."""
-        return self.holder is None or self.lease_s is not None
-
-    @property
-    def groups(self) -> list[str]:
-        """The groups that are named."""
-        return [*dict.fromkeys(itertools.chain(*self.wants))]
-
-
-@dataclasses.dataclass
-class Share:
-    """What there is for one request: VMs that are kept for it, and the wants without one."""
-
-    request: Request
-    vm_names: list[str] = dataclasses.field(default_factory=list)
-    missing: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-    binds: bool = False  # some VM of them to its owner
-
-
-def allot(
-    queue: Iterable[Request],
-    free: Callable[[str, str | None, str], list[str]],
-    room: Callable[[str, str], float],
-) -> list[Share]:
-    """Return who in the queue, the first one first, gets which VMs.
-
-    Each VM of a request comes from the first of its groups that has one: one that the owner used
-    for the sandbox before, or a fresh one if the owner may bind more. While some are missing, the
-    others are kept for the request; but not while its owner is at a limit, so that it holds up
-    nobody.
-
-    Args:
-        queue: All requests.
-        free: Returns the VMs of a group that may be lent and are bound to this owner and sandbox,
-            or to None and "", the best last.
-        room: Returns how many more VMs of a group an owner may bind, as things are before.
+    A UsageError tells all faults of it, a line each.
     """
-    free, bound, shares = functools.cache(free), collections.Counter[tuple[str, str]](), []
-    for request in queue:
-        share, taken, hopeless = Share(request), [], False
-        for groups in request.wants:
-            at_limit = True
-            for group in map(str.lower, groups):
-                key, fresh = (group, request.owner), False
-                vms = free(*key, request.sandbox)
-                if not vms and bound[key] < room(*key):
-                    vms, fresh, at_limit = free(group, None, ""), True, False
-                if vms:
-                    share.vm_names.append(vms.pop())
-                    taken.append((vms, key, fresh))
-                    bound[key] += fresh
-                    share.binds |= fresh
-                    break
-            else:
-                share.missing.append(groups)
-                hopeless = hopeless or at_limit
-        for vms, key, fresh in reversed(taken) if hopeless else ():
-            vms.append(share.vm_names.pop())
-            bound[key] -= fresh
-        shares.append(share)
-    return shares
+    reader = _ExperimentReader(Path(path))
+    experiment = reader.read(_parse_file(reader.source))
+    reader.refuse_faults()
+    return experiment
 
 
-class Waiting:
-    """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
-
-    It is readable when there may be something for us, also since the holder of a VM has ended. Its
-    row is there before its socket and goes after it, so that who is killed leaves nothing unknown.
-    """
-
-    def __init__(self, pool: Leases, request: Request) -> None:
-        self.pool, self.request = pool, request
-        self._holders: dict[int, str] = {}  # of VMs that we could have, by a descriptor of each
-        self._socket: WakeSocket | None = None
-        self._poll = select.epoll()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the queue; who came after may have what was kept for us."""
-        self._forget_holders()
-        self._poll.close()
-        if self._socket:
-            self._socket.close()
-        self.pool.db.write(_LEAVE, token=self.request.token)
-
-    def fileno(self) -> int:
-        """Return the descriptor to wait on."""
-        return self._poll.fileno()
-
-    def try_again(self) -> list[VmDescriptor]:
-        """Return all VMs that are wanted, now leased; or none, and go on waiting."""
-        db, request = self.pool.db, self.request
-        if self._socket:
-            self._socket.drain()
-        ended = [self._holders[fd] for fd, _ in self._poll.poll(0) if fd in self._holders]
-        self._forget_holders()
-        wants = {"wants": json.dumps(request.wants), "priority": request.priority}
-        who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
-        alive = {"token": request.token, "heartbeat_at": CLOCK.wall()}
-        db.upsert("pool_waiters", "token", **alive, **wants, **who)
-        if not self._socket:
-            self._socket = WakeSocket(db, f"wait-{request.token}")
-            self._poll.register(self._socket.fileno(), select.EPOLLIN)
-        if ended:
-            self.pool.reap(_LEASES_BY, holders=json.dumps(ended))
-        if vms := self.pool.lend(request):
-            return vms
-        for row in db.query(_HOLDERS, groups=json.dumps(request.groups)):
-            with contextlib.suppress(OSError):  # it has ended, or is in another pid namespace
-                fd = os.pidfd_open(Process.parse(row.holder).pid)
-                self._holders[fd] = row.holder
-                self._poll.register(fd, select.EPOLLIN)
-        return []
-
-    def _forget_holders(self) -> None:
-        while self._holders:
-            os.close(self._holders.popitem()[0])
-
-    def reason(self) -> str:
-        """Return the place in the queue, and why there is nothing yet."""
-        place = len(self.pool.ahead(self.request)) + 1
-        return f"number {place} in the queue; {self.pool.why_none(self.request)}"
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)  # as TOML, refuse a key that comes twice
+    if len(table) < len(pairs):
+        (double, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise WrongValue(f"key {double!r} comes twice in one object")
+    return table
 
 
-# --- which machine a VM is
+def _parse_file(source: Path) -> Any:
+    import tomllib
 
-
-def machine_address(path: str) -> str:
-    """Return an agent's address in the one spelling by which machines are told apart."""
     try:
-        address = drivers.parse_address(path)
-    except ValueError:  # only a plug-in takes it for one
-        return path
-    if isinstance(address.target, str):
-        return os.path.realpath(address.target)
-    host, port = address.target
-    if isinstance(host, str):  # a name is not looked up
-        address = address._replace(target=(_host(host.lower().rstrip(".")), port))
-    return str(address)
+        text = source.read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
+    except OSError as error:
+        raise UsageError(f"cannot read {str(source)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{str(source)!r} is not UTF-8 text (byte {error.start})") from error
+    kind = "JSON" if source.suffix == ".json" else "TOML"
+    try:
+        if kind == "TOML":
+            return tomllib.loads(text)
+        hook = _without_doubles
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{str(source)!r} is not {kind}: {error}") from error
 
 
-def _host(text: str) -> str:
-    """Return an IP address in its usual spelling, and any other text as it is."""
-    with contextlib.suppress(OSError, ValueError):  # bytes: a str would be read as IDNA
-        found = socket.getaddrinfo(os.fsencode(text), None, flags=socket.AI_NUMERICHOST)
-        return str(found[0][4][0]).removeprefix("::ffff:")
-    return text
+class _ExperimentReader:
+    """Turns a parsed experiment file into an `Experiment`, collecting faults instead of raising."""
 
+    def __init__(self, source: Path) -> None:
+        self.source, self.base = source, source.absolute().parent
+        self.faults, self.files = list[str](), dict[str, Path]()
+        self.vms, self.schedules = list[dict[str, Any]](), dict[str, str]()
+        self._sha256 = functools.cache(file_sha256)
 
-def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
-    """Return the columns that say which machine a VM is, or raise `ValueError` for the path."""
-    address, wrong = machine_address(path), ""
-    if path and (target := drivers.parse_address(path).target) and isinstance(target, str):
-        try:
-            if not stat.S_ISSOCK(os.stat(address).st_mode):  # noqa: PTH116
-                wrong = f"{address!r} is no socket"
-        except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a guest that is off
-            if "/" not in path and not path.startswith("unix:"):
-                wrong = "a path has a slash, or there is a socket of that name"
-        except OSError as error:
-            wrong = f"{error.strerror}"
-        if wrong:
-            raise WrongValue(f"address {path!r} is none: {wrong}")
-        path = str(Path.cwd() / target)
-    return {"vm_ip": _host(vm_ip), "path": path, "address": address}
+    def refuse_faults(self) -> None:
+        """Raise `UsageError` if there are faults."""
+        if self.faults:
+            head = f"{self.source}: {counted(len(self.faults), 'fault')}"
+            raise UsageError("\n  ".join([head, *self.faults]))
 
+    def read(self, document: Any) -> Experiment:
+        """Return the experiment; it is usable only if there are no faults."""
+        if not isinstance(document, dict):
+            document = {}
+            self.faults.append("the file must be a table with [experiment] and [[vm]]")
+        known = ("experiment", "vm")
+        self.faults += [unknown_key(key, known) for key in document if key not in known]
+        settings, tables = document.get("experiment", {}), document.get("vm", [])
+        self.faults += _sound(settings, EXPERIMENT_KEYS, "[experiment]")[1]
+        if not isinstance(tables, list) or not tables:
+            self.faults.append("there is no [[vm]]")
+            tables = []
+        for number, table in enumerate(tables, 1):
+            self._read_vm(table, f"vm {number}")
+        self._check_unique()
+        return Experiment(self.source, settings, self.vms, self.schedules, self.files)
 
-def with_addresses(vms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return VMs of an experiment with the address of each one's own path, as it leads now."""
-    return [{**vm, "address": "" if vm["pool"] else machine_address(vm["path"])} for vm in vms]
-
-
-def _refuse_pool_machine(db: Database, vm: Mapping[str, Any]) -> None:
-    """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction."""
-    sql = "SELECT vm_name, \"group\" FROM pool_vms WHERE address <> '' AND address = :address"
-    if twin := db.row(sql, address=vm["address"]):
-        raise Conflict(
-            f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
-            "the pool, which lends it to others",
-            f'Say pool = "{twin["group"]}" instead of a path, or remove it from the pool',
-        )
-
-
-def _refuse_twin(db: Database, vm: Mapping[str, Any]) -> None:
-    """Refuse a VM, by its vm_name, group, vm_ip and address, that is the machine of another."""
-    twin = db.row(
-        """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :vm_name AND (
-               (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
-               AND EXISTS (SELECT 1 FROM pool_groups
-                           WHERE unique_ip AND name IN (p."group", :group))))""",
-        **vm,
-    )
-    if twin:
-        raise VmError(
-            f"VM {vm['vm_name']!r} is the machine that the pool has as {twin.vm_name!r} "
-            f"({twin.state}): {vm['address'] or vm['vm_ip']}",
-            f"See it: vmrm pool info {twin.vm_name}",
-        )
-    sql = "SELECT server_name FROM vms WHERE address <> '' AND address = :address"
-    if own := db.value(sql, **vm):
-        raise VmError(
-            f"{vm['address']!r} is the path of the experiment's VM {own!r}",
-            "One machine serves the pool or an experiment: destroy that one first",
-        )
-
-
-def _find_twins(connection: sqlite3.Connection) -> None:
-    """Note which machine each VM of the pool is; of those that are one, only the first is lent."""
-    known: dict[str, str] = {}
-    rows = """SELECT vm_name, path FROM pool_list WHERE path <> ''
-              ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
-    for vm_name, path in connection.execute(rows).fetchall():
-        address = machine_address(path)
-        first = known.setdefault(address, vm_name)
-        sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
-        values = [address, vm_name]
-        if first != vm_name:  # only a person can tell what it was meant to be
-            sql = """UPDATE pool_vms SET state = 'held', held_until = 9e9, releasing_at = NULL,
-                     reason = ?, who = ?, state_at = ?
-                     WHERE vm_name = ? AND state <> 'terminating'"""
-            values = [f"it is the machine of VM {first}", _who(os.getpid()), CLOCK.wall(), vm_name]
-        connection.execute(sql, values)
-
-
-def pool_log(db: Database, vm_name: str) -> Path:
-    """Return the file that holds what a VM's hooks printed."""
-    return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
-
-
-# --- leases and the queue
-
-# What an acquire looks at first: where the pool's processes see each other, and whether some wait.
-_SERVER = """
-SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) FROM (SELECT 1) LEFT JOIN pool_server"""
-
-# The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
-# first. What is worn is the keeper's to end, and nobody's until then.
-_FREE = """
-SELECT vm_name FROM pool_vms
-WHERE "group" = ? AND state = 'ready' AND check_fails = 0 AND bound_to_user IS ?
-  AND bound_sandbox = ?
-  AND last_health_check > coalesce((SELECT started_at FROM pool_server WHERE id = 1), 0)
-  AND NOT EXISTS (SELECT 1 FROM pool_worn AS w
-                  WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= ?)
-ORDER BY last_health_check DESC LIMIT ?"""
-
-# How many more VMs of a group an owner may bind.
-_ROOM = """
-SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
-    SELECT count(*) FROM pool_vms INDEXED BY pool_bound
-    WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
-FROM pool_groups AS g WHERE name = :group"""
-
-_QUEUE = """
-SELECT wants, owner, sandbox, token FROM pool_waiters
-WHERE heartbeat_at > :alive AND wants <> '[]' ORDER BY priority DESC, id"""
-_LEAVE = "DELETE FROM pool_waiters WHERE token = :token"
-
-_LEASE = """
-INSERT INTO leases (vm_name, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
-# What matters of a VM at the end of its lease.
-_RELEASED = """
-SELECT vm_name, state, check_fails, builds_count, bound_to_user, token, holder, release
-FROM pool_list LEFT JOIN pool_groups AS g ON g.name = "group" WHERE vm_name = ?"""
-_LEASES = "SELECT vm_name FROM leases"
-_SOME_LEASES = f"{_LEASES} ORDER BY random() LIMIT 32"
-_LEASES_BY = "SELECT vm_name FROM leases WHERE holder IN (SELECT value FROM json_each(:holders))"
-_LEASES_OF = """
-SELECT vm_name FROM pool_vms INDEXED BY pool_bound
-WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
-
-_HOLDERS = """
-SELECT DISTINCT holder FROM pool_list
-WHERE state = 'in_use' AND holder IS NOT NULL AND "group" IN (SELECT value FROM json_each(:groups))
-LIMIT 100"""
-
-# What there is in a group for an owner and sandbox, in figures.
-_COUNTS = """
-SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms, sum(state = 'in_use') AS in_use,
-       sum(state = 'check_health_failed') AS ill, sum(state = 'spawning') AS spawning,
-       sum(state = 'held') AS held, sum(state = 'terminating') AS terminating,
-       sum(bound_to_user IS :owner AND state <> 'terminating') AS bound,
-       sum(state = 'ready' AND coalesce(bound_to_user, :owner) <> :owner) AS others,
-       sum(state = 'ready' AND bound_to_user IS :owner AND bound_sandbox <> :sandbox) AS idle,
-       sum(state IN ('got_ip', 'check_health')
-           OR (state = 'ready' AND coalesce(last_health_check, 0) <= coalesce(
-               (SELECT started_at FROM pool_server), 0))) AS unchecked
-FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
-
-
-class Leases(_Rows):
-    """Who has which VM of the pool, who waits for one, and whose lease is over."""
-
-    def __init__(self, db: _AnyDatabase = None) -> None:
-        super().__init__(db)
-        self.log = _log
-        self._mine: dict[str, Request] = {}  # of the leases this object has obtained, by VM
-        self._known: set[str] = set()  # groups, which are never removed
-
-    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
-        sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
-        return [VmDescriptor(row) for row in self.db.query(sql, **parameters)]
-
-    def group(self, group: int | str) -> Row:
-        """Return a group with its settings."""
-        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
-        if row is None:
-            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
-        return row
-
-    # --- who gets which ---
-
-    def acquire(
-        self,
-        request: Request,
-        wait: float | None = None,
-        tell: Callable[[str], object] | None = None,
-    ) -> list[VmDescriptor]:
-        """Lease all VMs that are asked for at once, or none.
-
-        Wait in the queue for `wait` seconds, if at all; `tell` is called with the place there, and
-        the reason, whenever they change.
-        """
-        if not request.owner:
-            raise UsageError("a VM needs an owner whom it is lent to")
-        if request.lease_s is not None:
-            _lease_end(request.lease_s)
-        elif request.holder is None:
-            raise UsageError("a lease without a process needs an end", "Name one or the other")
-        if not all(request.wants):
-            raise UsageError("no group is named, so there is no VM to choose from")
-        vms = self.lend(request)
-        if not vms:
-            if wait is None:
-                raise NoVmAvailable(self.why_none(request))
-            told, deadline, poll = "", CLOCK.monotonic() + wait, select.poll()
-            with Waiting(self, request) as place:
-                poll.register(place.fileno(), select.POLLIN)
-                while not (vms := place.try_again()):
-                    if (left := deadline - CLOCK.monotonic()) <= 0:
-                        raise TimedOut(f"after {wait:g} s {self.why_none(request)}")
-                    if (now := place.reason()) != told:
-                        (tell or self.log.info)(told := now)
-                    poll.poll(1000 * min(left, self.db.timeouts.look))
-        self._mine |= {vm.vm_name.lower(): request for vm in vms}
-        return vms
-
-    def lend(self, request: Request) -> list[VmDescriptor]:
-        """Lease what is asked for, or return none."""
-        with self.db.transaction(durable=request.lasts):
-            vms, share = self._lend(request, binding=False)
-        if not vms:  # before anybody is refused, or has another VM bound, the dead are looked for
-            again = bool(self.reap(_LEASES_OF, owner=request.owner)) or share.binds
-            if share.missing:
-                again |= bool(self.reap(_SOME_LEASES)) | self.drop_dead_waiters()
-            if again:
-                with self.db.transaction(durable=True):
-                    vms, _ = self._lend(request, binding=True)
-        _crash("pool-acquired")
-        return vms
-
-    def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
-        """Choose VMs inside the caller's transaction; lease them if it is all and may be done."""
-        waiting, db, now = self._see_server(request), self.db, CLOCK.wall()
-        share = self._allot([*(self.ahead(request) if waiting else ()), request])[-1]
-        if share.missing or (share.binds and not binding):
-            return [], share
-        holder = request.holder and str(request.holder)
-        end = None if request.lease_s is None else now + request.lease_s
-        job = (request.token, holder, now, end, request.task_id, request.build_id, request.chroot)
-        reason = f"task {request.task_id}" if request.task_id else ""
-        bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
-        for name in share.vm_names:
-            db.connection.execute(_LEASE, (name, *job))
-            move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
-        vms = [VmDescriptor.load(db, name) for name in share.vm_names]
-        if waiting:
-            db.update("pool_waiters", {"token": request.token}, wants="[]")  # until it leaves
-        if request.within:
-            request.within(vms)
-        _crash("pool-acquiring")
-        return vms, share
-
-    def _see_server(self, request: Request) -> bool:
-        """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
-        boot, namespace, waiting = self.db.connection.execute(_SERVER).fetchone()
-        for group in set(request.groups) - self._known:
-            self.group(group)  # which says so if there is none
-            self._known.add(group)
-        holder = request.holder
-        if holder and boot != holder.boot:
-            here = {"boot": holder.boot, "namespace": holder.namespace}
-            self.db.upsert("pool_server", "id", id=1, **here)
-        elif holder and holder.namespace != namespace and request.lease_s is None:
-            raise UsageError(
-                "the pool's processes cannot see this one, which is in another pid namespace",
-                "Acquire without a COMMAND, and renew the lease: --lease SECONDS",
-            )
-        return bool(waiting)
-
-    def _allot(self, queue: Sequence[Request]) -> list[Share]:
-        execute, now = self.db.connection.execute, CLOCK.wall()
-        most = sum(len(request.wants) for request in queue)
-
-        def free(group: str, owner: str | None, sandbox: str) -> list[str]:
-            found = execute(_FREE, (group, owner, sandbox, now, most))
-            return [row[0] for row in found.fetchall()][::-1]
-
-        def room(group: str, owner: str) -> float:
-            return cast(float, self.db.value(_ROOM, group=group, owner=owner) or 0.0)
-
-        with _TellingTrouble():
-            return allot(queue, free, room)
-
-    def why_none(self, request: Request) -> str:
-        """Return in words why there is no VM for a request, per group."""
-        reasons = [self._why(group, request) for group in request.groups]
-        if ahead := len(self.ahead(request)):
-            reasons.append(f"{ahead} waiting")
-        return f"no VM is available: {'; '.join(reasons)}"
-
-    def _why(self, group: str, request: Request) -> str:
-        owner, wanted = request.owner, max(1, request.wants.count((group,)))
-        [row] = self.db.query(_COUNTS, group=group, owner=owner, sandbox=request.sandbox)
-        idle = f"{row.idle} of them idle in other sandboxes"
-        unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
-        if not row.vms:
-            why = f"group {group} has no VMs{unkept if row.spawn else ''}"
-        elif row.most is not None and row.bound + wanted > row.most:
-            more = f"; {wanted} more are wanted" if wanted > 1 else ""
-            bound = f"{row.bound} of {row.most} bound to {owner}"
-            why = f"group {group}: limit reached ({bound}, {idle}{more})"
-        elif row.unchecked:
-            why = f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
-        else:
-            others = ("spawning", "held", "terminating")
-            more = "".join(f", {row[state]} {state}" for state in others if row[state])
-            why = (
-                f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
-                f"{row.others} ready for others, {row.ill} failed their check{more}; "
-                f"{row.bound} bound to {owner}, {idle})"
-            )
-        return "; ".join(filter(None, (why, self.spawn_failure(group))))
-
-    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
-        """Return what was remembered about a group, or None."""
-        sql = 'SELECT value FROM pool_info WHERE "group" = :group AND key = :key'
-        return cast("str | None", self.db.value(sql, group=str(group), key=key))
-
-    def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
-        """Return what the keeper has noted about a group, by keys that no script uses."""
-        text = self.read_vm_pool_info(group, f"{KEEPER}.{key}")
-        return cast("dict[str, Any]", json.loads(text or "{}"))
-
-    def spawn_failure(self, group: int | str) -> str:
-        """Return how the last spawn hook of a group failed, if none has succeeded since."""
-        failed = self.keeper_info(group, "failed")
-        if not failed:
-            return ""
-        times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
-        why = failed.get("why", "no reason kept")
-        return f"spawn hook failed {_iso(failed['at'])}{times}: {why}"
-
-    # --- the queue ---
-
-    def queue(self) -> list[Request]:
-        """Return what those want who wait and live, the first one first."""
-        alive = CLOCK.wall() - self.db.timeouts.heartbeat
-        return [
-            Request(tuple(map(tuple, json.loads(w.wants))), w.owner, w.sandbox, None, token=w.token)
-            for w in self.db.query(_QUEUE, alive=alive)
-        ]
-
-    def ahead(self, request: Request) -> list[Request]:
-        """Return those in the queue before a request."""
-        return [*itertools.takewhile(lambda other: other.token != request.token, self.queue())]
-
-    def shares(self) -> list[Share]:
-        """Return what there is for each of those who wait, the first one first."""
-        return self._allot(self.queue())
-
-    def next_in_queue(self) -> list[str]:
-        """Return the tokens of the waiters who would be given all they want now."""
-        return [share.request.token for share in self.shares() if not share.missing]
-
-    # --- the end of a lease ---
-
-    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
-        """Return a VM to the pool, bound to its owner and sandbox; return False if nobody has it.
-
-        Without its token, this object, this process or an ancestor must have the lease, or `force`.
-        """
-        mine = self._mine.get(vm_name.lower())
-        with self.db.transaction(durable=mine is None or mine.lasts) as db:
-            vm = db.connection.execute(_RELEASED, (vm_name,)).fetchone()
-            vm = vm or VmDescriptor.load(db, vm_name)  # which says that there is none
-            if vm["token"] is None and not (token or mine or force):
-                return False
-            if not force or vm["token"] is None:
-                self.own(vm, token)
-            self.end_lease(vm_name, "released by force" if force else "released", vm)
-            _crash("pool-releasing")
-        _crash("pool-released")
-        self._mine.pop(vm_name.lower(), None)
-        return True
-
-    def end_lease(self, vm_name: str, reason: str, vm: Any = None) -> None:
-        """End a lease, inside the caller's transaction."""
-        vm = vm or self.db.connection.execute(_RELEASED, (vm_name,)).fetchone()
-        state, now, hook = vm["state"], CLOCK.wall(), vm["release"]
-        if state == VmStates.HELD:  # the lease ends, the VM stays
-            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=vm_name)
+    def _read_vm(self, table: Any, where: str) -> None:
+        if isinstance(table, dict) and isinstance(table.get("name"), str):
+            where = f"vm {table['name']!r}"
+        sound, faults = _sound(table, VM_KEYS, where)
+        self.faults += faults
+        if not isinstance(table, dict):
             return
-        target = VmStates.CHECK_HEALTH if hook else VmStates.READY
-        target = VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] else target
-        used = {"last_release": now, "builds_count": vm["builds_count"] + 1}
-        used["releasing_at"] = now if hook else None
-        move_pool_vm(self.db, vm_name, target, reason, state, **used)
-
-    def own(self, vm: sqlite3.Row | VmDescriptor, token: str | None) -> None:
-        """Refuse whoever does not have the lease of a VM."""
-        name, state, holder = vm["vm_name"], vm["state"], vm["holder"]
-        mine = self._mine.get(name.lower())
-        token = token or (mine.token if mine else None)
-        if vm["token"] is None and token is None:
-            raise VmError(f"VM {name!r} is {state}: nobody has a lease of it")
-        if token is None and not (holder and _descends_from(Process.parse(holder))):
-            message = f"the lease of VM {name!r} is not yours; {vm['bound_to_user']} has it"
-            raise VmError(message, "Name its token (--token), or use --force")
-        if token not in (None, vm["token"]):
-            raise VmError(f"the lease of VM {name!r} was lost; the VM is {state}")
-
-    def over(self, which: str = _LEASES, **parameters: object) -> list[tuple[VmDescriptor, str]]:
-        """Return the VMs whose lease is over, and why: it has ended, or its holder is dead."""
-        found, now = [], CLOCK.wall()
-        for vm in self._select(f"token IS NOT NULL AND vm_name IN ({which})", **parameters):
-            holder = Process.parse(vm.holder) if vm.holder else None
-            if vm.lease_end_at and vm.lease_end_at + self.db.timeouts.lease_grace < now:
-                found.append((vm, f"its lease ended {_iso(vm.lease_end_at)}"))
-            elif holder and not holder.is_alive():
-                found.append((vm, f"its holder, process {holder.pid}, is dead"))
-        return found
-
-    def reap(self, which: str = _LEASES, **parameters: object) -> list[str]:
-        """End leases that are over, of these VMs; return the names of those that had one."""
-        names = []
-        same = """vm_name = :vm_name AND token = :token AND holder IS :holder
-                  AND lease_end_at IS :lease_end_at"""
-        for vm, why in self.over(which, **parameters):
-            with self.db.transaction(durable=True):
-                if self._select(same, **vm):
-                    self.end_lease(vm.vm_name, f"taken back: {why}")
-                    names.append(vm.vm_name)
-        return names
-
-    def dead_waiters(self) -> dict[str, int]:
-        """Return those in the queue who are dead or long silent: the pid of each by its token."""
-        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
-        found = [(w, Process.parse(w.holder)) for w in self.db.query("SELECT * FROM pool_waiters")]
-        return {w.token: p.pid for w, p in found if w.heartbeat_at < silent or not p.is_alive()}
-
-    def drop_dead_waiters(self) -> bool:
-        """Remove the dead from the queue; return whether there were any."""
-        dead = self.dead_waiters()
-        for token in dead:
-            self.db.write(_LEAVE, token=token)
-            (self.db.state_dir / "wake" / f"wait-{token}").unlink(missing_ok=True)
-        return bool(dead)
-
-
-class VmManager(Leases):
-    """The pool of VMs that are lent to jobs.
-
-    `opts` is a mapping, or an object with attributes, whose `build_groups` maps group ids to their
-    settings: these groups are written to the database, and only they are listed. Without it, the
-    groups are those of the database.
-    """
-
-    def __init__(self, opts: Any = None, logger: _Logger = None, db: _AnyDatabase = None) -> None:
-        super().__init__(db)
-        self.log = logger or self.log
-        groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
-        groups = groups or getattr(opts, "build_groups", None) or {}
-        self._groups = [str(group) for group in groups]
-        for group, given in groups.items():
-            settings = dict(given if isinstance(given, Mapping) else vars(given))
-            known = group_settings(self.db)
-            if ignored := sorted(settings.keys() - known.keys() - {"id", "name"}):
-                self.log.info("group %s: %s mean nothing here", group, ", ".join(ignored))
-            put_group(self.db, str(group), {k: settings[k] for k in settings if k in known})
-
-    def set_logger(self, logger: logging.Logger) -> None:
-        """Report to another logger from now on."""
-        self.log = logger
-
-    # --- what there is ---
-
-    @property
-    def vm_groups(self) -> list[int | str]:
-        """The ids of the groups, in order; those made of digits only are ints."""
-        sql = "SELECT name FROM pool_groups ORDER BY position"
-        return list(map(_group_id, self._groups or [row["name"] for row in self.db.query(sql)]))
-
-    def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
-        """Return a VM, or raise `VmDescriptorNotFound`."""
-        return VmDescriptor.load(self.db, vm_name)
-
-    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
-        """Return the VM that a task has leased, or None if it has none."""
-        return next(iter(self._select("task_id = :task", task=str(task_id))), None)
-
-    def lookup_vms_by_ip(self, vm_ip: str) -> list[VmDescriptor]:
-        """Return the VMs with this address."""
-        return self._select("vm_ip = :ip", ip=vm_ip)
-
-    def _load_multi_safe(self, vm_name_list: Iterable[str]) -> list[VmDescriptor]:
-        """Return those of the named VMs that there are."""
-        names = json.dumps(list(vm_name_list))
-        return self._select("vm_name IN (SELECT value FROM json_each(:names))", names=names)
-
-    def get_all_vm_in_group(self, group: int | str) -> list[VmDescriptor]:
-        """Return all VMs of a group."""
-        return self._select('"group" = :group', group=str(group))
-
-    def get_all_vm(self) -> list[VmDescriptor]:
-        """Return all VMs of all groups."""
-        return [vm for group in self.vm_groups for vm in self.get_all_vm_in_group(group)]
-
-    def get_ready_vms(self, group: int | str) -> list[VmDescriptor]:
-        """Return the VMs of a group that are in state ready."""
-        return self.get_vm_by_group_and_state_list(group, [VmStates.READY])
-
-    def get_vm_by_group_and_state_list(
-        self, group: int | str | None, state_list: Iterable[str]
-    ) -> list[VmDescriptor]:
-        """Return the VMs of a group, or with None of all groups, that are in one of the states."""
-        states = {checked_word("pool VM state", state, VmStates) for state in state_list}
-        vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
-        return [vm for vm in vms if vm.state in states]
-
-    def info(self) -> str:
-        """Return all groups and VMs in a form for people."""
-        lines = []
-        for group in self.vm_groups:
-            vms = self.get_all_vm_in_group(group)
-            found = collections.Counter(vm.state for vm in vms)
-            states = ", ".join(f"{found[state]} {state}" for state in VmStates if found[state])
-            lines.append(f"group {group}: {counted(len(vms), 'VM')}")
-            lines[-1] += f" ({states})" if vms else ""
-            lines += [_cell(f"  {line}") for line in (self.spawn_failure(group), *vms) if line]
-        if queue := self.queue():
-            lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
-        return "\n".join(lines)
-
-    def metrics(self) -> str:
-        """Return the pool's figures as Prometheus text."""
-        label = '{{group="{}",state="{}"}}'.format
-        found = collections.Counter((vm.group, vm.state) for vm in self.get_all_vm())
-        pairs = itertools.product(self.vm_groups, VmStates)
-        present = [(label(*pair), found[pair]) for pair in pairs]
-        rows = self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
-        moves = [(label(row.group, row.state), row.times) for row in rows]
-        lines = []
-        for name, kind, words, figures in (
-            ("vms", "gauge", "VMs of the pool.", present),
-            ("waiters", "gauge", "Requests in the queue.", [("", len(self.queue()))]),
-            ("moves_total", "counter", "How often VMs came to a state.", moves),
-        ):
-            lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
-            lines += [f"vmrm_pool_{name}{labels} {figure}" for labels, figure in figures]
-        return "\n".join(lines) + "\n"
-
-    def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
-        """Remember a value, as text, about a group."""
-        self.db.upsert("pool_info", "group", "key", group=str(group), key=key, value=str(value))
-
-    def check(self) -> list[str]:
-        """Return what is wrong with the pool's rows, which only a person can put right."""
-        loose = self._select('"group" NOT IN (SELECT name FROM pool_groups)')
-        faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
-        machines: dict[str, str] = {}
-        for vm in self._select("path <> ''"):  # links may have been set anew
-            other = machines.setdefault(machine_address(vm.path), vm.vm_name)
-            if other != vm.vm_name:
-                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
-        return faults
-
-    # --- moves ---
-
-    def add_vm_to_pool(
-        self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
-    ) -> VmDescriptor:
-        """Add an existing VM with its agent's address; it is lent once a health check is passed."""
-        checked_name("VM", vm_name)
-        name, machine = self.group(group)["name"], _pool_machine(vm_ip, path)
-        with self.db.transaction(durable=True) as db:
-            if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
-                raise VmError(f"the pool has a VM {vm_name!r} already")
-            _refuse_twin(db, {"vm_name": vm_name, "group": name, **machine})
-            add_pool_vm(db, vm_name, name, VmStates.GOT_IP, **machine)
-        return self.get_vm_by_name(vm_name)
-
-    @contextlib.contextmanager
-    def _changing(
-        self, vm_name: str, token: str | None = None, force: bool = True
-    ) -> Iterator[VmDescriptor]:
-        """Yield a VM in a transaction that changes it; unforced only to whoever leased it."""
-        with self.db.transaction(durable=True) as db:
-            vm = VmDescriptor.load(db, vm_name)
-            if vm.token is not None and not force:
-                self.own(vm, token)
-            yield vm
-
-    def mark_server_start(self) -> None:
-        """Distrust all health checks until now: VMs are lent after their next one."""
-        boot, namespace = Process.of()[2:]
-        with self.db.transaction(durable=True) as db:
-            start = {"started_at": CLOCK.wall(), "boot": boot, "namespace": namespace}
-            db.upsert("pool_server", "id", id=1, **start)
-
-    def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
-        """Count a failed health check; whoever has leased the VM keeps it."""
-        self.mark_vm_checked(vm_name, reason)
-
-    def mark_vm_checked(self, vm_name: str, fault: str = "") -> None:
-        """Record how a VM's health check ended; a leased VM stays leased."""
-        with self._changing(vm_name) as vm:
-            state = vm.state
-            if fault and state not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
-                state = VmStates.CHECK_HEALTH_FAILED
-            elif not fault and state == VmStates.CHECK_HEALTH and vm.releasing_at is None:
-                state = VmStates.READY  # else its release hook is to come
-            found = {"last_health_check": CLOCK.wall(), "check_started_at": None}
-            fails = vm.check_fails + 1 if fault else 0
-            move_pool_vm(self.db, vm_name, state, fault, vm.state, check_fails=fails, **found)
-
-    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
-        """Record how the release hook of a VM ended, before which it is given to nobody."""
-        with self._changing(vm_name) as vm:
-            if vm.releasing_at is None:
-                return
-            group, state = self.group(vm.group), vm.state
-            columns: dict[str, Any] = {"releasing_at": None}
-            if failure and not group.terminate:  # it stays, unlent, until it is clean
-                state = VmStates.CHECK_HEALTH_FAILED
-                columns = {"releasing_at": CLOCK.wall(), "check_fails": vm.check_fails + 1}
-            elif failure:
-                state = VmStates.TERMINATING
-            elif state == VmStates.CHECK_HEALTH and not vm.check_fails:
-                state = VmStates.READY  # else the next check decides
-            if not failure and group.release_cleans:
-                columns |= {"bound_to_user": None, "bound_sandbox": ""}
-            move_pool_vm(self.db, vm_name, state, failure, vm.state, **columns)
-
-    def start_vm_termination(
-        self,
-        vm_name: str,
-        allowed_pre_state: str | None = None,
-        reason: str = "",
-        *,
-        token: str | None = None,
-        force: bool = True,
-    ) -> None:
-        """Have the keeper terminate a VM; its lease, if there is one, ends.
-
-        It must be in `allowed_pre_state`; None, or the reference's word "None", allows all. Without
-        `force`, one that is leased is terminated only for whom `release_vm` would release it.
-        """
-        with self._changing(vm_name, token, force) as vm:
-            if allowed_pre_state not in (None, "None", vm.state):
-                raise VmError(f"VM {vm_name!r} is {vm.state}, not {allowed_pre_state}")
-            ending = VmStates.TERMINATING
-            move_pool_vm(self.db, vm_name, ending, reason, vm.state, releasing_at=None)
-
-    def remove_vm_from_pool(self, vm_name: str) -> None:
-        """Forget a VM; a `VmError` refuses one that is not in state terminating."""
-        with self._changing(vm_name) as vm:
-            if vm.state != VmStates.TERMINATING:
-                raise VmError(
-                    f"VM {vm_name!r} is {vm.state}, and only a terminating one can be removed",
-                    f"Terminate it first: vmrm pool terminate {vm_name}",
-                )
-            here = {"state_at": CLOCK.wall(), "who": _who(os.getpid()), "reason": ""}
-            self.db.update("pool_vms", {"vm_name": vm_name}, **here)  # for the history
-            self.db.write("DELETE FROM pool_vms WHERE vm_name = :name", name=vm_name)
-
-    # --- leases ---
-
-    def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
-        """Return True if an owner has fewer VMs of a group, in use or not, than it allows."""
-        return bool(self.db.value(_ROOM, owner=username, group=self.group(group).name) > 0)
-
-    def acquire_vm(
-        self,
-        groups: Iterable[int | str],
-        ownername: str,
-        sandbox: str | None,
-        pid: int | None,
-        task_id: object = None,
-        build_id: object = None,
-        chroot: str | None = None,
-        *,
-        lease: float | None = None,
-        wait: float | None = None,
-        priority: int = 0,
-    ) -> VmDescriptor:
-        """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
-
-        It comes from the first of the groups that has one. If there is none now, or within `wait`
-        seconds in the queue, where a higher `priority` comes first, `NoVmAvailable` or `TimedOut`
-        says why. The VM is taken back when the process `pid` is dead, or `lease` seconds after the
-        last renewal; one of them is needed. The rest is for people and `get_vm_by_task_id`.
-        """
-        jobs = (task_id, build_id, chroot)
-        task, build, root = (None if job in (None, "None") else str(job) for job in jobs)
-        holder = None if pid is None else Process.of(pid)
-        party = (tuple(map(str, groups)),), ownername, sandbox or "", holder
-        request = Request(*party, lease, task, build, root, priority)
-        return self.acquire(request, wait, self.log.info)[0]
-
-    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
-        """Have a lease end so many seconds from now; return when, in seconds since the epoch."""
-        with self._changing(vm_name) as vm:
-            self.own(vm, token)
-            end = _lease_end(lease)
-            self.db.update("leases", {"vm_name": vm_name}, lease_end_at=end)
-        return end
-
-    def hold_vm(
-        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
-    ) -> None:
-        """Keep a VM for a person until a time since the epoch, when the keeper terminates it."""
-        words = f"until {_iso(_listable(until))}"
-        with self._changing(vm_name, token, force) as vm:
-            held = {"held_until": until, "releasing_at": None}
-            move_pool_vm(self.db, vm_name, VmStates.HELD, words, vm.state, **held)
-
-    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
-        """Make another process the holder of a leased VM, or nobody if the lease has an end."""
-        with self._changing(vm.vm_name) as now:
-            self.own(now, vm.token)
-            self.db.update("leases", {"vm_name": vm.vm_name}, holder=holder and str(holder))
-
-    @contextlib.contextmanager
-    def lease(
-        self,
-        groups: Iterable[int | str],
-        ownername: str,
-        sandbox: str | None = None,
-        *,
-        lease: float | None = None,
-        **more: Any,
-    ) -> Iterator[VmDescriptor]:
-        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
-
-        A lease with an end is renewed. If it is lost, the log says so at once, a `VmError` then.
-        """
-        vm = self.acquire_vm(groups, ownername, sandbox, os.getpid(), lease=lease, **more)
-        over = threading.Event()
-        renewing = threading.Thread(target=self._keep, args=(vm, lease, over), daemon=True)
-        renewing.start()
+        text = self.read_schedule(sound.get("schedule", []), where)
+        if "name" not in table:
+            self.faults.append(f"{where}: name is missing")
+        vms, count = list[dict[str, Any]](), sound.get("count")
+        if count and "{n}" not in sound.get("name", "{n}"):
+            self.faults.append(f"{where}: with count, the name needs {{n}}")
+        elif "name" in sound:
+            vms = self._expanded(sound, table.keys(), count, where)
+        self.vms += vms
+        self.schedules |= {vm["server_name"]: text for vm in vms if text}
         try:
-            yield vm
-        except BaseException:
-            with contextlib.suppress(VmError):
-                self.release_vm(vm.vm_name, token=vm.token)
-            raise
-        finally:
-            over.set()
-            renewing.join()
-        self.release_vm(vm.vm_name, token=vm.token)
+            driver_of(sound.get("engine", "QemuVM"))
+        except UsageError as error:
+            self.faults.append(f"{where}: {error}")
 
-    def _keep(self, vm: VmDescriptor, lease: float | None, over: threading.Event) -> None:
-        """Renew a lease until it is over or lost."""
-        while not over.wait(min(self.db.timeouts.look, math.inf if lease is None else lease / 3)):
-            try:
-                if lease is None:
-                    self.own(self.get_vm_by_name(vm.vm_name), vm.token)
-                else:
-                    self.renew_vm(vm.vm_name, lease, token=vm.token)
-            except Unavailable as error:
-                self.log.warning("lease of VM %s: %s", vm.vm_name, error)
-            except VmError as error:
-                self.log.error("%s", error)
-                return
+    def _expanded(
+        self, table: dict[str, Any], given: Collection[str], count: int | None, where: str
+    ) -> list[dict[str, Any]]:
+        """Return the VMs of one table: one, or `count` with {n} in its texts."""
+        import uuid
+
+        vms = []
+        for n in range(1, (count or 1) + 1):
+            vm = {
+                key: value.replace("{n}", str(n)) if count and isinstance(value, str) else value
+                for key, value in table.items()
+            }
+            if faults := list(_vm_table_faults(vm, given)):
+                self.faults += [f"{where}: {fault}" for fault in faults]
+                break
+            name, managed = vm["name"], vm.get("use_vm_manager", True)
+            entry = {key: vm[key] for key in _VM_VALUES if key in vm} | {
+                "server_uuid": vm.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
+                "server_name": name,
+                "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
+            }
+            if not vm.get("path", "tcp:").startswith(("tcp:", "vsock:")):
+                entry["path"] = str(self.base / vm["path"].removeprefix("unix:"))
+            if "agent_timeout" in vm:
+                entry["agent_timeout_s"] = float(vm["agent_timeout"])
+            vms.append(VMMapping.prepare_put(entry))
+        return vms
+
+    def read_schedule(self, items: list[Any], where: str) -> str:
+        """Return the JSON text of a list of entries, '' if there is none or it has faults."""
+        entries = []
+        for number, item in enumerate(map(_with_infinities, items), 1):
+            place = f"{where}, entry {number}"
+            faults = entry_faults(item, place)
+            self.faults += faults
+            parts = item.get("file") if isinstance(item, dict) else ()
+            for part in parts if isinstance(parts, list) else ():
+                if not _part_faults("file", part, place):  # where others are wrong, too
+                    self._pin(part, place)
+            if not faults:
+                self._resolve(item, place)
+                entries.append(ScheduleEntry.from_dict(item, number))
+        return schedule_text(entries) if len(entries) == len(items) and items else ""
+
+    def _resolve(self, item: Mapping[str, Any], place: str) -> None:
+        """Make this host's paths in a sound entry absolute."""
+        import shutil
+
+        program = item.get("executable", "")
+        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
+            self.faults.append(f"{place}: this host has no program {program!r}")
+        for part in item.get("transfer", ()):
+            if "destination" in part:
+                part["destination"] = str(self.base / part["destination"])
+
+    def _pin(self, part: dict[str, Any], place: str) -> None:
+        """Add to what a file is called here what its content is."""
+        path = self.base / part["filename"]
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(errno.ENOENT, "there is no such file")
+            part["sha256"] = self._sha256(path)
+            self.files[part["sha256"]] = path
+        except OSError as error:
+            self.faults.append(f"{place}, file {part['filename']!r}: {error.strerror}")
+
+    def _check_unique(self) -> None:
+        spellings: dict[str, Callable[[str], str]] = {
+            "server_name": str.lower,
+            "server_uuid": str,
+            "path": machine_address,
+        }
+        for key, spelt in spellings.items():
+            seen: dict[str, str] = {}
+            for vm in self.vms:
+                value = vm[key] and spelt(vm[key])
+                if value and value in seen:
+                    what, whose = key.removeprefix("server_"), f"that of vm {seen[value]!r}"
+                    name = vm["server_name"]
+                    self.faults.append(f"vm {name!r}: {what} {vm[key]!r} is already {whose}")
+                seen.setdefault(value, vm["server_name"])
 
 
-def _lease_end(seconds: float) -> float:
-    if seconds <= 0:
-        raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
-    return _listable(CLOCK.wall() + seconds)
+def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
+    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
+    for check in (
+        lambda: checked_name("VM", table["name"]),
+        lambda: drivers.parse_address(table.get("path", "/")),
+        lambda: checked_name("group", table.get("pool", "g")),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+    agents = {"path", "pool"} & {*given}
+    if len(agents) > 1:
+        yield "it has a path and a pool; one of them"
+    misspelt = any(key not in VM_KEYS for key in given)
+    if not agents and not misspelt and table.get("use_vm_manager", True):
+        yield "path to the guest agent is missing"
 
 
-def _listable(at: float) -> float:
-    """Return a time that any listing can show; a `UsageError` refuses all others."""
-    try:
-        _iso(at)
-    except (ValueError, OverflowError, OSError):
-        raise UsageError(f"{at:g} s after 1970 is no date", "Name less time") from None
-    return at
+def load_experiment(db: Database, experiment: Experiment) -> bool:
+    """Write a checked experiment, all or nothing; return whether it is new.
 
-
-def _descends_from(holder: Process) -> bool:
-    """Whether this process is that one, or a descendant of it."""
-    here = Process.of()
-    if not here.namespace or holder[2:] != here[2:]:
+    The same content again changes nothing, so that `run FILE` continues.
+    """
+    if _is_same(db, experiment):
         return False
-    pid = here.pid
-    while pid and pid != holder.pid:
+    vms = with_addresses(experiment.vms)
+    for vm in vms:  # once more when they are written, but then the files are here
+        _refuse_pool_machine(db, vm)
+    with db.lock("store").shared():
+        _store_files(db, experiment.files)
+        with _changing_vms(db):
+            if _is_same(db, experiment):  # somebody was faster
+                return False
+            db.update(
+                "experiments",
+                {"destroyed_at": None},
+                source=str(experiment.source),
+                content_hash=experiment.content_hash,
+                start_buffer_s=experiment.settings.get("start_buffer", 60),
+                on_failure=experiment.settings.get("on_failure", OnFailure.ABORT),
+            )
+            _insert_vms(db, vms)
+            for name, text in experiment.schedules.items():
+                _put_schedule(db, name, text)
+    return True
+
+
+def _store_files(db: Database, files: Mapping[str, Path]) -> None:
+    for sha256, path in files.items():
+        with path.open("rb") as stream:
+            if put_content(db, stream)[0] != sha256:
+                raise UsageError(f"{str(path)!r} changed while it was being read")
+
+
+def _is_same(db: Database, experiment: Experiment) -> bool:
+    """Whether the database holds this very experiment; false if it holds none."""
+    row = db.row("SELECT * FROM current_experiment")
+    if row is None or row.content_hash == experiment.content_hash:
+        return row is not None
+    if row.content_hash or db.value("SELECT count(*) FROM vms"):
+        name = row.source or "one made by hand"
+        raise Conflict(
+            f"the database holds another experiment ({name}), or this file has changed since",
+            "End the old one: vmrm destroy --yes, or add to it: vmrm schedule add VM FILE",
+        )
+    return False
+
+
+def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
+    """Append the entries of a file to a VM's schedule; return how many that is."""
+    reader = _ExperimentReader(file)
+    document = _parse_file(file)
+    items = document.get("schedule") if isinstance(document, dict) else document
+    if not isinstance(items, list) or not items:
+        raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
+    text = reader.read_schedule(items, f"vm {server_name!r}")
+    reader.refuse_faults()
+    with db.lock("store").shared():
+        _store_files(db, reader.files)
+        with db.transaction():
+            sql = "SELECT text FROM schedules WHERE server_name = :name"
+            present = json.loads(db.value(sql, name=server_name) or "[]")
+            both = json.dumps(present + json.loads(text), ensure_ascii=False)
+            _put_schedule(db, server_name, both)
+    return {"added": len(items)}
+
+
+# === guests ======================================================================================
+
+Driver = type[drivers.AbstractDriver]
+
+_OURS: dict[str, Driver] = {item.get_engine(): item for item in (drivers.QemuGuestAgentDriver,)}
+
+
+def driver_of(engine: str) -> Driver:
+    """Return the driver class for an engine; plug-ins are read only if it is none of ours."""
+    if not (found := _OURS.get(engine) or (known := plug_ins()).get(engine)):
+        there_are = ", ".join(sorted(known))
+        fault = f"unknown engine {engine!r}; one of {there_are}"
+        raise UsageError(fault, "Name its file in $VMRM_DRIVERS")
+    return found
+
+
+def plug_ins() -> dict[str, Driver]:
+    """Return the usable driver classes by engine: ours, and those of the files in $VMRM_DRIVERS."""
+    known = dict(_OURS)
+    for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-        except OSError:  # it is gone, or hidden from us
-            return False
-    return bool(pid) and holder.is_alive()
+            for driver in _driver_file(Path(path)):
+                engine = _engine_of(driver)
+                if known.setdefault(engine, driver) is not driver:
+                    raise ValueError(f"another driver has the engine {engine!r} already")
+        except (Exception, SystemExit) as error:  # it is anybody's code
+            fault = f"driver file {path!r}: {type(error).__name__}: {_one_line(error)}"
+            raise UsageError(fault) from error
+    return known
 
 
-# === the reference's functions ===================================================================
+def _engine_of(driver: Driver) -> str:
+    """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
+    known = vars(drivers.AbstractDriver)
+    missing = {n for n in known if callable(known[n]) and not callable(getattr(driver, n, None))}
+    missing |= driver.__abstractmethods__
+    if missing:
+        raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
+    if not _is_text(engine := driver.get_engine()):
+        raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
+    return engine
 
-_log = logging.getLogger("vmrm")
-_Opened = TypeVar("_Opened", bound=_Rows)
-_Answer = TypeVar("_Answer")
-_Mapping = VMMapping | None  # None: that of the default database
-_Store = VmResourceStore | None
+
+def _driver_file(path: Path) -> list[Driver]:
+    """Run a driver file; return the driver classes that it defines and does not call private."""
+    if not path.is_absolute():
+        raise ValueError("its path is not absolute")
+    with path.open("rb") as stream:  # which nobody can exchange after it was checked
+        for info in (os.fstat(stream.fileno()), path.parent.stat()):
+            sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+            if info.st_uid not in (0, os.geteuid()) or (info.st_mode & 0o022 and not sticky):
+                raise PermissionError("others can write it or its directory: chmod go-w")
+        source = stream.read()
+    module = types.ModuleType(f"vmrm_driver_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
+    own = [i for i in vars(module).values() if getattr(i, "__module__", "") == module.__name__]
+    found = [i for i in own if isinstance(i, type) and issubclass(i, drivers.AbstractDriver)]
+    if public := [item for item in found if not item.__name__.startswith("_")]:
+        return public
+    raise ValueError("it has no subclass of AbstractDriver")
+
+
+# --- one client per agent
+#
+# An agent lets a second client hang, so a lock of this host admits one. Its file lies beside the
+# agent's UNIX socket (by its real path), or in one of SHARED_LOCKS where that cannot be written.
+# It names pid and database of its holder. Who may use the socket may lock it, and nobody else.
+
+SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
+
+
+def _is_link_trouble(error: BaseException) -> bool:  # not trouble with what was asked of the agent
+    return isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError)
 
 
 @contextlib.contextmanager
-def _default(given: _Opened | None, cls: Callable[[], _Opened]) -> Iterator[_Opened]:
-    """Yield what the caller gave, or a fresh one on the default database, closed afterwards."""
-    opened = cls() if given is None else given
+def agent_lock(
+    path: str, database: Path, wait: Callable[[float], object], seconds: float
+) -> Iterator[None]:
+    """Hold the lock of an agent's address, or raise Conflict after so many seconds."""
+    file = _agent_lock_path(path)[0]
+    lock = FileLock(file, lambda: _open_agent_lock(path))
+    if not lock.take(seconds, wait):
+        pid, _, base = file.read_text(errors="replace").strip().partition(" ")
+        raise Conflict(
+            f"agent {path!r} is held by process {pid} of database {base!r}",
+            "One client at a time can talk to a guest agent; stop that one first",
+        )
     try:
-        yield opened
+        with contextlib.suppress(OSError):  # on a full disk it is held without a name
+            os.ftruncate(lock.fd, 0)
+            os.pwrite(lock.fd, f"{os.getpid()} {database}\n".encode(), 0)
+        yield
     finally:
-        if given is None:
-            opened.close()
+        lock.release()
 
 
-def add_vm(
-    server_uuid: str,
-    server_name: str,
-    control_ip: str,
-    use_vm_manager: bool = True,
-    mapping: _Mapping = None,
-    log: _Logger = None,
-    *,
-    path: str = "",
-    engine: str = "QemuVM",
-    launch_dir: str = "",
-) -> None:
-    """Add a VM to the experiment, as `VMMapping.put` does, in state uninitialized.
-
-    Without `use_vm_manager` it is in state n/a, and ignored for the start time; with it, it cannot
-    be run without a path.
-    """
-    state = VMState.UNINITIALIZED if use_vm_manager else VMState.NOT_APPLICABLE
-    more = {"path": path, "engine": engine, "launch_dir": launch_dir}
-    with _default(mapping, VMMapping) as target:
-        target.put(server_uuid, server_name, state, server_address=control_ip, **more)
-    (log or _log).debug("added VM %s (%s)", server_name, state)
-
-
-def add_vm_resource_file(filename: str, store: _Store = None, log: _Logger = None) -> None:
-    """Add a file of this host to the file store."""
-    with _default(store, VmResourceStore) as target:
-        target.add_file(filename)
-    (log or _log).debug("stored %s", filename)
-
-
-def vm_resource_list(store: _Store = None, log: _Logger = None) -> list[str]:
-    """Return the names in the file store, each once."""
-    with _default(store, VmResourceStore) as target:
-        return target.list_distinct_contents()
-
-
-def get_vm_states(
-    filter_state: str | None = None, mapping: _Mapping = None, log: _Logger = None
-) -> dict[str, str]:
-    """Return the state of each VM by name; with `filter_state`, of those in that state."""
-    return _by_name(mapping, "state", filter_state=filter_state)
-
-
-def get_vm_times(
-    filter_time: int | None = None, mapping: _Mapping = None, log: _Logger = None
-) -> dict[str, str]:
-    """Return the schedule time of each VM by name; with `filter_time`, of those at that time."""
-    return _by_name(mapping, "current_time", filter_time=filter_time)
-
-
-def _by_name(mapping: _Mapping, column: str, **wanted: Any) -> dict[str, str]:
-    with _default(mapping, VMMapping) as source:
-        rows: Any = source.get_all(**wanted)
-    return {row["server_name"]: row[column] for row in rows}
-
-
-def get_vm_count_not_ready(mapping: _Mapping = None, log: _Logger = None) -> int:
-    """Return how many VMs are neither configured nor n/a."""
-    with _default(mapping, VMMapping) as source:
-        return source.get_count_vm_not_ready()
-
-
-def set_vm_state(
-    vm_uuid: str, new_state: str, mapping: _Mapping = None, log: _Logger = None
-) -> None:
-    """Move a VM to a state; RuntimeError if the database cannot be opened."""
-    with _mapping_or_runtime_error(mapping) as target:
-        target.set_vm_state_by_uuid(vm_uuid, new_state)
-
-
-def set_vm_time(vm_uuid: str, new_time: str, mapping: _Mapping = None, log: _Logger = None) -> None:
-    """Record the schedule time a VM has reached; RuntimeError if the database cannot be opened."""
-    with _mapping_or_runtime_error(mapping) as target:
-        target.set_vm_time_by_uuid(vm_uuid, new_time)
-
-
-@contextlib.contextmanager
-def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
-    with _default(mapping, VMMapping) as target:
+def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
+    faults: dict[str, Conflict] = {}
+    for row in rows:
         try:
-            _ = target.db.connection
-        except VmrmError as error:
-            raise RuntimeError(str(error)) from error
-        yield target
+            if row["path"]:
+                os.close(_open_agent_lock(row["path"]))
+        except Conflict as error:
+            faults[row["server_name"]] = error
+    for name, first in faults.items():
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise Conflict(f"VM {name!r}{more}: {first}", first.hint)
 
 
-def _of_times(method: Callable[[ExperimentStart], _Answer]) -> Callable[..., _Answer]:
-    def function(start: ExperimentStart | None = None) -> _Answer:
-        with _default(start, ExperimentStart) as times:
-            return method(times)
-
-    function.__doc__ = method.__doc__
-    return function
-
-
-add_experiment_start_time = _of_times(ExperimentStart.add_start_time)
-get_experiment_start_time = _of_times(ExperimentStart.get_start_time)
-set_experiment_launch_time = _of_times(ExperimentStart.set_launch_time)
-get_experiment_launch_time = _of_times(ExperimentStart.get_launch_time)
-get_experiment_time_since_start = _of_times(ExperimentStart.get_time_since_start)
-get_experiment_time_to_start = _of_times(ExperimentStart.get_time_to_start)
-
-
-def destroy_all(
-    mapping: _Mapping = None,
-    schedule: ScheduleDb | None = None,
-    start: ExperimentStart | None = None,
-    log: _Logger = None,
-    ignore_grpc_connection_errors: bool = False,
-) -> None:
-    """Clear the VMs, schedules and times of the default database, or of that of a given object.
-
-    One that cannot be opened is a ConnectionError, unless these are to be ignored.
-    """
-    given: _Rows | None = next(filter(None, (mapping, schedule, start)), None)
-    with _default(given, lambda: _Rows(None)) as target:
-        try:
-            destroy_experiment(target.db)
-        except Conflict:
-            raise
-        except VmrmError as error:
-            if not ignore_grpc_connection_errors:
-                raise ConnectionError(str(error)) from error
-            (log or _log).warning("nothing destroyed: %s", error)
+def _open_agent_lock(path: str) -> int:
+    """Return a descriptor of an agent's lock file. Raises Conflict if it cannot be had."""
+    lock, socket_path = _agent_lock_path(path)
+    # Those of the socket, or of where it will be; any user of this host can reach a port.
+    owner, group, mode = os.geteuid(), os.getegid(), 0o600 if socket_path else 0o666
+    for place in (socket_path.parent, socket_path) if socket_path else ():
+        with contextlib.suppress(OSError):
+            info = place.stat()
+            write = info.st_mode & 0o222
+            owner, group, mode = info.st_uid, info.st_gid, write | write << 1
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        try:  # not with O_CREAT at once: another's file in a sticky directory would be refused
+            fd = os.open(lock, flags)
+        except FileNotFoundError:
+            fd = os.open(lock, flags | os.O_CREAT, 0o600)
+    except OSError as error:
+        whose = f"which belongs to {_owner_of(lock)}, " if os.path.lexists(lock) else ""
+        what = f"its lock {str(lock)!r}, {whose}cannot be opened: {error.strerror}"
+        hint = f"As root: chown {owner}:{group} {shlex.quote(str(lock))}"
+        raise Conflict(f"agent {path!r}: {what}", hint) from error
+    info = os.fstat(fd)
+    # Nobody must make us hand over, or overwrite, anything else under that name.
+    content = os.pread(fd, 8192, 0)
+    if not (stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and re.match(rb"\d+ |$", content)):
+        os.close(fd)
+        raise Conflict(f"agent {path!r}: {str(lock)!r} is no lock of vmrm", "Remove that file")
+    if (me := os.geteuid()) in (0, info.st_uid):
+        os.fchmod(fd, mode)
+        with contextlib.suppress(PermissionError):  # only root gives to anybody
+            os.fchown(fd, -1 if me else owner, group)
+    return fd
 
 
-def destroy_experiment(db: Database, *, purge: bool = False) -> None:
-    """End the current experiment: VMs, schedules, times and requests go.
+def _owner_of(path: Path) -> str:
+    import pwd
 
-    The journal, logs and transfers stay under the old experiment's number, unless they are purged.
-    Files go once no row names them, so that `check` finds whatever a kill leaves.
-    """
-    _refuse_while_live(db, "destroying the experiment")
-    tie_up(db)  # what lies where only the schedules say cannot be found afterwards
-    old = current_experiment(db)["id"]
-    with db.transaction(durable=True):
-        give_back(db)
-        db.write("DELETE FROM vms")
-        db.write("DELETE FROM requests")
-        db.write("UPDATE schedules SET text = NULL, generation = generation + 1")
-        for table in ("attempts", "holds", "history", "past_schedules") if purge else ():
-            db.write(f"DELETE FROM {table} WHERE experiment_id = :id", id=old)  # noqa: S608
-        db.update("experiments", {"id": old}, destroyed_at=CLOCK.wall(), purged=purge)
-    _crash("destroyed")
-    tie_up(db)
+    uid = path.lstat().st_uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
-# === the scripts that run in the guest ===========================================================
+def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
+    """Return the lock file of an agent's address, and its socket's real path, if it has one."""
+    address = path.removeprefix("unix:")
+    if address.startswith(("tcp:", "vsock:")):
+        return _shared_locks(path) / _digest(address), None
+    real = Path(os.path.realpath(address))
+    beside, name = real.with_name(real.name + ".vmrm-lock"), _digest(str(real))
+    shared = [directory / name for directory in SHARED_LOCKS if _is_trusted(directory)]
+    for lock in (beside, *shared):  # whichever exists is the one
+        if os.path.lexists(lock):
+            return lock, real
+    return (beside if os.access(real.parent, os.W_OK) else _shared_locks(path) / name), real
+
+
+def _is_trusted(directory: Path) -> bool:  # root's or ours, and nobody else can remove our files
+    with contextlib.suppress(OSError):
+        info = directory.lstat()
+        sticky = stat.S_ISDIR(info.st_mode) and bool(info.st_mode & stat.S_ISVTX)
+        return sticky and info.st_uid in (0, os.geteuid()) and os.access(directory, os.W_OK)
+    return False
+
+
+def _shared_locks(path: str) -> Path:
+    """Return a directory for locks that lie beside no socket. Raises Conflict if it is others'."""
+    for directory in SHARED_LOCKS:
+        with contextlib.suppress(OSError):
+            directory.mkdir()
+            directory.chmod(0o1777)  # which the umask would cut
+        if os.geteuid() == 0 and not _is_trusted(directory):  # root takes it over
+            with contextlib.suppress(OSError):
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o1777)
+                os.close(fd)
+        if _is_trusted(directory):
+            return directory
+    there = [directory for directory in SHARED_LOCKS if os.path.lexists(directory)]
+    those = " and ".join(f"{str(directory)!r} of {_owner_of(directory)}" for directory in there)
+    raise Conflict(
+        f"agent {path!r}: no directory for its lock is root's, sticky and for all: {those}",
+        f"As root: install -d -o root -m 1777 {SHARED_LOCKS[0]}",
+    )
+
+
+# --- the scripts that run in the guest
 #
 # POSIX sh only (busybox is enough); below, PowerShell for Windows, and batch files for what starts
 # programs there. All data reaches them quoted or as arguments. In an attempt's directory: pid (and
@@ -5036,7 +4450,282 @@ def guest_of(driver: drivers.AbstractDriver, *options: Any) -> Guest:
     return (WindowsGuest if driver.is_windows else Guest)(driver, *options)
 
 
-# === agenda ======================================================================================
+def _write_program(path: Path, source: Path | BinaryIO) -> None:
+    """Put an executable file in its place; one that runs is replaced, not written to."""
+    import shutil
+
+    path.parent.mkdir(exist_ok=True, mode=0o700)
+    opened = source.open("rb") if isinstance(source, Path) else source
+    with opened as stream, replacing(path, 0o700) as target:
+        shutil.copyfileobj(stream, target)
+        _crash("program-before-rename")
+
+
+# --- files out of a guest: what it lists, and where that may go
+
+SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
+
+
+class Listed(NamedTuple):
+    """One file or directory as a guest lists it."""
+
+    is_dir: bool
+    size: int  # bytes
+    mtime: int  # seconds since the epoch
+    path: str
+    settled: bool = True  # a later write gives it another mtime
+    mode: int = 0o600
+
+    @property
+    def copy_mtime_ns(self) -> int:
+        """The modification time of the host's copy, by which it is recognised, in nanoseconds."""
+        # Half a second more if the file may change again within that very second.
+        return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
+
+
+def parse_listed(record: bytes) -> Listed:
+    """Return one record of the guest's list. Raises ValueError: it is none, or its path no text."""
+    if len(record) > MAX_PATH_BYTES + 100:
+        raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
+    kind = rb"([fd]) ([0-7]{1,5}) (\d{1,18}) "
+    pattern = kind + rb"(-?\d{1,11})(?:\.\d+)? (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
+    match = re.fullmatch(pattern, record, re.DOTALL)
+    if match is None:
+        raise ValueError("the VM lists it in an unexpected form")
+    kind, mode, size, mtime, now, path = match.groups()
+    # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
+    settled = abs(int(now) - int(mtime)) >= 2
+    private = int(mode, 8) & 0o755  # never writable by others
+    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled, private)
+
+
+_FACTS = re.compile(r"-((?:[r-][w-][xsStT-]){3})\S* +\d+ +\d+ +\d+ +(\d{1,18}) ")
+
+
+def parse_facts(text: str) -> tuple[int, int]:
+    """Return mode and size of a file as the guest tells them. Raises VmrmError if it is none."""
+    if text[:1] in tuple("dbcpls"):
+        raise VmrmError("it is not a file")
+    match = _FACTS.match(text)
+    if match is None:
+        raise VmrmError("the VM does not tell its size")
+    mode = sum(1 << (8 - bit) for bit, char in enumerate(match[1]) if char not in "-ST")
+    return mode, int(match[2])
+
+
+def safe_parts(path: str) -> list[str]:
+    """Return a guest's absolute path as components, of `C:\\logs\\a` C, logs and a.
+
+    Raises ValueError if one of them leads elsewhere, or they are too many.
+    """
+    if drive := re.match(r"([A-Za-z]):\\", path):
+        parts = [drive[1].upper(), *path[3:].split("\\")]
+        odd = [part for part in parts if "/" in part]
+    else:
+        parts, odd = path.split("/"), []
+    parts = [part for part in parts if part]
+    if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
+        raise ValueError("its path leads out of the destination")
+    if len(parts) > MAX_PATH_PARTS:
+        raise ValueError(f"it lies over {MAX_PATH_PARTS} directories deep")
+    return parts
+
+
+def broken_copies(top: Path) -> Iterator[Path | None]:
+    """Yield each temporary file of a copy below a directory, and for each directory None."""
+    folders = [(os.fspath(top), 0)]  # no copy lies deeper than MAX_PATH_PARTS
+    while folders:
+        folder, depth = folders.pop()
+        yield None
+        with contextlib.suppress(OSError), os.scandir(folder) as listed:
+            for item in listed:
+                if item.is_dir(follow_symlinks=False):
+                    if depth < MAX_PATH_PARTS:
+                        folders.append((item.path, depth + 1))
+                elif _OUR_TEMPORARY.fullmatch(item.name):
+                    yield Path(item.path)
+
+
+@contextlib.contextmanager
+def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
+    """Open a directory below `root`, making what is missing and following no link on the way."""
+    if not root.exists():
+        for folder in (*reversed(root.absolute().parents), root):
+            folder.mkdir(0o755, exist_ok=True)  # whatever our umask
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(root, flags)
+    try:
+        for part in parts:
+            try:
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+            except FileNotFoundError:
+                refuse_full(fd, 0)
+                os.mkdir(part, 0o755, dir_fd=fd)
+                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _copy_of(folder: int, name: str) -> os.stat_result | None:
+    """Return what the host's copy of a file is like, if there is one."""
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+class Transfers:
+    """Copies files of a guest to this host, into `<destination>/<vm_name>`."""
+
+    def __init__(self, vm: HandledVM) -> None:
+        self.guest, self.vm_name, self.log = vm.guest, vm.name, vm.log
+        self.default = run_directory(vm.db, "transfers")
+        self.ending = False  # repeating transfers make their last pass
+        self._copying: set[str] = set()  # temporary names of copies under way
+        self._swept: set[Path] = set()  # destinations without those of a handler that was killed
+
+    def steps(
+        self, name: str, location: str, interval: float | None, destination: str | None
+    ) -> Steps:
+        """Pull a path or glob once, or every `interval` seconds until the transfers are ending.
+
+        What fails repeatedly is logged once; return what the last pass found and could not bring.
+        """
+        root = Path(destination) if destination else self.default
+        told: set[str] = set()
+        left = MAX_FAULTS  # a guest can make up new ones at every pass
+        while True:
+            last = self.ending or not interval
+            faults = yield from self.pass_steps(location, root)
+            if faults and not interval:
+                raise RuntimeError("; ".join(faults[:5]))
+            for fault in (news := [fault for fault in faults if fault not in told])[:left]:
+                self.log.warning("transfer of %s: %s", name, fault)
+            if len(news) >= left > 0:
+                self.log.warning("transfer of %s: no more faults of it are told", name)
+            told, left = set(faults), max(0, left - len(news))
+            if last:  # to look for what never came is no failure
+                return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
+            if not self.ending:
+                yield cast(float, interval)
+
+    def item_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
+        location = self.guest.path(entry, item["location"])
+        return self.steps(str(entry), location, item["interval"], item["destination"])
+
+    def pass_steps(self, location: str, root: Path) -> Steps:
+        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
+        faults, gone = list[str](), 0
+        if root not in self._swept:  # a handler that was killed left what it was copying
+            self._swept.add(root)
+            for broken in broken_copies(root / self.vm_name):
+                if broken is not None and broken.name not in self._copying:
+                    broken.unlink(missing_ok=True)
+                yield 0
+        try:
+            status = yield from self.guest.finish(self.guest.argv("list", location))
+        except drivers.AgentError as error:
+            return [printable(str(error))]
+        records = status.out.split(b"\0", MAX_LISTED)
+        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
+            return [printable(f"too many files at {location!r} to list")]
+        if not any(records):
+            return [printable(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())]
+        for record in filter(None, records):
+            yield 0
+            try:
+                gone += not (yield from self._pull_steps(parse_listed(record), root, location))
+            except (OSError, ValueError) as error:
+                if _is_link_trouble(error):
+                    raise
+                path = record.split(b" ", 5)[-1]  # without the time, which makes every fault new
+                told = printable(repr(os.fsdecode(path)), 300)
+                if len(faults) < MAX_FAULTS:
+                    faults.append(printable(f"{told}: {error}"))
+        if gone:
+            self.log.info("transfer of %s: gone again: %d files", location, gone)
+        return faults
+
+    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
+        """Bring one listed file or directory under <root>/<vm>; return whether it was still there.
+
+        Only at `location` itself must it be.
+        """
+        parts = (self.vm_name, *safe_parts(listed.path))
+        with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
+            if listed.is_dir:
+                os.fchmod(folder, listed.mode | 0o700)
+                return True
+            old = _copy_of(folder, parts[-1])
+            known = (listed.size, listed.copy_mtime_ns)
+            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
+                if old.st_mode & 0o777 & ~listed.mode:
+                    os.chmod(parts[-1], old.st_mode & listed.mode, dir_fd=folder)
+                return True
+            try:
+                yield from self._copy_steps(listed, folder, parts[-1], old)
+            except drivers.AgentError:
+                if listed.path == location or self.guest.driver.file_exists(listed.path):
+                    raise
+                return False
+            return True
+
+    def _copy_steps(
+        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
+    ) -> Steps:
+        """Make the host's copy of a file; of one that has only grown, fetch what is new."""
+        # What was written while it was read comes with the next pass. The copy takes the guest's
+        # time, by which the next pass, also that of another handler, knows it.
+        temporary = temporary_name()
+        self._copying.add(temporary)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w+b") as sink:
+                kept = 0
+                if old and SMALL_BYTES < old.st_size <= listed.size:
+                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
+                left = listed.size - kept
+                refuse_full(folder, left)
+                for _ in self.guest.pull(listed.path, sink, offset=kept, limit=left):
+                    yield 0
+                os.fchmod(sink.fileno(), listed.mode)
+            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
+            os.utime(temporary, ns=times, dir_fd=folder)
+            _crash("transfer-before-rename")
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        finally:
+            self._copying.discard(temporary)
+
+    def _keep_steps(
+        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
+    ) -> Steps:
+        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
+        digest = hashlib.sha256()
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
+            while data := present.read(1 << 20):
+                digest.update(data)
+                sink.write(data)
+                yield 0
+        status = yield from self.guest.finish(
+            self.guest.argv("hash", listed.path, str(size)), size / 1e7
+        )
+        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
+            return size
+        sink.seek(0)
+        sink.truncate()
+        return 0
+
+
+# === agenda, logs, output of programs ============================================================
 
 Steps = Generator["float | Sequence[Task]", None, Any]
 
@@ -5138,125 +4827,7 @@ class Agenda:
         heapq.heappush(self._heap, (task.when, next(self._count), task))
 
 
-# === schedule updater ============================================================================
-#
-# The reference's way for a script to hear of changes. Our handler reads rows and needs none of it.
-
-
-ScheduleEventType = Enum(
-    "ScheduleEventType",
-    "EXPERIMENT_START_TIME_SET EMPTY_SCHEDULE NEW_ITEM TRANSFER EXIT PAUSE RESUME UNKNOWN",
-    start=0,
-)
-
-
-class ScheduleEvent:
-    """One piece of news: its type, and the entry, hold or start time that it is about."""
-
-    def __init__(self, event_type: ScheduleEventType, data: object) -> None:
-        self.event_type, self.data = event_type, data
-
-    def __lt__(self, other: object) -> bool:
-        """Return True: events of one priority may come in any order."""
-        return True
-
-    def get_data(self) -> Any:
-        """Return what the event is about."""
-        return self.data
-
-    def get_type(self) -> ScheduleEventType:
-        """Return the kind of event."""
-        return self.event_type
-
-
-class ScheduleUpdater(threading.Thread):
-    """Looks for changes of one VM's schedule, and queues them as (schedule time, `ScheduleEvent`).
-
-    Of config only `vm_name` is used. The condition guards the queue and is notified of every event.
-    vm_resource_store, repository_db, log_filename and load_balance_factor have no effect.
-    """
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        priority_queue: Queue[tuple[float, ScheduleEvent]],
-        condition: threading.Condition,
-        vm_resource_store: VmResourceStore | None,
-        schedule_db: ScheduleDb,
-        repository_db: object,
-        log: logging.Logger,
-        log_filename: str | os.PathLike[str] | None,
-        load_balance_factor: float = 1.0,
-        interval_time: float = 5,
-    ) -> None:
-        super().__init__(daemon=True)
-        self.vm_name, self.schedule_db, self.log = config["vm_name"], schedule_db, log
-        self.priority_queue, self.condition = priority_queue, condition
-        self.interval_time = interval_time
-        self._stop_asked = threading.Event()
-        self._told = collections.Counter[str]()  # how much of each source
-
-    def run(self) -> None:
-        """Look for changes until `stop_thread`; an error is logged and the next look comes."""
-        given = self.schedule_db.db
-        with Database(given.path, timeouts=given.timeouts) as own:
-            # A SQLite connection serves only the thread that opened it.
-            self.schedule_db = ScheduleDb(db=own, log=self.log)
-            while not self._stop_asked.is_set():
-                try:
-                    self._run()
-                except (RuntimeError, VmrmError, sqlite3.Error) as error:
-                    self.log.error("cannot look at the schedule: %s", error)
-                self._stop_asked.wait(self.interval_time)
-
-    def _run(self) -> None:
-        """Look once, and enqueue what is new."""
-        kind, start = ScheduleEventType, self.get_start_time()
-        entries = self.get_schedule(self.vm_name)
-        holds = read_holds(self.schedule_db.db, self.vm_name)
-        sources: dict[str, list[tuple[float, ScheduleEventType, object]]] = {
-            "empty": [] if entries else [(-math.inf, kind.EMPTY_SCHEDULE, None)],
-            "entries": [(entry.start_time, _event_type(entry), entry) for entry in entries],
-            "start": [] if start is None else [(0, kind.EXPERIMENT_START_TIME_SET, start)],
-            "holds": [(h.time, kind.PAUSE if h.duration else kind.RESUME, h) for h in holds],
-        }
-        for source, news in sources.items():
-            for priority, event_type, data in news[self._told[source] :]:
-                self.enqueue_event(priority, ScheduleEvent(event_type, data))
-            self._told[source] = max(self._told[source], len(news))
-
-    def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
-        """Put an event on the queue, ordered by its schedule time, and notify who waits for it."""
-        with self.condition:
-            self.priority_queue.put((priority, event))
-            self.condition.notify_all()
-
-    def get_schedule(self, name: str) -> list[ScheduleEntry]:
-        """Return a VM's entries, if it has any; RuntimeError if they cannot be read."""
-        try:
-            return parse_schedule(self.schedule_db.get(name) or "[]")
-        except (ValueError, sqlite3.Error) as error:
-            raise RuntimeError(f"the schedule of VM {name!r} cannot be read: {error}") from error
-
-    def get_start_time(self) -> int | None:
-        """Return time 0 in whole seconds since the epoch, or None if it is not set yet."""
-        start = ExperimentStart(db=self.schedule_db.db).get_start_time()
-        return None if start is None else int(start.timestamp())
-
-    def stop_thread(self) -> None:
-        """Make the thread end at once."""
-        self._stop_asked.set()
-
-
-def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
-    if entry.pause is not None:
-        return ScheduleEventType.PAUSE
-    if entry.is_resume:
-        return ScheduleEventType.RESUME
-    return ScheduleEventType.NEW_ITEM if entry.runs_script else ScheduleEventType.TRANSFER
-
-
-# === logs, and output of programs ================================================================
+# --- logs, and output of programs
 
 
 class OutputLog:
@@ -5407,323 +4978,6 @@ def _one_line(error: BaseException) -> str:
     return printable(str(error)) or type(error).__name__
 
 
-# === files out of a guest: what it lists, and where that may go ==================================
-
-SMALL_BYTES = 1 << 16  # below, fetching a file again costs less than asking for its hash
-
-
-class Listed(NamedTuple):
-    """One file or directory as a guest lists it."""
-
-    is_dir: bool
-    size: int  # bytes
-    mtime: int  # seconds since the epoch
-    path: str
-    settled: bool = True  # a later write gives it another mtime
-    mode: int = 0o600
-
-    @property
-    def copy_mtime_ns(self) -> int:
-        """The modification time of the host's copy, by which it is recognised, in nanoseconds."""
-        # Half a second more if the file may change again within that very second.
-        return self.mtime * 10**9 + (0 if self.settled else 5 * 10**8)
-
-
-def parse_listed(record: bytes) -> Listed:
-    """Return one record of the guest's list. Raises ValueError: it is none, or its path no text."""
-    if len(record) > MAX_PATH_BYTES + 100:
-        raise ValueError(f"its path has over {MAX_PATH_BYTES} bytes")
-    kind = rb"([fd]) ([0-7]{1,5}) (\d{1,18}) "
-    pattern = kind + rb"(-?\d{1,11})(?:\.\d+)? (-?\d{1,11}) (/.*|[A-Za-z]:\\.*)"
-    match = re.fullmatch(pattern, record, re.DOTALL)
-    if match is None:
-        raise ValueError("the VM lists it in an unexpected form")
-    kind, mode, size, mtime, now, path = match.groups()
-    # The clock of file times is coarse, hence two seconds; a time to come is a time set by hand.
-    settled = abs(int(now) - int(mtime)) >= 2
-    private = int(mode, 8) & 0o755  # never writable by others
-    return Listed(kind == b"d", int(size), int(mtime), path.decode(), settled, private)
-
-
-_FACTS = re.compile(r"-((?:[r-][w-][xsStT-]){3})\S* +\d+ +\d+ +\d+ +(\d{1,18}) ")
-
-
-def parse_facts(text: str) -> tuple[int, int]:
-    """Return mode and size of a file as the guest tells them. Raises VmrmError if it is none."""
-    if text[:1] in tuple("dbcpls"):
-        raise VmrmError("it is not a file")
-    match = _FACTS.match(text)
-    if match is None:
-        raise VmrmError("the VM does not tell its size")
-    mode = sum(1 << (8 - bit) for bit, char in enumerate(match[1]) if char not in "-ST")
-    return mode, int(match[2])
-
-
-def safe_parts(path: str) -> list[str]:
-    """Return a guest's absolute path as components, of `C:\\logs\\a` C, logs and a.
-
-    Raises ValueError if one of them leads elsewhere, or they are too many.
-    """
-    if drive := re.match(r"([A-Za-z]):\\", path):
-        parts = [drive[1].upper(), *path[3:].split("\\")]
-        odd = [part for part in parts if "/" in part]
-    else:
-        parts, odd = path.split("/"), []
-    parts = [part for part in parts if part]
-    if not parts or odd or any(part in (".", "..") or "\0" in part for part in parts):
-        raise ValueError("its path leads out of the destination")
-    if len(parts) > MAX_PATH_PARTS:
-        raise ValueError(f"it lies over {MAX_PATH_PARTS} directories deep")
-    return parts
-
-
-def broken_copies(top: Path) -> Iterator[Path | None]:
-    """Yield each temporary file of a copy below a directory, and for each directory None."""
-    folders = [(os.fspath(top), 0)]  # no copy lies deeper than MAX_PATH_PARTS
-    while folders:
-        folder, depth = folders.pop()
-        yield None
-        with contextlib.suppress(OSError), os.scandir(folder) as listed:
-            for item in listed:
-                if item.is_dir(follow_symlinks=False):
-                    if depth < MAX_PATH_PARTS:
-                        folders.append((item.path, depth + 1))
-                elif _OUR_TEMPORARY.fullmatch(item.name):
-                    yield Path(item.path)
-
-
-@contextlib.contextmanager
-def _opened_below(root: Path, parts: Iterable[str]) -> Iterator[int]:
-    """Open a directory below `root`, making what is missing and following no link on the way."""
-    if not root.exists():
-        for folder in (*reversed(root.absolute().parents), root):
-            folder.mkdir(0o755, exist_ok=True)  # whatever our umask
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    fd = os.open(root, flags)
-    try:
-        for part in parts:
-            try:
-                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
-            except FileNotFoundError:
-                refuse_full(fd, 0)
-                os.mkdir(part, 0o755, dir_fd=fd)
-                below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _copy_of(folder: int, name: str) -> os.stat_result | None:
-    """Return what the host's copy of a file is like, if there is one."""
-    try:
-        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return found if stat.S_ISREG(found.st_mode) else None
-
-
-# === one client per agent ========================================================================
-#
-# An agent lets a second client hang, so a lock of this host admits one. Its file lies beside the
-# agent's UNIX socket (by its real path), or in one of SHARED_LOCKS where that cannot be written.
-# It names pid and database of its holder. Who may use the socket may lock it, and nobody else.
-
-SHARED_LOCKS = (Path("/run/lock/vmrm"), Path("/tmp/vmrm-locks"))  # noqa: S108
-
-
-def _is_link_trouble(error: BaseException) -> bool:  # not trouble with what was asked of the agent
-    return isinstance(error, drivers.DriverError) and not isinstance(error, drivers.AgentError)
-
-
-@contextlib.contextmanager
-def agent_lock(
-    path: str, database: Path, wait: Callable[[float], object], seconds: float
-) -> Iterator[None]:
-    """Hold the lock of an agent's address, or raise Conflict after so many seconds."""
-    file = _agent_lock_path(path)[0]
-    lock = FileLock(file, lambda: _open_agent_lock(path))
-    if not lock.take(seconds, wait):
-        pid, _, base = file.read_text(errors="replace").strip().partition(" ")
-        raise Conflict(
-            f"agent {path!r} is held by process {pid} of database {base!r}",
-            "One client at a time can talk to a guest agent; stop that one first",
-        )
-    try:
-        with contextlib.suppress(OSError):  # on a full disk it is held without a name
-            os.ftruncate(lock.fd, 0)
-            os.pwrite(lock.fd, f"{os.getpid()} {database}\n".encode(), 0)
-        yield
-    finally:
-        lock.release()
-
-
-def refuse_others_locks(rows: Iterable[Mapping[str, Any]]) -> None:
-    faults: dict[str, Conflict] = {}
-    for row in rows:
-        try:
-            if row["path"]:
-                os.close(_open_agent_lock(row["path"]))
-        except Conflict as error:
-            faults[row["server_name"]] = error
-    for name, first in faults.items():
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise Conflict(f"VM {name!r}{more}: {first}", first.hint)
-
-
-def _open_agent_lock(path: str) -> int:
-    """Return a descriptor of an agent's lock file. Raises Conflict if it cannot be had."""
-    lock, socket_path = _agent_lock_path(path)
-    # Those of the socket, or of where it will be; any user of this host can reach a port.
-    owner, group, mode = os.geteuid(), os.getegid(), 0o600 if socket_path else 0o666
-    for place in (socket_path.parent, socket_path) if socket_path else ():
-        with contextlib.suppress(OSError):
-            info = place.stat()
-            write = info.st_mode & 0o222
-            owner, group, mode = info.st_uid, info.st_gid, write | write << 1
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        try:  # not with O_CREAT at once: another's file in a sticky directory would be refused
-            fd = os.open(lock, flags)
-        except FileNotFoundError:
-            fd = os.open(lock, flags | os.O_CREAT, 0o600)
-    except OSError as error:
-        whose = f"which belongs to {_owner_of(lock)}, " if os.path.lexists(lock) else ""
-        what = f"its lock {str(lock)!r}, {whose}cannot be opened: {error.strerror}"
-        hint = f"As root: chown {owner}:{group} {shlex.quote(str(lock))}"
-        raise Conflict(f"agent {path!r}: {what}", hint) from error
-    info = os.fstat(fd)
-    # Nobody must make us hand over, or overwrite, anything else under that name.
-    content = os.pread(fd, 8192, 0)
-    if not (stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and re.match(rb"\d+ |$", content)):
-        os.close(fd)
-        raise Conflict(f"agent {path!r}: {str(lock)!r} is no lock of vmrm", "Remove that file")
-    if (me := os.geteuid()) in (0, info.st_uid):
-        os.fchmod(fd, mode)
-        with contextlib.suppress(PermissionError):  # only root gives to anybody
-            os.fchown(fd, -1 if me else owner, group)
-    return fd
-
-
-def _owner_of(path: Path) -> str:
-    import pwd
-
-    uid = path.lstat().st_uid
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
-
-
-def _agent_lock_path(path: str) -> tuple[Path, Path | None]:
-    """Return the lock file of an agent's address, and its socket's real path, if it has one."""
-    address = path.removeprefix("unix:")
-    if address.startswith(("tcp:", "vsock:")):
-        return _shared_locks(path) / _digest(address), None
-    real = Path(os.path.realpath(address))
-    beside, name = real.with_name(real.name + ".vmrm-lock"), _digest(str(real))
-    shared = [directory / name for directory in SHARED_LOCKS if _is_trusted(directory)]
-    for lock in (beside, *shared):  # whichever exists is the one
-        if os.path.lexists(lock):
-            return lock, real
-    return (beside if os.access(real.parent, os.W_OK) else _shared_locks(path) / name), real
-
-
-def _is_trusted(directory: Path) -> bool:  # root's or ours, and nobody else can remove our files
-    with contextlib.suppress(OSError):
-        info = directory.lstat()
-        sticky = stat.S_ISDIR(info.st_mode) and bool(info.st_mode & stat.S_ISVTX)
-        return sticky and info.st_uid in (0, os.geteuid()) and os.access(directory, os.W_OK)
-    return False
-
-
-def _shared_locks(path: str) -> Path:
-    """Return a directory for locks that lie beside no socket. Raises Conflict if it is others'."""
-    for directory in SHARED_LOCKS:
-        with contextlib.suppress(OSError):
-            directory.mkdir()
-            directory.chmod(0o1777)  # which the umask would cut
-        if os.geteuid() == 0 and not _is_trusted(directory):  # root takes it over
-            with contextlib.suppress(OSError):
-                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                os.fchown(fd, 0, 0)
-                os.fchmod(fd, 0o1777)
-                os.close(fd)
-        if _is_trusted(directory):
-            return directory
-    there = [directory for directory in SHARED_LOCKS if os.path.lexists(directory)]
-    those = " and ".join(f"{str(directory)!r} of {_owner_of(directory)}" for directory in there)
-    raise Conflict(
-        f"agent {path!r}: no directory for its lock is root's, sticky and for all: {those}",
-        f"As root: install -d -o root -m 1777 {SHARED_LOCKS[0]}",
-    )
-
-
-# === drivers, ours and plugged in ================================================================
-
-Driver = type[drivers.AbstractDriver]
-
-_OURS: dict[str, Driver] = {item.get_engine(): item for item in (drivers.QemuGuestAgentDriver,)}
-
-
-def driver_of(engine: str) -> Driver:
-    """Return the driver class for an engine; plug-ins are read only if it is none of ours."""
-    if not (found := _OURS.get(engine) or (known := plug_ins()).get(engine)):
-        there_are = ", ".join(sorted(known))
-        fault = f"unknown engine {engine!r}; one of {there_are}"
-        raise UsageError(fault, "Name its file in $VMRM_DRIVERS")
-    return found
-
-
-def plug_ins() -> dict[str, Driver]:
-    """Return the usable driver classes by engine: ours, and those of the files in $VMRM_DRIVERS."""
-    known = dict(_OURS)
-    for path in filter(None, os.environ.get("VMRM_DRIVERS", "").split(":")):
-        try:
-            for driver in _driver_file(Path(path)):
-                engine = _engine_of(driver)
-                if known.setdefault(engine, driver) is not driver:
-                    raise ValueError(f"another driver has the engine {engine!r} already")
-        except (Exception, SystemExit) as error:  # it is anybody's code
-            fault = f"driver file {path!r}: {type(error).__name__}: {_one_line(error)}"
-            raise UsageError(fault) from error
-    return known
-
-
-def _engine_of(driver: Driver) -> str:
-    """Return a driver's engine. Raises TypeError for a method missing, ValueError for its name."""
-    known = vars(drivers.AbstractDriver)
-    missing = {n for n in known if callable(known[n]) and not callable(getattr(driver, n, None))}
-    missing |= driver.__abstractmethods__
-    if missing:
-        raise TypeError(f"{driver.__name__} lacks {', '.join(sorted(missing))}")
-    if not _is_text(engine := driver.get_engine()):
-        raise ValueError(f"{driver.__name__}.get_engine() gives {engine!r}, no name")
-    return engine
-
-
-def _driver_file(path: Path) -> list[Driver]:
-    """Run a driver file; return the driver classes that it defines and does not call private."""
-    if not path.is_absolute():
-        raise ValueError("its path is not absolute")
-    with path.open("rb") as stream:  # which nobody can exchange after it was checked
-        for info in (os.fstat(stream.fileno()), path.parent.stat()):
-            sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
-            if info.st_uid not in (0, os.geteuid()) or (info.st_mode & 0o022 and not sticky):
-                raise PermissionError("others can write it or its directory: chmod go-w")
-        source = stream.read()
-    module = types.ModuleType(f"vmrm_driver_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where dataclasses look for it
-    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102 - this is what it is for
-    own = [i for i in vars(module).values() if getattr(i, "__module__", "") == module.__name__]
-    found = [i for i in own if isinstance(i, type) and issubclass(i, drivers.AbstractDriver)]
-    if public := [item for item in found if not item.__name__.startswith("_")]:
-        return public
-    raise ValueError("it has no subclass of AbstractDriver")
-
-
 # === handler =====================================================================================
 #
 # One process for one VM. `Plan` is what rows want of the VM, `HandledVM` the VM with its agent and
@@ -5787,37 +5041,6 @@ _OUTPUT_PIECE = 1 << 17  # in short lines, logging it takes a tenth of a second
 NOTHING_THERE = "the VM has no file at"
 SKIPPED = "it was overdue when the experiment was continued"
 LOST = {"unknown": "it may have run: the connection was lost"}  # answer to a request
-
-
-def _write_program(path: Path, source: Path | BinaryIO) -> None:
-    """Put an executable file in its place; one that runs is replaced, not written to."""
-    import shutil
-
-    path.parent.mkdir(exist_ok=True, mode=0o700)
-    opened = source.open("rb") if isinstance(source, Path) else source
-    with opened as stream, replacing(path, 0o700) as target:
-        shutil.copyfileobj(stream, target)
-        _crash("program-before-rename")
-
-
-def handler_config(db: Database, server_name: str) -> dict[str, Any]:
-    """Return a VM's row as the configuration that `VMResourceHandler` takes."""
-    row = db.row(
-        """SELECT server_name AS vm_name, server_uuid AS vm_uuid, ordinal, path, engine, control_ip,
-               launch_dir, agent_timeout_s AS agent_timeout, set_time, pool, pool_token
-           FROM vms WHERE server_name = :name""",
-        name=server_name,
-    )
-    if row is None:
-        raise NotFound(f"no VM {server_name!r}", "See which there are: vmrm status")
-    pool, token = row.pop("pool"), row.pop("pool_token")
-    if pool and (not token or row["vm_name"] in lost_vms(db)):
-        fault = f"VM {server_name!r} has no machine of the pool now"
-        raise UsageError(fault, "See the pool: vmrm pool info")
-    if not row["path"]:
-        fault = f"VM {server_name!r} has no path to a guest agent"
-        raise UsageError(fault, "Give it one: path = …, by add_vm")
-    return {**row, "db": db}
 
 
 class Plan(Row):
@@ -6188,198 +5411,6 @@ class Staging:
             is_program = item.get("executable") or location == own_program
             placed.append((staged, "755" if is_program else "644"))
         return placed
-
-
-class Transfers:
-    """Copies files of a guest to this host, into `<destination>/<vm_name>`."""
-
-    def __init__(self, vm: HandledVM) -> None:
-        self.guest, self.vm_name, self.log = vm.guest, vm.name, vm.log
-        self.default = run_directory(vm.db, "transfers")
-        self.ending = False  # repeating transfers make their last pass
-        self._copying: set[str] = set()  # temporary names of copies under way
-        self._swept: set[Path] = set()  # destinations without those of a handler that was killed
-
-    def steps(
-        self, name: str, location: str, interval: float | None, destination: str | None
-    ) -> Steps:
-        """Pull a path or glob once, or every `interval` seconds until the transfers are ending.
-
-        What fails repeatedly is logged once; return what the last pass found and could not bring.
-        """
-        root = Path(destination) if destination else self.default
-        told: set[str] = set()
-        left = MAX_FAULTS  # a guest can make up new ones at every pass
-        while True:
-            last = self.ending or not interval
-            faults = yield from self.pass_steps(location, root)
-            if faults and not interval:
-                raise RuntimeError("; ".join(faults[:5]))
-            for fault in (news := [fault for fault in faults if fault not in told])[:left]:
-                self.log.warning("transfer of %s: %s", name, fault)
-            if len(news) >= left > 0:
-                self.log.warning("transfer of %s: no more faults of it are told", name)
-            told, left = set(faults), max(0, left - len(news))
-            if last:  # to look for what never came is no failure
-                return [fault for fault in faults if not fault.startswith(NOTHING_THERE)]
-            if not self.ending:
-                yield cast(float, interval)
-
-    def item_steps(self, entry: ScheduleEntry, item: Mapping[str, Any]) -> Steps:
-        location = self.guest.path(entry, item["location"])
-        return self.steps(str(entry), location, item["interval"], item["destination"])
-
-    def pass_steps(self, location: str, root: Path) -> Steps:
-        """Bring what changed at a guest's path or glob to the host; return what went wrong."""
-        faults, gone = list[str](), 0
-        if root not in self._swept:  # a handler that was killed left what it was copying
-            self._swept.add(root)
-            for broken in broken_copies(root / self.vm_name):
-                if broken is not None and broken.name not in self._copying:
-                    broken.unlink(missing_ok=True)
-                yield 0
-        try:
-            status = yield from self.guest.finish(self.guest.argv("list", location))
-        except drivers.AgentError as error:
-            return [printable(str(error))]
-        records = status.out.split(b"\0", MAX_LISTED)
-        if status.out_truncated or (len(records) > MAX_LISTED and records[-1]):
-            return [printable(f"too many files at {location!r} to list")]
-        if not any(records):
-            return [printable(f"{NOTHING_THERE} {location!r} {printable(status.err)}".rstrip())]
-        for record in filter(None, records):
-            yield 0
-            try:
-                gone += not (yield from self._pull_steps(parse_listed(record), root, location))
-            except (OSError, ValueError) as error:
-                if _is_link_trouble(error):
-                    raise
-                path = record.split(b" ", 5)[-1]  # without the time, which makes every fault new
-                told = printable(repr(os.fsdecode(path)), 300)
-                if len(faults) < MAX_FAULTS:
-                    faults.append(printable(f"{told}: {error}"))
-        if gone:
-            self.log.info("transfer of %s: gone again: %d files", location, gone)
-        return faults
-
-    def _pull_steps(self, listed: Listed, root: Path, location: str) -> Steps:
-        """Bring one listed file or directory under <root>/<vm>; return whether it was still there.
-
-        Only at `location` itself must it be.
-        """
-        parts = (self.vm_name, *safe_parts(listed.path))
-        with _opened_below(root, parts if listed.is_dir else parts[:-1]) as folder:
-            if listed.is_dir:
-                os.fchmod(folder, listed.mode | 0o700)
-                return True
-            old = _copy_of(folder, parts[-1])
-            known = (listed.size, listed.copy_mtime_ns)
-            if old and listed.settled and (old.st_size, old.st_mtime_ns) == known:
-                if old.st_mode & 0o777 & ~listed.mode:
-                    os.chmod(parts[-1], old.st_mode & listed.mode, dir_fd=folder)
-                return True
-            try:
-                yield from self._copy_steps(listed, folder, parts[-1], old)
-            except drivers.AgentError:
-                if listed.path == location or self.guest.driver.file_exists(listed.path):
-                    raise
-                return False
-            return True
-
-    def _copy_steps(
-        self, listed: Listed, folder: int, name: str, old: os.stat_result | None
-    ) -> Steps:
-        """Make the host's copy of a file; of one that has only grown, fetch what is new."""
-        # What was written while it was read comes with the next pass. The copy takes the guest's
-        # time, by which the next pass, also that of another handler, knows it.
-        temporary = temporary_name()
-        self._copying.add(temporary)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=folder), "w+b") as sink:
-                kept = 0
-                if old and SMALL_BYTES < old.st_size <= listed.size:
-                    kept = yield from self._keep_steps(listed, folder, name, old.st_size, sink)
-                left = listed.size - kept
-                refuse_full(folder, left)
-                for _ in self.guest.pull(listed.path, sink, offset=kept, limit=left):
-                    yield 0
-                os.fchmod(sink.fileno(), listed.mode)
-            times = (listed.copy_mtime_ns, listed.copy_mtime_ns)
-            os.utime(temporary, ns=times, dir_fd=folder)
-            _crash("transfer-before-rename")
-            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-        finally:
-            self._copying.discard(temporary)
-
-    def _keep_steps(
-        self, listed: Listed, folder: int, name: str, size: int, sink: BinaryIO
-    ) -> Steps:
-        """Copy the present copy to `sink` if the guest's file still begins so; return its size."""
-        digest = hashlib.sha256()
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(name, flags, dir_fd=folder), "rb") as present:
-            while data := present.read(1 << 20):
-                digest.update(data)
-                sink.write(data)
-                yield 0
-        status = yield from self.guest.finish(
-            self.guest.argv("hash", listed.path, str(size)), size / 1e7
-        )
-        if status.out[:64] == digest.hexdigest().encode() and sink.tell() == size:
-            return size
-        sink.seek(0)
-        sink.truncate()
-        return 0
-
-
-def claim_requests(vm: HandledVM) -> Iterator[Row]:
-    """Claim what commands ask of a handler, each by one UPDATE: after a stop nothing begins."""
-    sql = "SELECT id FROM requests WHERE server_name = :name AND claimed_by IS NULL"
-    for row in vm.db.query(sql, name=vm.name):
-        if not FileLock(vm.db.state_dir / "requests" / row.id).is_held:
-            continue  # its client is gone
-        yield from vm.db.write(
-            """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
-               AND NOT withdrawn AND deadline_at > :now AND NOT EXISTS (
-                   SELECT 1 FROM current_experiment WHERE halt IN ('stop', 'kill'))
-               RETURNING *""",
-            me=str(Process.of()),
-            id=row.id,
-            now=CLOCK.wall(),
-        )
-
-
-def request_steps(vm: HandledVM, row: Row) -> Steps:
-    """Do what a claimed request asks for, and answer it."""
-    _crash("request-claimed")
-    folder = vm.db.directory("requests", row.id)
-    try:
-        answer = yield from operation_steps(vm, row.operation, json.loads(row.arguments), folder)
-    except (drivers.AgentError, VmrmError, OSError) as error:
-        if _is_link_trouble(error):
-            raise
-        answer = {"error": _one_line(error)}
-    answer_requests(vm, answer, row.id)
-    if not FileLock(folder).is_held:
-        forget_request(vm.db, folder)
-
-
-def answer_requests(vm: HandledVM, answer: Mapping[str, Any], request: str | None = None) -> None:
-    """Answer a request; without one, all that a dead handler or a lost link left claimed."""
-    vm.db.write(
-        """UPDATE requests SET answered_at = :now, answer = :answer
-           WHERE answered_at IS NULL AND (id = :id
-               OR :id IS NULL AND server_name = :name AND claimed_by IS NOT NULL)""",
-        id=request,
-        name=vm.name,
-        now=CLOCK.wall(),
-        answer=json.dumps(answer),
-    )
 
 
 Limit = tuple[float, str]  # until when an attempt may last, by monotonic time; what is said then
@@ -7466,11 +6497,6 @@ def abandoned_requests(db: Database) -> list[tuple[Path, str]]:
     return found
 
 
-def forget_abandoned(db: Database) -> None:
-    for folder, _ in abandoned_requests(db):
-        forget_request(db, folder)
-
-
 def _discard_steps(driver: drivers.AbstractDriver, folder: Path) -> Steps:
     guest, note = _guest_at_once(driver), folder / _BROKEN_OFF
     with contextlib.suppress(drivers.AgentError, VmrmError, ValueError, FileNotFoundError):
@@ -7623,57 +6649,52 @@ def _pool_config(db: Database, vm_name: str) -> dict[str, Any] | None:
     return {**row, **common} if row else None
 
 
-def time_to_wait(seconds: float) -> None:
-    """Sleep, in commands that have nothing else to attend to."""
-    select.poll().poll(math.ceil(max(0.0, seconds) * 1000))
+def claim_requests(vm: HandledVM) -> Iterator[Row]:
+    """Claim what commands ask of a handler, each by one UPDATE: after a stop nothing begins."""
+    sql = "SELECT id FROM requests WHERE server_name = :name AND claimed_by IS NULL"
+    for row in vm.db.query(sql, name=vm.name):
+        if not FileLock(vm.db.state_dir / "requests" / row.id).is_held:
+            continue  # its client is gone
+        yield from vm.db.write(
+            """UPDATE requests SET claimed_by = :me WHERE id = :id AND claimed_by IS NULL
+               AND NOT withdrawn AND deadline_at > :now AND NOT EXISTS (
+                   SELECT 1 FROM current_experiment WHERE halt IN ('stop', 'kill'))
+               RETURNING *""",
+            me=str(Process.of()),
+            id=row.id,
+            now=CLOCK.wall(),
+        )
+
+
+def request_steps(vm: HandledVM, row: Row) -> Steps:
+    """Do what a claimed request asks for, and answer it."""
+    _crash("request-claimed")
+    folder = vm.db.directory("requests", row.id)
+    try:
+        answer = yield from operation_steps(vm, row.operation, json.loads(row.arguments), folder)
+    except (drivers.AgentError, VmrmError, OSError) as error:
+        if _is_link_trouble(error):
+            raise
+        answer = {"error": _one_line(error)}
+    answer_requests(vm, answer, row.id)
+    if not FileLock(folder).is_held:
+        forget_request(vm.db, folder)
+
+
+def answer_requests(vm: HandledVM, answer: Mapping[str, Any], request: str | None = None) -> None:
+    """Answer a request; without one, all that a dead handler or a lost link left claimed."""
+    vm.db.write(
+        """UPDATE requests SET answered_at = :now, answer = :answer
+           WHERE answered_at IS NULL AND (id = :id
+               OR :id IS NULL AND server_name = :name AND claimed_by IS NOT NULL)""",
+        id=request,
+        name=vm.name,
+        now=CLOCK.wall(),
+        answer=json.dumps(answer),
+    )
 
 
 # === supervisor ==================================================================================
-
-
-class Seat(contextlib.ExitStack):
-    """The place of the one process that runs a database's experiment, or that keeps its pool.
-
-    Its lock keeps others out. Its wait ends with a wake-up, a signal, or what else is waited for:
-    signals are acted upon in the loop, never in the middle of a transaction.
-    """
-
-    def __init__(
-        self, db: Database, name: str, what: str, hint: str, *stops: signal.Signals
-    ) -> None:
-        super().__init__()
-        self.told_to_stop, self._stops = False, stops
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(db.lock(name).held(what, hint))
-            self._wake = WakeSocket(db, name)
-            stack.callback(self._wake.close)
-            self._signals, sent = (stack.enter_context(end) for end in socket.socketpair())
-            self._signals.setblocking(False)
-            sent.setblocking(False)
-            before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-            stack.callback(signal.set_wakeup_fd, before)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-                stack.callback(signal.signal, number, signal.signal(number, self._note))
-            self.push(stack.pop_all())
-
-    def _note(self, number: int, _: object) -> None:  # ignored, programs would inherit that
-        self.told_to_stop |= number in self._stops
-
-    def wait(self, seconds: float, *descriptors: int) -> set[int]:
-        """Wait for so long, but not past a wake-up; return which descriptors have something."""
-        poll = select.poll()
-        for descriptor in (self._wake.fileno(), self._signals.fileno(), *descriptors):
-            poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(math.ceil(max(0.0, seconds) * 1000))}
-        self.drain()
-        return ready
-
-    def drain(self) -> None:
-        """Forget all wake-ups until now: the rows are looked at next."""
-        self._wake.drain()
-        with contextlib.suppress(BlockingIOError):
-            while self._signals.recv(4096):
-                pass
 
 
 @dataclasses.dataclass
@@ -7883,108 +6904,7 @@ class Supervisor:
         self.db.close()
 
 
-def checkpoint_wal(db: Database) -> None:
-    """Move the WAL into the database file; empty it if it is big, but not near a start time."""
-    wal = Path(f"{db.path}-wal")
-    big = wal.exists() and wal.stat().st_size > 16 << 20
-    start = db.value("SELECT start_at FROM current_experiment")
-    near = start is not None and abs(start - CLOCK.wall()) < 2
-    db.checkpoint(truncate=big and not near)
-
-
 LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
-
-
-class Loan:
-    """The experiment's VMs of the pool, leased by the supervisor: all at once, or none.
-
-    They are given back when all work is done, or with the experiment's end by `destroy`. One that
-    was interrupted keeps them for `LOAN_S`, since what was done on them was done on these machines
-    only; from a supervisor that was killed anybody may take them back at once.
-    """
-
-    def __init__(self, db: Database) -> None:
-        self.db, self._have, self._told = db, False, ""
-        self._waiting: Waiting | None = None
-
-    def vms(self) -> list[Row]:
-        sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
-        return self.db.query(sql)
-
-    def descriptors(self) -> list[int]:
-        return [self._waiting.fileno()] if self._waiting else []
-
-    def obtain(self) -> bool:
-        """Return whether all VMs are here; while they are not, stand in the queue."""
-        if not self._have:
-            rows = self.vms()
-            if any(row.pool_token for row in rows):  # of an earlier supervisor, as far as it stands
-                self._hold(str(Process.of()), None)
-            self._have = not rows or bool(rows[0].pool_token) or self._borrow(rows)
-        return self._have
-
-    def _hold(self, holder: str | None, end: float | None) -> None:
-        sql = """UPDATE leases SET holder = :holder, lease_end_at = :end
-                 WHERE vm_name IN (SELECT vm_name FROM loans)"""
-        self.db.write(sql, durable=True, holder=holder, end=end)
-
-    def _borrow(self, rows: Sequence[Row]) -> bool:
-        if self._waiting is None:
-            experiment = current_experiment(self.db)
-            request = Request(
-                tuple((row.pool,) for row in rows),
-                _user(),
-                str(Path(experiment["source"]).absolute()),  # which may use its VMs again
-                Process.of(),
-                task_id=f"experiment {experiment['id']}",
-                within=functools.partial(self._assign, rows),
-            )
-            self._waiting = Waiting(VmManager(db=self.db), request)
-        if self._waiting.try_again():
-            self._leave_queue()
-            return True
-        self._tell(self._waiting.reason())
-        return False
-
-    def _assign(self, rows: Sequence[Row], leased: Sequence[Mapping[str, Any]]) -> None:
-        for row, vm in zip(rows, leased, strict=True):
-            of_pool = {"pool_vm": vm["vm_name"], "pool_token": vm["token"]}
-            machine = {"path": vm["path"], "control_ip": vm["vm_ip"], "reason": ""}
-            self.db.update("vms", {"ordinal": row.ordinal}, **of_pool, **machine)
-
-    def _tell(self, reason: str) -> None:
-        if reason != self._told:
-            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
-            self.db.write(sql, reason=reason)
-            self._told = reason
-
-    def _leave_queue(self) -> None:
-        if self._waiting:
-            self._waiting.__exit__()
-            self._waiting = None
-            self._tell("")
-
-    def end(self, *, over: bool) -> None:
-        """Release all VMs if all work is done, else keep them for a while, for `run` again."""
-        self._leave_queue()
-        if not over:
-            self._hold(None, CLOCK.wall() + LOAN_S)
-            return
-        with self.db.transaction(durable=True) as db:
-            give_back(db)
-
-
-def lost_vms(db: Database) -> list[str]:
-    """Return the VMs of the experiment whose machine of the pool is no longer theirs."""
-    return [row.server_name for row in db.query("SELECT * FROM loans WHERE vm_name IS NULL")]
-
-
-def give_back(db: Database) -> None:
-    """Release the experiment's VMs of the pool, inside the caller's transaction."""
-    pool = VmManager(db=db)
-    for row in db.query("SELECT vm_name FROM loans WHERE vm_name IS NOT NULL"):
-        pool.end_lease(row.vm_name, "the experiment has ended")
-    db.write("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
 
 
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
@@ -8225,7 +7145,1173 @@ def _supervise(words: Sequence[str]) -> int:
         return Supervisor(db, stay="--stay" in words).run()
 
 
-# === hooks of the pool ===========================================================================
+# === pool ========================================================================================
+#
+# Rows say what there is: VMs with their leases (pool_list), what the keeper has to do about them
+# (pool_dues), and who waits (pool_waiters). `allot` says who gets what of it.
+
+
+@functools.lru_cache(maxsize=1)
+def _who(pid: int) -> str:
+    """Return this process, `pid`, in words for the pool's history."""
+    return f"{_user()}, process {pid}"
+
+
+def _user() -> str:
+    import getpass
+
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        return getpass.getuser()
+    return f"user {os.getuid()}"
+
+
+def _group_id(name: str) -> int | str:
+    """Return a group's name as the reference has it: those of digits only are numbers."""
+    return int(name) if name.isdecimal() and str(int(name)) == name else name
+
+
+class VmDescriptor(Row):
+    """A VM of the pool as its row of pool_list was when it was read: each column an attribute."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row, group=_group_id(row["group"]))
+        self.__dict__["_set"] = {}  # what was set here and not stored yet
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = self._set[name] = value
+
+    @property
+    def holder_pid(self) -> int | None:
+        """The pid of the process that holds the lease, if one does."""
+        return Process.parse(self.holder).pid if self.holder else None
+
+    def __str__(self) -> str:
+        """Return name, state and what a person wants to know, in one line."""
+        leased = self.state == VmStates.IN_USE
+        words = (
+            f"{self.vm_name}  {self.state}",
+            self.vm_ip,
+            self.bound_to_user and f"bound to {self.bound_to_user}/{self.bound_sandbox}",
+            leased and self.holder_pid and f"process {self.holder_pid}",
+            leased and self.lease_end_at and f"until {_iso(self.lease_end_at)}",
+            self.task_id and f"task {self.task_id}",
+            self.check_fails and f"{self.check_fails} failed checks",
+            self.reason and not leased and f"({self.reason})",
+        )
+        return "  ".join(word for word in words if word)
+
+    @classmethod
+    def load(cls, db: Database, vm_name: str) -> VmDescriptor:
+        """Read a VM's row, or raise `VmDescriptorNotFound`."""
+        if row := db.row("SELECT * FROM pool_list WHERE vm_name = :name", name=vm_name):
+            return cls(row)
+        hint = "See which there are: vmrm pool list"
+        raise VmDescriptorNotFound(f"the pool has no VM {vm_name!r}", hint)
+
+    def store(self, db: Database) -> None:
+        """Write what was set here; a `VmError` refuses what does not go together."""
+        new = self._set
+        if moved := new.keys() & {"vm_ip", "path"}:
+            new |= _pool_machine(self.vm_ip, self.path)
+        with db.transaction(durable=True):
+            row = VmDescriptor.load(db, self.vm_name)
+            if moved or "group" in new:
+                _refuse_twin(db, row | new)
+            try:
+                move_pool_vm(db, self.vm_name, **{"state": row.state, **new})
+            except (sqlite3.IntegrityError, sqlite3.OperationalError) as error:
+                raise VmError(f"VM {self.vm_name!r} cannot be stored so: {error}") from error
+        self.update(new)
+        new.clear()
+
+    def store_field(self, db: Database, field: str, value: Any) -> None:
+        """Set one field, here and in the row."""
+        one = VmDescriptor.load(db, self.vm_name)
+        setattr(one, field, value)
+        one.store(db)
+        self[field] = value
+
+
+def add_pool_vm(db: Database, vm_name: str, group: str, state: VmStates, **columns: Any) -> None:
+    """Add a row inside the caller's transaction."""
+    now = CLOCK.wall()
+    base = {"vm_name": vm_name, "group": group, "state": state.value, "state_at": now}
+    db.insert("pool_vms", **base, spawned_at=now, who=_who(os.getpid()), **columns)
+
+
+def move_pool_vm(
+    db: Database, vm_name: str, state: str, reason: str = "", old: str = "", **columns: object
+) -> None:
+    """Move one VM as `POOL_MOVES` allows, inside the caller's transaction; set columns of it."""
+    old = old or VmDescriptor.load(db, vm_name).state
+    if state != old:
+        try:
+            target = checked_pool_move(old, state)
+        except ValueError as error:
+            raise VmError(f"VM {vm_name!r}: {error}") from None
+        columns |= {"state": target.value, "state_at": CLOCK.wall(), "who": _who(os.getpid())}
+    if state != old or reason:
+        columns["reason"] = reason
+    if columns:
+        sets = ", ".join(f'"{column}" = :{column}' for column in columns)
+        sql = f"UPDATE pool_vms SET {sets} WHERE vm_name = :vm_name"  # noqa: S608 (our own names)
+        db.connection.execute(sql, {**columns, "vm_name": vm_name})
+
+
+def group_settings(db: Database) -> dict[str, str]:
+    """Return the settings of a group: each name with its column, which has a unit at its end."""
+    columns = [row["name"] for row in db.query("PRAGMA table_info(pool_groups)")]
+    skipped = ("name", "position", "last_spawn_at")
+    return {column.removesuffix("_s"): column for column in columns if column not in skipped}
+
+
+def put_group(db: Database, name: str, settings: Mapping[str, object]) -> None:
+    """Add a group, or change settings of it, by the names of `group_settings`; None is no limit."""
+    checked_name("group", name)
+    known = group_settings(db)
+    for key in settings.keys() - known.keys():
+        raise WrongValue(f"group {name!r}: {unknown_key(key, known)}")
+    row = db.row("SELECT * FROM pool_groups WHERE name = :name", name=name)
+    if row is not None and all(row[known[key]] == value for key, value in settings.items()):
+        return
+    with db.transaction(durable=True):
+        db.write("INSERT INTO pool_groups (name) VALUES (:n) ON CONFLICT DO NOTHING", n=name)
+        for key, value in settings.items():
+            try:
+                db.update("pool_groups", {"name": name}, **{known[key]: value})
+            except (sqlite3.Error, OverflowError) as error:
+                raise WrongValue(f"group {name!r}: {key} cannot be {value!r}") from error
+
+
+# --- who gets what
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What somebody wants of the pool: all of it, or nothing."""
+
+    wants: tuple[tuple[str, ...], ...]  # per VM, the groups it may come from, in order
+    owner: str
+    sandbox: str
+    holder: Process | None  # None: only the end of the lease decides
+    lease_s: float | None = None
+    task_id: str | None = None
+    build_id: str | None = None
+    chroot: str | None = None
+    priority: int = 0  # in the queue: higher ones first
+    # Called with the leased VMs, inside the transaction that leases them.
+    within: Callable[[list[VmDescriptor]], object] | None = None
+    token: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its leases go on after a power cut, which ends every process."""
+        return self.holder is None or self.lease_s is not None
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups that are named."""
+        return [*dict.fromkeys(itertools.chain(*self.wants))]
+
+
+@dataclasses.dataclass
+class Share:
+    """What there is for one request: VMs that are kept for it, and the wants without one."""
+
+    request: Request
+    vm_names: list[str] = dataclasses.field(default_factory=list)
+    missing: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    binds: bool = False  # some VM of them to its owner
+
+
+def allot(
+    queue: Iterable[Request],
+    free: Callable[[str, str | None, str], list[str]],
+    room: Callable[[str, str], float],
+) -> list[Share]:
+    """Return who in the queue, the first one first, gets which VMs.
+
+    Each VM of a request comes from the first of its groups that has one: one that the owner used
+    for the sandbox before, or a fresh one if the owner may bind more. While some are missing, the
+    others are kept for the request; but not while its owner is at a limit, so that it holds up
+    nobody.
+
+    Args:
+        queue: All requests.
+        free: Returns the VMs of a group that may be lent and are bound to this owner and sandbox,
+            or to None and "", the best last.
+        room: Returns how many more VMs of a group an owner may bind, as things are before.
+    """
+    free, bound, shares = functools.cache(free), collections.Counter[tuple[str, str]](), []
+    for request in queue:
+        share, taken, hopeless = Share(request), [], False
+        for groups in request.wants:
+            at_limit = True
+            for group in map(str.lower, groups):
+                key, fresh = (group, request.owner), False
+                vms = free(*key, request.sandbox)
+                if not vms and bound[key] < room(*key):
+                    vms, fresh, at_limit = free(group, None, ""), True, False
+                if vms:
+                    share.vm_names.append(vms.pop())
+                    taken.append((vms, key, fresh))
+                    bound[key] += fresh
+                    share.binds |= fresh
+                    break
+            else:
+                share.missing.append(groups)
+                hopeless = hopeless or at_limit
+        for vms, key, fresh in reversed(taken) if hopeless else ():
+            vms.append(share.vm_names.pop())
+            bound[key] -= fresh
+        shares.append(share)
+    return shares
+
+
+class Waiting:
+    """A place in the queue: wait for its descriptor, but no longer than `Timeouts.look`, try again.
+
+    It is readable when there may be something for us, also since the holder of a VM has ended. Its
+    row is there before its socket and goes after it, so that who is killed leaves nothing unknown.
+    """
+
+    def __init__(self, pool: Leases, request: Request) -> None:
+        self.pool, self.request = pool, request
+        self._holders: dict[int, str] = {}  # of VMs that we could have, by a descriptor of each
+        self._socket: WakeSocket | None = None
+        self._poll = select.epoll()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the queue; who came after may have what was kept for us."""
+        self._forget_holders()
+        self._poll.close()
+        if self._socket:
+            self._socket.close()
+        self.pool.db.write(_LEAVE, token=self.request.token)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._poll.fileno()
+
+    def try_again(self) -> list[VmDescriptor]:
+        """Return all VMs that are wanted, now leased; or none, and go on waiting."""
+        db, request = self.pool.db, self.request
+        if self._socket:
+            self._socket.drain()
+        ended = [self._holders[fd] for fd, _ in self._poll.poll(0) if fd in self._holders]
+        self._forget_holders()
+        wants = {"wants": json.dumps(request.wants), "priority": request.priority}
+        who = {"owner": request.owner, "sandbox": request.sandbox, "holder": str(Process.of())}
+        alive = {"token": request.token, "heartbeat_at": CLOCK.wall()}
+        db.upsert("pool_waiters", "token", **alive, **wants, **who)
+        if not self._socket:
+            self._socket = WakeSocket(db, f"wait-{request.token}")
+            self._poll.register(self._socket.fileno(), select.EPOLLIN)
+        if ended:
+            self.pool.reap(_LEASES_BY, holders=json.dumps(ended))
+        if vms := self.pool.lend(request):
+            return vms
+        for row in db.query(_HOLDERS, groups=json.dumps(request.groups)):
+            with contextlib.suppress(OSError):  # it has ended, or is in another pid namespace
+                fd = os.pidfd_open(Process.parse(row.holder).pid)
+                self._holders[fd] = row.holder
+                self._poll.register(fd, select.EPOLLIN)
+        return []
+
+    def _forget_holders(self) -> None:
+        while self._holders:
+            os.close(self._holders.popitem()[0])
+
+    def reason(self) -> str:
+        """Return the place in the queue, and why there is nothing yet."""
+        place = len(self.pool.ahead(self.request)) + 1
+        return f"number {place} in the queue; {self.pool.why_none(self.request)}"
+
+
+# --- which machine a VM is
+
+
+def machine_address(path: str) -> str:
+    """Return an agent's address in the one spelling by which machines are told apart."""
+    try:
+        address = drivers.parse_address(path)
+    except ValueError:  # only a plug-in takes it for one
+        return path
+    if isinstance(address.target, str):
+        return os.path.realpath(address.target)
+    host, port = address.target
+    if isinstance(host, str):  # a name is not looked up
+        address = address._replace(target=(_host(host.lower().rstrip(".")), port))
+    return str(address)
+
+
+def _host(text: str) -> str:
+    """Return an IP address in its usual spelling, and any other text as it is."""
+    with contextlib.suppress(OSError, ValueError):  # bytes: a str would be read as IDNA
+        found = socket.getaddrinfo(os.fsencode(text), None, flags=socket.AI_NUMERICHOST)
+        return str(found[0][4][0]).removeprefix("::ffff:")
+    return text
+
+
+def _pool_machine(vm_ip: str, path: str) -> dict[str, str]:
+    """Return the columns that say which machine a VM is, or raise `ValueError` for the path."""
+    address, wrong = machine_address(path), ""
+    if path and (target := drivers.parse_address(path).target) and isinstance(target, str):
+        try:
+            if not stat.S_ISSOCK(os.stat(address).st_mode):  # noqa: PTH116
+                wrong = f"{address!r} is no socket"
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # of a guest that is off
+            if "/" not in path and not path.startswith("unix:"):
+                wrong = "a path has a slash, or there is a socket of that name"
+        except OSError as error:
+            wrong = f"{error.strerror}"
+        if wrong:
+            raise WrongValue(f"address {path!r} is none: {wrong}")
+        path = str(Path.cwd() / target)
+    return {"vm_ip": _host(vm_ip), "path": path, "address": address}
+
+
+def _refuse_pool_machine(db: Database, vm: Mapping[str, Any]) -> None:
+    """Refuse an experiment's VM that is a machine of the pool, inside the caller's transaction."""
+    sql = "SELECT vm_name, \"group\" FROM pool_vms WHERE address <> '' AND address = :address"
+    if twin := db.row(sql, address=vm["address"]):
+        raise Conflict(
+            f"VM {vm['server_name']!r}: its path {vm['path']!r} is VM {twin['vm_name']!r} of "
+            "the pool, which lends it to others",
+            f'Say pool = "{twin["group"]}" instead of a path, or remove it from the pool',
+        )
+
+
+def _refuse_twin(db: Database, vm: Mapping[str, Any]) -> None:
+    """Refuse a VM, by its vm_name, group, vm_ip and address, that is the machine of another."""
+    twin = db.row(
+        """SELECT vm_name, state FROM pool_vms AS p WHERE vm_name <> :vm_name AND (
+               (address <> '' AND address = :address) OR (vm_ip <> '' AND vm_ip = :vm_ip
+               AND EXISTS (SELECT 1 FROM pool_groups
+                           WHERE unique_ip AND name IN (p."group", :group))))""",
+        **vm,
+    )
+    if twin:
+        raise VmError(
+            f"VM {vm['vm_name']!r} is the machine that the pool has as {twin.vm_name!r} "
+            f"({twin.state}): {vm['address'] or vm['vm_ip']}",
+            f"See it: vmrm pool info {twin.vm_name}",
+        )
+    sql = "SELECT server_name FROM vms WHERE address <> '' AND address = :address"
+    if own := db.value(sql, **vm):
+        raise VmError(
+            f"{vm['address']!r} is the path of the experiment's VM {own!r}",
+            "One machine serves the pool or an experiment: destroy that one first",
+        )
+
+
+def _find_twins(connection: sqlite3.Connection) -> None:
+    """Note which machine each VM of the pool is; of those that are one, only the first is lent."""
+    known: dict[str, str] = {}
+    rows = """SELECT vm_name, path FROM pool_list WHERE path <> ''
+              ORDER BY token IS NULL, state <> 'held', spawned_at, vm_name"""
+    for vm_name, path in connection.execute(rows).fetchall():
+        address = machine_address(path)
+        first = known.setdefault(address, vm_name)
+        sql = "UPDATE pool_vms SET address = ? WHERE vm_name = ?"
+        values = [address, vm_name]
+        if first != vm_name:  # only a person can tell what it was meant to be
+            sql = """UPDATE pool_vms SET state = 'held', held_until = 9e9, releasing_at = NULL,
+                     reason = ?, who = ?, state_at = ?
+                     WHERE vm_name = ? AND state <> 'terminating'"""
+            values = [f"it is the machine of VM {first}", _who(os.getpid()), CLOCK.wall(), vm_name]
+        connection.execute(sql, values)
+
+
+def pool_log(db: Database, vm_name: str) -> Path:
+    """Return the file that holds what a VM's hooks printed."""
+    return db.directory("pool", "logs") / f"{checked_name('VM', vm_name)}.log"
+
+
+# --- leases and the queue
+
+# What an acquire looks at first: where the pool's processes see each other, and whether some wait.
+_SERVER = """
+SELECT boot, namespace, EXISTS (SELECT 1 FROM pool_waiters) FROM (SELECT 1) LEFT JOIN pool_server"""
+
+# The VMs of a group that may be lent to an owner for a sandbox, or that are nobody's, the best
+# first. What is worn is the keeper's to end, and nobody's until then.
+_FREE = """
+SELECT vm_name FROM pool_vms
+WHERE "group" = ? AND state = 'ready' AND check_fails = 0 AND bound_to_user IS ?
+  AND bound_sandbox = ?
+  AND last_health_check > coalesce((SELECT started_at FROM pool_server WHERE id = 1), 0)
+  AND NOT EXISTS (SELECT 1 FROM pool_worn AS w
+                  WHERE w.vm_name = pool_vms.vm_name AND w.due_at <= ?)
+ORDER BY last_health_check DESC LIMIT ?"""
+
+# How many more VMs of a group an owner may bind.
+_ROOM = """
+SELECT iif(max_vm_per_user IS NULL, 9e999, max_vm_per_user - (
+    SELECT count(*) FROM pool_vms INDEXED BY pool_bound
+    WHERE "group" = g.name AND bound_to_user = :owner AND state <> 'terminating'))
+FROM pool_groups AS g WHERE name = :group"""
+
+_QUEUE = """
+SELECT wants, owner, sandbox, token FROM pool_waiters
+WHERE heartbeat_at > :alive AND wants <> '[]' ORDER BY priority DESC, id"""
+_LEAVE = "DELETE FROM pool_waiters WHERE token = :token"
+
+_LEASE = """
+INSERT INTO leases (vm_name, token, holder, acquired_at, lease_end_at, task_id, build_id, chroot)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+# What matters of a VM at the end of its lease.
+_RELEASED = """
+SELECT vm_name, state, check_fails, builds_count, bound_to_user, token, holder, release
+FROM pool_list LEFT JOIN pool_groups AS g ON g.name = "group" WHERE vm_name = ?"""
+_LEASES = "SELECT vm_name FROM leases"
+_SOME_LEASES = f"{_LEASES} ORDER BY random() LIMIT 32"
+_LEASES_BY = "SELECT vm_name FROM leases WHERE holder IN (SELECT value FROM json_each(:holders))"
+_LEASES_OF = """
+SELECT vm_name FROM pool_vms INDEXED BY pool_bound
+WHERE bound_to_user = :owner AND state <> 'terminating' AND state = 'in_use'"""
+
+_HOLDERS = """
+SELECT DISTINCT holder FROM pool_list
+WHERE state = 'in_use' AND holder IS NOT NULL AND "group" IN (SELECT value FROM json_each(:groups))
+LIMIT 100"""
+
+# What there is in a group for an owner and sandbox, in figures.
+_COUNTS = """
+SELECT max_vm_per_user AS most, spawn, count(vm_name) AS vms, sum(state = 'in_use') AS in_use,
+       sum(state = 'check_health_failed') AS ill, sum(state = 'spawning') AS spawning,
+       sum(state = 'held') AS held, sum(state = 'terminating') AS terminating,
+       sum(bound_to_user IS :owner AND state <> 'terminating') AS bound,
+       sum(state = 'ready' AND coalesce(bound_to_user, :owner) <> :owner) AS others,
+       sum(state = 'ready' AND bound_to_user IS :owner AND bound_sandbox <> :sandbox) AS idle,
+       sum(state IN ('got_ip', 'check_health')
+           OR (state = 'ready' AND coalesce(last_health_check, 0) <= coalesce(
+               (SELECT started_at FROM pool_server), 0))) AS unchecked
+FROM pool_groups AS g LEFT JOIN pool_vms ON "group" = g.name WHERE g.name = :group"""
+
+
+class Leases(_Rows):
+    """Who has which VM of the pool, who waits for one, and whose lease is over."""
+
+    def __init__(self, db: _AnyDatabase = None) -> None:
+        super().__init__(db)
+        self.log = _log
+        self._mine: dict[str, Request] = {}  # of the leases this object has obtained, by VM
+        self._known: set[str] = set()  # groups, which are never removed
+
+    def _select(self, where: str, **parameters: object) -> list[VmDescriptor]:
+        sql = f"SELECT * FROM pool_list WHERE {where} ORDER BY spawned_at, vm_name"  # noqa: S608
+        return [VmDescriptor(row) for row in self.db.query(sql, **parameters)]
+
+    def group(self, group: int | str) -> Row:
+        """Return a group with its settings."""
+        row = self.db.row("SELECT * FROM pool_groups WHERE name = :name", name=str(group))
+        if row is None:
+            raise NotFound(f"the pool has no group {group!r}", f"Make it: vmrm pool group {group}")
+        return row
+
+    # --- who gets which ---
+
+    def acquire(
+        self,
+        request: Request,
+        wait: float | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> list[VmDescriptor]:
+        """Lease all VMs that are asked for at once, or none.
+
+        Wait in the queue for `wait` seconds, if at all; `tell` is called with the place there, and
+        the reason, whenever they change.
+        """
+        if not request.owner:
+            raise UsageError("a VM needs an owner whom it is lent to")
+        if request.lease_s is not None:
+            _lease_end(request.lease_s)
+        elif request.holder is None:
+            raise UsageError("a lease without a process needs an end", "Name one or the other")
+        if not all(request.wants):
+            raise UsageError("no group is named, so there is no VM to choose from")
+        vms = self.lend(request)
+        if not vms:
+            if wait is None:
+                raise NoVmAvailable(self.why_none(request))
+            told, deadline, poll = "", CLOCK.monotonic() + wait, select.poll()
+            with Waiting(self, request) as place:
+                poll.register(place.fileno(), select.POLLIN)
+                while not (vms := place.try_again()):
+                    if (left := deadline - CLOCK.monotonic()) <= 0:
+                        raise TimedOut(f"after {wait:g} s {self.why_none(request)}")
+                    if (now := place.reason()) != told:
+                        (tell or self.log.info)(told := now)
+                    poll.poll(1000 * min(left, self.db.timeouts.look))
+        self._mine |= {vm.vm_name.lower(): request for vm in vms}
+        return vms
+
+    def lend(self, request: Request) -> list[VmDescriptor]:
+        """Lease what is asked for, or return none."""
+        with self.db.transaction(durable=request.lasts):
+            vms, share = self._lend(request, binding=False)
+        if not vms:  # before anybody is refused, or has another VM bound, the dead are looked for
+            again = bool(self.reap(_LEASES_OF, owner=request.owner)) or share.binds
+            if share.missing:
+                again |= bool(self.reap(_SOME_LEASES)) | self.drop_dead_waiters()
+            if again:
+                with self.db.transaction(durable=True):
+                    vms, _ = self._lend(request, binding=True)
+        _crash("pool-acquired")
+        return vms
+
+    def _lend(self, request: Request, *, binding: bool) -> tuple[list[VmDescriptor], Share]:
+        """Choose VMs inside the caller's transaction; lease them if it is all and may be done."""
+        waiting, db, now = self._see_server(request), self.db, CLOCK.wall()
+        share = self._allot([*(self.ahead(request) if waiting else ()), request])[-1]
+        if share.missing or (share.binds and not binding):
+            return [], share
+        holder = request.holder and str(request.holder)
+        end = None if request.lease_s is None else now + request.lease_s
+        job = (request.token, holder, now, end, request.task_id, request.build_id, request.chroot)
+        reason = f"task {request.task_id}" if request.task_id else ""
+        bound = {"bound_to_user": request.owner, "bound_sandbox": request.sandbox}
+        for name in share.vm_names:
+            db.connection.execute(_LEASE, (name, *job))
+            move_pool_vm(db, name, VmStates.IN_USE, reason, VmStates.READY, **bound)
+        vms = [VmDescriptor.load(db, name) for name in share.vm_names]
+        if waiting:
+            db.update("pool_waiters", {"token": request.token}, wants="[]")  # until it leaves
+        if request.within:
+            request.within(vms)
+        _crash("pool-acquiring")
+        return vms, share
+
+    def _see_server(self, request: Request) -> bool:
+        """Return whether there is a queue; refuse a holder whom the pool's others cannot see."""
+        boot, namespace, waiting = self.db.connection.execute(_SERVER).fetchone()
+        for group in set(request.groups) - self._known:
+            self.group(group)  # which says so if there is none
+            self._known.add(group)
+        holder = request.holder
+        if holder and boot != holder.boot:
+            here = {"boot": holder.boot, "namespace": holder.namespace}
+            self.db.upsert("pool_server", "id", id=1, **here)
+        elif holder and holder.namespace != namespace and request.lease_s is None:
+            raise UsageError(
+                "the pool's processes cannot see this one, which is in another pid namespace",
+                "Acquire without a COMMAND, and renew the lease: --lease SECONDS",
+            )
+        return bool(waiting)
+
+    def _allot(self, queue: Sequence[Request]) -> list[Share]:
+        execute, now = self.db.connection.execute, CLOCK.wall()
+        most = sum(len(request.wants) for request in queue)
+
+        def free(group: str, owner: str | None, sandbox: str) -> list[str]:
+            found = execute(_FREE, (group, owner, sandbox, now, most))
+            return [row[0] for row in found.fetchall()][::-1]
+
+        def room(group: str, owner: str) -> float:
+            return cast(float, self.db.value(_ROOM, group=group, owner=owner) or 0.0)
+
+        with _TellingTrouble():
+            return allot(queue, free, room)
+
+    def why_none(self, request: Request) -> str:
+        """Return in words why there is no VM for a request, per group."""
+        reasons = [self._why(group, request) for group in request.groups]
+        if ahead := len(self.ahead(request)):
+            reasons.append(f"{ahead} waiting")
+        return f"no VM is available: {'; '.join(reasons)}"
+
+    def _why(self, group: str, request: Request) -> str:
+        owner, wanted = request.owner, max(1, request.wants.count((group,)))
+        [row] = self.db.query(_COUNTS, group=group, owner=owner, sandbox=request.sandbox)
+        idle = f"{row.idle} of them idle in other sandboxes"
+        unkept = "" if self.db.lock(KEEPER).is_held else ", for no keeper runs (vmrm pool serve)"
+        if not row.vms:
+            why = f"group {group} has no VMs{unkept if row.spawn else ''}"
+        elif row.most is not None and row.bound + wanted > row.most:
+            more = f"; {wanted} more are wanted" if wanted > 1 else ""
+            bound = f"{row.bound} of {row.most} bound to {owner}"
+            why = f"group {group}: limit reached ({bound}, {idle}{more})"
+        elif row.unchecked:
+            why = f"group {group}: {row.unchecked} of {row.vms} not checked yet{unkept}"
+        else:
+            others = ("spawning", "held", "terminating")
+            more = "".join(f", {row[state]} {state}" for state in others if row[state])
+            why = (
+                f"group {group}: none ready ({counted(row.vms, 'VM')}: {row.in_use} in use, "
+                f"{row.others} ready for others, {row.ill} failed their check{more}; "
+                f"{row.bound} bound to {owner}, {idle})"
+            )
+        return "; ".join(filter(None, (why, self.spawn_failure(group))))
+
+    def read_vm_pool_info(self, group: int | str, key: str) -> str | None:
+        """Return what was remembered about a group, or None."""
+        sql = 'SELECT value FROM pool_info WHERE "group" = :group AND key = :key'
+        return cast("str | None", self.db.value(sql, group=str(group), key=key))
+
+    def keeper_info(self, group: int | str, key: str) -> dict[str, Any]:
+        """Return what the keeper has noted about a group, by keys that no script uses."""
+        text = self.read_vm_pool_info(group, f"{KEEPER}.{key}")
+        return cast("dict[str, Any]", json.loads(text or "{}"))
+
+    def spawn_failure(self, group: int | str) -> str:
+        """Return how the last spawn hook of a group failed, if none has succeeded since."""
+        failed = self.keeper_info(group, "failed")
+        if not failed:
+            return ""
+        times = "" if failed["times"] == 1 else f", {failed['times']} times in a row"
+        why = failed.get("why", "no reason kept")
+        return f"spawn hook failed {_iso(failed['at'])}{times}: {why}"
+
+    # --- the queue ---
+
+    def queue(self) -> list[Request]:
+        """Return what those want who wait and live, the first one first."""
+        alive = CLOCK.wall() - self.db.timeouts.heartbeat
+        return [
+            Request(tuple(map(tuple, json.loads(w.wants))), w.owner, w.sandbox, None, token=w.token)
+            for w in self.db.query(_QUEUE, alive=alive)
+        ]
+
+    def ahead(self, request: Request) -> list[Request]:
+        """Return those in the queue before a request."""
+        return [*itertools.takewhile(lambda other: other.token != request.token, self.queue())]
+
+    def shares(self) -> list[Share]:
+        """Return what there is for each of those who wait, the first one first."""
+        return self._allot(self.queue())
+
+    def next_in_queue(self) -> list[str]:
+        """Return the tokens of the waiters who would be given all they want now."""
+        return [share.request.token for share in self.shares() if not share.missing]
+
+    # --- the end of a lease ---
+
+    def release_vm(self, vm_name: str, *, token: str | None = None, force: bool = False) -> bool:
+        """Return a VM to the pool, bound to its owner and sandbox; return False if nobody has it.
+
+        Without its token, this object, this process or an ancestor must have the lease, or `force`.
+        """
+        mine = self._mine.get(vm_name.lower())
+        with self.db.transaction(durable=mine is None or mine.lasts) as db:
+            vm = db.connection.execute(_RELEASED, (vm_name,)).fetchone()
+            vm = vm or VmDescriptor.load(db, vm_name)  # which says that there is none
+            if vm["token"] is None and not (token or mine or force):
+                return False
+            if not force or vm["token"] is None:
+                self.own(vm, token)
+            self.end_lease(vm_name, "released by force" if force else "released", vm)
+            _crash("pool-releasing")
+        _crash("pool-released")
+        self._mine.pop(vm_name.lower(), None)
+        return True
+
+    def end_lease(self, vm_name: str, reason: str, vm: Any = None) -> None:
+        """End a lease, inside the caller's transaction."""
+        vm = vm or self.db.connection.execute(_RELEASED, (vm_name,)).fetchone()
+        state, now, hook = vm["state"], CLOCK.wall(), vm["release"]
+        if state == VmStates.HELD:  # the lease ends, the VM stays
+            self.db.write("DELETE FROM leases WHERE vm_name = :name", name=vm_name)
+            return
+        target = VmStates.CHECK_HEALTH if hook else VmStates.READY
+        target = VmStates.CHECK_HEALTH_FAILED if vm["check_fails"] else target
+        used = {"last_release": now, "builds_count": vm["builds_count"] + 1}
+        used["releasing_at"] = now if hook else None
+        move_pool_vm(self.db, vm_name, target, reason, state, **used)
+
+    def own(self, vm: sqlite3.Row | VmDescriptor, token: str | None) -> None:
+        """Refuse whoever does not have the lease of a VM."""
+        name, state, holder = vm["vm_name"], vm["state"], vm["holder"]
+        mine = self._mine.get(name.lower())
+        token = token or (mine.token if mine else None)
+        if vm["token"] is None and token is None:
+            raise VmError(f"VM {name!r} is {state}: nobody has a lease of it")
+        if token is None and not (holder and _descends_from(Process.parse(holder))):
+            message = f"the lease of VM {name!r} is not yours; {vm['bound_to_user']} has it"
+            raise VmError(message, "Name its token (--token), or use --force")
+        if token not in (None, vm["token"]):
+            raise VmError(f"the lease of VM {name!r} was lost; the VM is {state}")
+
+    def over(self, which: str = _LEASES, **parameters: object) -> list[tuple[VmDescriptor, str]]:
+        """Return the VMs whose lease is over, and why: it has ended, or its holder is dead."""
+        found, now = [], CLOCK.wall()
+        for vm in self._select(f"token IS NOT NULL AND vm_name IN ({which})", **parameters):
+            holder = Process.parse(vm.holder) if vm.holder else None
+            if vm.lease_end_at and vm.lease_end_at + self.db.timeouts.lease_grace < now:
+                found.append((vm, f"its lease ended {_iso(vm.lease_end_at)}"))
+            elif holder and not holder.is_alive():
+                found.append((vm, f"its holder, process {holder.pid}, is dead"))
+        return found
+
+    def reap(self, which: str = _LEASES, **parameters: object) -> list[str]:
+        """End leases that are over, of these VMs; return the names of those that had one."""
+        names = []
+        same = """vm_name = :vm_name AND token = :token AND holder IS :holder
+                  AND lease_end_at IS :lease_end_at"""
+        for vm, why in self.over(which, **parameters):
+            with self.db.transaction(durable=True):
+                if self._select(same, **vm):
+                    self.end_lease(vm.vm_name, f"taken back: {why}")
+                    names.append(vm.vm_name)
+        return names
+
+    def dead_waiters(self) -> dict[str, int]:
+        """Return those in the queue who are dead or long silent: the pid of each by its token."""
+        silent = CLOCK.wall() - 10 * self.db.timeouts.heartbeat
+        found = [(w, Process.parse(w.holder)) for w in self.db.query("SELECT * FROM pool_waiters")]
+        return {w.token: p.pid for w, p in found if w.heartbeat_at < silent or not p.is_alive()}
+
+    def drop_dead_waiters(self) -> bool:
+        """Remove the dead from the queue; return whether there were any."""
+        dead = self.dead_waiters()
+        for token in dead:
+            self.db.write(_LEAVE, token=token)
+            (self.db.state_dir / "wake" / f"wait-{token}").unlink(missing_ok=True)
+        return bool(dead)
+
+
+class VmManager(Leases):
+    """The pool of VMs that are lent to jobs.
+
+    `opts` is a mapping, or an object with attributes, whose `build_groups` maps group ids to their
+    settings: these groups are written to the database, and only they are listed. Without it, the
+    groups are those of the database.
+    """
+
+    def __init__(self, opts: Any = None, logger: _Logger = None, db: _AnyDatabase = None) -> None:
+        super().__init__(db)
+        self.log = logger or self.log
+        groups = opts.get("build_groups") if isinstance(opts, Mapping) else None
+        groups = groups or getattr(opts, "build_groups", None) or {}
+        self._groups = [str(group) for group in groups]
+        for group, given in groups.items():
+            settings = dict(given if isinstance(given, Mapping) else vars(given))
+            known = group_settings(self.db)
+            if ignored := sorted(settings.keys() - known.keys() - {"id", "name"}):
+                self.log.info("group %s: %s mean nothing here", group, ", ".join(ignored))
+            put_group(self.db, str(group), {k: settings[k] for k in settings if k in known})
+
+    def set_logger(self, logger: logging.Logger) -> None:
+        """Report to another logger from now on."""
+        self.log = logger
+
+    # --- what there is ---
+
+    @property
+    def vm_groups(self) -> list[int | str]:
+        """The ids of the groups, in order; those made of digits only are ints."""
+        sql = "SELECT name FROM pool_groups ORDER BY position"
+        return list(map(_group_id, self._groups or [row["name"] for row in self.db.query(sql)]))
+
+    def get_vm_by_name(self, vm_name: str) -> VmDescriptor:
+        """Return a VM, or raise `VmDescriptorNotFound`."""
+        return VmDescriptor.load(self.db, vm_name)
+
+    def get_vm_by_task_id(self, task_id: object) -> VmDescriptor | None:
+        """Return the VM that a task has leased, or None if it has none."""
+        return next(iter(self._select("task_id = :task", task=str(task_id))), None)
+
+    def lookup_vms_by_ip(self, vm_ip: str) -> list[VmDescriptor]:
+        """Return the VMs with this address."""
+        return self._select("vm_ip = :ip", ip=vm_ip)
+
+    def _load_multi_safe(self, vm_name_list: Iterable[str]) -> list[VmDescriptor]:
+        """Return those of the named VMs that there are."""
+        names = json.dumps(list(vm_name_list))
+        return self._select("vm_name IN (SELECT value FROM json_each(:names))", names=names)
+
+    def get_all_vm_in_group(self, group: int | str) -> list[VmDescriptor]:
+        """Return all VMs of a group."""
+        return self._select('"group" = :group', group=str(group))
+
+    def get_all_vm(self) -> list[VmDescriptor]:
+        """Return all VMs of all groups."""
+        return [vm for group in self.vm_groups for vm in self.get_all_vm_in_group(group)]
+
+    def get_ready_vms(self, group: int | str) -> list[VmDescriptor]:
+        """Return the VMs of a group that are in state ready."""
+        return self.get_vm_by_group_and_state_list(group, [VmStates.READY])
+
+    def get_vm_by_group_and_state_list(
+        self, group: int | str | None, state_list: Iterable[str]
+    ) -> list[VmDescriptor]:
+        """Return the VMs of a group, or with None of all groups, that are in one of the states."""
+        states = {checked_word("pool VM state", state, VmStates) for state in state_list}
+        vms = self.get_all_vm() if group is None else self.get_all_vm_in_group(group)
+        return [vm for vm in vms if vm.state in states]
+
+    def info(self) -> str:
+        """Return all groups and VMs in a form for people."""
+        lines = []
+        for group in self.vm_groups:
+            vms = self.get_all_vm_in_group(group)
+            found = collections.Counter(vm.state for vm in vms)
+            states = ", ".join(f"{found[state]} {state}" for state in VmStates if found[state])
+            lines.append(f"group {group}: {counted(len(vms), 'VM')}")
+            lines[-1] += f" ({states})" if vms else ""
+            lines += [_cell(f"  {line}") for line in (self.spawn_failure(group), *vms) if line]
+        if queue := self.queue():
+            lines.append(f"{len(queue)} waiting, the first for {_cell(queue[0].owner)}")
+        return "\n".join(lines)
+
+    def metrics(self) -> str:
+        """Return the pool's figures as Prometheus text."""
+        label = '{{group="{}",state="{}"}}'.format
+        found = collections.Counter((vm.group, vm.state) for vm in self.get_all_vm())
+        pairs = itertools.product(self.vm_groups, VmStates)
+        present = [(label(*pair), found[pair]) for pair in pairs]
+        rows = self.db.query('SELECT * FROM pool_counts ORDER BY "group", state')
+        moves = [(label(row.group, row.state), row.times) for row in rows]
+        lines = []
+        for name, kind, words, figures in (
+            ("vms", "gauge", "VMs of the pool.", present),
+            ("waiters", "gauge", "Requests in the queue.", [("", len(self.queue()))]),
+            ("moves_total", "counter", "How often VMs came to a state.", moves),
+        ):
+            lines += [f"# HELP vmrm_pool_{name} {words}", f"# TYPE vmrm_pool_{name} {kind}"]
+            lines += [f"vmrm_pool_{name}{labels} {figure}" for labels, figure in figures]
+        return "\n".join(lines) + "\n"
+
+    def write_vm_pool_info(self, group: int | str, key: str, value: object) -> None:
+        """Remember a value, as text, about a group."""
+        self.db.upsert("pool_info", "group", "key", group=str(group), key=key, value=str(value))
+
+    def check(self) -> list[str]:
+        """Return what is wrong with the pool's rows, which only a person can put right."""
+        loose = self._select('"group" NOT IN (SELECT name FROM pool_groups)')
+        faults = [f"VM {vm.vm_name}: no group {vm.group}" for vm in loose]
+        machines: dict[str, str] = {}
+        for vm in self._select("path <> ''"):  # links may have been set anew
+            other = machines.setdefault(machine_address(vm.path), vm.vm_name)
+            if other != vm.vm_name:
+                faults.append(f"VM {vm.vm_name}: it is the machine of VM {other}, {vm.path}")
+        return faults
+
+    # --- moves ---
+
+    def add_vm_to_pool(
+        self, vm_ip: str, vm_name: str, group: int | str, *, path: str = ""
+    ) -> VmDescriptor:
+        """Add an existing VM with its agent's address; it is lent once a health check is passed."""
+        checked_name("VM", vm_name)
+        name, machine = self.group(group)["name"], _pool_machine(vm_ip, path)
+        with self.db.transaction(durable=True) as db:
+            if db.value("SELECT 1 FROM pool_vms WHERE vm_name = :name", name=vm_name):
+                raise VmError(f"the pool has a VM {vm_name!r} already")
+            _refuse_twin(db, {"vm_name": vm_name, "group": name, **machine})
+            add_pool_vm(db, vm_name, name, VmStates.GOT_IP, **machine)
+        return self.get_vm_by_name(vm_name)
+
+    @contextlib.contextmanager
+    def _changing(
+        self, vm_name: str, token: str | None = None, force: bool = True
+    ) -> Iterator[VmDescriptor]:
+        """Yield a VM in a transaction that changes it; unforced only to whoever leased it."""
+        with self.db.transaction(durable=True) as db:
+            vm = VmDescriptor.load(db, vm_name)
+            if vm.token is not None and not force:
+                self.own(vm, token)
+            yield vm
+
+    def mark_server_start(self) -> None:
+        """Distrust all health checks until now: VMs are lent after their next one."""
+        boot, namespace = Process.of()[2:]
+        with self.db.transaction(durable=True) as db:
+            start = {"started_at": CLOCK.wall(), "boot": boot, "namespace": namespace}
+            db.upsert("pool_server", "id", id=1, **start)
+
+    def mark_vm_check_failed(self, vm_name: str, reason: str = "its health check failed") -> None:
+        """Count a failed health check; whoever has leased the VM keeps it."""
+        self.mark_vm_checked(vm_name, reason)
+
+    def mark_vm_checked(self, vm_name: str, fault: str = "") -> None:
+        """Record how a VM's health check ended; a leased VM stays leased."""
+        with self._changing(vm_name) as vm:
+            state = vm.state
+            if fault and state not in (VmStates.IN_USE, VmStates.HELD, VmStates.TERMINATING):
+                state = VmStates.CHECK_HEALTH_FAILED
+            elif not fault and state == VmStates.CHECK_HEALTH and vm.releasing_at is None:
+                state = VmStates.READY  # else its release hook is to come
+            found = {"last_health_check": CLOCK.wall(), "check_started_at": None}
+            fails = vm.check_fails + 1 if fault else 0
+            move_pool_vm(self.db, vm_name, state, fault, vm.state, check_fails=fails, **found)
+
+    def mark_vm_released(self, vm_name: str, failure: str = "") -> None:
+        """Record how the release hook of a VM ended, before which it is given to nobody."""
+        with self._changing(vm_name) as vm:
+            if vm.releasing_at is None:
+                return
+            group, state = self.group(vm.group), vm.state
+            columns: dict[str, Any] = {"releasing_at": None}
+            if failure and not group.terminate:  # it stays, unlent, until it is clean
+                state = VmStates.CHECK_HEALTH_FAILED
+                columns = {"releasing_at": CLOCK.wall(), "check_fails": vm.check_fails + 1}
+            elif failure:
+                state = VmStates.TERMINATING
+            elif state == VmStates.CHECK_HEALTH and not vm.check_fails:
+                state = VmStates.READY  # else the next check decides
+            if not failure and group.release_cleans:
+                columns |= {"bound_to_user": None, "bound_sandbox": ""}
+            move_pool_vm(self.db, vm_name, state, failure, vm.state, **columns)
+
+    def start_vm_termination(
+        self,
+        vm_name: str,
+        allowed_pre_state: str | None = None,
+        reason: str = "",
+        *,
+        token: str | None = None,
+        force: bool = True,
+    ) -> None:
+        """Have the keeper terminate a VM; its lease, if there is one, ends.
+
+        It must be in `allowed_pre_state`; None, or the reference's word "None", allows all. Without
+        `force`, one that is leased is terminated only for whom `release_vm` would release it.
+        """
+        with self._changing(vm_name, token, force) as vm:
+            if allowed_pre_state not in (None, "None", vm.state):
+                raise VmError(f"VM {vm_name!r} is {vm.state}, not {allowed_pre_state}")
+            ending = VmStates.TERMINATING
+            move_pool_vm(self.db, vm_name, ending, reason, vm.state, releasing_at=None)
+
+    def remove_vm_from_pool(self, vm_name: str) -> None:
+        """Forget a VM; a `VmError` refuses one that is not in state terminating."""
+        with self._changing(vm_name) as vm:
+            if vm.state != VmStates.TERMINATING:
+                raise VmError(
+                    f"VM {vm_name!r} is {vm.state}, and only a terminating one can be removed",
+                    f"Terminate it first: vmrm pool terminate {vm_name}",
+                )
+            here = {"state_at": CLOCK.wall(), "who": _who(os.getpid()), "reason": ""}
+            self.db.update("pool_vms", {"vm_name": vm_name}, **here)  # for the history
+            self.db.write("DELETE FROM pool_vms WHERE vm_name = :name", name=vm_name)
+
+    # --- leases ---
+
+    def can_user_acquire_more_vm(self, username: str, group: int | str) -> bool:
+        """Return True if an owner has fewer VMs of a group, in use or not, than it allows."""
+        return bool(self.db.value(_ROOM, owner=username, group=self.group(group).name) > 0)
+
+    def acquire_vm(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None,
+        pid: int | None,
+        task_id: object = None,
+        build_id: object = None,
+        chroot: str | None = None,
+        *,
+        lease: float | None = None,
+        wait: float | None = None,
+        priority: int = 0,
+    ) -> VmDescriptor:
+        """Lease a VM that is ready: one this owner used for this sandbox before, else a fresh one.
+
+        It comes from the first of the groups that has one. If there is none now, or within `wait`
+        seconds in the queue, where a higher `priority` comes first, `NoVmAvailable` or `TimedOut`
+        says why. The VM is taken back when the process `pid` is dead, or `lease` seconds after the
+        last renewal; one of them is needed. The rest is for people and `get_vm_by_task_id`.
+        """
+        jobs = (task_id, build_id, chroot)
+        task, build, root = (None if job in (None, "None") else str(job) for job in jobs)
+        holder = None if pid is None else Process.of(pid)
+        party = (tuple(map(str, groups)),), ownername, sandbox or "", holder
+        request = Request(*party, lease, task, build, root, priority)
+        return self.acquire(request, wait, self.log.info)[0]
+
+    def renew_vm(self, vm_name: str, lease: float, *, token: str | None = None) -> float:
+        """Have a lease end so many seconds from now; return when, in seconds since the epoch."""
+        with self._changing(vm_name) as vm:
+            self.own(vm, token)
+            end = _lease_end(lease)
+            self.db.update("leases", {"vm_name": vm_name}, lease_end_at=end)
+        return end
+
+    def hold_vm(
+        self, vm_name: str, until: float, *, token: str | None = None, force: bool = False
+    ) -> None:
+        """Keep a VM for a person until a time since the epoch, when the keeper terminates it."""
+        words = f"until {_iso(_listable(until))}"
+        with self._changing(vm_name, token, force) as vm:
+            held = {"held_until": until, "releasing_at": None}
+            move_pool_vm(self.db, vm_name, VmStates.HELD, words, vm.state, **held)
+
+    def hand_over(self, vm: VmDescriptor, holder: Process | None) -> None:
+        """Make another process the holder of a leased VM, or nobody if the lease has an end."""
+        with self._changing(vm.vm_name) as now:
+            self.own(now, vm.token)
+            self.db.update("leases", {"vm_name": vm.vm_name}, holder=holder and str(holder))
+
+    @contextlib.contextmanager
+    def lease(
+        self,
+        groups: Iterable[int | str],
+        ownername: str,
+        sandbox: str | None = None,
+        *,
+        lease: float | None = None,
+        **more: Any,
+    ) -> Iterator[VmDescriptor]:
+        """Lease a VM for the block, as `acquire_vm` does with this process as the holder.
+
+        A lease with an end is renewed. If it is lost, the log says so at once, a `VmError` then.
+        """
+        vm = self.acquire_vm(groups, ownername, sandbox, os.getpid(), lease=lease, **more)
+        over = threading.Event()
+        renewing = threading.Thread(target=self._keep, args=(vm, lease, over), daemon=True)
+        renewing.start()
+        try:
+            yield vm
+        except BaseException:
+            with contextlib.suppress(VmError):
+                self.release_vm(vm.vm_name, token=vm.token)
+            raise
+        finally:
+            over.set()
+            renewing.join()
+        self.release_vm(vm.vm_name, token=vm.token)
+
+    def _keep(self, vm: VmDescriptor, lease: float | None, over: threading.Event) -> None:
+        """Renew a lease until it is over or lost."""
+        while not over.wait(min(self.db.timeouts.look, math.inf if lease is None else lease / 3)):
+            try:
+                if lease is None:
+                    self.own(self.get_vm_by_name(vm.vm_name), vm.token)
+                else:
+                    self.renew_vm(vm.vm_name, lease, token=vm.token)
+            except Unavailable as error:
+                self.log.warning("lease of VM %s: %s", vm.vm_name, error)
+            except VmError as error:
+                self.log.error("%s", error)
+                return
+
+
+def _lease_end(seconds: float) -> float:
+    if seconds <= 0:
+        raise UsageError("a lease of no time is none", "Leave --lease out, or name more")
+    return _listable(CLOCK.wall() + seconds)
+
+
+def _listable(at: float) -> float:
+    """Return a time that any listing can show; a `UsageError` refuses all others."""
+    try:
+        _iso(at)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"{at:g} s after 1970 is no date", "Name less time") from None
+    return at
+
+
+def _descends_from(holder: Process) -> bool:
+    """Whether this process is that one, or a descendant of it."""
+    here = Process.of()
+    if not here.namespace or holder[2:] != here[2:]:
+        return False
+    pid = here.pid
+    while pid and pid != holder.pid:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        except OSError:  # it is gone, or hidden from us
+            return False
+    return bool(pid) and holder.is_alive()
+
+
+class Loan:
+    """The experiment's VMs of the pool, leased by the supervisor: all at once, or none.
+
+    They are given back when all work is done, or with the experiment's end by `destroy`. One that
+    was interrupted keeps them for `LOAN_S`, since what was done on them was done on these machines
+    only; from a supervisor that was killed anybody may take them back at once.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self.db, self._have, self._told = db, False, ""
+        self._waiting: Waiting | None = None
+
+    def vms(self) -> list[Row]:
+        sql = "SELECT * FROM vms WHERE pool <> '' AND state <> 'n/a' ORDER BY ordinal"
+        return self.db.query(sql)
+
+    def descriptors(self) -> list[int]:
+        return [self._waiting.fileno()] if self._waiting else []
+
+    def obtain(self) -> bool:
+        """Return whether all VMs are here; while they are not, stand in the queue."""
+        if not self._have:
+            rows = self.vms()
+            if any(row.pool_token for row in rows):  # of an earlier supervisor, as far as it stands
+                self._hold(str(Process.of()), None)
+            self._have = not rows or bool(rows[0].pool_token) or self._borrow(rows)
+        return self._have
+
+    def _hold(self, holder: str | None, end: float | None) -> None:
+        sql = """UPDATE leases SET holder = :holder, lease_end_at = :end
+                 WHERE vm_name IN (SELECT vm_name FROM loans)"""
+        self.db.write(sql, durable=True, holder=holder, end=end)
+
+    def _borrow(self, rows: Sequence[Row]) -> bool:
+        if self._waiting is None:
+            experiment = current_experiment(self.db)
+            request = Request(
+                tuple((row.pool,) for row in rows),
+                _user(),
+                str(Path(experiment["source"]).absolute()),  # which may use its VMs again
+                Process.of(),
+                task_id=f"experiment {experiment['id']}",
+                within=functools.partial(self._assign, rows),
+            )
+            self._waiting = Waiting(VmManager(db=self.db), request)
+        if self._waiting.try_again():
+            self._leave_queue()
+            return True
+        self._tell(self._waiting.reason())
+        return False
+
+    def _assign(self, rows: Sequence[Row], leased: Sequence[Mapping[str, Any]]) -> None:
+        for row, vm in zip(rows, leased, strict=True):
+            of_pool = {"pool_vm": vm["vm_name"], "pool_token": vm["token"]}
+            machine = {"path": vm["path"], "control_ip": vm["vm_ip"], "reason": ""}
+            self.db.update("vms", {"ordinal": row.ordinal}, **of_pool, **machine)
+
+    def _tell(self, reason: str) -> None:
+        if reason != self._told:
+            sql = "UPDATE vms SET reason = :reason WHERE pool <> '' AND state = 'uninitialized'"
+            self.db.write(sql, reason=reason)
+            self._told = reason
+
+    def _leave_queue(self) -> None:
+        if self._waiting:
+            self._waiting.__exit__()
+            self._waiting = None
+            self._tell("")
+
+    def end(self, *, over: bool) -> None:
+        """Release all VMs if all work is done, else keep them for a while, for `run` again."""
+        self._leave_queue()
+        if not over:
+            self._hold(None, CLOCK.wall() + LOAN_S)
+            return
+        with self.db.transaction(durable=True) as db:
+            give_back(db)
+
+
+def lost_vms(db: Database) -> list[str]:
+    """Return the VMs of the experiment whose machine of the pool is no longer theirs."""
+    return [row.server_name for row in db.query("SELECT * FROM loans WHERE vm_name IS NULL")]
+
+
+def give_back(db: Database) -> None:
+    """Release the experiment's VMs of the pool, inside the caller's transaction."""
+    pool = VmManager(db=db)
+    for row in db.query("SELECT vm_name FROM loans WHERE vm_name IS NOT NULL"):
+        pool.end_lease(row.vm_name, "the experiment has ended")
+    db.write("UPDATE vms SET path = '', pool_token = '' WHERE pool_token <> ''")
+
+
+# === hooks of the pool, VMs by QEMU ==============================================================
 
 HOOK_KEPT_BYTES = 1 << 20  # of each stream of a hook, the last ones
 HOOK_LOG_BYTES = 16 << 20  # then the log of a VM's hooks begins anew; the last one is kept
@@ -8233,24 +8319,6 @@ EX_TEMPFAIL = 75  # of a check: nobody can tell now, so it counts neither way
 
 # What a hook is for; also the name of its column of a group.
 HookKind = StrEnum("HookKind", "SPAWN CHECK RELEASE TERMINATE LIST")
-
-
-def gated(words: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
-    """Start a program, in a session of its own, that runs only once `open_gate` lets it.
-
-    So its pid is on record before it does anything; if we die before, it never runs.
-    """
-    gate = ["/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh"]
-    return subprocess.Popen(
-        [*gate, *words], stdin=subprocess.PIPE, bufsize=0, start_new_session=True, **how
-    )
-
-
-def open_gate(process: subprocess.Popen[bytes]) -> None:
-    """Let a program run that waits behind its gate."""
-    assert process.stdin
-    with contextlib.suppress(BrokenPipeError), process.stdin:
-        process.stdin.write(b"\n")
 
 
 class _Output:
@@ -8382,33 +8450,6 @@ class Hook:
         return f"{ended}: {printable(told[-1])}" if told else ended
 
 
-def session_members(session: int, started: int) -> list[int]:
-    """Return the pids of a session that began at `started` (clock ticks), zombies left out."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it is gone, or another user's and hidden from us
-            fields = path.read_bytes().rpartition(b")")[2].split()
-            if int(fields[3]) == session and fields[0] not in b"ZX":
-                found.append((int(path.parent.name), int(fields[19])))
-    # Another leader of that number has begun another session; so have members older than it.
-    if any(began < started or (pid == session and began != started) for pid, began in found):
-        return []
-    return [pid for pid, _ in found]
-
-
-def signal_session(session: int, started: int, number: signal.Signals) -> None:
-    """Send a signal to all processes of a session, those being forked meanwhile included."""
-    told: set[int] = set()
-    for _ in range(8):  # who forks faster than that meets KILL, or the next deadline
-        new = set(session_members(session, started)) - told
-        if not new:
-            return
-        for pid in new:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-        told |= new
-
-
 def parse_spawned(text: str, name: str) -> tuple[str, str, str]:
     """Return name, ip and path as a spawn hook has printed them; `name` if it prints none.
 
@@ -8480,7 +8521,7 @@ def _check_agent(words: Sequence[str]) -> int:
     return {"ok": 0, "in-use": EX_TEMPFAIL}.get(health.partition(":")[0], 1)
 
 
-# === VMs by QEMU =================================================================================
+# --- VMs by QEMU
 
 QEMU = "qemu-system-x86_64"
 QEMU_START_S = 30.0  # for QEMU to answer on its control socket
@@ -9327,287 +9368,366 @@ def _is_of_hook(pid: int) -> bool:
     return b"VMRM_HOOK=" in words or not words  # it has none while it becomes another program
 
 
-# === experiment files ============================================================================
-
-EXPERIMENT_KEYS: _Keys = {
-    "start_buffer": (lambda v: v == 0 or _is_positive(v), "seconds, 0 or more"),
-    "on_failure": (lambda v: v in list(OnFailure), "abort, drop or wait"),
-}
-VM_KEYS: _Keys = {
-    "name": (_is_text, "a name"),
-    "path": (_is_text, "an agent's address"),
-    "pool": (_is_text, "a group of the pool"),
-    "engine": (_is_text, "a driver's engine"),
-    "uuid": (_is_text, "a uuid"),
-    "control_ip": (_is_word, "an address"),
-    "use_vm_manager": _SWITCH,
-    "launch_dir": (_is_text, "a directory in the guest"),
-    "agent_timeout": (_is_positive, "a positive number of seconds"),
-    "set_time": _SWITCH,
-    "count": (lambda v: type(v) is int and 0 < v <= MAX_VMS, f"a whole number up to {MAX_VMS}"),
-    "schedule": (_is_list, "a list of entries"),
-}
+# === left-overs ==================================================================================
 
 
-class Experiment(NamedTuple):
-    """A checked experiment file: everything that `load` would write."""
+def check(db: Database, fix: bool = False) -> list[str]:
+    """Return what is wrong with the database, the store and the processes; repair what is safe.
 
-    source: Path
-    settings: dict[str, Any]
-    vms: list[dict[str, Any]]  # as VMMapping.prepare_put returns them
-    schedules: dict[str, str]  # JSON text by VM
-    files: dict[str, Path]  # what goes into the store: host path by SHA-256
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 over all of it, the contents of files included."""
-        parts = [self.settings, self.vms, self.schedules]
-        text = json.dumps(parts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_experiment(path: str | os.PathLike[str]) -> Experiment:
-    """Read and check an experiment file, TOML or JSON of the same structure; write nothing.
-
-    A UsageError tells all faults of it, a line each.
+    That is to remove what is unused or left over, and to take back VMs of the pool from the dead.
     """
-    reader = _ExperimentReader(Path(path))
-    experiment = reader.read(_parse_file(reader.source))
-    reader.refuse_faults()
-    return experiment
+    refuse_damaged(db.connection)
+    faults, pool = [], VmManager(db=db)
+    for row in db.query("SELECT * FROM named_contents"):
+        path = content_path(db, row.sha256)
+        if not path.is_file() or file_sha256(path) != row.sha256:
+            how = "damaged" if path.is_file() else "missing"
+            faults.append(f"{row.named_by}: its content is {how}")
+    faults += pool.check()
+    loose = loose_ends(db)
+    if fix and loose:
+        pool.reap()
+        tie_up(db)
+    return faults + loose
 
 
-def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)  # as TOML, refuse a key that comes twice
-    if len(table) < len(pairs):
-        (double, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise WrongValue(f"key {double!r} comes twice in one object")
-    return table
+def loose_ends(db: Database) -> list[str]:
+    """Return what is left of processes that died; `check --fix` puts it right."""
+    left = [name for names, _ in _left_overs(db) for name in names]
+    return left + [f"VM {vm.vm_name}: {why}" for vm, why in VmManager(db=db).over()]
 
 
-def _parse_file(source: Path) -> Any:
-    import tomllib
-
-    try:
-        text = source.read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
-    except OSError as error:
-        raise UsageError(f"cannot read {str(source)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{str(source)!r} is not UTF-8 text (byte {error.start})") from error
-    kind = "JSON" if source.suffix == ".json" else "TOML"
-    try:
-        if kind == "TOML":
-            return tomllib.loads(text)
-        hook = _without_doubles
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=hook)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{str(source)!r} is not {kind}: {error}") from error
+def tie_up(db: Database) -> None:
+    """Remove from this host what processes have left that were killed, as far as it lets us."""
+    for names, remove in _left_overs(db):
+        if names:
+            with contextlib.suppress(OSError):
+                remove()
 
 
-class _ExperimentReader:
-    """Turns a parsed experiment file into an `Experiment`, collecting faults instead of raising."""
-
-    def __init__(self, source: Path) -> None:
-        self.source, self.base = source, source.absolute().parent
-        self.faults, self.files = list[str](), dict[str, Path]()
-        self.vms, self.schedules = list[dict[str, Any]](), dict[str, str]()
-        self._sha256 = functools.cache(file_sha256)
-
-    def refuse_faults(self) -> None:
-        """Raise `UsageError` if there are faults."""
-        if self.faults:
-            head = f"{self.source}: {counted(len(self.faults), 'fault')}"
-            raise UsageError("\n  ".join([head, *self.faults]))
-
-    def read(self, document: Any) -> Experiment:
-        """Return the experiment; it is usable only if there are no faults."""
-        if not isinstance(document, dict):
-            document = {}
-            self.faults.append("the file must be a table with [experiment] and [[vm]]")
-        known = ("experiment", "vm")
-        self.faults += [unknown_key(key, known) for key in document if key not in known]
-        settings, tables = document.get("experiment", {}), document.get("vm", [])
-        self.faults += _sound(settings, EXPERIMENT_KEYS, "[experiment]")[1]
-        if not isinstance(tables, list) or not tables:
-            self.faults.append("there is no [[vm]]")
-            tables = []
-        for number, table in enumerate(tables, 1):
-            self._read_vm(table, f"vm {number}")
-        self._check_unique()
-        return Experiment(self.source, settings, self.vms, self.schedules, self.files)
-
-    def _read_vm(self, table: Any, where: str) -> None:
-        if isinstance(table, dict) and isinstance(table.get("name"), str):
-            where = f"vm {table['name']!r}"
-        sound, faults = _sound(table, VM_KEYS, where)
-        self.faults += faults
-        if not isinstance(table, dict):
-            return
-        text = self.read_schedule(sound.get("schedule", []), where)
-        if "name" not in table:
-            self.faults.append(f"{where}: name is missing")
-        vms, count = list[dict[str, Any]](), sound.get("count")
-        if count and "{n}" not in sound.get("name", "{n}"):
-            self.faults.append(f"{where}: with count, the name needs {{n}}")
-        elif "name" in sound:
-            vms = self._expanded(sound, table.keys(), count, where)
-        self.vms += vms
-        self.schedules |= {vm["server_name"]: text for vm in vms if text}
-        try:
-            driver_of(sound.get("engine", "QemuVM"))
-        except UsageError as error:
-            self.faults.append(f"{where}: {error}")
-
-    def _expanded(
-        self, table: dict[str, Any], given: Collection[str], count: int | None, where: str
-    ) -> list[dict[str, Any]]:
-        """Return the VMs of one table: one, or `count` with {n} in its texts."""
-        import uuid
-
-        vms = []
-        for n in range(1, (count or 1) + 1):
-            vm = {
-                key: value.replace("{n}", str(n)) if count and isinstance(value, str) else value
-                for key, value in table.items()
-            }
-            if faults := list(_vm_table_faults(vm, given)):
-                self.faults += [f"{where}: {fault}" for fault in faults]
-                break
-            name, managed = vm["name"], vm.get("use_vm_manager", True)
-            entry = {key: vm[key] for key in _VM_VALUES if key in vm} | {
-                "server_uuid": vm.get("uuid") or str(uuid.uuid5(uuid.NAMESPACE_OID, name)),
-                "server_name": name,
-                "state": (VMState.UNINITIALIZED if managed else VMState.NOT_APPLICABLE).value,
-            }
-            if not vm.get("path", "tcp:").startswith(("tcp:", "vsock:")):
-                entry["path"] = str(self.base / vm["path"].removeprefix("unix:"))
-            if "agent_timeout" in vm:
-                entry["agent_timeout_s"] = float(vm["agent_timeout"])
-            vms.append(VMMapping.prepare_put(entry))
-        return vms
-
-    def read_schedule(self, items: list[Any], where: str) -> str:
-        """Return the JSON text of a list of entries, '' if there is none or it has faults."""
-        entries = []
-        for number, item in enumerate(map(_with_infinities, items), 1):
-            place = f"{where}, entry {number}"
-            faults = entry_faults(item, place)
-            self.faults += faults
-            parts = item.get("file") if isinstance(item, dict) else ()
-            for part in parts if isinstance(parts, list) else ():
-                if not _part_faults("file", part, place):  # where others are wrong, too
-                    self._pin(part, place)
-            if not faults:
-                self._resolve(item, place)
-                entries.append(ScheduleEntry.from_dict(item, number))
-        return schedule_text(entries) if len(entries) == len(items) and items else ""
-
-    def _resolve(self, item: Mapping[str, Any], place: str) -> None:
-        """Make this host's paths in a sound entry absolute."""
-        import shutil
-
-        program = item.get("executable", "")
-        if item.get("on_host") and program.startswith("/") and not shutil.which(program):
-            self.faults.append(f"{place}: this host has no program {program!r}")
-        for part in item.get("transfer", ()):
-            if "destination" in part:
-                part["destination"] = str(self.base / part["destination"])
-
-    def _pin(self, part: dict[str, Any], place: str) -> None:
-        """Add to what a file is called here what its content is."""
-        path = self.base / part["filename"]
-        try:
-            if not path.is_file():
-                raise FileNotFoundError(errno.ENOENT, "there is no such file")
-            part["sha256"] = self._sha256(path)
-            self.files[part["sha256"]] = path
-        except OSError as error:
-            self.faults.append(f"{place}, file {part['filename']!r}: {error.strerror}")
-
-    def _check_unique(self) -> None:
-        spellings: dict[str, Callable[[str], str]] = {
-            "server_name": str.lower,
-            "server_uuid": str,
-            "path": machine_address,
-        }
-        for key, spelt in spellings.items():
-            seen: dict[str, str] = {}
-            for vm in self.vms:
-                value = vm[key] and spelt(vm[key])
-                if value and value in seen:
-                    what, whose = key.removeprefix("server_"), f"that of vm {seen[value]!r}"
-                    name = vm["server_name"]
-                    self.faults.append(f"vm {name!r}: {what} {vm[key]!r} is already {whose}")
-                seen.setdefault(value, vm["server_name"])
+def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]]:
+    """Yield each kind of what killed processes leave on this host: names, and what removes it."""
+    commands = abandoned_requests(db)
+    names = [
+        f"left-over of a command{f' on VM {vm!r}' if vm else ''}: {path}"
+        for folder, vm in commands
+        for path in (folder, *_sinks(folder))
+    ]
+    yield names, lambda: _forget_for_good(db, commands)
+    made, sql = [row.id for row in db.query("SELECT id FROM requests")], "DELETE FROM requests"
+    dead = [name for name in made if not _is_needed(db, db.state_dir / "requests" / name)]
+    names = [f"request {name}: its client is gone" for name in dead]
+    yield names, lambda: [db.write(f"{sql} WHERE id = :id", id=name) for name in dead]
+    pool = VmManager(db=db)
+    dead_pids = pool.dead_waiters().values()
+    yield [f"queue: process {pid} is dead" for pid in dead_pids], pool.drop_dead_waiters
+    sockets = [f"socket of a process that died: {path}" for path in dead_sockets(db)]
+    yield sockets, lambda: remove_dead_sockets(db)
+    broken = _broken_files(db)
+    yield [f"left-over of a transfer: {path}" for path in broken], lambda: _unlink(broken)
+    unused = [f"store: nothing names {path.name}" for path in unnamed_contents(db)]
+    purged = [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
+    yield unused + purged, lambda: remove_unused(db)
 
 
-def _vm_table_faults(table: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
-    """Yield what makes no sense among the sound keys of a VM's table; `given` are all its keys."""
-    for check in (
-        lambda: checked_name("VM", table["name"]),
-        lambda: drivers.parse_address(table.get("path", "/")),
-        lambda: checked_name("group", table.get("pool", "g")),
+def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None:
+    """Forget abandoned commands, and what a push left in a VM that we do not know any more."""
+    for folder, name in commands:
+        known = """SELECT 1 FROM vms WHERE server_name = :name
+                   UNION SELECT 1 FROM pool_vms WHERE vm_name = :name"""
+        if not db.value(known, name=name):
+            with contextlib.suppress(OSError, ValueError):
+                remote, token = json.loads((folder / _BROKEN_OFF).read_text())
+                _log.warning("VM %s may have .vmrm-%s, of a push of %r", name, token, remote)
+            (folder / _BROKEN_OFF).unlink(missing_ok=True)
+        forget_request(db, folder)
+
+
+def _broken_files(db: Database) -> list[Path]:
+    """Return what handlers and keepers that were killed have left of files they were making."""
+    tops = {*db.state_dir.glob("transfers.*/*"), *db.state_dir.glob("host/*/*")}
+    for row in db.query(
+        """SELECT v.server_name, json_extract(t.value, '$.destination') AS folder
+           FROM vms AS v JOIN schedules AS s ON s.server_name = v.server_name,
+                json_each(s.text) AS j, json_each(j.value, '$.transfer') AS t
+           WHERE folder IS NOT NULL"""
     ):
-        try:
-            check()
-        except ValueError as error:
-            yield str(error)
-    agents = {"path", "pool"} & {*given}
-    if len(agents) > 1:
-        yield "it has a path and a pool; one of them"
-    misspelt = any(key not in VM_KEYS for key in given)
-    if not agents and not misspelt and table.get("use_vm_manager", True):
-        yield "path to the guest agent is missing"
+        tops.add(Path(row.folder) / row.server_name)
+    live = live_handlers(db)
+    tops = {top for top in tops if top.name not in live}
+    if not db.lock(KEEPER).is_held:
+        tops.add(db.state_dir / "bin")
+    return sorted(path for top in tops for path in broken_copies(top) if path is not None)
 
 
-def load_experiment(db: Database, experiment: Experiment) -> bool:
-    """Write a checked experiment, all or nothing; return whether it is new.
+def forget_abandoned(db: Database) -> None:
+    for folder, _ in abandoned_requests(db):
+        forget_request(db, folder)
 
-    The same content again changes nothing, so that `run FILE` continues.
+
+# === the reference's functions and classes kept for scripts ======================================
+
+_log = logging.getLogger("vmrm")
+_Opened = TypeVar("_Opened", bound=_Rows)
+_Answer = TypeVar("_Answer")
+_Mapping = VMMapping | None  # None: that of the default database
+_Store = VmResourceStore | None
+
+
+@contextlib.contextmanager
+def _default(given: _Opened | None, cls: Callable[[], _Opened]) -> Iterator[_Opened]:
+    """Yield what the caller gave, or a fresh one on the default database, closed afterwards."""
+    opened = cls() if given is None else given
+    try:
+        yield opened
+    finally:
+        if given is None:
+            opened.close()
+
+
+def add_vm(
+    server_uuid: str,
+    server_name: str,
+    control_ip: str,
+    use_vm_manager: bool = True,
+    mapping: _Mapping = None,
+    log: _Logger = None,
+    *,
+    path: str = "",
+    engine: str = "QemuVM",
+    launch_dir: str = "",
+) -> None:
+    """Add a VM to the experiment, as `VMMapping.put` does, in state uninitialized.
+
+    Without `use_vm_manager` it is in state n/a, and ignored for the start time; with it, it cannot
+    be run without a path.
     """
-    if _is_same(db, experiment):
-        return False
-    vms = with_addresses(experiment.vms)
-    for vm in vms:  # once more when they are written, but then the files are here
-        _refuse_pool_machine(db, vm)
-    with db.lock("store").shared():
-        _store_files(db, experiment.files)
-        with _changing_vms(db):
-            if _is_same(db, experiment):  # somebody was faster
-                return False
-            db.update(
-                "experiments",
-                {"destroyed_at": None},
-                source=str(experiment.source),
-                content_hash=experiment.content_hash,
-                start_buffer_s=experiment.settings.get("start_buffer", 60),
-                on_failure=experiment.settings.get("on_failure", OnFailure.ABORT),
-            )
-            _insert_vms(db, vms)
-            for name, text in experiment.schedules.items():
-                _put_schedule(db, name, text)
-    return True
+    state = VMState.UNINITIALIZED if use_vm_manager else VMState.NOT_APPLICABLE
+    more = {"path": path, "engine": engine, "launch_dir": launch_dir}
+    with _default(mapping, VMMapping) as target:
+        target.put(server_uuid, server_name, state, server_address=control_ip, **more)
+    (log or _log).debug("added VM %s (%s)", server_name, state)
 
 
-def _store_files(db: Database, files: Mapping[str, Path]) -> None:
-    for sha256, path in files.items():
-        with path.open("rb") as stream:
-            if put_content(db, stream)[0] != sha256:
-                raise UsageError(f"{str(path)!r} changed while it was being read")
+def add_vm_resource_file(filename: str, store: _Store = None, log: _Logger = None) -> None:
+    """Add a file of this host to the file store."""
+    with _default(store, VmResourceStore) as target:
+        target.add_file(filename)
+    (log or _log).debug("stored %s", filename)
 
 
-def _is_same(db: Database, experiment: Experiment) -> bool:
-    """Whether the database holds this very experiment; false if it holds none."""
-    row = db.row("SELECT * FROM current_experiment")
-    if row is None or row.content_hash == experiment.content_hash:
-        return row is not None
-    if row.content_hash or db.value("SELECT count(*) FROM vms"):
-        name = row.source or "one made by hand"
-        raise Conflict(
-            f"the database holds another experiment ({name}), or this file has changed since",
-            "End the old one: vmrm destroy --yes, or add to it: vmrm schedule add VM FILE",
-        )
-    return False
+def vm_resource_list(store: _Store = None, log: _Logger = None) -> list[str]:
+    """Return the names in the file store, each once."""
+    with _default(store, VmResourceStore) as target:
+        return target.list_distinct_contents()
+
+
+def get_vm_states(
+    filter_state: str | None = None, mapping: _Mapping = None, log: _Logger = None
+) -> dict[str, str]:
+    """Return the state of each VM by name; with `filter_state`, of those in that state."""
+    return _by_name(mapping, "state", filter_state=filter_state)
+
+
+def get_vm_times(
+    filter_time: int | None = None, mapping: _Mapping = None, log: _Logger = None
+) -> dict[str, str]:
+    """Return the schedule time of each VM by name; with `filter_time`, of those at that time."""
+    return _by_name(mapping, "current_time", filter_time=filter_time)
+
+
+def _by_name(mapping: _Mapping, column: str, **wanted: Any) -> dict[str, str]:
+    with _default(mapping, VMMapping) as source:
+        rows: Any = source.get_all(**wanted)
+    return {row["server_name"]: row[column] for row in rows}
+
+
+def get_vm_count_not_ready(mapping: _Mapping = None, log: _Logger = None) -> int:
+    """Return how many VMs are neither configured nor n/a."""
+    with _default(mapping, VMMapping) as source:
+        return source.get_count_vm_not_ready()
+
+
+def set_vm_state(
+    vm_uuid: str, new_state: str, mapping: _Mapping = None, log: _Logger = None
+) -> None:
+    """Move a VM to a state; RuntimeError if the database cannot be opened."""
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_state_by_uuid(vm_uuid, new_state)
+
+
+def set_vm_time(vm_uuid: str, new_time: str, mapping: _Mapping = None, log: _Logger = None) -> None:
+    """Record the schedule time a VM has reached; RuntimeError if the database cannot be opened."""
+    with _mapping_or_runtime_error(mapping) as target:
+        target.set_vm_time_by_uuid(vm_uuid, new_time)
+
+
+@contextlib.contextmanager
+def _mapping_or_runtime_error(mapping: VMMapping | None) -> Iterator[VMMapping]:
+    with _default(mapping, VMMapping) as target:
+        try:
+            _ = target.db.connection
+        except VmrmError as error:
+            raise RuntimeError(str(error)) from error
+        yield target
+
+
+def _of_times(method: Callable[[ExperimentStart], _Answer]) -> Callable[..., _Answer]:
+    def function(start: ExperimentStart | None = None) -> _Answer:
+        with _default(start, ExperimentStart) as times:
+            return method(times)
+
+    function.__doc__ = method.__doc__
+    return function
+
+
+add_experiment_start_time = _of_times(ExperimentStart.add_start_time)
+get_experiment_start_time = _of_times(ExperimentStart.get_start_time)
+set_experiment_launch_time = _of_times(ExperimentStart.set_launch_time)
+get_experiment_launch_time = _of_times(ExperimentStart.get_launch_time)
+get_experiment_time_since_start = _of_times(ExperimentStart.get_time_since_start)
+get_experiment_time_to_start = _of_times(ExperimentStart.get_time_to_start)
+
+
+def destroy_all(
+    mapping: _Mapping = None,
+    schedule: ScheduleDb | None = None,
+    start: ExperimentStart | None = None,
+    log: _Logger = None,
+    ignore_grpc_connection_errors: bool = False,
+) -> None:
+    """Clear the VMs, schedules and times of the default database, or of that of a given object.
+
+    One that cannot be opened is a ConnectionError, unless these are to be ignored.
+    """
+    given: _Rows | None = next(filter(None, (mapping, schedule, start)), None)
+    with _default(given, lambda: _Rows(None)) as target:
+        try:
+            destroy_experiment(target.db)
+        except Conflict:
+            raise
+        except VmrmError as error:
+            if not ignore_grpc_connection_errors:
+                raise ConnectionError(str(error)) from error
+            (log or _log).warning("nothing destroyed: %s", error)
+
+
+# --- schedule updater
+#
+# The reference's way for a script to hear of changes. Our handler reads rows and needs none of it.
+
+
+ScheduleEventType = Enum(
+    "ScheduleEventType",
+    "EXPERIMENT_START_TIME_SET EMPTY_SCHEDULE NEW_ITEM TRANSFER EXIT PAUSE RESUME UNKNOWN",
+    start=0,
+)
+
+
+class ScheduleEvent:
+    """One piece of news: its type, and the entry, hold or start time that it is about."""
+
+    def __init__(self, event_type: ScheduleEventType, data: object) -> None:
+        self.event_type, self.data = event_type, data
+
+    def __lt__(self, other: object) -> bool:
+        """Return True: events of one priority may come in any order."""
+        return True
+
+    def get_data(self) -> Any:
+        """Return what the event is about."""
+        return self.data
+
+    def get_type(self) -> ScheduleEventType:
+        """Return the kind of event."""
+        return self.event_type
+
+
+class ScheduleUpdater(threading.Thread):
+    """Looks for changes of one VM's schedule, and queues them as (schedule time, `ScheduleEvent`).
+
+    Of config only `vm_name` is used. The condition guards the queue and is notified of every event.
+    vm_resource_store, repository_db, log_filename and load_balance_factor have no effect.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        priority_queue: Queue[tuple[float, ScheduleEvent]],
+        condition: threading.Condition,
+        vm_resource_store: VmResourceStore | None,
+        schedule_db: ScheduleDb,
+        repository_db: object,
+        log: logging.Logger,
+        log_filename: str | os.PathLike[str] | None,
+        load_balance_factor: float = 1.0,
+        interval_time: float = 5,
+    ) -> None:
+        super().__init__(daemon=True)
+        self.vm_name, self.schedule_db, self.log = config["vm_name"], schedule_db, log
+        self.priority_queue, self.condition = priority_queue, condition
+        self.interval_time = interval_time
+        self._stop_asked = threading.Event()
+        self._told = collections.Counter[str]()  # how much of each source
+
+    def run(self) -> None:
+        """Look for changes until `stop_thread`; an error is logged and the next look comes."""
+        given = self.schedule_db.db
+        with Database(given.path, timeouts=given.timeouts) as own:
+            # A SQLite connection serves only the thread that opened it.
+            self.schedule_db = ScheduleDb(db=own, log=self.log)
+            while not self._stop_asked.is_set():
+                try:
+                    self._run()
+                except (RuntimeError, VmrmError, sqlite3.Error) as error:
+                    self.log.error("cannot look at the schedule: %s", error)
+                self._stop_asked.wait(self.interval_time)
+
+    def _run(self) -> None:
+        """Look once, and enqueue what is new."""
+        kind, start = ScheduleEventType, self.get_start_time()
+        entries = self.get_schedule(self.vm_name)
+        holds = read_holds(self.schedule_db.db, self.vm_name)
+        sources: dict[str, list[tuple[float, ScheduleEventType, object]]] = {
+            "empty": [] if entries else [(-math.inf, kind.EMPTY_SCHEDULE, None)],
+            "entries": [(entry.start_time, _event_type(entry), entry) for entry in entries],
+            "start": [] if start is None else [(0, kind.EXPERIMENT_START_TIME_SET, start)],
+            "holds": [(h.time, kind.PAUSE if h.duration else kind.RESUME, h) for h in holds],
+        }
+        for source, news in sources.items():
+            for priority, event_type, data in news[self._told[source] :]:
+                self.enqueue_event(priority, ScheduleEvent(event_type, data))
+            self._told[source] = max(self._told[source], len(news))
+
+    def enqueue_event(self, priority: float, event: ScheduleEvent) -> None:
+        """Put an event on the queue, ordered by its schedule time, and notify who waits for it."""
+        with self.condition:
+            self.priority_queue.put((priority, event))
+            self.condition.notify_all()
+
+    def get_schedule(self, name: str) -> list[ScheduleEntry]:
+        """Return a VM's entries, if it has any; RuntimeError if they cannot be read."""
+        try:
+            return parse_schedule(self.schedule_db.get(name) or "[]")
+        except (ValueError, sqlite3.Error) as error:
+            raise RuntimeError(f"the schedule of VM {name!r} cannot be read: {error}") from error
+
+    def get_start_time(self) -> int | None:
+        """Return time 0 in whole seconds since the epoch, or None if it is not set yet."""
+        start = ExperimentStart(db=self.schedule_db.db).get_start_time()
+        return None if start is None else int(start.timestamp())
+
+    def stop_thread(self) -> None:
+        """Make the thread end at once."""
+        self._stop_asked.set()
+
+
+def _event_type(entry: ScheduleEntry) -> ScheduleEventType:
+    if entry.pause is not None:
+        return ScheduleEventType.PAUSE
+    if entry.is_resume:
+        return ScheduleEventType.RESUME
+    return ScheduleEventType.NEW_ITEM if entry.runs_script else ScheduleEventType.TRANSFER
 
 
 # === what there is to see ========================================================================
@@ -10142,98 +10262,9 @@ def _output_tail(path: Path) -> str:
     return "\n".join(["…"] * is_cut + lines[-_TAIL_LINES:])
 
 
-def check(db: Database, fix: bool = False) -> list[str]:
-    """Return what is wrong with the database, the store and the processes; repair what is safe.
-
-    That is to remove what is unused or left over, and to take back VMs of the pool from the dead.
-    """
-    refuse_damaged(db.connection)
-    faults, pool = [], VmManager(db=db)
-    for row in db.query("SELECT * FROM named_contents"):
-        path = content_path(db, row.sha256)
-        if not path.is_file() or file_sha256(path) != row.sha256:
-            how = "damaged" if path.is_file() else "missing"
-            faults.append(f"{row.named_by}: its content is {how}")
-    faults += pool.check()
-    loose = loose_ends(db)
-    if fix and loose:
-        pool.reap()
-        tie_up(db)
-    return faults + loose
-
-
-def loose_ends(db: Database) -> list[str]:
-    """Return what is left of processes that died; `check --fix` puts it right."""
-    left = [name for names, _ in _left_overs(db) for name in names]
-    return left + [f"VM {vm.vm_name}: {why}" for vm, why in VmManager(db=db).over()]
-
-
-def tie_up(db: Database) -> None:
-    """Remove from this host what processes have left that were killed, as far as it lets us."""
-    for names, remove in _left_overs(db):
-        if names:
-            with contextlib.suppress(OSError):
-                remove()
-
-
-def _left_overs(db: Database) -> Iterator[tuple[list[str], Callable[[], object]]]:
-    """Yield each kind of what killed processes leave on this host: names, and what removes it."""
-    commands = abandoned_requests(db)
-    names = [
-        f"left-over of a command{f' on VM {vm!r}' if vm else ''}: {path}"
-        for folder, vm in commands
-        for path in (folder, *_sinks(folder))
-    ]
-    yield names, lambda: _forget_for_good(db, commands)
-    made, sql = [row.id for row in db.query("SELECT id FROM requests")], "DELETE FROM requests"
-    dead = [name for name in made if not _is_needed(db, db.state_dir / "requests" / name)]
-    names = [f"request {name}: its client is gone" for name in dead]
-    yield names, lambda: [db.write(f"{sql} WHERE id = :id", id=name) for name in dead]
-    pool = VmManager(db=db)
-    dead_pids = pool.dead_waiters().values()
-    yield [f"queue: process {pid} is dead" for pid in dead_pids], pool.drop_dead_waiters
-    sockets = [f"socket of a process that died: {path}" for path in dead_sockets(db)]
-    yield sockets, lambda: remove_dead_sockets(db)
-    broken = _broken_files(db)
-    yield [f"left-over of a transfer: {path}" for path in broken], lambda: _unlink(broken)
-    unused = [f"store: nothing names {path.name}" for path in unnamed_contents(db)]
-    purged = [f"{path.name}: its experiment was purged" for path in purged_directories(db)]
-    yield unused + purged, lambda: remove_unused(db)
-
-
 def _unlink(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _forget_for_good(db: Database, commands: Iterable[tuple[Path, str]]) -> None:
-    """Forget abandoned commands, and what a push left in a VM that we do not know any more."""
-    for folder, name in commands:
-        known = """SELECT 1 FROM vms WHERE server_name = :name
-                   UNION SELECT 1 FROM pool_vms WHERE vm_name = :name"""
-        if not db.value(known, name=name):
-            with contextlib.suppress(OSError, ValueError):
-                remote, token = json.loads((folder / _BROKEN_OFF).read_text())
-                _log.warning("VM %s may have .vmrm-%s, of a push of %r", name, token, remote)
-            (folder / _BROKEN_OFF).unlink(missing_ok=True)
-        forget_request(db, folder)
-
-
-def _broken_files(db: Database) -> list[Path]:
-    """Return what handlers and keepers that were killed have left of files they were making."""
-    tops = {*db.state_dir.glob("transfers.*/*"), *db.state_dir.glob("host/*/*")}
-    for row in db.query(
-        """SELECT v.server_name, json_extract(t.value, '$.destination') AS folder
-           FROM vms AS v JOIN schedules AS s ON s.server_name = v.server_name,
-                json_each(s.text) AS j, json_each(j.value, '$.transfer') AS t
-           WHERE folder IS NOT NULL"""
-    ):
-        tops.add(Path(row.folder) / row.server_name)
-    live = live_handlers(db)
-    tops = {top for top in tops if top.name not in live}
-    if not db.lock(KEEPER).is_held:
-        tops.add(db.state_dir / "bin")
-    return sorted(path for top in tops for path in broken_copies(top) if path is not None)
 
 
 # === output ======================================================================================
@@ -11510,25 +11541,6 @@ def become(pool: VmManager, vm: VmDescriptor, words: Sequence[str]) -> NoReturn:
         raise VmrmError(f"{words[0]!r}: {error.strerror}", code=127 if missing else 126) from error
 
 
-def append_entries(db: Database, server_name: str, file: Path) -> dict[str, int]:
-    """Append the entries of a file to a VM's schedule; return how many that is."""
-    reader = _ExperimentReader(file)
-    document = _parse_file(file)
-    items = document.get("schedule") if isinstance(document, dict) else document
-    if not isinstance(items, list) or not items:
-        raise UsageError(f"{str(file)!r} has no [[schedule]] tables")
-    text = reader.read_schedule(items, f"vm {server_name!r}")
-    reader.refuse_faults()
-    with db.lock("store").shared():
-        _store_files(db, reader.files)
-        with db.transaction():
-            sql = "SELECT text FROM schedules WHERE server_name = :name"
-            present = json.loads(db.value(sql, name=server_name) or "[]")
-            both = json.dumps(present + json.loads(text), ensure_ascii=False)
-            _put_schedule(db, server_name, both)
-    return {"added": len(items)}
-
-
 def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
     import shutil
 
@@ -11545,15 +11557,6 @@ def print_log(path: Path, goes_on: Callable[[], bool]) -> None:
 
 
 # === main ========================================================================================
-
-
-def parse_seconds(text: str) -> float:
-    """Return a duration in seconds, given so or with a unit: 90, 0.5, 90s, 5m, 2h, 3d."""
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:], 0)
-    seconds = float(text[:-1]) * unit if unit else float(text)
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{text!r} is no duration")
-    return seconds
 
 
 def _whole(text: str) -> int:
