@@ -706,10 +706,10 @@ class _LockWaiter(threading.Thread):
     @classmethod
     def end_idle(cls) -> None:
         """Have no second thread at a fork, unless it waits in vain for a lock still."""
-        while cls._idle:
-            waiter = cls._idle.pop()
-            waiter._wanted.put(None)
-            waiter.join()
+        with contextlib.suppress(IndexError):  # the last may just end by itself
+            while waiter := cls._idle.pop():
+                waiter._wanted.put(None)
+                waiter.join()
 
     def run(self) -> None:
         """Take one lock after the other, until there is none; let go of what comes too late."""
