@@ -282,11 +282,11 @@ def parse_address(text: str) -> Address:
     )
 
 
-# Yields a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7)).
 @contextlib.contextmanager
-def _short_path(path: str) -> Iterator[str]:
+def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name of the socket *path* that fits into a UNIX address of 107 bytes (unix(7))."""
     if len(os.fsencode(path)) <= 107:
-        yield path
+        yield os.fspath(path)
         return
     folder, name = os.path.split(path)
     fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -322,7 +322,7 @@ def _open_socket(address: Address, wait: WaitHook, deadline: Deadline) -> socket
         targets: list[tuple[int, Any]] = [(address.family, address.target)]
         try:
             if isinstance(address.target, str):
-                targets = [(socket.AF_UNIX, stack.enter_context(_short_path(address.target)))]
+                targets = [(socket.AF_UNIX, stack.enter_context(short_path(address.target)))]
             elif address.family == socket.AF_INET:
                 host, port = str(address.target[0]), address.target[1]
                 found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -2005,7 +2005,7 @@ def _open_now(path: str, flags: int) -> int:
 
 # A socket that listens at *path*, replacing one that nobody serves any more.
 def _listener(path: Path) -> socket.socket:
-    with contextlib.ExitStack() as unless_done, _short_path(str(path)) as target:
+    with contextlib.ExitStack() as unless_done, short_path(path) as target:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         unless_done.callback(sock.close)
         if path.is_socket() and sock.connect_ex(target) == errno.ECONNREFUSED:

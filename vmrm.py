@@ -781,15 +781,6 @@ def open_gate(process: subprocess.Popen[bytes]) -> None:
         process.stdin.write(b"\n")
 
 
-def _through_directory(path: Path, use: Callable[[str], object]) -> None:
-    """Use a socket's path by its directory's descriptor: a UNIX path ends at 107 bytes."""
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        use(f"/proc/self/fd/{directory}/{path.name}")
-    finally:
-        os.close(directory)
-
-
 def handler_lock(db: Database, ordinal: int) -> FileLock:
     """Return the lock of the handler of the VM with this ordinal."""
     return db.lock(f"handler.{ordinal}")
@@ -1393,7 +1384,8 @@ class WakeSocket(socket.socket):
         super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._path = db.directory("wake") / str(name)
         self._path.unlink(missing_ok=True)
-        _through_directory(self._path, self.bind)
+        with drivers.short_path(self._path) as target:
+            self.bind(target)
 
     def drain(self) -> None:
         """Forget all bytes that came; one look at the database answers them all."""
@@ -1413,7 +1405,8 @@ def dead_sockets(db: Database) -> list[Path]:
     for path in sorted(db.directory("wake").iterdir()):
         with _Datagrams() as probe:
             try:
-                _through_directory(path, probe.connect)
+                with drivers.short_path(path) as target:
+                    probe.connect(target)
             except ConnectionRefusedError:
                 found.append(path)
             except OSError:  # it has just been closed
@@ -1441,8 +1434,12 @@ def wake(db: Database, *names: int | str) -> None:
     folder = f"{db.state_dir}/wake"  # (a Path takes longer than to look whether somebody listens)
     sockets = {name for name in sockets if os.path.exists(f"{folder}/{name}")}  # noqa: PTH110
     for name in sockets:
-        with contextlib.suppress(OSError), _Datagrams() as sender:
-            _through_directory(Path(folder, name), functools.partial(sender.sendto, b"w"))
+        with (
+            contextlib.suppress(OSError),
+            _Datagrams() as sender,
+            drivers.short_path(f"{folder}/{name}") as target,
+        ):
+            sender.sendto(b"w", target)
 
 
 class Seat(contextlib.ExitStack):
@@ -8673,7 +8670,8 @@ class QemuVm:
         path = self.folder / f"{name}.sock"
         path.unlink(missing_ok=True)
         listening = socket.socket(socket.AF_UNIX)
-        _through_directory(path, listening.bind)
+        with drivers.short_path(path) as target:
+            listening.bind(target)
         listening.listen(1)
         return listening
 
@@ -8684,7 +8682,8 @@ class QemuVm:
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(timeout)
-            _through_directory(self.folder / "qmp.sock", connection.connect)
+            with drivers.short_path(self.folder / "qmp.sock") as target:
+                connection.connect(target)
             with connection.makefile("rwb", buffering=0) as stream:
                 lines = iter(lambda: stream.readline(1 << 20), b"")  # events among them
                 for words in ("", "qmp_capabilities", command):
