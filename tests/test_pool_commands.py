@@ -127,12 +127,17 @@ def test_a_command_may_have_no_standard_output(pool: VmManager, cli: Cli) -> Non
     assert json.loads(cli("pool", "group", "g", "--json").out)["list"] == "x"
 
 
-@pytest.mark.vm
-def test_a_machine_that_nobody_was_told_of_is_ended(cli: Cli) -> None:
+def need_qemu_and_a_disk(cli: Cli) -> None:
+    """Make an empty disk.img for QEMU, or skip."""
     if not shutil.which(vmrm.QEMU):
         unavailable(f"{vmrm.QEMU} is not installed")
     with (cli.folder / "disk.img").open("wb") as disk:
         disk.truncate(1 << 20)
+
+
+@pytest.mark.vm
+def test_a_machine_that_nobody_was_told_of_is_ended(cli: Cli) -> None:
+    need_qemu_and_a_disk(cli)
     words = cli.command("pool", "spawn-qemu", "vm1", "--disk", "disk.img", "--accel", "tcg")
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
@@ -429,10 +434,7 @@ def test_whether_kvm_works_is_told_whatever_the_cache_is(
 
 @pytest.mark.vm
 def test_a_vm_starts_without_an_accelerator_named_whatever_kvm_is_worth(cli: Cli) -> None:
-    if not shutil.which(vmrm.QEMU):
-        unavailable(f"{vmrm.QEMU} is not installed")
-    with (cli.folder / "disk.img").open("wb") as disk:
-        disk.truncate(1 << 20)
+    need_qemu_and_a_disk(cli)
     cache = {"XDG_CACHE_HOME": str(cli.folder / "cache")}
     try:
         done = cli("pool", "spawn-qemu", "vm1", "--disk", "disk.img", "--memory", "32", env=cache)
