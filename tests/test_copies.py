@@ -9,12 +9,12 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_lab import until
 from conftest import HostAgent
 from lab import Lab, crash_labels, stand_ins
 
@@ -36,14 +36,6 @@ def load(lab: Lab, path: Path, *schedule: dict[str, Any]) -> None:
     (lab.folder / "lab.json").write_text(text)
     done = lab.run("load", str(lab.folder / "lab.json"))
     assert done.returncode == 0, done.stderr
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
-    return value
 
 
 def mode(path: Path) -> int:

@@ -30,8 +30,9 @@ from typing import Any, cast
 import guests
 import pytest
 import tables
+from cli_lab import until
 from lab import REBOOT_ONCE, Lab, entry, kill, stand_ins
-from test_handler import load, outcomes, sh, until, vm
+from test_handler import load, outcomes, sh, vm
 
 import vmrm
 

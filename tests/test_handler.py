@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tables
+from cli_lab import until
 from lab import Lab, lone_agent, stand_ins
 
 import vmrm
@@ -53,15 +54,6 @@ def outcomes(lab: Lab, name: str = "vm1") -> list[tuple[int, str, int | None, st
 
 def states(lab: Lab) -> dict[str, str]:
     return tables.states(lab.db)
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait for a condition, boundedly; return what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
-    return value
 
 
 class OneAgent:

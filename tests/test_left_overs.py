@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli_lab import until
 from lab import Command, Lab, lone_agent, stand_ins
-from test_copies import left, load, until
+from test_copies import left, load
 
 import vmrm
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import tables
+from cli_lab import until
 from lab import ROOT, Lab, entry, kill, stand_ins
-from test_handler import load, outcomes, until, vm
+from test_handler import load, outcomes, vm
 from test_review import only
 
 import vmrm

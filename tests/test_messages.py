@@ -10,10 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pexpect  # type: ignore[import-untyped]
 import pytest
 from agents import connected, real_agent
-from cli_lab import entry, lab, until
+from cli_lab import ended, entry, lab, plain, terminal, until
 from conftest import ROOT, Cli
 from lab import stand_ins
 
@@ -218,22 +217,11 @@ for line in json.loads(sys.argv[1]):
 
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_no_table_is_wider_than_its_terminal(seen: Cli, width: int) -> None:
-    environment = seen.environment | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-    environment.pop("COLUMNS")
-    child = pexpect.spawn(
-        sys.executable,
-        ["-c", SCRIPT, json.dumps(list(LISTINGS))],
-        env=environment,
-        cwd=str(seen.folder),
-        dimensions=(24, width),
-        encoding="utf-8",
-        timeout=60,
-    )
-    child.expect(pexpect.EOF)
-    child.wait()
-    plain = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()].)", "", child.before)
-    assert "Traceback" not in plain
-    shown = dict(part.split("\r\n", 1) for part in re.split(r"^\$ ", plain, flags=re.M)[1:])
+    script = [sys.executable, "-c", SCRIPT, json.dumps(list(LISTINGS))]
+    with terminal(seen, command=script, columns=width, PYTHONPATH=str(ROOT)) as child:
+        text = plain(ended(child)[0])
+    assert "Traceback" not in text
+    shown = dict(part.split("\r\n", 1) for part in re.split(r"^\$ ", text, flags=re.M)[1:])
     for line, holds in LISTINGS.items():
         rows = shown[line].split("\r\n")
         wide = [row for row in rows if len(row.rstrip()) > width and "time 0 comes" not in row]
@@ -246,32 +234,12 @@ def test_no_table_is_wider_than_its_terminal(seen: Cli, width: int) -> None:
 
 
 def test_the_live_view_keeps_to_its_width(seen: Cli) -> None:
-    command = seen.command("run", "--timeout", "1")
-    environment = seen.environment | {"TERM": "xterm-256color"}
-    environment.pop("COLUMNS")
-    child = pexpect.spawn(
-        command[0],
-        command[1:],
-        env=environment,
-        cwd=str(seen.folder),
-        dimensions=(24, 60),
-        encoding="utf-8",
-        timeout=60,
-    )
-    child.expect(pexpect.EOF)
-    child.wait()
-    plain = re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()].)", "", child.before)
-    rows = re.split(r"[\r\n]+", plain)
+    with terminal(seen, "run", "--timeout", "1", columns=60) as child:
+        rows = re.split(r"[\r\n]+", plain(ended(child)[0]))
     assert any(re.search(r"vm1 +configured +", row) for row in rows), rows
     assert not [row for row in rows if len(row.rstrip()) > 60 and "error" not in row]
 
 
 def test_a_wrong_word_is_named_on_a_terminal_too(cli: Cli, children: None) -> None:
-    with pexpect.spawn(
-        cli.command("status", "--nope")[0],
-        cli.command("status", "--nope")[1:],
-        env=cli.environment,
-        encoding="utf-8",
-        timeout=60,
-    ) as terminal:
-        assert "could not consume arg: --nope" in terminal.read()
+    with terminal(cli, "status", "--nope") as child:
+        assert "could not consume arg: --nope" in ended(child)[0]

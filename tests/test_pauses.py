@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import logging
@@ -15,15 +14,14 @@ from typing import Any, cast
 import guests
 import pytest
 import tables
+from cli_lab import until
 from lab import Lab, kill, stand_ins
 from test_handler import load, sh, vm
-from test_handler import until as until_soon
 from test_views import check_slices, checked
 
 import vmrm
 
 INF = math.inf
-until = functools.partial(until_soon, seconds=60)
 
 
 @pytest.fixture

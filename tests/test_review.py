@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import pytest
 import tables
+from cli_lab import until
 from lab import Lab, stand_ins
-from test_handler import load, outcomes, sh, states, two, until, vm
+from test_handler import load, outcomes, sh, states, two, vm
 
 import vmrm
 

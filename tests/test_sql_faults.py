@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_lab import until
 from keepers import Provider, group, served, states
 from lab import REBOOT_ONCE, ROOT, Lab, entry, stand_ins
-from test_handler import load, until, vm
+from test_handler import load, vm
 from test_recovery import at_once
 
 import vmrm

@@ -6,47 +6,14 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pexpect  # type: ignore[import-untyped]
 import pytest
 import tables
-from cli_lab import entry, lab, until
+from cli_lab import ended, entry, lab, plain, terminal, until
 from conftest import Cli
 from lab import stand_ins
-
-ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()].)")
-
-
-@contextmanager
-def terminal(cli: Cli, *words: str | Path, **env: str) -> Iterator[Any]:
-    """Run one command line on a terminal of 24 lines; what is left of it is killed."""
-    command = cli.command(*words)
-    variables = cli.environment | {"TERM": "xterm-256color"} | env
-    variables.pop("COLUMNS")
-    child = pexpect.spawn(
-        command[0],
-        command[1:],
-        env=variables,
-        cwd=str(cli.folder),
-        dimensions=(24, 120),
-        encoding="utf-8",
-        codec_errors="replace",
-        timeout=60,
-    )
-    try:
-        yield child
-    finally:
-        child.close(force=True)
-
-
-def ended(child: Any) -> tuple[str, int]:
-    """Return everything that a command wrote, and its exit code."""
-    child.expect(pexpect.EOF)
-    child.wait()
-    return str(child.before), int(child.exitstatus)
 
 
 @pytest.fixture
@@ -61,12 +28,12 @@ def test_the_live_view_has_a_line_per_vm_and_ends_with_the_report(cli: Cli, two:
         text, code = ended(child)
     assert code == 0
     assert "\x1b[" in text
-    plain = ESCAPE.sub("", text)
-    assert re.search(r"vm1 +configuring +-1 +·+ +0/1 .* sh", plain)
-    assert re.search(r"vm2 +configured +1 +█+·+ +1/2", plain)
-    assert "waiting for all VMs to be configured" in plain
-    assert re.search(r"time \+[01] s", plain)
-    report = plain[plain.rindex("late p50 ms") :]
+    shown = plain(text)
+    assert re.search(r"vm1 +configuring +-1 +·+ +0/1 .* sh", shown)
+    assert re.search(r"vm2 +configured +1 +█+·+ +1/2", shown)
+    assert "waiting for all VMs to be configured" in shown
+    assert re.search(r"time \+[01] s", shown)
+    report = shown[shown.rindex("late p50 ms") :]
     assert re.search(r"vm1 +configured +1 +1 +0 +0", report)
     assert re.search(r"vm2 +configured +2 +2 +0 +0", report)
     assert "2 VMs, 3 of 3 entries done" in report
@@ -77,11 +44,11 @@ def test_no_color_is_honoured(cli: Cli, two: Path) -> None:
     with terminal(cli, "status") as child:
         coloured, _ = ended(child)
     with terminal(cli, "status", NO_COLOR="1") as child:
-        plain, code = ended(child)
+        shown, code = ended(child)
     assert code == 0
     assert re.search(r"\x1b\[[0-9;]*2m", coloured)  # uninitialized is dim
-    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
-    assert "vm1" in plain
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown)
+    assert "vm1" in shown
     with terminal(cli, "status", TERM="dumb") as child:
         assert "\x1b" not in ended(child)[0]
 
@@ -193,6 +160,6 @@ def test_push_and_pull_show_a_bar(cli: Cli, tmp_path: Path, children: None) -> N
         with terminal(cli, "pull", "vm1", f"{tmp_path}/agents/1/big", "back") as child:
             pulled, code = ended(child)
         assert code == 0
-    assert re.search(r"[1-9][0-9.]*/50\.3 MB", ESCAPE.sub("", pushed))
-    assert re.search(r"[1-9][0-9.]*/\? ?[kM]?B|[1-9][0-9.]* [kM]B", ESCAPE.sub("", pulled))
+    assert re.search(r"[1-9][0-9.]*/50\.3 MB", plain(pushed))
+    assert re.search(r"[1-9][0-9.]*/\? ?[kM]?B|[1-9][0-9.]* [kM]B", plain(pulled))
     assert (tmp_path / "back").read_bytes() == big.read_bytes()

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import tables
+from cli_lab import until
 from conftest import Cli
 from hypothesis import given
 from hypothesis import strategies as st
 from lab import Lab, stand_ins
-from test_handler import load, sh, until, vm
+from test_handler import load, sh, vm
 
 import vmrm
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import tables
+from cli_lab import until
 from keepers import served
 from lab import ROOT, Lab, entry, stand_ins
-from test_handler import load, outcomes, states, until, vm
+from test_handler import load, outcomes, states, vm
 from test_lives import running
 from test_review import only
 
