@@ -6901,9 +6901,6 @@ class Supervisor:
         self.db.close()
 
 
-LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
-
-
 def handler_process(path: Path, name: str, lifeline: int) -> NoReturn:
     """Be the handler of one VM, in a process just forked; never returns."""
     code, logger = 1, logging.getLogger(f"vmrm.{name}")
@@ -8214,6 +8211,9 @@ def _descends_from(holder: Process) -> bool:
         except OSError:  # it is gone, or hidden from us
             return False
     return bool(pid) and holder.is_alive()
+
+
+LOAN_S = 3600.0  # for which an experiment that was interrupted keeps its VMs of the pool
 
 
 class Loan:
