@@ -1432,14 +1432,9 @@ def wake(db: Database, *names: int | str) -> None:
         with contextlib.suppress(Unavailable):  # what we tell of is done
             sockets |= {f"wait-{token}" for token in Leases(db).next_in_queue()}
     folder = f"{db.state_dir}/wake"  # (a Path takes longer than to look whether somebody listens)
-    sockets = {name for name in sockets if os.path.exists(f"{folder}/{name}")}  # noqa: PTH110
-    for name in sockets:
-        with (
-            contextlib.suppress(OSError),
-            _Datagrams() as sender,
-            drivers.short_path(f"{folder}/{name}") as target,
-        ):
-            sender.sendto(b"w", target)
+    for path in filter(os.path.exists, [f"{folder}/{name}" for name in sockets]):
+        with contextlib.suppress(OSError), drivers.short_path(path) as to, _Datagrams() as sender:
+            sender.sendto(b"w", to)
 
 
 class Seat(contextlib.ExitStack):
